@@ -1,0 +1,104 @@
+"""The nouns of CoDefend: a handful of protocols that everything else is wrapped into.
+
+Images are float32 ``[B, 3, H, W]``, RGB, in ``[0, 1]``; every eps is in these units (``8/255``).
+``B`` is a batch, ``N`` a number of examples, ``T`` vision tokens, ``D`` their width.
+Losses and scores stay per example and are reduced, if at all, on the last line of whoever prints them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:  # `import codefend` must not import torch
+    from torch import Generator, Tensor
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The command line prints it on one line and exits with code 2."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image with one prompt.
+
+    ``references`` are right answers: captions for captioning, the annotators' answers for VQA (ten in VQAv2, one here).
+    ``kind`` groups questions ("colour", "count", ...); ``tags`` are words that a right caption must contain.
+    """
+
+    id: str
+    image: Tensor  # [3, H, W]
+    prompt: str
+    references: tuple[str, ...] = ()
+    kind: str = ""
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an attacker may spend: a ball of radius ``eps`` (pixels in [0, 1]), gradient steps, samples per gradient."""
+
+    norm: Literal["linf", "l2"] = "linf"
+    eps: float = 8 / 255
+    steps: int = 100
+    eot: int = 1  # gradient samples averaged per step (Athalye et al. 2018, expectation over transformation)
+
+
+Objective = Callable[["Tensor"], "Tensor"]  # [B,3,H,W] -> [B]; lower is better for the attacker
+Metric = Callable[[Sequence[str], Sequence[Example]], "Tensor"]  # -> [N]; higher is better; nan = not scored
+
+
+class Purifier(Protocol):
+    """Images in, images out: same shape, range, dtype and device. Knows nothing of models, tasks or attacks.
+
+    Differentiable, so that adaptive attacks are exact; one that isn't is wrapped by ``defense.StraightThrough``.
+    """
+
+    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor: ...
+
+
+@runtime_checkable
+class Victim(Protocol):
+    """A black-box multimodal LLM."""
+
+    name: str
+
+    def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]: ...
+
+
+@runtime_checkable
+class WhiteBox(Victim, Protocol):
+    """A victim whose gradients can be had: everything here is differentiable in ``images``."""
+
+    def loss(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
+        """Mean negative log-likelihood per target token, ``[B]``."""
+        ...
+
+    def features(self, images: Tensor) -> Tensor:
+        """Vision tokens as the language model receives them from the encoder, ``[B, T, D]``."""
+        ...
+
+
+class Attack(Protocol):
+    """Lowers an objective inside a budget and inside [0, 1]; returns the best images seen, not the last."""
+
+    name: str
+
+    def __call__(
+        self, objective: Objective, images: Tensor, budget: Budget, *, generator: Generator | None = None
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """Examples and the metrics that judge answers to them. ``headline`` names the metric that tables show first."""
+
+    name: str
+    examples: Sequence[Example]
+    metrics: dict[str, Metric]
+    headline: str
+    target: str = ""  # the sentence that targeted attacks force
+    description: str = ""
+    licence: str = ""
+    extra: dict[str, str] = field(default_factory=dict)
