@@ -1,0 +1,76 @@
+"""Auto-PGD (Croce & Hein 2020, arXiv 2003.01690, Algorithm 1), with a step size and restarts for each example."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from codefend.attacks.norms import choose, descend, project, random_start
+from codefend.attacks.search import Best, OnGradient, OnStep, gradient, score
+from codefend.types import Budget, Objective
+
+
+def checkpoints(steps: int) -> list[int]:
+    """Iterations at which the step size is reconsidered: w_j = ceil(p_j N), in exact arithmetic (sec. 3.1)."""
+    marks, last, now = [], 0, 22  # percent of the budget: p_0 = 0, p_1 = 0.22
+    while now <= 100:
+        marks.append(-(-now * steps // 100))
+        last, now = now, now + max(now - last - 3, 6)
+    return marks
+
+
+@dataclass(kw_only=True)
+class APGD:
+    """Momentum descent that halves its step and returns to the best point whenever progress stalls."""
+
+    alpha: float = 0.75  # share of the new step against the last move (sec. 3.1)
+    rho: float = 0.75  # of the steps between checkpoints must have lowered the objective
+    rel_step: float = 2.0  # first step, times eps
+    random_start: bool = True  # False starts at the clean image, as RobustVLM does
+    restarts: int = 1  # independent runs, best per example
+    name: str = "apgd"
+    on_step: OnStep | None = None
+    on_gradient: OnGradient | None = None
+
+    def __call__(
+        self, objective: Objective, images: Tensor, budget: Budget, *, generator: Generator | None = None
+    ) -> Tensor:
+        if budget.eps == 0:
+            return images
+        clean = images.detach()
+        overall = Best(clean, score(self, objective, clean, budget.eot))
+        last = clean
+        for run in range(self.restarts):
+            start = random_start(clean, budget, generator=generator) if self.random_start or run else clean
+            best, last = self._run(objective, start, clean, budget, run * (budget.steps + 1))
+            overall.update(best.images, best.losses)
+        return overall.settle(self, objective, last, budget)
+
+    def _run(self, objective: Objective, x: Tensor, clean: Tensor, budget: Budget, first: int) -> tuple[Best, Tensor]:
+        """Algorithm 1 in the paper's symbols (f is minimized): x^(k), eta, z. ``first`` numbers its hooks."""
+        f, grad = gradient(self, objective, x, budget.eot, first)
+        best, best_grad, previous_x = Best(x, f), grad, x
+        eta = torch.full_like(f, self.rel_step * budget.eps)
+        gains, best_at_mark, halved = torch.zeros_like(f), best.losses, torch.zeros_like(f, dtype=torch.bool)
+        marks, last_mark = checkpoints(budget.steps), 0
+        for k in range(1, budget.steps + 1):
+            z = descend(x, grad, eta, clean, budget)
+            alpha = 1.0 if k == 1 else self.alpha
+            moved = project(x + alpha * (z - x) + (1 - alpha) * (x - previous_x), clean, budget)
+            previous_x, x = x, moved
+            if k == budget.steps:  # nothing follows the last iterate: its loss is enough
+                best.update(x, score(self, objective, x, budget.eot, first + k))
+                break
+            new_f, grad = gradient(self, objective, x, budget.eot, first + k)
+            gains, f = gains + (new_f < f), new_f
+            best_grad = choose(best.update(x, f), grad, best_grad)
+            if k in marks:
+                stalled = gains < self.rho * (k - last_mark)  # condition 1
+                stalled |= ~halved & (best.losses >= best_at_mark)  # condition 2
+                eta = torch.where(stalled, eta / 2, eta)
+                x, grad = choose(stalled, best.images, x), choose(stalled, best_grad, grad)
+                f = torch.where(stalled, best.losses, f)
+                gains, best_at_mark, halved, last_mark = torch.zeros_like(f), best.losses, stalled, k
+        return best, x

@@ -1,0 +1,61 @@
+"""Adversarial patch: any pixel values, but only inside one square (Brown et al. 2017, arXiv 1712.09665; LaVAN)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from codefend.attacks.norms import uniform
+from codefend.attacks.search import Best, OnGradient, OnStep, gradient, score
+from codefend.types import Budget, Objective
+
+
+@dataclass(kw_only=True)
+class Patch:
+    """Sign steps with momentum on the pixels of a square; ``budget.norm`` and ``eps`` do not apply.
+
+    LaVAN (Karmon et al. 2018, arXiv 1801.02608) has 2% of the image; ``side`` 0.15 of the shorter side is that.
+    """
+
+    side: float = 0.15  # of the shorter side of the image
+    place: tuple[float, float] | None = None  # (top, left) as shares of the free room; None draws one per example
+    step_size: float = 8 / 255  # first step, pixel units; falls linearly to a tenth
+    momentum: float = 0.9  # share of the last direction kept
+    name: str = "patch"
+    on_step: OnStep | None = None
+    on_gradient: OnGradient | None = None
+
+    def mask(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+        """1 inside each example's square, else 0: ``[B, 1, H, W]``."""
+        height, width = images.shape[-2:]
+        side = min(max(round(self.side * min(height, width)), 1), height, width)
+        if self.place is None:
+            share = uniform(images, generator, shape=(len(images), 2))
+        else:
+            share = images.new_tensor(self.place).expand(len(images), 2)
+        room = images.new_tensor([height - side, width - side])
+        corner = (share * (room + 1)).floor().minimum(room).view(-1, 2, 1)
+        rows = torch.arange(height, device=images.device).view(1, -1)
+        columns = torch.arange(width, device=images.device).view(1, -1)
+        in_rows = (rows >= corner[:, 0]) & (rows < corner[:, 0] + side)
+        in_columns = (columns >= corner[:, 1]) & (columns < corner[:, 1] + side)
+        return (in_rows.unsqueeze(2) & in_columns.unsqueeze(1)).unsqueeze(1).to(images.dtype)
+
+    def __call__(
+        self, objective: Objective, images: Tensor, budget: Budget, *, generator: Generator | None = None
+    ) -> Tensor:
+        clean = images.detach()
+        mask = self.mask(clean, generator=generator)
+        best = Best(clean, score(self, objective, clean, budget.eot))
+        x = torch.where(mask > 0, uniform(clean, generator), clean)
+        velocity = torch.zeros_like(x)
+        for step in range(budget.steps):
+            losses, grad = gradient(self, objective, x, budget.eot, step)
+            best.update(x, losses)
+            velocity = self.momentum * velocity + (1 - self.momentum) * grad.sign()
+            rate = self.step_size * (1 - 0.9 * step / budget.steps)
+            x = torch.where(mask > 0, (x - rate * velocity.sign()).clamp(0, 1), clean)
+        best.update(x, score(self, objective, x, budget.eot, budget.steps))
+        return best.settle(self, objective, x, budget)

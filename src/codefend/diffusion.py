@@ -1,0 +1,270 @@
+"""Diffusion and bridges in pixel coordinates: schedules, preconditioning, losses, samplers. Pure and differentiable.
+
+Everything lives in variance-exploding (VE) coordinates on [0, 1] pixels: a noisy image is ``x + sigma * n`` with
+``n ~ N(0, I)``. The variance-preserving (VP) process of the papers runs on [-1, 1] and shrinks the image; dividing by
+its scale gives the VE form, and halving goes from [-1, 1] to [0, 1] (``vp_sigma``).
+
+Sources: Song et al. 2021 (score SDE, arXiv 2011.13456), Karras et al. 2022 (EDM, arXiv 2206.00364), Nie et al. 2022
+(DiffPure, arXiv 2205.07460), Song et al. 2021 (DDIM, arXiv 2010.02502), Li et al. 2025 (ADBM, arXiv 2408.00315).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+from torch.utils.checkpoint import checkpoint as recompute
+
+# (noisy images [B,3,H,W], s [B], sigma [B]) -> prediction of the clean images. `nets.PurifierNet` is one.
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+BETA_MIN, BETA_MAX = 0.1, 20.0  # VP SDE, score SDE eq. 32 and appendix C
+SIGMA_DATA = 0.25  # standard deviation of clean pixels in [0, 1]; EDM's 0.5 on [-1, 1]
+SHIFT_DATA = 8 / 255  # root mean square of an adversarial perturbation, pixels
+
+
+def per_image(value: Tensor | float, images: Tensor) -> Tensor:
+    """``value`` as a ``[B]`` tensor on the images' device and dtype."""
+    return torch.as_tensor(value, dtype=images.dtype, device=images.device).expand(images.shape[0])
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.view(-1, 1, 1, 1)  # [B] against [B,3,H,W]
+
+
+def noise_like(images: Tensor, generator: Generator | None = None) -> Tensor:
+    """Standard normal noise of the images' shape, dtype and device, drawn from ``generator``.
+
+    Drawn on the generator's own device, so that one CPU seed gives the same noise on every device.
+    """
+    source = images.device if generator is None else generator.device
+    noise = torch.randn(images.shape, generator=generator, device=source, dtype=images.dtype)
+    return noise.to(images.device)
+
+
+# --- Schedules ---------------------------------------------------------------------------------------------------
+
+
+def vp_log_mean(t: Tensor) -> Tensor:
+    """Log of the VP process' mean coefficient at time ``t`` in [0, 1]; alpha_bar = exp(2 * it) (score SDE, eq. 33)."""
+    return -0.25 * t**2 * (BETA_MAX - BETA_MIN) - 0.5 * t * BETA_MIN
+
+
+def vp_sigma(t: Tensor) -> Tensor:
+    """Noise level of VP time ``t`` in [0, 1] pixels: sqrt((1 - alpha_bar) / alpha_bar) / 2."""
+    return 0.5 * torch.expm1(-2 * vp_log_mean(t)).sqrt()
+
+
+def vp_time(sigma: Tensor) -> Tensor:
+    """VP time whose noise level is ``sigma`` ([0, 1] pixels): the inverse of `vp_sigma`, in closed form."""
+    log_inverse = 0.5 * torch.log1p((2 * sigma) ** 2)  # -log_mean
+    slope = BETA_MAX - BETA_MIN
+    return ((BETA_MIN**2 + 4 * slope * log_inverse).sqrt() - BETA_MIN) / slope
+
+
+class Scales(NamedTuple):
+    """How a raw output F becomes an image, ``[B]`` each: D = c_skip x + c_out F(c_in x; c_noise) (EDM, eq. 7)."""
+
+    skip: Tensor
+    out: Tensor
+    into: Tensor
+    noise: Tensor
+
+
+def preconditioning(
+    s: Tensor, sigma: Tensor, *, sigma_data: float = SIGMA_DATA, shift_data: float = SHIFT_DATA
+) -> Scales:
+    """EDM preconditioning (Karras et al. 2022, Table 1) for an input that is shifted as well as noisy. All ``[B]``.
+
+    The input is x = x_c + s d + sigma n, with d the adversarial perturbation (RMS ``shift_data``) and n the noise.
+    With c_skip fixed to EDM's Wiener gain for the noise alone, the rest follows from EDM's two demands, unit variance
+    of input and target: c_in^-2 = sigma_data^2 + sigma^2 + (s shift)^2 and
+    c_out^2 = (sigma sigma_data)^2 / (sigma^2 + sigma_data^2) + (c_skip s shift)^2. At s = 0 it is EDM itself; at
+    sigma = 0 c_skip is 1, so a zero network is the identity. c_noise is EDM's ln(.)/4 of the total corruption, so a
+    prior that is asked to undo a shift starts out by denoising as much as the shift is large.
+    """
+    noise2, data2, shift2 = sigma**2, sigma_data**2, (s * shift_data) ** 2
+    skip = data2 / (noise2 + data2)
+    # The epsilon keeps the square root's gradient finite at s = sigma = 0, where nothing is left to remove.
+    out = (noise2 * skip + skip**2 * shift2 + 1e-12).sqrt()
+    into = (data2 + noise2 + shift2).rsqrt()
+    return Scales(skip, out, into, (noise2 + shift2 + 1e-8).log() / 8)
+
+
+# --- The unconditional prior -------------------------------------------------------------------------------------
+
+
+def sample_sigmas(
+    count: int,
+    *,
+    log_mean: float = -2.4,
+    log_std: float = 1.0,
+    low: float = 2e-3,  # pixels in [0, 1]
+    high: float = 0.65,  # VP time 0.31: above every t that purification uses
+    generator: Generator | None = None,
+) -> Tensor:
+    """Log-normal training noise levels ``[count]`` (EDM, Table 1: P_mean, P_std), shifted to VP times up to 0.3."""
+    return (torch.randn(count, generator=generator) * log_std + log_mean).exp().clamp(low, high)
+
+
+def prior_loss(net: Denoiser, clean: Tensor, sigma: Tensor, *, generator: Generator | None = None) -> Tensor:
+    """Denoising loss of the unconditional prior, ``[B]``: lambda(sigma) ||D(x + sigma n; sigma) - x||^2 (EDM, eq. 2).
+
+    lambda = 1 / c_out^2 makes the raw network's squared error count alike at every level (EDM, eq. 8).
+    """
+    noisy = clean + _wide(sigma) * noise_like(clean, generator)
+    s = torch.zeros_like(sigma)
+    error = (net(noisy, s, sigma) - clean).square().flatten(1).mean(1)
+    return error / preconditioning(s, sigma).out ** 2
+
+
+def denoise_from(
+    net: Denoiser,
+    noisy: Tensor,
+    levels: Tensor,
+    *,
+    eta: float = 1.0,  # 1 ancestral (DDPM), 0 deterministic (DDIM)
+    checkpoint: bool = False,
+    generator: Generator | None = None,
+) -> Tensor:
+    """Run the reverse process from ``noisy`` (noise ``levels[0]``) down to ``levels[-1] = 0``; one evaluation per step.
+
+    A step to level u < v keeps the posterior q(x_u | x_v, x_0), a Brownian bridge in VE coordinates:
+    x <- x0 + (down/v)(x - x0) + up n, up = eta u sqrt(1 - u^2/v^2), down^2 = u^2 - up^2. eta = 1 is DDPM's ancestral
+    sampler (the discretized reverse SDE of DiffPure), eta = 0 is DDIM (Song et al. 2021, eq. 16).
+    ``checkpoint`` recomputes each evaluation in the backward pass: the memory of one step instead of all.
+    """
+    x = noisy
+    s = torch.zeros(x.shape[0], dtype=x.dtype, device=x.device)
+    for v, u in pairwise(levels.tolist()):
+        x0 = evaluate(net, x, s, per_image(v, x), checkpoint=checkpoint)
+        up = eta * u * math.sqrt(1 - (u / v) ** 2)
+        x = x0 + math.sqrt(u * u - up * up) / v * (x - x0)
+        if up > 0:
+            x = x + up * noise_like(x, generator)
+    return x
+
+
+def diffpure_levels(t: float, steps: int) -> Tensor:
+    """Noise levels from VP time ``t`` to 0 in ``steps`` equal steps of time, ``[steps + 1]`` (the paper: 1000 t)."""
+    return vp_sigma(torch.linspace(t, 0.0, steps + 1, dtype=torch.float64))
+
+
+def diffpure(
+    net: Denoiser,
+    images: Tensor,
+    *,
+    t: float = 0.15,  # VP time: DiffPure's ImageNet setting for 4/255
+    steps: int = 150,
+    eta: float = 1.0,
+    checkpoint: bool = False,
+    generator: Generator | None = None,
+) -> Tensor:
+    """Diffuse to time ``t``, then denoise with an unconditional prior (DiffPure, Nie et al. 2022, eq. 4 and 5)."""
+    levels = diffpure_levels(t, steps)
+    noisy = images + float(levels[0]) * noise_like(images, generator)
+    return denoise_from(net, noisy, levels, eta=eta, checkpoint=checkpoint, generator=generator)
+
+
+def evaluate(net: Denoiser, x: Tensor, s: Tensor, sigma: Tensor, *, checkpoint: bool = False) -> Tensor:
+    """One network evaluation, recomputed in the backward pass if asked. The network draws no noise of its own."""
+    if checkpoint and torch.is_grad_enabled():
+        result: Tensor = recompute(net, x, s, sigma, use_reentrant=False, preserve_rng_state=False)
+        return result
+    return net(x, s, sigma)
+
+
+# --- The bridge from adversarial to clean ------------------------------------------------------------------------
+
+
+def sample_bridge_times(count: int, *, at_one: float = 0.5, generator: Generator | None = None) -> Tensor:
+    """Training times ``[count]``: s = 1 with probability ``at_one`` (one evaluation is the default), else U(0, 1)."""
+    uniform, coin = torch.rand(2, count, generator=generator)
+    return torch.where(coin < at_one, torch.ones(count), uniform)
+
+
+def sample_bridge_sigmas(
+    count: int, *, clean: float = 0.4, high: float = 0.25, generator: Generator | None = None
+) -> Tensor:
+    """Noise added to attacked training images, ``[count]``: none with probability ``clean``, else U(0, ``high``)."""
+    uniform, coin = torch.rand(2, count, generator=generator)
+    return torch.where(coin < clean, torch.zeros(count), uniform * high)
+
+
+def bridge_state(
+    clean: Tensor,
+    attacked: Tensor,
+    s: Tensor,
+    sigma: Tensor | float = 0.0,
+    *,
+    gamma: float = 0.0,
+    generator: Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A point of the bridge and the noise level in it: ``[B,3,H,W]`` and ``[B]``.
+
+    x_s = (1 - s) x_c + s y + gamma sqrt(s(1-s)) xi, y = x_a + sigma n. FlowPure is sigma = gamma = 0 (arXiv
+    2505.13280), I2SB another gamma(s) (arXiv 2302.05872). At s = 0 it is the clean image, at s = 1 what a user sends.
+    """
+    sigma = per_image(sigma, clean)
+    level = (s**2 * sigma**2 + gamma**2 * s * (1 - s)).sqrt()  # n and xi are independent: one draw serves both
+    return clean + _wide(s) * (attacked - clean) + _wide(level) * noise_like(clean, generator), level
+
+
+def bridge_predict(
+    net: Denoiser,
+    clean: Tensor,
+    attacked: Tensor,
+    s: Tensor,
+    sigma: Tensor | float = 0.0,
+    *,
+    gamma: float = 0.0,
+    generator: Generator | None = None,
+) -> Tensor:
+    """The network's clean image from a random point of the bridge: what the bridge and guidance losses compare."""
+    x, level = bridge_state(clean, attacked, s, sigma, gamma=gamma, generator=generator)
+    return net(x, s, level)
+
+
+def charbonnier(images: Tensor, references: Tensor, *, eps: float = 1e-3) -> Tensor:
+    """Smooth L1 distance per image, ``[B]``: mean of sqrt(d^2 + eps^2) - eps (Charbonnier et al. 1994)."""
+    return ((images - references).square() + eps**2).sqrt().flatten(1).mean(1) - eps
+
+
+def bridge_loss(
+    net: Denoiser,
+    clean: Tensor,
+    attacked: Tensor,
+    s: Tensor,
+    sigma: Tensor | float = 0.0,
+    *,
+    gamma: float = 0.0,
+    generator: Generator | None = None,
+) -> Tensor:
+    """Supervised bridge loss ``[B]``: Charbonnier distance of the prediction at x_s to the clean image."""
+    return charbonnier(bridge_predict(net, clean, attacked, s, sigma, gamma=gamma, generator=generator), clean)
+
+
+def bridge_purify(
+    net: Denoiser,
+    images: Tensor,
+    *,
+    evaluations: int = 1,
+    sigma: float = 0.0,  # noise added before the first evaluation, pixels in [0, 1]
+    checkpoint: bool = False,
+    generator: Generator | None = None,
+) -> Tensor:
+    """Walk the bridge from s = 1 to 0, halving s: x <- x0 + (s'/s)(x - x0), the last step to s' = 0.
+
+    One evaluation returns the network's own prediction. Shift and noise shrink together along the line through x0,
+    so the level at s is s * sigma and a perfect predictor gives the same image for any number of evaluations.
+    """
+    x = images + sigma * noise_like(images, generator) if sigma > 0 else images
+    times = [0.5**k for k in range(evaluations)] + [0.0]
+    for now, then in pairwise(times):
+        x0 = evaluate(net, x, per_image(now, x), per_image(now * sigma, x), checkpoint=checkpoint)
+        x = x0 + then / now * (x - x0)
+    return x

@@ -1,0 +1,125 @@
+"""``key=value`` settings of the command line, laid over a config dataclass; nested ones as ``model.width=64``."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from codefend.types import UserError
+
+Config = TypeVar("Config")
+
+
+def parse_settings(items: Sequence[str]) -> dict[str, str]:
+    """Split ``key=value`` items; of a repeated key the last counts. Raises UserError when one is malformed."""
+    settings = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"expected key=value, got {item!r}")
+        settings[key.strip()] = value.strip()
+    return settings
+
+
+def number(text: str) -> float:
+    """Read ``0.03`` or ``8/255``. Raises UserError when it is neither."""
+    top, slash, bottom = text.partition("/")
+    try:
+        return float(top) / float(bottom) if slash else float(top)
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{text!r} is not a number; write it as 0.03 or 8/255") from error
+
+
+def known_keys(config: Any) -> list[str]:
+    """Every key that can be set, in order, nested ones with dots."""
+    keys = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        nested = is_dataclass(value) and not isinstance(value, type)
+        keys += [f"{field.name}.{inner}" for inner in known_keys(value)] if nested else [field.name]
+    return keys
+
+
+def check_keys(config: Any, settings: Mapping[str, str]) -> None:
+    """Raise UserError for a setting that ``config`` has no field for, naming the nearest one that it has."""
+    known = known_keys(config)
+    for key in settings:
+        if key in known:
+            continue
+        near = get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        raise UserError(f"unknown setting {key!r}; {hint}")
+
+
+def override(config: Config, settings: Mapping[str, str]) -> Config:
+    """Return a copy of the dataclass with each setting read as its field's type.
+
+    Raises UserError for an unknown key (the nearest is named) or a value that the field's type cannot hold.
+    """
+    check_keys(config, settings)
+    for key, text in settings.items():
+        config = _set(config, key.split("."), text, key)
+    return config
+
+
+def _set(config: Any, path: Sequence[str], text: str, key: str) -> Any:
+    name, *rest = path
+    if rest:
+        return replace(config, **{name: _set(getattr(config, name), rest, text, key)})
+    return replace(config, **{name: _read(text, get_type_hints(type(config))[name], key)})
+
+
+def _read(text: str, kind: Any, key: str) -> Any:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return _read_union(text, args, key)
+    if origin is Literal:
+        matches = [choice for choice in args if str(choice) == text]
+        if not matches:
+            raise UserError(f"{key}={text}: choose one of {', '.join(map(str, args))}")
+        return matches[0]
+    if origin in (tuple, list):
+        return _read_sequence(text, origin, args, key)
+    if kind is bool:
+        return _read_bool(text, key)
+    if kind is float:
+        return number(text)
+    if kind in (int, str, Path):
+        try:
+            return kind(text)
+        except ValueError as error:
+            raise UserError(f"{key}={text}: not a whole number") from error
+    raise UserError(f"{key} cannot be set on the command line")
+
+
+def _read_union(text: str, choices: Sequence[Any], key: str) -> Any:
+    if type(None) in choices and text.lower() in ("none", ""):
+        return None
+    failure = UserError(f"{key} cannot be set on the command line")
+    for choice in choices:
+        if choice is not type(None):
+            try:
+                return _read(text, choice, key)
+            except UserError as error:
+                failure = error
+    raise failure
+
+
+def _read_sequence(text: str, kind: type, args: Sequence[Any], key: str) -> Any:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if kind is tuple and Ellipsis not in args:
+        if len(parts) != len(args):
+            raise UserError(f"{key}={text}: expected {len(args)} values with commas between them")
+        return tuple(_read(part, arg, key) for part, arg in zip(parts, args, strict=True))
+    return kind(_read(part, args[0], key) for part in parts)
+
+
+def _read_bool(text: str, key: str) -> bool:
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if text.lower() not in words:
+        raise UserError(f"{key}={text}: expected true or false")
+    return words[text.lower()]

@@ -1,0 +1,94 @@
+"""Captioning and VQA on composed scenes, as tasks: the frozen sets that ship, and scenes drawn on demand.
+
+A frozen set is one zip of lossless pictures and ``examples.jsonl``; ``tools/build_scenes.py`` made it once.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from functools import cache
+from typing import Any, cast
+
+
+from codefend import images
+from codefend.tasks.language import CAPTION_PROMPT, KINDS, ask, captions
+from codefend.tasks.metrics import CAPTION_METRICS, VQA_METRICS, all_tags, tag_recall
+from codefend.tasks.objects import DATA
+from codefend.tasks.readers import CAPTION_TARGET, VQA_TARGET
+from codefend.tasks.scenes import Scene, Split, compose, load_photographs, scene_rng
+from codefend.types import Example, Task, UserError
+
+DRAWN = ("train", "val")  # made on demand from a seed; needs scikit-image
+FROZEN = {"test": 512, "shift": 256}
+LICENCE = "drawings: Fluent Emoji (MIT), Noto Emoji (Apache-2.0); backgrounds: public domain or CC0; see NOTICE"
+
+
+def load_scenes(kind: str, split: str, *, limit: int | None = None) -> Task:
+    """``kind`` caption or vqa; ``split`` test, shift, val or train; the first ``limit`` examples (None: all, or 512)."""
+    if split in FROZEN:
+        examples = _frozen(split)[kind][:limit]
+    elif split in DRAWN:
+        examples = drawn(kind, cast(Split, split), limit or 512)
+    else:
+        raise UserError(f"the scenes have no split {split!r}; known: test, val, train")
+    suffix = "-shift" if split == "shift" else ""
+    if kind == "caption":
+        metrics = {"all_tags": all_tags, "tag_recall": tag_recall, **CAPTION_METRICS}
+        return Task(f"caption{suffix}", examples, metrics, "all_tags", CAPTION_TARGET, "composed scenes", LICENCE)
+    return Task(f"vqa{suffix}", examples, dict(VQA_METRICS), "vqa_accuracy", VQA_TARGET, "composed scenes", LICENCE)
+
+
+def drawn(kind: str, split: Split, count: int) -> tuple[Example, ...]:
+    """Scenes ``0 .. count-1`` of a split, drawn now. Raises UserError when scikit-image is missing."""
+    return tuple(describe(compose(split, i, photographs=load_photographs()), split, i)[kind] for i in range(count))
+
+
+def describe(scene: Scene, split: Split, number: int) -> dict[str, Example]:
+    """The caption example and the VQA example of a scene, its image rounded to 8 bits."""
+    image = images.quantize8(scene.image)
+    name = f"{split}-{number:04d}"
+    tags = tuple(o.thing.name for o in scene.objects)
+    rng = scene_rng(split, 10_000_000 + number)  # apart from the stream that drew the scene
+    kinds = [KINDS[(number + turn) % len(KINDS)] for turn in range(len(KINDS))]
+    dialogue = next(d for kind in kinds if (d := ask(scene, kind, rng)) is not None)
+    return {
+        "caption": Example(f"{name}-c", image, CAPTION_PROMPT, captions(scene), "caption", tags),
+        "vqa": Example(f"{name}-q", image, dialogue.question, (dialogue.answer,), dialogue.kind),
+    }
+
+
+@cache
+def _frozen(split: str) -> dict[str, tuple[Example, ...]]:
+    examples: dict[str, list[Example]] = {"caption": [], "vqa": []}
+    with zipfile.ZipFile(DATA / f"scenes_{split}.zip") as archive:
+        for line in archive.read("examples.jsonl").decode().splitlines():
+            row: dict[str, Any] = json.loads(line)
+            image = images.load(archive.read(row["image"])).pixels
+            for kind, fields in row["examples"].items():
+                texts = {key: tuple(fields[key]) for key in ("references", "tags")}
+                examples[kind].append(Example(fields["id"], image, fields["prompt"], kind=fields["kind"], **texts))
+    return {kind: tuple(found) for kind, found in examples.items()}
+
+
+def freeze(split: Split, count: int) -> bytes:
+    """The zip of a frozen set."""
+    buffer, rows = io.BytesIO(), []
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # the pictures are compressed already
+        for number in range(count):
+            made = describe(compose(split, number, photographs=load_photographs()), split, number)
+            name = f"{number:04d}.webp"
+            archive.writestr(_entry(name), images.encode(made["caption"].image, "WEBP"))
+            fields = {
+                kind: {"id": e.id, "prompt": e.prompt, "references": e.references, "kind": e.kind, "tags": e.tags}
+                for kind, e in made.items()
+            }
+            rows.append(json.dumps({"image": name, "examples": fields}))
+        archive.writestr(_entry("examples.jsonl"), "\n".join(rows) + "\n")
+        archive.writestr(_entry("LICENCE.txt"), LICENCE + "\n")
+    return buffer.getvalue()
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    return zipfile.ZipInfo(name, date_time=(2026, 1, 1, 0, 0, 0))  # the same bytes each time

@@ -1,0 +1,1 @@
+"""The training loops: one flat function each, resumable by the same command."""

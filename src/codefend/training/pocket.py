@@ -1,0 +1,313 @@
+"""Train the pocket victim: ground the connector's tokens in words, then teach the language model to read them.
+
+Stage 1 (minutes) needs no language model: each vision token is pulled, by cross-entropy over cosines, towards the
+embedding of the words for what its cell shows ("red car", "background"). Stage 2 is visual instruction tuning (Liu et
+al. 2023): connector and LoRA on captions and questions. A scene and all its texts are one sequence under a block mask,
+each text seeing the image and itself: several times the supervision per image.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from codefend import images as pictures
+from codefend.runs import Run, load_checkpoint, open_run, progress, save_checkpoint
+from codefend.tasks.easyvqa import load_easyvqa
+from codefend.tasks.language import training_texts
+from codefend.tasks.objects import COLOURS, THINGS
+from codefend.tasks.readers import LazyExamples
+from codefend.tasks.scenes import Scene, compose, load_photographs
+from codefend.victims.pocket import AFTER, BEFORE, END, SIDE, TOKENS, Pocket, fit_square
+
+
+Dialogues = tuple[Path, list[tuple[str, str]]]
+
+
+@dataclass(frozen=True)
+class PocketConfig:
+    """Everything that decides the pocket's weights."""
+
+    encoder: str = "lite0"  # lite0, lite1 or lite2: a different victim each
+    rank: int = 32  # of the LoRA adapters
+    seed: int = 0
+    grounding_scenes: int = 6000
+    grounding_epochs: int = 10
+    steps: int = 800
+    batch: int = 4  # images a step
+    questions: int = 5  # texts an image, beside its caption
+    easyvqa: float = 0.12  # share of images from easy-vqa's training split
+    lr_connector: float = 1e-3
+    lr_lora: float = 8e-4
+    warmup: int = 50
+    save_every: int = 50  # steps
+
+
+def train_pocket(config: PocketConfig, folder: str | Path) -> Path:
+    """Train in ``folder`` and return the folder with the weights; the same call resumes after any interruption.
+
+    Raises UserError when a weight package or scikit-image is missing, or the folder was made with another config.
+    """
+    run = open_run(folder, {"train": "pocket", **config.__dict__})
+    pocket = Pocket(config.encoder, rank=config.rank)
+    parameters = pocket.trainable
+    checkpoint = run.dir / "checkpoint.safetensors"
+    if checkpoint.exists():
+        step, optimizer = _restore(checkpoint, pocket, config)
+    else:
+        _ground(pocket, config, run)
+        step, optimizer = 0, _optimizer(pocket, config)
+        _checkpoint(checkpoint, parameters, optimizer, step)
+    shapes = _easyvqa_dialogues()
+    with progress("pocket", config.steps, done=step) as advance:
+        while step < config.steps:
+            started = time.perf_counter()
+            losses = _instruct(pocket, optimizer, config, step, shapes)
+            step += 1
+            row = {"key": f"step-{step}", "step": step, **losses, "seconds": time.perf_counter() - started}
+            run.append(row)
+            advance(1, f"loss {losses['loss']:.3f}")
+            if step % config.save_every == 0 or step == config.steps:
+                _checkpoint(checkpoint, parameters, optimizer, step)
+                export_pocket(pocket, run.dir / "weights")
+    return run.dir / "weights"
+
+
+def export_pocket(pocket: Pocket, folder: Path) -> None:
+    """Write the trained part in 16 bits, atomically, as `victims.pocket.load_pocket` reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: p.detach().to(torch.float16) for name, p in pocket.trainable.items()}
+    save_checkpoint(folder / "model.safetensors", state)
+    (folder / "config.json").write_text(json.dumps(pocket.config, indent=2) + "\n")
+
+
+# Stage 1: words for cells
+
+
+def _ground(pocket: Pocket, config: PocketConfig, run: Run) -> None:
+    """Train the connector alone so that each token is near the words for its cell."""
+    tokens, labels, words = _grounding_set(pocket, config)
+    connector = pocket.connector.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(connector.parameters(), lr=2e-3, weight_decay=0.01)
+    steps = config.grounding_epochs * len(tokens) // 64
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    draw = torch.Generator().manual_seed(config.seed)
+    with progress("grounding", steps) as advance:
+        for step in range(steps):
+            pick = torch.randint(len(tokens), (64,), generator=draw)
+            cosines = F.normalize(connector(tokens[pick].float()), dim=-1) @ words.T
+            loss = F.cross_entropy((cosines / 0.05).flatten(0, 1), labels[pick].flatten(), ignore_index=-1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            advance(1, f"loss {loss.item():.3f}")
+            if step % 100 == 0 or step == steps - 1:
+                right = cosines.argmax(-1) == labels[pick]
+                seen = labels[pick] >= 0
+                objects = seen & (labels[pick] < len(words) - 1)
+                row = {"loss": loss.item(), "cells": _share(right, seen), "objects": _share(right, objects)}
+                run.append({"key": f"ground-{step}", **row})
+
+
+def _share(right: Tensor, among: Tensor) -> float:
+    return (right & among).sum().item() / max(1, int(among.sum()))
+
+
+def _grounding_set(pocket: Pocket, config: PocketConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Encoder tokens ``[S, T, W]`` (half precision), cell labels ``[S, T]``, unit word embeddings ``[C, D]``."""
+    names = [f" {c} {t.name}" for t in THINGS if t.tinted for c in COLOURS]
+    names += [f" {t.name}" for t in THINGS if not t.tinted] + [" background"]
+    index = {name: i for i, name in enumerate(names)}
+    words = F.normalize(torch.stack([e.mean(0) for e in pocket.embed(names)]), dim=-1)
+    rng = np.random.default_rng([config.seed, 1])
+    tokens, labels = [], []
+    with progress("grounding scenes", config.grounding_scenes) as advance, torch.no_grad():
+        for start in range(0, config.grounding_scenes, 32):
+            # Seeds above a million keep these scenes apart from the instruction stage's.
+            scenes = [compose("train", 1_000_000 + start + i, photographs=load_photographs()) for i in range(32)]
+            batch = augment(torch.stack([s.image for s in scenes]), rng)
+            tokens.append(pocket.features(batch).half())
+            labels.append(torch.stack([_cells(scene, index) for scene in scenes]))
+            advance(32)
+    return torch.cat(tokens), torch.cat(labels), words
+
+
+def _cells(scene: Scene, index: dict[str, int]) -> Tensor:
+    """What each 32-pixel cell shows, ``[T]``; -1 where an object only grazes it."""
+    side = SIDE // 32
+    labels = torch.full((side, side), len(index) - 1)
+    for item in scene.objects:
+        for row in range(side):
+            for column in range(side):
+                high = min(item.top + item.size, 32 * row + 32) - max(item.top, 32 * row)
+                wide = min(item.left + item.size, 32 * column + 32) - max(item.left, 32 * column)
+                cover = max(0, high) * max(0, wide) / 32**2
+                if cover > 0.3:
+                    labels[row, column] = index[f" {item.phrase}"]
+                elif cover > 0.05:
+                    labels[row, column] = -1
+    return labels.flatten()
+
+
+def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Light blur and noise on about half of the images, as a captioner in use meets them."""
+    out = []
+    for image in images:
+        if rng.random() < 0.35:
+            small = int(rng.integers(72, SIDE))
+            image = F.interpolate(image[None], (small, small), mode="bilinear", antialias=True)
+            image = F.interpolate(image, (SIDE, SIDE), mode="bicubic").squeeze(0)
+        if rng.random() < 0.35:
+            noise = torch.from_numpy(rng.standard_normal((3, SIDE, SIDE), dtype=np.float32))
+            image = image + noise * float(rng.uniform(0, 0.09))
+        out.append(image.clamp(0, 1))
+    return torch.stack(out)
+
+
+# Stage 2: instructions
+
+
+def _instruct(
+    pocket: Pocket, optimizer: torch.optim.Optimizer, config: PocketConfig, step: int, shapes: Sequence[Dialogues]
+) -> dict[str, float]:
+    rate = _rate(step, config)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base"] * rate
+    batch, texts = _batch(config, step, shapes)
+    loss, short, caption = packed_loss(pocket, batch, texts)
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(list(pocket.trainable.values()), 1.0)
+    optimizer.step()
+    return {"loss": loss.item(), "answers": short, "captions": caption, "grad_norm": float(norm), "rate": rate}
+
+
+def _rate(step: int, config: PocketConfig) -> float:
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _easyvqa_dialogues() -> list[Dialogues]:
+    """The pictures of easy-vqa's training split, each with all its (question, answer) pairs."""
+    grouped: dict[Path, list[tuple[str, str]]] = {}
+    examples = load_easyvqa("train").examples
+    for record in cast(LazyExamples, examples).records:
+        grouped.setdefault(record.path, []).append((record.prompt, record.references[0]))
+    return list(grouped.items())
+
+
+def _batch(
+    config: PocketConfig, step: int, shapes: Sequence[Dialogues]
+) -> tuple[Tensor, list[list[tuple[str, str]]]]:
+    rng = np.random.default_rng([config.seed, 2, step])
+    batch, texts = [], []
+    for i in range(config.batch):
+        if rng.random() < config.easyvqa:
+            path, dialogues = shapes[int(rng.integers(len(shapes)))]
+            picks = rng.choice(len(dialogues), min(config.questions, len(dialogues)), replace=False)
+            batch.append(fit_square(pictures.load(path).pixels[None])[0])
+            texts.append([dialogues[int(p)] for p in picks])
+        else:
+            scene = compose("train", step * config.batch + i, photographs=load_photographs())
+            batch.append(scene.image)
+            texts.append(training_texts(scene, rng, questions=config.questions))
+    return augment(torch.stack(batch), rng), texts
+
+
+def packed_loss(
+    pocket: Pocket, images: Tensor, texts: Sequence[Sequence[tuple[str, str]]]
+) -> tuple[Tensor, float, float]:
+    """Mean NLL over all answers of all images (each answer weighs the same), and its value on first and other texts.
+
+    ``images`` ``[B, 3, H, W]``; ``texts[b]`` the (prompt, answer) pairs of image b.
+    """
+    vision = pocket.connector(pocket.features(images))
+    before = pocket.encode([BEFORE])[0]
+    prefix = len(before) + TOKENS
+    rows, segments, positions, reads, answers = [], [], [], [], []
+    for b, pairs in enumerate(texts):
+        asked = pocket.encode([f"\n{prompt}{AFTER}" for prompt, _ in pairs])
+        replies = pocket.encode([f"{answer}{END}" for _, answer in pairs])
+        ids, segment, position = [], [0] * prefix, list(range(prefix))
+        for number, (question, reply) in enumerate(zip(asked, replies, strict=True), start=1):
+            start = prefix + len(ids) + len(question) - 1
+            reads.append((b, start, len(reply)))
+            answers.append(reply)
+            ids += question + reply[:-1]
+            length = len(question) + len(reply) - 1
+            segment += [number] * length
+            position += list(range(prefix, prefix + length))
+        table = pocket.llm.get_input_embeddings().weight
+        text = F.embedding(torch.tensor(ids), table)
+        rows.append(torch.cat([F.embedding(torch.tensor(before), table), vision[b], text]))
+        segments.append(torch.tensor(segment))
+        positions.append(torch.tensor(position))
+    hidden = pocket.llm.model(
+        inputs_embeds=nn.utils.rnn.pad_sequence(rows, batch_first=True),
+        attention_mask=_block_mask(nn.utils.rnn.pad_sequence(segments, batch_first=True, padding_value=-1)),
+        position_ids=nn.utils.rnn.pad_sequence(positions, batch_first=True),
+    ).last_hidden_state
+    logits = pocket.llm.lm_head(torch.cat([hidden[b, start : start + n] for b, start, n in reads]))
+    nll = F.cross_entropy(logits, torch.tensor([i for a in answers for i in a]), reduction="none")
+    means = torch.stack([part.mean() for part in nll.split([len(a) for a in answers])])
+    first = torch.tensor([b == 0 or reads[i - 1][0] != r[0] for i, r in enumerate(reads)])
+    return means.mean(), means[~first].mean().item(), means[first].mean().item()
+
+
+def _block_mask(segments: Tensor) -> Tensor:
+    """Additive mask ``[B, 1, L, L]``: causal, and text sees segment 0 (the image) and its own segment only."""
+    same = segments[:, :, None] == segments[:, None, :]
+    shared = segments[:, None, :] == 0
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    allowed = (same | shared) & causal
+    return torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[:, None]
+
+
+# State
+
+
+def _optimizer(pocket: Pocket, config: PocketConfig) -> torch.optim.Optimizer:
+    parameters = pocket.trainable
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    connector = [p for name, p in parameters.items() if name.startswith("connector.")]
+    lora = [p for name, p in parameters.items() if "lora_" in name]
+    groups = [
+        {"params": connector, "base": config.lr_connector, "weight_decay": 0.01},
+        {"params": lora, "base": config.lr_lora, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr_connector, betas=(0.9, 0.98))
+
+
+def _checkpoint(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int) -> None:
+    tensors = {f"model/{name}": p.detach() for name, p in parameters.items()}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}/{name}"] = torch.as_tensor(value)
+    save_checkpoint(path, tensors, {"step": step})
+
+
+def _restore(path: Path, pocket: Pocket, config: PocketConfig) -> tuple[int, torch.optim.Optimizer]:
+    tensors, state = load_checkpoint(path)
+    optimizer = _optimizer(pocket, config)
+    parameters = pocket.trainable
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[f"model/{name}"])
+        moments = {k: tensors[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors}
+        if moments:
+            optimizer.state[parameter] = moments
+    return int(state["step"]), optimizer

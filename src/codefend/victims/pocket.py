@@ -1,0 +1,187 @@
+"""The pocket victim: a multimodal LLM in LLaVA's shape, small enough for two CPU cores.
+
+image -> frozen EfficientNet-Lite -> 16 vision tokens -> connector (trained here) -> SmolLM2-135M-Instruct with LoRA
+(trained here). Differentiable from pixels to the language-model loss. Liu et al. 2023 (LLaVA), Hu et al. 2021 (LoRA).
+
+Shape legend: B batch, T vision tokens (16), L text positions, D the language model's width (576).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from codefend.types import UserError
+from codefend.victims.efficientnet_lite import EfficientNetLite
+from codefend.victims.smollm import load_smollm
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+SIDE = 128  # pixels that the encoder sees
+TOKENS = (SIDE // 32) ** 2
+BEFORE = "<|im_start|>user\n"  # then the image
+AFTER = "<|im_end|>\n<|im_start|>assistant\n"
+END = "<|im_end|>"
+EMBEDDING_STD = 0.136  # of SmolLM2's input embeddings; projected tokens start at this scale or training stalls
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def fit_square(images: Tensor, side: int = SIDE) -> Tensor:
+    """Pad with grey to a square and resize (antialiased, differentiable) to ``[B, 3, side, side]``."""
+    height, width = images.shape[-2:]
+    if height != width:
+        gap, longer = abs(height - width), max(height, width)
+        first = (gap // 2, gap - gap // 2)
+        pads = (0, 0, *first) if width == longer else (*first, 0, 0)
+        images = F.pad(images, pads, value=0.5)
+    if images.shape[-1] == side:
+        return images
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True, align_corners=False)
+
+
+class Connector(nn.Module):
+    """Encoder tokens ``[B, T, W]`` to language-model embeddings ``[B, T, D]`` of the embedding table's own scale."""
+
+    def __init__(self, width: int, *, hidden: int = 1152, out: int = 576) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.position = nn.Parameter(torch.zeros(TOKENS, width))
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out))
+        self.scale = nn.Parameter(torch.tensor(EMBEDDING_STD))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.rms_norm(self.mlp(self.norm(tokens) + self.position), (self.mlp[-1].out_features,)) * self.scale
+
+
+class Pocket(nn.Module):
+    """The pocket MLLM. ``encoder`` in efficientnet_lite.NAMES; ``rank`` of the LoRA adapters (0: none)."""
+
+    name = "pocket"
+
+    def __init__(self, encoder: str = "lite0", *, rank: int = 32) -> None:
+        super().__init__()
+        self.config = {"encoder": encoder, "rank": rank}
+        self.encoder = EfficientNetLite(encoder)
+        self.connector = Connector(self.encoder.width)
+        self.llm, self.tokenizer = load_smollm()
+        self._end = self.tokenizer.token_to_id(END)
+        if rank:
+            _add_lora(self.llm, rank)
+        self.requires_grad_(False).eval()
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What training changes and what a weights folder holds: the connector and the adapters."""
+        return {k: p for k, p in self.named_parameters() if k.startswith("connector.") or "lora_" in k}
+
+    # Reading images and text
+
+    def features(self, images: Tensor) -> Tensor:
+        """Vision tokens of the encoder, ``[B, T, W]``."""
+        tokens: Tensor = self.encoder(fit_square(images))
+        return tokens
+
+    def embed(self, texts: Sequence[str]) -> list[Tensor]:
+        """Token embeddings ``[L_i, D]`` of each text."""
+        table = self.llm.get_input_embeddings().weight
+        return [F.embedding(torch.tensor(ids, dtype=torch.long), table) for ids in self.encode(texts)]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def _context(self, images: Tensor, prompts: Sequence[str]) -> list[Tensor]:
+        """For each example ``[BEFORE, image, prompt, AFTER]`` as embeddings ``[L_i, D]``."""
+        vision = self.connector(self.features(images))
+        before = self.embed([BEFORE])[0]
+        asked = self.embed([f"\n{prompt}{AFTER}" for prompt in prompts])
+        return [torch.cat([before, v, q]) for v, q in zip(vision, asked, strict=True)]
+
+    # The victim's three methods
+
+    def loss(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
+        """Mean negative log-likelihood of each target and its end mark, ``[B]``, differentiable in the images."""
+        contexts = self._context(images, prompts)
+        answers = self.encode([f"{target}{END}" for target in targets])
+        table = self.llm.get_input_embeddings().weight
+        rows = [torch.cat([c, F.embedding(torch.tensor(a[:-1]), table)]) for c, a in zip(contexts, answers, strict=True)]
+        # Right padding needs no mask: attention is causal and padded positions are never read.
+        hidden = self.llm.model(inputs_embeds=nn.utils.rnn.pad_sequence(rows, batch_first=True)).last_hidden_state
+        read = [h[len(c) - 1 : len(c) - 1 + len(a)] for h, c, a in zip(hidden, contexts, answers, strict=True)]
+        logits = self.llm.lm_head(torch.cat(read))  # only answer positions: the head is a large part of the cost
+        nll = F.cross_entropy(logits, torch.tensor([i for a in answers for i in a]), reduction="none")
+        return torch.stack([part.mean() for part in nll.split([len(a) for a in answers])])
+
+    @torch.no_grad()
+    def generate(self, images: Tensor, prompts: Sequence[str], *, max_new_tokens: int = 48) -> list[str]:
+        """Greedy answers, batched with a key-value cache."""
+        from transformers import DynamicCache
+
+        contexts = self._context(images, prompts)
+        lengths = torch.tensor([len(c) for c in contexts])
+        longest = int(lengths.max())
+        embeds = torch.stack([F.pad(c, (0, 0, longest - len(c), 0)) for c in contexts])  # left padding
+        mask = (torch.arange(longest) >= (longest - lengths)[:, None]).long()
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache, answers = DynamicCache(), torch.empty(len(contexts), 0, dtype=torch.long)
+        finished = torch.zeros(len(contexts), dtype=torch.bool)
+        step: dict[str, Any] = {"inputs_embeds": embeds}
+        for _ in range(max_new_tokens):
+            out = self.llm.model(
+                **step, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            )
+            token = self.llm.lm_head(out.last_hidden_state[:, -1]).argmax(-1)
+            answers = torch.cat([answers, token.masked_fill(finished, self._end)[:, None]], dim=1)
+            finished |= token == self._end
+            if bool(finished.all()):
+                break
+            step = {"input_ids": token[:, None]}
+            positions = positions[:, -1:] + 1
+            mask = F.pad(mask, (0, 1), value=1)
+        return [self._decode(row.tolist()) for row in answers]
+
+    def _decode(self, ids: list[int]) -> str:
+        ids = ids[: ids.index(self._end)] if self._end in ids else ids
+        return str(self.tokenizer.decode(ids)).strip()
+
+
+def _add_lora(llm: Any, rank: int) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LORA_TARGETS), lora_dropout=0.0)
+    inject_adapter_in_model(config, llm)
+
+
+def merge_lora(llm: Any) -> None:
+    """Fold the adapters into the weights, in place: a third faster, the same function."""
+    from peft.tuners.lora import Linear
+
+    for module in list(llm.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Linear):
+                child.merge()
+                setattr(module, name, child.get_base_layer().requires_grad_(False))
+
+
+def load_pocket(folder: Path) -> Pocket:
+    """The pocket with the weights of ``folder`` (``model.safetensors``, ``config.json``), adapters merged."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        victim = Pocket(config["encoder"], rank=config["rank"])
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder} holds no pocket weights ({error}); train some with `codefend train pocket`") from error
+    missing = set(victim.trainable) - set(state)
+    if missing:
+        raise UserError(f"{folder}/model.safetensors lacks {sorted(missing)[0]!r}; it was made by another version")
+    victim.load_state_dict(state, strict=False)
+    merge_lora(victim.llm)
+    return victim

@@ -1,0 +1,192 @@
+"""Objectives: the sign conventions, one number per image, and what happens behind a defense."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, cross_entropy
+
+from codefend.attacks import ATTACKS, AttackSpec, objective_for
+from codefend.attacks.objectives import (
+    Counted,
+    answers_scored,
+    eot,
+    features_away,
+    features_towards,
+    targeted,
+    untargeted,
+)
+from codefend.defense import DefendedVictim, Defense
+from codefend.types import UserError, WhiteBox
+
+
+class ToyVictim:
+    """A random conv net that answers one of eight letters; a text stands for the letter its length points at."""
+
+    name = "toy"
+
+    def __init__(self, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.kernel = torch.randn(12, 3, 4, 4, generator=generator) / 4
+        self.head = torch.randn(12, 8, generator=generator) * 3
+
+    def features(self, images: Tensor) -> Tensor:
+        return torch.tanh(conv2d(images - 0.5, self.kernel.to(images), stride=4)).flatten(2).transpose(1, 2)
+
+    def logits(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        shift = torch.tensor([len(p) % 3 for p in prompts]).view(-1, 1) / 3
+        return torch.tanh(self.features(images).mean(1) * 4 + shift) @ self.head.to(images)
+
+    def loss(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
+        labels = torch.tensor([len(t) % 8 for t in targets])
+        return cross_entropy(self.logits(images, prompts), labels, reduction="none")
+
+    def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
+        return ["abcdefgh"[i] for i in self.logits(images, prompts).argmax(1).tolist()]
+
+
+class Dim:
+    """A differentiable, deterministic purifier."""
+
+    def __call__(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        return 0.1 + 0.8 * images
+
+
+class Noisy:
+    """A differentiable, randomized purifier."""
+
+    def __init__(self, sigma: float = 0.1) -> None:
+        self.sigma = sigma
+
+    def __call__(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        return images + self.sigma * torch.randn(images.shape, generator=generator)
+
+
+PROMPTS = ["what?", "describe", "how many?"]
+ANSWERS = ["a", "bb", "ccc"]
+
+
+def pictures(batch: int = 3, size: int = 16, seed: int = 1) -> Tensor:
+    """8-bit images with saturated pixels in them, as flat backgrounds have."""
+    noise = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    return ((noise * 1.4 - 0.2).clamp(0, 1) * 255).round() / 255
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return pictures()
+
+
+def test_untargeted_is_minus_the_loss_of_the_answer(images: Tensor) -> None:
+    victim = ToyVictim()
+    losses = untargeted(victim, PROMPTS, ANSWERS)(images)
+    assert losses.shape == (3,)
+    assert torch.equal(losses, -victim.loss(images, PROMPTS, ANSWERS))
+
+
+def test_targeted_is_the_loss_of_the_sentence(images: Tensor) -> None:
+    victim = ToyVictim()
+    assert torch.equal(targeted(victim, PROMPTS, ANSWERS)(images), victim.loss(images, PROMPTS, ANSWERS))
+
+
+def test_features_away_is_one_at_the_clean_image_and_less_elsewhere(images: Tensor) -> None:
+    objective = features_away(ToyVictim(), images)
+    assert torch.allclose(objective(images), torch.ones(3), atol=1e-5)
+    assert (objective(1 - images) < 0).all()
+
+
+def test_features_towards_is_lowest_at_the_target_image(images: Tensor) -> None:
+    target = pictures(1, seed=9)
+    objective = features_towards(ToyVictim(), target)  # one target for the batch
+    at_target = objective(target.expand(3, -1, -1, -1))
+    assert torch.allclose(at_target, -torch.ones(3), atol=1e-5)
+    assert (objective(images) > at_target).all()
+
+
+def test_feature_reference_may_be_another_victim(images: Tensor) -> None:
+    bare, defended = ToyVictim(), DefendedVictim(ToyVictim(), Defense(purifier=Dim(), name="dim"))
+    own = features_away(defended, images)(images)
+    against_bare = features_away(defended, images, reference=bare)(images)
+    assert torch.allclose(own, torch.ones(3), atol=1e-5)
+    assert (against_bare < own - 1e-4).all()
+
+
+def test_every_objective_has_a_gradient_through_the_defense(images: Tensor) -> None:
+    victim = DefendedVictim(ToyVictim(), Defense(purifier=Dim(), policy=lambda p: p + "!", name="dim"))
+    for spec in ATTACKS.values():
+        objective = objective_for(spec, victim, PROMPTS, ANSWERS, "target", images, pictures(seed=2))
+        x = (images + 0.01).clamp(0, 1).requires_grad_(True)
+        losses = objective(x)
+        assert losses.shape == (3,)
+        (grad,) = torch.autograd.grad(losses.sum(), x)
+        assert (grad.flatten(1).norm(dim=1) > 0).all(), spec.name
+
+
+def test_eot_averages_a_stochastic_objective(images: Tensor) -> None:
+    victim = DefendedVictim(ToyVictim(), Defense(purifier=Noisy(), name="noisy"), generator=torch.Generator())
+    objective = untargeted(victim, PROMPTS, ANSWERS)
+    single = torch.stack([objective(images) for _ in range(64)])
+    means = torch.stack([eot(objective, 16)(images) for _ in range(64)])
+    assert (means.std(0) < single.std(0) / 2).all()  # a quarter, up to sampling noise
+    assert torch.allclose(means.mean(0), single.mean(0), atol=float(4 * single.std(0).max() / 8))
+
+
+def test_answers_can_be_scored_without_a_loss(images: Tensor) -> None:
+    victim = ToyVictim()
+    objective = answers_scored(victim, PROMPTS, lambda answers: [float(a in "abcd") for a in answers])
+    expected = [float(a in "abcd") for a in victim.generate(images, PROMPTS)]
+    assert objective(images).tolist() == expected
+
+
+def test_counted_counts_calls(images: Tensor) -> None:
+    counted = Counted(untargeted(ToyVictim(), PROMPTS, ANSWERS))
+    counted(images)
+    counted(images)
+    assert counted.calls == 2
+
+
+def test_objective_for_serves_every_goal(images: Tensor) -> None:
+    victim: WhiteBox = ToyVictim()
+
+    def value(name: str, target: str | Sequence[str] = "target") -> Tensor:
+        return objective_for(ATTACKS[name], victim, PROMPTS, ANSWERS, target, images, pictures(seed=2))(images)
+
+    assert torch.equal(value("apgd"), -victim.loss(images, PROMPTS, ANSWERS))
+    assert torch.equal(value("apgd-targeted"), victim.loss(images, PROMPTS, ["target"] * 3))
+    assert torch.equal(value("apgd-targeted", ["x", "yy", "zzz"]), victim.loss(images, PROMPTS, ["x", "yy", "zzz"]))
+    assert torch.equal(value("feature"), features_away(victim, images)(images))
+    assert torch.equal(value("feature-target"), features_towards(victim, pictures(seed=2))(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "said"), [("feature-target", "t", "image"), ("pgd-targeted", "", "sentence")]
+)
+def test_objective_for_says_what_is_missing(images: Tensor, name: str, target: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        objective_for(ATTACKS[name], ToyVictim(), PROMPTS, ANSWERS, target, images)
+
+
+def test_rows_must_match(images: Tensor) -> None:
+    with pytest.raises(UserError, match="3 prompts but 1"):
+        untargeted(ToyVictim(), PROMPTS, ["a"])
+
+
+def test_table_is_complete_and_torch_free() -> None:
+    code = "import sys, codefend.attacks as a; print(len(a.ATTACKS), 'torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [str(len(ATTACKS)), "False"]
+
+
+@pytest.mark.parametrize("spec", ATTACKS.values(), ids=lambda s: s.name)
+def test_spec_is_filled_in(spec: AttackSpec) -> None:
+    assert ATTACKS[spec.name] is spec
+    assert spec.build().name == spec.name
+    assert spec.summary
+    assert "\n" not in spec.summary
+    assert spec.source
+    assert spec.steps > 0

@@ -1,0 +1,11 @@
+"""Freeze the shipped test sets: src/codefend/data/scenes_{test,shift}.zip. Run once; numbers are quoted on its output."""
+
+from __future__ import annotations
+
+from codefend.runs import write_atomic
+from codefend.tasks.objects import DATA
+from codefend.tasks.scene_tasks import FROZEN, freeze
+
+if __name__ == "__main__":
+    for split, count in FROZEN.items():
+        write_atomic(DATA / f"scenes_{split}.zip", freeze(split, count))  # type: ignore[arg-type]
