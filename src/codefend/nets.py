@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from codefend.diffusion import SHIFT_DATA, SIGMA_DATA, preconditioning
+from codefend.runs import write_atomic
 from codefend.types import UserError
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -80,7 +81,8 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         scale, shift = self.film(embedding)[:, :, None, None].chunk(2, 1)
         hidden = torch.addcmul(shift, self.conv1(self.norm(x)), 1 + scale)
-        return x + self.conv2(F.silu(hidden))
+        change: Tensor = self.conv2(F.silu(hidden))
+        return x + change
 
 
 class Stage(nn.Module):
@@ -105,7 +107,7 @@ class Embedding(nn.Module):
 
     def __init__(self, width: int, frequencies: int = 16) -> None:
         super().__init__()
-        self.register_buffer("octaves", 2.0 ** torch.linspace(-1, 4, frequencies), persistent=False)
+        self.register_buffer("octaves", 2.0 ** torch.linspace(-1, 3, frequencies), persistent=False)
         self.level = nn.Linear(2 * frequencies, width)
         self.time = nn.Linear(8, width, bias=False)
         self.out = nn.Linear(width, width)
@@ -181,6 +183,7 @@ def _ceil(side: int, multiple: int) -> int:
     return -(-side // multiple) * multiple
 
 
+@lru_cache(maxsize=64)
 def count_multiply_adds(config: NetConfig, height: int, width: int) -> int:
     """Count by hooks on a meta-device copy: convolutions and linear layers only, as the literature does."""
     total = 0
@@ -213,15 +216,12 @@ def save_net(
     """Write ``config.json`` and ``model.safetensors`` into ``folder``, each whole or not at all.
 
     ``kind`` is "prior" or "bridge"; ``options`` are the purifier's defaults (evaluations, sigma, t, steps, ...).
+    Raises UserError when the folder cannot be written.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in net.state_dict().items()}
     meta = {"format": 1, "kind": kind, "net": asdict(net.config), "options": dict(options or {})}
-    save_file(state, folder / f"{WEIGHTS_FILE}.part")
-    os.replace(folder / f"{WEIGHTS_FILE}.part", folder / WEIGHTS_FILE)
-    (folder / f"{CONFIG_FILE}.part").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    os.replace(folder / f"{CONFIG_FILE}.part", folder / CONFIG_FILE)
+    write_atomic(Path(folder) / WEIGHTS_FILE, save(state))
+    write_atomic(Path(folder) / CONFIG_FILE, json.dumps(meta, indent=2) + "\n")
 
 
 def load_net(folder: str | Path) -> tuple[PurifierNet, dict[str, Any]]:

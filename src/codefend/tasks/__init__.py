@@ -47,7 +47,9 @@ def _easyvqa(split: str, limit: int | None) -> Task:
 TASKS: dict[str, TaskSpec] = {
     spec.name: spec
     for spec in (
-        TaskSpec("caption", "caption composed scenes of 1 to 4 objects (512 frozen test images)", _scenes("caption", "")),
+        TaskSpec(
+            "caption", "caption composed scenes of 1 to 4 objects (512 frozen test images)", _scenes("caption", "")
+        ),
         TaskSpec("vqa", "questions of six kinds on the same scenes", _scenes("vqa", "")),
         TaskSpec("caption-shift", "captioning in a second drawing style (256 images)", _scenes("caption", "shift")),
         TaskSpec("vqa-shift", "questions in a second drawing style", _scenes("vqa", "shift")),

@@ -23,7 +23,11 @@ CAPTION_PROMPTS = (
     "Caption this picture.",
     "Give a short description of the image.",
 )
-DETAIL_PROMPTS = ("Describe the picture in detail.", "Say what is where in the picture.", "Give a detailed description.")
+DETAIL_PROMPTS = (
+    "Describe the picture in detail.",
+    "Say what is where in the picture.",
+    "Give a detailed description.",
+)
 BRIEF = ("", "", " Answer briefly.", " Answer with one word or a short phrase.")
 SENTENCE = (" Answer in a full sentence.", " Reply with a complete sentence.")
 # Harmless text around a question, so that the model learns to answer through a prefix.
@@ -161,7 +165,9 @@ def relation(scene: Scene, rng: np.random.Generator) -> Dialogue | None:
     fitting = [w for w, d in open_ways if d > 0 and (len(scene.objects) == 2 or _straight(first, second, w))]
     way = fitting[int(rng.integers(len(fitting)))]
     name = second.thing.name
-    return Dialogue("relation", f"What is {way} the {name}?", first.thing.name, f"{a(first.phrase)} is {way} the {name}")
+    return Dialogue(
+        "relation", f"What is {way} the {name}?", first.thing.name, f"{a(first.phrase)} is {way} the {name}"
+    )
 
 
 def _straight(first: Placed, second: Placed, way: str) -> bool:

@@ -24,7 +24,7 @@ COLOURS: dict[str, float] = {"red": 0.0, "yellow": 0.14, "green": 0.36, "blue": 
 
 @dataclass(frozen=True)
 class Thing:
-    """One class of object. ``tinted`` ones are drawn in a random colour of COLOURS, so that colour must be looked at."""
+    """A class of object. ``tinted`` ones are drawn in a random colour of COLOURS: their colour must be looked at."""
 
     name: str
     code: str  # Unicode code point, hexadecimal: names the drawing in both emoji sets
@@ -50,7 +50,11 @@ def _table() -> tuple[Thing, ...]:
     )
     rows = [(animals, "animal", False), (foods, "food", False), (others, "other", False)]
     rows += [(vehicles, "vehicle", True), (clothes, "clothing", True), (tools, "other", True)]
-    things = [Thing(*item.split(" "), category, tinted) for text, category, tinted in rows for item in text.split(",")]
+    things = []
+    for text, category, tinted in rows:
+        for item in text.split(","):
+            name, code = item.split(" ")
+            things.append(Thing(name, code, category, tinted))
     # A butterfly is an animal whose colour varies: it keeps "tinted" and "animal" from being the same thing.
     return tuple(Thing(t.name, t.code, "animal", True) if t.name == "butterfly" else t for t in things)
 

@@ -11,7 +11,6 @@ import zipfile
 from functools import cache
 from typing import Any, cast
 
-
 from codefend import images
 from codefend.tasks.language import CAPTION_PROMPT, KINDS, ask, captions
 from codefend.tasks.metrics import CAPTION_METRICS, VQA_METRICS, all_tags, tag_recall
@@ -26,7 +25,7 @@ LICENCE = "drawings: Fluent Emoji (MIT), Noto Emoji (Apache-2.0); backgrounds: p
 
 
 def load_scenes(kind: str, split: str, *, limit: int | None = None) -> Task:
-    """``kind`` caption or vqa; ``split`` test, shift, val or train; the first ``limit`` examples (None: all, or 512)."""
+    """``kind`` caption or vqa; ``split`` test, shift, val or train; the first ``limit`` examples (None: 512 or all)."""
     if split in FROZEN:
         examples = _frozen(split)[kind][:limit]
     elif split in DRAWN:

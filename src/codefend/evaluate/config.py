@@ -1,0 +1,160 @@
+"""What to evaluate: the config that is saved beside the rows, and how its defenses and attacks are spelled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from codefend.attacks import ATTACKS, AttackSpec
+from codefend.registry import lookup
+from codefend.settings import override, parse_settings
+from codefend.types import Attack, Budget, UserError
+
+Threat = Literal["T0", "T1", "T2", "T2d"]
+# T0 oblivious: the attack sees the bare victim. T1 transfer: it goes through a surrogate defense.
+# T2 white box: through the defense itself. T2d: and it knows the seed that the defense will draw its noise with.
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """One evaluation. Defenses and attacks may carry options: ``bridge:evaluations=2``, ``apgd:steps=50,restarts=3``.
+
+    The defense ``none`` is the bare victim; all its rows are T0, as there is nothing to adapt to.
+    """
+
+    victim: str = "pocket"
+    tasks: tuple[str, ...] = ("caption", "vqa")
+    defenses: tuple[str, ...] = ("none", "jpeg", "diffpure", "bridge")
+    attacks: tuple[str, ...] = ("apgd", "apgd-targeted")
+    eps: tuple[float, ...] = (8.0,)  # l-inf: in 1/255; l2: in pixel units
+    norm: Literal["linf", "l2"] = "linf"
+    steps: int = 0  # gradient steps, or queries of a score attack; 0: each attack's usual number
+    eot: int = 1  # gradient samples per step, where the attacked defense is randomized
+    restarts: int = 1  # of the attacks that have restarts, best per example
+    threats: tuple[Threat, ...] = ("T0", "T2")
+    surrogate: str = ""  # the defense that T1 goes through
+    split: str = "test"
+    limit: int | None = None  # examples per task, the first ones; None: all
+    adaptive: tuple[str, ...] = ()  # the defenses attacked at T2 and T2d; empty: all
+    adaptive_limit: int | None = None  # examples per task at T2 and T2d, the first ones; None: as limit
+    batch: int = 16
+    seed: int = 0
+    resubmissions: int = 1  # N: how often a randomized defense is asked about the same image
+    skip_wrong: bool = True  # T2, untargeted: leave out images whose clean answer already scores 0
+    panels: int = 3  # examples per task whose pictures are kept for the report, the first ones
+
+    def __post_init__(self) -> None:
+        for name in ("defenses", "attacks", "adaptive"):  # `--set attacks=apgd:steps=9,restarts=2` arrives in pieces
+            object.__setattr__(self, name, _rejoin(getattr(self, name)))
+
+    def radius(self, eps: float) -> float:
+        """``eps`` of the list in pixel units."""
+        return eps / 255 if self.norm == "linf" else eps
+
+
+@dataclass(frozen=True)
+class DefenseChoice:
+    """A defense as spelled in the config: ``name`` is a purifier or a folder, ``options`` its keyword arguments."""
+
+    label: str
+    name: str
+    options: dict[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> DefenseChoice:
+        """Read ``name`` or ``name:key=value,...``. Raises UserError for a malformed option."""
+        name, options = _split(text)
+        return cls(text, name, {key: _literal(value) for key, value in options.items()})
+
+
+@dataclass(frozen=True)
+class AttackChoice:
+    """An attack as spelled in the config, with the budget's and its own options."""
+
+    label: str
+    spec: AttackSpec
+    options: dict[str, str]  # fields of the attack, as text
+    steps: int
+    eot: int
+
+    @classmethod
+    def parse(cls, text: str, config: EvalConfig) -> AttackChoice:
+        """Read ``name`` or ``name:steps=50,...``. Raises UserError for an unknown attack or option."""
+        name, options = _split(text)
+        spec = lookup("attack", name, ATTACKS)
+        if hasattr(spec.build(), "restarts"):
+            options = {"restarts": str(config.restarts), **options}
+        steps = _whole(options.pop("steps", str(config.steps or spec.steps)), f"{name}:steps")
+        eot = _whole(options.pop("eot", str(config.eot)), f"{name}:eot")
+        choice = cls(text, spec, options, steps, eot)
+        choice.build()  # a wrong option fails now, not hours later
+        return choice
+
+    def build(self) -> Attack:
+        """A fresh attack with its options set."""
+        attack = self.spec.build()
+        return override(attack, self.options) if self.options else attack
+
+    def budget(self, config: EvalConfig, eps: float, *, randomized: bool) -> Budget:
+        """The budget at ``eps`` of the config's list; samples are averaged only where they differ."""
+        return Budget(config.norm, config.radius(eps), self.steps, self.eot if randomized else 1)
+
+
+def check(config: EvalConfig) -> None:
+    """Raise UserError for a setting that no evaluation can have."""
+    for name in ("tasks", "defenses", "attacks", "eps", "threats"):
+        values = getattr(config, name)
+        if not values:
+            raise UserError(f"{name} is empty; name at least one")
+        if len(set(values)) < len(values):
+            raise UserError(f"{name} names something twice: {', '.join(map(str, values))}")
+    for name in ("batch", "resubmissions", "eot", "restarts"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} must be 1 or more, not {getattr(config, name)}")
+    for eps in config.eps:
+        if eps <= 0:
+            raise UserError(f"eps must be above 0, not {eps:g}; the clean images are always judged")
+        if config.norm == "linf" and eps < 0.1:
+            raise UserError(f"l-inf eps is counted in 1/255: write {eps * 255:g}, not {eps:g}")
+    stray = set(config.adaptive) - set(config.defenses)
+    if stray:
+        raise UserError(f"adaptive names {sorted(stray)[0]!r}, which is not among the defenses")
+    if "T1" in config.threats and not config.surrogate:
+        raise UserError("threat T1 transfers from a surrogate defense: set surrogate=NAME")
+
+
+def _rejoin(items: Sequence[str]) -> tuple[str, ...]:
+    joined: list[str] = []
+    for item in items:
+        if joined and "=" in item and ":" not in item:
+            joined[-1] += f",{item}"
+        else:
+            joined.append(item)
+    return tuple(joined)
+
+
+def _split(text: str) -> tuple[str, dict[str, str]]:
+    name, colon, options = text.rpartition(":")  # the last colon: folders may hold others
+    if not colon or "=" not in options:
+        return text, {}
+    return name, parse_settings(options.split(","))
+
+
+def _literal(text: str) -> Any:
+    """A number, true, false or none where it reads like one, else the text."""
+    words: dict[str, Any] = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _whole(text: str, what: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"{what} must be a whole number of 1 or more, not {text!r}")
+    return int(text)

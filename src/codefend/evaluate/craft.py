@@ -1,0 +1,266 @@
+"""Attacked images: made once per source, rounded as an upload would be, checked, and kept in the run folder.
+
+The *source* is what the attack's objective goes through: the bare victim (T0), a surrogate defense (T1), or the judged
+defense itself (T2, T2d). All defenses judged against one source see the very same 8-bit images.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from codefend.attacks import objective_for
+from codefend.attacks.norms import distance, quantize_in_budget
+from codefend.attacks.search import Trace
+from codefend.defense import DefendedVictim, Defense
+from codefend.evaluate.bench import Bench
+from codefend.images import quantize8
+from codefend.results import BARE, eps_label
+from codefend.runs import Row, load_checkpoint, make_generator, save_checkpoint
+from codefend.tasks.image_metrics import psnr
+from codefend.types import Budget, Example, Objective, Purifier, UserError, Victim, WhiteBox
+
+SLACK = 1e-5  # float32 rounding of an attack's projection, pixel units
+TAIL, LATE = 0.1, 0.05  # converged: the last tenth of the steps brought at most 5% of the gain
+
+
+class Cell(NamedTuple):
+    """One figure in the making. ``eps`` as in the config's list."""
+
+    task: str
+    attack: str
+    eps: float
+    threat: str
+    defense: str
+
+
+@dataclass(frozen=True)
+class Crafted:
+    """8-bit images ``[B, 3, H, W]`` in [0, 1] and one note per example on how they came about."""
+
+    images: Tensor
+    notes: list[Row]
+
+
+class KnownSeed:
+    """A purifier that draws the same noise in every call: what an attacker knows who knows the seed (T2d)."""
+
+    def __init__(self, purifier: Purifier, seed: int, *names: object) -> None:
+        self.purifier, self.seed, self.names = purifier, seed, names
+
+    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+        return self.purifier(images, generator=make_generator(self.seed, *self.names))
+
+
+def slug(text: object) -> str:
+    """A file name for any label."""
+    return re.sub(r"[^A-Za-z0-9.=_-]+", "_", str(text)).strip(".") or "_"
+
+
+def origin(bench: Bench, cell: Cell) -> Cell:
+    """The cell with the defense that its attack goes through: what attacked images and their seeds depend on."""
+    return cell._replace(defense={"T0": BARE, "T1": bench.config.surrogate}.get(cell.threat, cell.defense))
+
+
+def judge_names(cell: Cell, batch: int) -> tuple[object, ...]:
+    """What the noise of the judged defense is derived from, beside the seed and the number of the submission."""
+    return ("judge", *cell, batch)
+
+
+def source_victim(bench: Bench, source: Cell, batch: int) -> tuple[WhiteBox, bool]:
+    """The victim whose objective the attack lowers, and whether it is randomized."""
+    victim = white_box(bench.victim)
+    contender = bench.surrogate if source.threat == "T1" else bench.contenders.get(source.defense)
+    if source.threat == "T0" or contender is None:
+        return victim, False
+    defense, seed = contender.adaptive, bench.config.seed
+    if source.threat == "T2d" and defense.purifier is not None:
+        known = KnownSeed(defense.purifier, seed, *judge_names(source, batch), 0)
+        return DefendedVictim(victim, Defense(known, defense.policy, defense.name)), False
+    generator = make_generator(seed, "attack noise", *source, batch)
+    return DefendedVictim(victim, defense, generator=generator), contender.randomized
+
+
+def white_box(victim: Victim) -> WhiteBox:
+    """``victim`` itself. Raises UserError when it only answers text."""
+    if not isinstance(victim, WhiteBox):
+        raise UserError(f"victim {victim.name!r} only answers text: it has no loss to attack")
+    return victim
+
+
+def craft(bench: Bench, folder: Path, cell: Cell, batch: int, examples: Sequence[Example], wrong: Tensor) -> Crafted:
+    """The attacked images of one batch, from disk where they were made before.
+
+    ``wrong`` ``[B]`` bool: examples to leave as they are, since nothing is left to break in them.
+    """
+    source = origin(bench, cell)
+    path = folder / "attacked" / place(bench, source) / f"{batch:05d}.safetensors"
+    if path.exists():
+        tensors, state = load_checkpoint(path)
+        return Crafted(tensors["images"].to(torch.float32) / 255, state["notes"])
+    crafted = _craft(bench, source, batch, examples, wrong)
+    levels = (crafted.images * 255).round().clamp(0, 255).to(torch.uint8)
+    save_checkpoint(path, {"images": levels}, {"notes": crafted.notes})
+    return Crafted(levels.to(torch.float32) / 255, crafted.notes)
+
+
+def place(bench: Bench, cell: Cell) -> Path:
+    """The folder, inside a run's, of what belongs to one cell."""
+    label = eps_label(bench.config.radius(cell.eps), bench.config.norm)
+    parts = (cell.task, cell.attack, label, f"{cell.threat}-{cell.defense}")
+    return Path(*(slug(part) for part in parts))
+
+
+def clean_images(examples: Sequence[Example]) -> Tensor:
+    """``[B, 3, H, W]`` as a user would upload them: 8 bits."""
+    return quantize8(torch.stack([example.image for example in examples]))
+
+
+def _craft(bench: Bench, source: Cell, batch: int, examples: Sequence[Example], wrong: Tensor) -> Crafted:
+    clean = clean_images(examples)
+    todo = [i for i in range(len(examples)) if not wrong[i]]
+    images, notes = clean.clone(), [_skipped(clean[i]) for i in range(len(examples))]
+    if todo:
+        chosen = [examples[i] for i in todo]
+        attacked, found = _attack(bench, source, batch, chosen, clean[todo])
+        images[todo] = attacked
+        for i, note in zip(todo, found, strict=True):
+            notes[i] = note
+    return Crafted(images, notes)
+
+
+def _skipped(clean: Tensor) -> Row:
+    return {"skipped": True, "perturbation": {"linf": 0.0, "l2": 0.0, "psnr": None}, "violation": "", "seconds": 0.0}
+
+
+def _attack(
+    bench: Bench, source: Cell, batch: int, examples: Sequence[Example], clean: Tensor
+) -> tuple[Tensor, list[Row]]:
+    choice = bench.attacks[source.attack]
+    victim, randomized = source_victim(bench, source, batch)
+    budget = choice.budget(bench.config, source.eps, randomized=randomized)
+    objective = make_objective(bench, source, victim, examples, clean)
+    attack, trace = choice.build(), Trace()
+    trace.attach(attack)
+    generator = make_generator(bench.config.seed, "attack", *source, batch)
+    start = time.perf_counter()
+    raw = attack(objective, clean, budget, generator=generator).detach()
+    seconds = (time.perf_counter() - start) / len(examples)
+    attacked = quantize_in_budget(raw.nan_to_num(0.5), clean, budget)
+    bare = make_objective(bench, source, white_box(bench.victim), examples, clean)
+    return attacked, [
+        {
+            "skipped": False,
+            "perturbation": size,
+            "violation": problem,
+            "objective": {"bare": value},
+            "curve": curve,
+            "gradient": slope,
+            "seconds": seconds,
+            "budget": {"steps": budget.steps, "eot": budget.eot, "restarts": getattr(attack, "restarts", 1)},
+            "seeds": {"config": bench.config.seed, "attack": generator.initial_seed()},
+        }
+        for size, problem, value, curve, slope in zip(
+            perturbations(attacked, clean),
+            violations(raw, attacked, clean, budget),
+            evaluate_objective(bare, attacked),
+            curves(trace.losses, len(examples)),
+            gradients(trace, len(examples)),
+            strict=True,
+        )
+    ]
+
+
+def make_objective(bench: Bench, cell: Cell, victim: WhiteBox, examples: Sequence[Example], clean: Tensor) -> Objective:
+    """What the attack of ``cell`` lowers, seen through ``victim``."""
+    choice = bench.attacks[cell.attack]
+    prompts = [example.prompt for example in examples]
+    answers = [true_answer(example) for example in examples]
+    target, wanted = bench.tasks[cell.task].task.target, None
+    if choice.spec.goal == "feature-target":
+        wanted = _other_images(bench, cell.task, examples, clean)
+    return objective_for(choice.spec, victim, prompts, answers, target, clean, wanted)
+
+
+def true_answer(example: Example) -> str:
+    """What most references say, the first of equals. Raises UserError when there are none."""
+    if not example.references:
+        raise UserError(f"example {example.id!r} has no reference answer to attack")
+    return max(example.references, key=example.references.count)
+
+
+def _other_images(bench: Bench, task: str, examples: Sequence[Example], clean: Tensor) -> Tensor:
+    """For each example the picture half the set away, at this batch's size."""
+    known, others = bench.tasks[task], []
+    for example in examples:
+        other = (known.ids.index(example.id) + max(len(known.ids) // 2, 1)) % len(known.ids)
+        others.append(F.interpolate(quantize8(known.task.examples[other].image)[None], clean.shape[-2:]))
+    return torch.cat(others)
+
+
+def evaluate_objective(objective: Objective, images: Tensor) -> list[float]:
+    """The objective on finished images, one number each."""
+    with torch.no_grad():
+        return [float(value) for value in objective(images).tolist()]
+
+
+def perturbations(attacked: Tensor, clean: Tensor) -> list[Row]:
+    """How far each image was moved, in pixel units and dB."""
+    linf, l2 = distance(attacked, clean, "linf").tolist(), distance(attacked, clean, "l2").tolist()
+    return [{"linf": a, "l2": b, "psnr": c} for a, b, c in zip(linf, l2, psnr(attacked, clean).tolist(), strict=True)]
+
+
+def violations(raw: Tensor, attacked: Tensor, clean: Tensor, budget: Budget) -> list[str]:
+    """What is wrong with each attacked image, "" if nothing: before rounding as the attack left it, and after."""
+    found = []
+    for before, after, original in zip(raw, attacked, clean, strict=True):
+        stages = [("the attack's image", before), ("the 8-bit image", after)]
+        found.append("; ".join(p for name, image in stages if (p := _problem(name, image, original, budget))))
+    return found
+
+
+def _problem(name: str, image: Tensor, clean: Tensor, budget: Budget) -> str:
+    if not bool(image.isfinite().all()):
+        return f"{name} is not finite"
+    if float(image.min()) < -SLACK or float(image.max()) > 1 + SLACK:
+        return f"{name} leaves [0, 1]: {float(image.min()):.4f} to {float(image.max()):.4f}"
+    far = float(distance(image[None], clean[None], budget.norm))
+    if far > budget.eps * (1 + 1e-4) + SLACK:
+        return f"{name} is {far:.5f} away ({budget.norm}), the budget is {budget.eps:.5f}"
+    return ""
+
+
+def curves(losses: Sequence[Tensor], count: int) -> list[Row | None]:
+    """Per example: the objective at the start, the best at the end, the share of the gain that came last."""
+    if len(losses) < 2:
+        return [None] * count
+    table = torch.stack(list(losses)).double()  # [K, B]
+    best = torch.where(table.isnan(), torch.inf, table).cummin(0).values
+    mark = best[-1 - max(round(TAIL * (len(table) - 1)), 1)]
+    gain = table[0] - best[-1]
+    late = torch.where(gain > 1e-9, (mark - best[-1]) / gain, torch.zeros_like(gain))
+    return [
+        {"start": a, "end": b, "late": c, "converged": c <= LATE, "steps": len(table)}
+        for a, b, c in zip(table[0].tolist(), best[-1].tolist(), late.tolist(), strict=True)
+    ]
+
+
+def gradients(trace: Trace, count: int) -> list[Row | None]:
+    """Per example: range of the gradient's l2 norm, share of steps where it is zero, entries that are not finite."""
+    if not trace.gradient_norms:
+        return [None] * count
+    norms = torch.stack(trace.gradient_norms).double()  # [G, B]
+    columns = (norms.amin(0), norms.amax(0), norms.median(0).values, trace.zero_gradients().double())
+    bad = torch.stack(trace.nonfinite).sum(0)
+    names = ("min", "max", "median", "zero_share", "nonfinite")
+    return [
+        dict(zip(names, values, strict=True)) for values in zip(*(c.tolist() for c in (*columns, bad)), strict=True)
+    ]

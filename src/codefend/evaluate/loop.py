@@ -1,0 +1,116 @@
+"""The grid, cell by cell and batch by batch: whatever is on disk is skipped, so the same command resumes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from codefend.evaluate.bench import Bench, Loaders, open_bench
+from codefend.evaluate.config import EvalConfig
+from codefend.evaluate.craft import Cell, craft
+from codefend.evaluate.judge import attacked_rows, clean_rows, row_key
+from codefend.results import BARE, CLEAN, eps_label, score
+from codefend.runs import Row, Run, open_run, progress
+
+CleanRows = dict[tuple[str, str, str], Row]  # by task, defense, example
+
+
+def cells(config: EvalConfig) -> Iterator[Cell]:
+    """All cells in order, clean ones first, since every attacked row refers to a clean one."""
+    for task in config.tasks:
+        for defense in config.defenses:
+            yield Cell(task, CLEAN, 0.0, "clean", defense)
+    for task in config.tasks:
+        for attack in config.attacks:
+            for eps in config.eps:
+                for threat in _threats(config):
+                    for defense in config.defenses:
+                        if _makes_sense(config, threat, defense):
+                            yield Cell(task, attack, eps, threat, defense)
+
+
+def _threats(config: EvalConfig) -> list[str]:
+    """T0 comes first, and comes along whenever there are undefended rows."""
+    bare = ["T0"] if BARE in config.defenses else []
+    return list(dict.fromkeys([*bare, *sorted(config.threats)]))
+
+
+def _makes_sense(config: EvalConfig, threat: str, defense: str) -> bool:
+    if defense == BARE:
+        return threat == "T0"
+    if threat == "T1" and defense == config.surrogate:  # that is T2
+        return False
+    wanted = not config.adaptive or defense in config.adaptive
+    return threat in config.threats and (wanted or threat in ("T0", "T1"))
+
+
+def batches(bench: Bench, cell: Cell) -> list[list[int]]:
+    """Example indices of a cell's batches, in order."""
+    config = bench.config
+    limit = config.adaptive_limit if cell.threat in ("T2", "T2d") else None
+    return bench.tasks[cell.task].batches(config.batch, limit)
+
+
+def run_grid(config: EvalConfig, run_dir: str | Path, loaders: Loaders | None = None) -> list[Row]:
+    """Fill the run folder with every row that it lacks and return them all; see ``evaluate``."""
+    bench = open_bench(config, loaders)
+    work = [cell for cell in cells(config) if _possible(bench, cell)]
+    total = sum(len(batch) for cell in work for batch in batches(bench, cell))
+    with open_run(run_dir, config) as run:
+        if not (run.dir / "bench.json").exists():  # costs are measured once
+            run.write("bench.json", json.dumps({**bench.describe(), "rows": total}, indent=2) + "\n")
+        rows = run.rows()
+        clean: CleanRows = {_place(row): row for row in rows if row["attack"] == CLEAN}
+        with progress("evaluate", total, done=len(rows)) as advance:
+            for cell in work:
+                for number, indices in enumerate(batches(bench, cell)):
+                    advance(_fill(bench, run, cell, number, indices, clean), f"{cell.defense} {cell.attack}")
+        return run.rows()
+
+
+def _possible(bench: Bench, cell: Cell) -> bool:
+    """Whoever knows the seed of a defense without randomness knows nothing new."""
+    return cell.threat != "T2d" or bench.contenders[cell.defense].randomized
+
+
+def _place(row: Row) -> tuple[str, str, str]:
+    return row["task"], row["defense"], row["example"]
+
+
+def _fill(bench: Bench, run: Run, cell: Cell, number: int, indices: Sequence[int], clean: CleanRows) -> int:
+    """Make the rows of one batch unless all are there; how many were added.
+
+    A batch is made whole even where a kill left some of its rows: the others must not depend on that.
+    """
+    known = bench.tasks[cell.task]
+    ids = [known.ids[i] for i in indices]
+    label = eps_label(bench.config.radius(cell.eps), bench.config.norm)
+    if all(run.has(row_key(cell, label, name)) for name in ids):
+        return 0
+    if cell.attack == CLEAN:
+        rows = clean_rows(bench, run.dir, cell, number, indices)
+        clean |= {_place(row): row for row in rows}
+    else:
+        before = [clean[cell.task, cell.defense, name] for name in ids]
+        crafted = craft(bench, run.dir, cell, number, known.examples(indices), hopeless(bench, cell, before))
+        rows = attacked_rows(bench, run.dir, cell, number, indices, crafted, before)
+    return sum(run.append(row) for row in rows)
+
+
+def hopeless(bench: Bench, cell: Cell, clean: Sequence[Row]) -> Tensor:
+    """Examples that a white-box attack may leave out, ``[B]`` bool: nothing is left to break.
+
+    Only through a defense without randomness, only untargeted, and only where the headline score is 0 already; never
+    at T0, where others are judged on the same images, nor at T1.
+    """
+    known, contender = bench.tasks[cell.task], bench.contenders[cell.defense]
+    allowed = bench.config.skip_wrong and cell.threat == "T2" and not contender.randomized
+    if not allowed or bench.attacks[cell.attack].spec.goal == "targeted":
+        return torch.zeros(len(clean), dtype=torch.bool)
+    headline = [score(row, metric=known.task.headline) for row in clean]
+    right = [score(row, metric=known.judge) for row in clean]
+    return torch.tensor([a == 0 and b == 0 for a, b in zip(headline, right, strict=True)])

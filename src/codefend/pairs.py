@@ -1,0 +1,178 @@
+"""Make and read pairs of adversarial and clean pictures: what supervised purification is trained on.
+
+A bank is a run folder: ``rows.jsonl`` says of each pair how it was made (attack, target network, eps, steps, how far
+the objective fell); ``pairs-00000.safetensors`` and so on hold them as 8-bit ``clean`` and ``attacked``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from codefend.attacks import objectives
+from codefend.attacks.norms import quantize_in_budget
+from codefend.attacks.pgd import PGD
+from codefend.images import quantize8
+from codefend.runs import Run, load_checkpoint, make_generator, open_run, progress, save_checkpoint
+from codefend.tasks.language import CAPTION_PROMPT, captions, training_texts
+from codefend.tasks.objects import COLOURS, THINGS
+from codefend.tasks.pictures import training_pictures
+from codefend.tasks.scenes import compose, load_photographs
+from codefend.types import Budget, Objective, UserError, WhiteBox
+from codefend.victims.efficientnet_lite import NAMES, EfficientNetLite
+from codefend.victims.pocket import Pocket, fit_square
+
+WORDS = tuple(f" {c} {t.name}" for t in THINGS if t.tinted for c in COLOURS) + tuple(
+    f" {t.name}" for t in THINGS if not t.tinted
+)
+SHARD = 32  # pairs a file, made and written together
+
+
+class Tower:
+    """A bare image encoder as a white box that has features only: a second family to attack."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.encoder = name, EfficientNetLite(name)
+
+    def features(self, images: Tensor) -> Tensor:
+        tokens: Tensor = self.encoder(fit_square(images))
+        return tokens
+
+    def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
+        raise TypeError(f"{self.name} is an encoder: it answers nothing")
+
+    def loss(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
+        raise TypeError(f"{self.name} is an encoder: it has no language-model loss")
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Everything that decides a bank. The shares of the attack kinds are relative."""
+
+    victim: str = "pocket"  # a name or a weights folder; must be a pocket for the kinds "words" and "answers"
+    encoders: tuple[str, ...] = ("lite0", "lite2")  # whose features are attacked; the victim's own belongs here
+    count: int = 2560
+    kinds: tuple[str, ...] = ("features", "towards", "words", "words", "answers")  # one a shard, in turn
+    max_eps: float = 16 / 255
+    steps: int = 8
+    answer_steps: int = 6  # through the language model: twenty times dearer
+    answer_shards: int = 8  # at most this many shards of "answers"; the rest becomes "features"
+    seed: int = 0
+
+
+def make_pairs(config: PairsConfig, folder: str | Path) -> Path:
+    """Fill ``folder`` with pairs; the same call resumes after the last whole shard.
+
+    Raises UserError for an unknown encoder or kind, or a folder made with another config.
+    """
+    from codefend import victims
+
+    unknown = [name for name in config.encoders if name not in NAMES]
+    if unknown:
+        raise UserError(f"unknown encoder {unknown[0]!r}; known: {', '.join(NAMES)}")
+    run = open_run(folder, {"pairs": True, **config.__dict__})
+    victim = victims.load(config.victim)
+    towers = [Tower(name) for name in config.encoders]
+    shards = -(-config.count // SHARD)
+    with progress("pairs", shards * SHARD) as advance:
+        for shard in range(shards):
+            if not run.has(f"shard-{shard}"):
+                _make_shard(config, run, victim, towers, shard)
+            advance(SHARD)
+    return run.dir
+
+
+def _make_shard(config: PairsConfig, run: Run, victim: WhiteBox, towers: Sequence[Tower], shard: int) -> None:
+    rng = np.random.default_rng([config.seed, 5, shard])
+    kind = config.kinds[shard % len(config.kinds)]
+    if kind == "answers" and shard // len(config.kinds) >= config.answer_shards:
+        kind = "features"
+    tower = towers[int(rng.integers(len(towers)))]
+    clean, build = _objective(kind, victim, tower, rng, first_scene=2_000_000 + shard * SHARD)
+    clean = quantize8(clean)
+    # One eps per pair, drawn evenly; an attack has one budget a call, so the pairs of a call share their eps.
+    attacked, falls = [], []
+    steps = config.answer_steps if kind == "answers" else config.steps
+    parts = clean.split(SHARD // 4)
+    for part, images in enumerate(parts):
+        budget = Budget(eps=float(rng.uniform(1 / 255, config.max_eps)), steps=steps)
+        objective = build(slice(part * len(images), (part + 1) * len(images)), images)
+        adversarial = PGD()(objective, images, budget, generator=make_generator(config.seed, "pairs", shard, part))
+        adversarial = quantize_in_budget(adversarial, images, budget)
+        with torch.no_grad():
+            falls += list(
+                zip([budget.eps] * len(images), (objective(images) - objective(adversarial)).tolist(), strict=True)
+            )
+        attacked.append(adversarial)
+    path = run.dir / f"pairs-{shard:05d}.safetensors"
+    save_checkpoint(path, {"clean": _bytes(clean), "attacked": _bytes(torch.cat(attacked))}, {"kind": kind})
+    target = tower.name if kind in ("features", "towards") else victim.name
+    pairs = [{"eps": eps, "fall": fall} for eps, fall in falls]
+    run.append({"key": f"shard-{shard}", "kind": kind, "target": target, "steps": steps, "pairs": pairs})
+
+
+def _objective(
+    kind: str, victim: WhiteBox, tower: Tower, rng: np.random.Generator, *, first_scene: int
+) -> tuple[Tensor, Callable[[slice, Tensor], Objective]]:
+    """The clean pictures of a shard and a function from a part of them to the attack's objective."""
+    if kind in ("features", "towards"):
+        clean = training_pictures(rng, SHARD, first_scene=first_scene)
+        if kind == "features":
+            return clean, lambda part, images: objectives.features_away(tower, images)
+        others = training_pictures(rng, SHARD, first_scene=first_scene + 1_000_000)
+        return clean, lambda part, images: objectives.features_towards(tower, others[part])
+    scenes = [compose("train", first_scene + i, photographs=load_photographs()) for i in range(SHARD)]
+    clean = torch.stack([scene.image for scene in scenes])
+    if kind == "words":
+        pocket = victim
+        if not isinstance(pocket, Pocket):
+            raise UserError(f"pairs of kind 'words' need a pocket victim, not {victim.name}")
+        shuffled = clean.roll(1, 0)
+        targeted = bool(rng.random() < 0.5)
+        return clean, lambda part, images: word_objective(pocket, images, shuffled[part] if targeted else None)
+    if kind == "answers":
+        texts = [training_texts(scene, rng)[int(rng.integers(1, 4))] for scene in scenes]
+        for i in range(0, SHARD, 2):
+            texts[i] = (CAPTION_PROMPT, captions(scenes[i])[0])
+        prompts, answers = [t[0] for t in texts], [t[1] for t in texts]
+        if rng.random() < 0.5:  # towards another picture's answer
+            return clean, lambda part, images: objectives.targeted(
+                victim, prompts[part], (answers[2:] + answers[:2])[part]
+            )
+        return clean, lambda part, images: objectives.untargeted(victim, prompts[part], answers[part])
+    raise UserError(f"unknown kind of pairs {kind!r}; known: features, towards, words, answers")
+
+
+def word_objective(pocket: Pocket, clean: Tensor, target: Tensor | None = None) -> Objective:
+    """Cross-entropy of each token's nearest words: away from those of ``clean``, or towards those of ``target``."""
+    with torch.no_grad():
+        labels = pocket.word_scores(clean if target is None else target, WORDS).argmax(-1)
+    sign = -1.0 if target is None else 1.0
+
+    def objective(images: Tensor) -> Tensor:
+        scores = pocket.word_scores(images, WORDS) / 0.05
+        return sign * F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(
+            1
+        )
+
+    return objective
+
+
+def _bytes(images: Tensor) -> Tensor:
+    return (images * 255).round().to(torch.uint8)
+
+
+def read_pairs(folder: str | Path) -> Iterator[tuple[Tensor, Tensor, str]]:
+    """Yield ``(clean, attacked, kind)`` of each shard, 8-bit ``[n, 3, H, W]``. Raises UserError when there is none."""
+    paths = sorted(Path(folder).glob("pairs-*.safetensors"))
+    if not paths:
+        raise UserError(f"{folder} holds no pairs; make some with `codefend pairs --run {folder}`")
+    for path in paths:
+        tensors, state = load_checkpoint(path)
+        yield tensors["clean"], tensors["attacked"], str(state["kind"])

@@ -1,0 +1,44 @@
+"""The project's own purifier: a supervised diffusion bridge from adversarial to clean images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Generator, Tensor
+
+from codefend.diffusion import bridge_purify
+from codefend.nets import PurifierNet
+from codefend.purifiers.base import NetPurifier, spelled
+from codefend.types import UserError
+
+
+@dataclass(frozen=True)
+class BridgeOptions:
+    """Defaults are overlaid by those saved with the weights, which know what the network was trained for."""
+
+    evaluations: int = 1
+    sigma: float = 0.0  # noise added before the first evaluation, pixels in [0, 1]
+    checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.evaluations <= 4:
+            raise UserError(f"bridge evaluations must be 1 to 4, got {self.evaluations}")
+        if not 0 <= self.sigma <= 0.5:
+            raise UserError(f"bridge sigma must be 0 to 0.5, got {self.sigma:g}")
+
+
+class Bridge(NetPurifier):
+    """One to four network evaluations along the bridge; deterministic unless ``sigma`` adds noise first."""
+
+    def __init__(self, net: PurifierNet, options: BridgeOptions | None = None, *, name: str | None = None) -> None:
+        super().__init__(net)
+        self.options = options = options or BridgeOptions()
+        self.evaluations = options.evaluations
+        self.stochastic = options.sigma > 0
+        self.name = name or spelled("bridge", options, BridgeOptions())
+
+    def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
+        o = self.options
+        return bridge_purify(
+            self.net, images, evaluations=o.evaluations, sigma=o.sigma, checkpoint=o.checkpoint, generator=generator
+        )

@@ -1,0 +1,132 @@
+"""Input transformations without a network: the cheap defences that a purifier has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from codefend.purifiers.base import ImagePurifier, spelled
+from codefend.types import UserError
+
+
+class Identity(ImagePurifier):
+    """No defence: the control row of every table."""
+
+    name = "identity"
+
+    def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
+        return images
+
+
+@dataclass(frozen=True)
+class JpegOptions:
+    quality: int = 75  # 1 to 100, Das et al. 2018's usual choice
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"jpeg quality must be 1 to 100, got {self.quality}")
+
+
+class Jpeg(ImagePurifier):
+    """Through a real JPEG codec and back, chroma not subsampled (Das et al. 2018, SHIELD, arXiv 1802.06816)."""
+
+    differentiable = False
+    tiled = False  # the codec's 8x8 grid starts at the picture's corner
+
+    def __init__(self, options: JpegOptions | None = None) -> None:
+        self.options = options or JpegOptions()
+        self.name = spelled("jpeg", self.options, JpegOptions())
+
+    def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
+        from codefend import images as pictures
+
+        coded = [pictures.encode(image, "JPEG", quality=self.options.quality) for image in images.detach()]
+        sides = images.shape[-2] * images.shape[-1]
+        return torch.stack([pictures.load(data, max_pixels=sides).pixels for data in coded]).to(images)
+
+
+@dataclass(frozen=True)
+class BitDepthOptions:
+    bits: int = 5  # per colour, as Xu et al. use for ImageNet
+    median: int = 3  # side of the median filter afterwards, odd, pixels; 1 is none
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise UserError(f"bits must be 1 to 8, got {self.bits}")
+        _check_odd(self.median)
+
+
+class BitDepth(ImagePurifier):
+    """Fewer bits per colour, then a median filter (Xu et al. 2018, Feature Squeezing, arXiv 1704.01155)."""
+
+    differentiable = False
+
+    def __init__(self, options: BitDepthOptions | None = None) -> None:
+        self.options = options or BitDepthOptions()
+        self.name = spelled("bitdepth", self.options, BitDepthOptions())
+
+    def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
+        levels = 2**self.options.bits - 1
+        return median_filter((images.clamp(0, 1) * levels).round() / levels, self.options.median)
+
+
+@dataclass(frozen=True)
+class MedianOptions:
+    size: int = 3  # side of the window, odd, pixels
+
+    def __post_init__(self) -> None:
+        _check_odd(self.size)
+
+
+class Median(ImagePurifier):
+    """Median filter over a square window, each colour by itself (Xu et al. 2018, arXiv 1704.01155)."""
+
+    def __init__(self, options: MedianOptions | None = None) -> None:
+        self.options = options or MedianOptions()
+        self.name = spelled("median", self.options, MedianOptions())
+
+    def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
+        return median_filter(images, self.options.size)
+
+
+@dataclass(frozen=True)
+class BlurOptions:
+    sigma: float = 1.0  # pixels
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma <= 20:
+            raise UserError(f"blur sigma must be above 0 and at most 20 pixels, got {self.sigma:g}")
+
+
+class Blur(ImagePurifier):
+    """Gaussian blur, the kernel cut at four standard deviations."""
+
+    def __init__(self, options: BlurOptions | None = None) -> None:
+        self.options = options or BlurOptions()
+        self.name = spelled("blur", self.options, BlurOptions())
+
+    def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
+        radius = int(4 * self.options.sigma + 0.5)
+        place = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
+        kernel = torch.exp(-0.5 * (place / self.options.sigma) ** 2)
+        kernel = (kernel / kernel.sum()).expand(3, 1, -1)
+        padded = F.pad(images, (radius,) * 4, mode="replicate")
+        rows = F.conv2d(padded, kernel[:, :, None, :], groups=3)
+        return F.conv2d(rows, kernel[:, :, :, None], groups=3)
+
+
+def median_filter(images: Tensor, size: int) -> Tensor:
+    """Median over ``size`` x ``size`` windows of each colour, borders repeated; the gradient goes to the median."""
+    if size == 1:
+        return images
+    padded = F.pad(images, (size // 2,) * 4, mode="replicate")
+    windows = padded.unfold(2, size, 1).unfold(3, size, 1).flatten(4)  # [B,3,H,W,size^2]
+    return windows.median(-1).values
+
+
+def _check_odd(size: int) -> None:
+    if size not in (1, 3, 5, 7):
+        raise UserError(f"the median window must be 1, 3, 5 or 7 pixels wide, got {size}")

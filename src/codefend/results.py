@@ -1,0 +1,165 @@
+"""Views of evaluation rows: groups, per-example scores, pairs, worst cases and the summary that every table shows.
+
+A row is one JSON object of ``rows.jsonl``: one answer-giving defense, under one attack, on one example.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from codefend.runs import Row
+from codefend.tasks.intervals import Interval, bootstrap_interval
+
+CLEAN = "none"  # the attack of clean rows
+BARE = "none"  # the defense of undefended rows
+WORST = "worst case"  # the attack of entries that take each example's lowest score over all attacks
+THREATS = ("clean", "T0", "T1", "T2", "T2d")  # each attacker may also use the images of those before
+
+
+class Group(NamedTuple):
+    """What the rows of one figure share; ``eps`` in pixel units, 0 for clean rows."""
+
+    task: str
+    defense: str
+    threat: str
+    attack: str
+    eps: float
+
+
+@dataclass(frozen=True)
+class Rate:
+    """``hits`` of ``n``: attack successes among the examples where there was something to win."""
+
+    hits: int
+    n: int
+
+    @property
+    def share(self) -> float:
+        return self.hits / self.n if self.n else math.nan
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the summary: the headline score of a group with its interval and all denominators."""
+
+    group: Group
+    norm: str
+    metric: str
+    score: Interval  # mean over resubmissions, 95% bootstrap over images
+    worst: float  # mean of each example's lowest score over the N resubmissions
+    resubmissions: int
+    kept: float  # score / undefended clean score on the same examples; nan without undefended rows
+    untargeted: Rate  # right became wrong, of those this defense answers right on the clean image
+    targeted: Rate  # the target appeared, of those where it wasn't there before
+
+
+def eps_label(eps: float, norm: str) -> str:
+    """``8/255`` for an l-inf radius in pixel units, the number itself for l2, nothing for 0."""
+    if eps == 0:
+        return ""
+    return f"{round(eps * 255, 4):g}/255" if norm == "linf" else f"{round(eps, 6):g}"
+
+
+def group_of(row: Row) -> Group:
+    return Group(row["task"], row["defense"], row["threat"], row["attack"], float(row["eps"]))
+
+
+def grouped(rows: Iterable[Row]) -> dict[Group, list[Row]]:
+    """Rows by group, in the order in which groups first appear."""
+    groups: dict[Group, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(group_of(row), []).append(row)
+    return groups
+
+
+def score(row: Row, *, metric: str | None = None, field: str = "mean_scores") -> float:
+    """A row's score: the headline metric, mean over resubmissions, unless told otherwise; nan when not scored."""
+    value = row[field].get(metric or row["headline"])
+    return math.nan if value is None else float(value)
+
+
+def scores(rows: Sequence[Row], *, metric: str | None = None, field: str = "mean_scores") -> Tensor:
+    """``score`` of each row, ``[N]``."""
+    return torch.tensor([score(row, metric=metric, field=field) for row in rows], dtype=torch.float64)
+
+
+def paired(first: Sequence[Row], second: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """The rows of the examples that both have, side by side."""
+    other = {row["example"]: row for row in second}
+    return [(row, other[row["example"]]) for row in first if row["example"] in other]
+
+
+def interval(rows: Sequence[Row], *, metric: str | None = None, field: str = "mean_scores") -> Interval:
+    """95% bootstrap interval of the mean score; questions on one picture are resampled together."""
+    return bootstrap_interval(scores(rows, metric=metric, field=field), groups=[row["image"] for row in rows])
+
+
+def success_rate(rows: Sequence[Row], kind: str) -> Rate:
+    """Successes of ``kind`` "untargeted" or "targeted" over the rows where it was counted."""
+    counted = [row["success"][kind] for row in rows if row["success"].get(kind) is not None]
+    return Rate(sum(1 for value in counted if value), len(counted))
+
+
+def worst_rows(groups: dict[Group, list[Row]]) -> dict[Group, list[Row]]:
+    """Per task, defense, threat and eps: each example's row with the lowest score over all attacks.
+
+    An attacker of one threat level may use the images of every level before it, so T2 is never above T0. Only examples
+    that every attack of the level reached are counted, or those attacked less would flatter the defense.
+    """
+    found: dict[Group, list[Row]] = {}
+    levels = dict.fromkeys((g.task, g.defense, g.threat, g.eps) for g in groups if g.attack != CLEAN)
+    for task, defense, threat, eps in levels:
+        allowed = THREATS[1 : THREATS.index(threat) + 1]
+        by_example: dict[str, list[Row]] = {}
+        own: list[set[str]] = []
+        for group, rows in groups.items():
+            if (group.task, group.defense, group.eps) != (task, defense, eps) or group.threat not in allowed:
+                continue
+            if group.threat == threat:
+                own.append({row["example"] for row in rows})
+            for row in rows:
+                by_example.setdefault(row["example"], []).append(row)
+        common = set.intersection(*own)
+        found[Group(task, defense, threat, WORST, eps)] = [
+            min(candidates, key=_for_minimum) for example, candidates in by_example.items() if example in common
+        ]
+    return found
+
+
+def _for_minimum(row: Row) -> float:
+    value = score(row, field="worst_scores")
+    return math.inf if math.isnan(value) else value
+
+
+def summarize(rows: Sequence[Row], *, worst_cases: bool = True) -> list[Entry]:
+    """The summary of a run: clean rows, every attack, and per threat and eps the worst case over the attacks."""
+    groups = grouped(rows)
+    bare = {(row["task"], row["example"]): row for row in rows if row["defense"] == BARE and row["attack"] == CLEAN}
+    everything = dict(groups)
+    if worst_cases:
+        everything |= worst_rows(groups)
+    return [_entry(group, found, bare) for group, found in everything.items() if found]
+
+
+def _entry(group: Group, rows: list[Row], bare: dict[tuple[str, str], Row]) -> Entry:
+    field = "worst_scores" if group.attack == WORST else "mean_scores"
+    found = interval(rows, field=field)
+    before = [bare[key] for row in rows if (key := (row["task"], row["example"])) in bare]
+    clean = scores(before).nanmean().item() if len(before) == len(rows) else math.nan
+    return Entry(
+        group=group,
+        norm=rows[0]["norm"],
+        metric=rows[0]["headline"],
+        score=found,
+        worst=scores(rows, field="worst_scores").nanmean().item(),
+        resubmissions=max(row["resubmissions"] for row in rows),
+        kept=found.mean / clean if clean > 0 else math.nan,
+        untargeted=success_rate(rows, "untargeted"),
+        targeted=success_rate(rows, "targeted"),
+    )

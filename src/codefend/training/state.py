@@ -1,0 +1,64 @@
+"""What every training loop shares: schedule, moving average, one checkpoint file that resumes everything."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from codefend.runs import load_checkpoint, save_checkpoint
+
+
+def cosine_rate(step: int, steps: int, *, warmup: int, floor: float = 0.02) -> float:
+    """Factor of the learning rate: linear warm-up, then a half cosine down to ``floor``."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Scale each group's ``base`` learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base"] * rate
+
+
+class Average:
+    """Exponential moving average of a network's parameters, with the usual short memory at the start."""
+
+    def __init__(self, net: nn.Module, decay: float = 0.998) -> None:
+        self.decay, self.updates = decay, 0
+        self.values = {name: value.detach().clone() for name, value in net.state_dict().items()}
+
+    def update(self, net: nn.Module) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, value in net.state_dict().items():
+            self.values[name].lerp_(value.detach(), 1 - decay)
+
+
+def save_training(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, average: Average, step: int) -> None:
+    """Write network, moments and average as one atomic file."""
+    tensors: dict[str, Tensor] = {f"net/{name}": value for name, value in net.state_dict().items()}
+    tensors |= {f"average/{name}": value for name, value in average.values.items()}
+    for name, parameter in net.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}/{name}"] = torch.as_tensor(value)
+    save_checkpoint(path, tensors, {"step": step, "updates": average.updates})
+
+
+def restore_training(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, average: Average) -> int:
+    """Undo `save_training` and return the step to go on from; 0 when there is no file yet."""
+    if not path.exists():
+        return 0
+    tensors, state = load_checkpoint(path)
+    net.load_state_dict({n.removeprefix("net/"): t for n, t in tensors.items() if n.startswith("net/")})
+    average.values = {n.removeprefix("average/"): t for n, t in tensors.items() if n.startswith("average/")}
+    average.updates = int(state["updates"])
+    for name, parameter in net.named_parameters():
+        moments = {k: tensors[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors}
+        if moments:
+            optimizer.state[parameter] = moments
+    return int(state["step"])

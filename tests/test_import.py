@@ -1,0 +1,70 @@
+"""The front door is light: importing the package or asking for help loads no tensor or model library."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import codefend
+
+SRC = str(Path(codefend.__file__).parents[1])
+HEAVY = ("torch", "transformers", "numpy", "PIL", "rich", "matplotlib", "starlette")
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": SRC}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
+
+
+def loaded_by(statement: str) -> list[str]:
+    script = f"{statement}\nimport sys\nprint('LOADED', *(name for name in {HEAVY} if name in sys.modules))"
+    result = python("-c", script)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.rpartition("LOADED")[2].split()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import codefend",
+        "import codefend.cli",
+        "import codefend.runs, codefend.settings",
+        "from codefend.cli import main; main(['--help'])",
+        "from codefend.cli import main; main(['purify', '--help'])",
+        "from codefend.cli import main; main(['list', 'attacks'])",
+        "from codefend.cli import main; main(['lst'])",
+    ],
+)
+def test_no_heavy_library_is_loaded(statement: str) -> None:
+    assert loaded_by(statement) == []
+
+
+def test_help_takes_less_than_half_a_second() -> None:
+    python("-m", "codefend.cli", "--help")  # compiles the bytecode once
+    took = []
+    for _ in range(5):
+        start = time.monotonic()
+        result = python("-m", "codefend.cli", "--help")
+        took.append(time.monotonic() - start)
+        assert result.returncode == 0
+        assert "purify" in result.stdout
+        if took[-1] < 0.5:
+            return
+    pytest.fail(f"fastest of {len(took)}: {min(took):.2f} s")
+
+
+def test_version_is_the_packages() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", codefend.__version__)
+    assert python("-m", "codefend.cli", "--version").stdout == f"codefend {codefend.__version__}\n"
+
+
+def test_unknown_attributes_are_named() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'load_purifer'"):
+        codefend.load_purifer  # noqa: B018
+    assert codefend.Budget().eps == 8 / 255

@@ -1,0 +1,128 @@
+"""The pocket victim: its pretrained parts are read rightly, its losses are per example, its gradients reach the pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+from codefend.types import UserError, WhiteBox
+from codefend.victims.pocket import SIDE, TOKENS, fit_square, load_pocket
+
+if TYPE_CHECKING:
+    from codefend.victims.pocket import Pocket
+
+PROMPTS = ["Describe the picture.", "Is there a dog here?", "What is in the top left?"]
+TARGETS = ["a red car and a dog", "yes", "umbrella"]
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.rand(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.weights
+def test_the_language_model_is_the_instruct_model(bare_pocket: Pocket) -> None:
+    text = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    ids = torch.tensor(bare_pocket.encode([text]))
+    for _ in range(8):
+        ids = torch.cat([ids, bare_pocket.llm(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert "Paris" in bare_pocket.tokenizer.decode(ids[0].tolist())
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize("name", ["lite0", "lite1", "lite2"])
+def test_image_encoders_recognize_a_photograph(name: str) -> None:
+    data = pytest.importorskip("skimage.data")
+    from codefend.victims.efficientnet_lite import EfficientNetLite
+
+    photograph = torch.from_numpy(data.coffee()[:400, 100:500].copy()).permute(2, 0, 1)[None].float() / 255
+    scores = EfficientNetLite(name).logits(fit_square(photograph, 224)).softmax(-1)
+    assert scores.argmax() == 967  # espresso
+    assert scores.max() > 0.8
+
+
+@pytest.mark.weights
+def test_contract(bare_pocket: Pocket, images: torch.Tensor) -> None:
+    assert isinstance(bare_pocket, WhiteBox)
+    assert bare_pocket.features(images).shape == (3, TOKENS, 768)
+    assert bare_pocket.loss(images, PROMPTS, TARGETS).shape == (3,)
+    assert len(bare_pocket.generate(images, PROMPTS, max_new_tokens=2)) == 3
+
+
+@pytest.mark.weights
+def test_loss_does_not_depend_on_the_batch(bare_pocket: Pocket, images: torch.Tensor) -> None:
+    together = bare_pocket.loss(images, PROMPTS, TARGETS)
+    alone = [bare_pocket.loss(images[i : i + 1], PROMPTS[i : i + 1], TARGETS[i : i + 1])[0] for i in (2, 0, 1)]
+    assert torch.allclose(together[[2, 0, 1]], torch.stack(alone), atol=1e-4)
+
+
+@pytest.mark.weights
+def test_gradients_reach_every_image_and_agree_with_differences(bare_pocket: Pocket, images: torch.Tensor) -> None:
+    x = images.clone().requires_grad_(True)
+    grad = torch.autograd.grad(bare_pocket.loss(x, PROMPTS, TARGETS).sum(), x)[0]
+    assert (grad.flatten(1).norm(dim=1) > 1e-4).all()
+    step = 1e-3 * grad / grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    with torch.no_grad():
+        slope = bare_pocket.loss(images + step, PROMPTS, TARGETS) - bare_pocket.loss(images - step, PROMPTS, TARGETS)
+    assert torch.allclose(slope / 2e-3, grad.flatten(1).norm(dim=1), rtol=0.1)
+
+
+@pytest.mark.weights
+def test_cached_batched_generation_equals_plain_greedy_decoding(bare_pocket: Pocket, images: torch.Tensor) -> None:
+    answers = bare_pocket.generate(images, PROMPTS, max_new_tokens=5)
+    for image, prompt, answer in zip(images, PROMPTS, answers, strict=True):
+        row, ids = bare_pocket._context(image[None], [prompt])[0], []
+        for _ in range(5):
+            hidden = bare_pocket.llm.model(inputs_embeds=row[None]).last_hidden_state[:, -1]
+            ids.append(int(bare_pocket.llm.lm_head(hidden).argmax()))
+            row = torch.cat([row, bare_pocket.llm.get_input_embeddings().weight[ids[-1:]]])
+        assert bare_pocket._decode(ids) == answer
+
+
+@pytest.mark.weights
+def test_packed_training_loss_equals_the_victims_loss(bare_pocket: Pocket, images: torch.Tensor) -> None:
+    from codefend.training.pocket import packed_loss
+
+    texts = [list(zip(PROMPTS, TARGETS, strict=True)), [(PROMPTS[0], "a cat")]]
+    total, _, _ = packed_loss(bare_pocket, images[:2], texts)
+    flat = [(b, prompt, target) for b, pairs in enumerate(texts) for prompt, target in pairs]
+    single = bare_pocket.loss(images[[b for b, _, _ in flat]], [p for _, p, _ in flat], [t for _, _, t in flat])
+    assert torch.allclose(total, single.mean(), atol=1e-4)
+
+
+@pytest.mark.weights
+def test_weights_round_trip_and_merging_changes_nothing(
+    bare_pocket: Pocket, images: torch.Tensor, tmp_path: Path
+) -> None:
+    from codefend.training.pocket import export_pocket
+
+    rng = torch.Generator().manual_seed(2)
+    for name, parameter in bare_pocket.trainable.items():
+        if "lora_B" in name:  # zero at the start: adapters that do nothing would hide a wrong merge
+            parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=rng))
+    export_pocket(bare_pocket, tmp_path)
+    loaded = load_pocket(tmp_path)
+    expected, got = (v.loss(images, PROMPTS, TARGETS) for v in (bare_pocket, loaded))
+    for name, parameter in bare_pocket.trainable.items():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    assert not torch.allclose(expected, bare_pocket.loss(images, PROMPTS, TARGETS), atol=0.05)
+    assert torch.allclose(expected, got, atol=0.02)  # 16-bit weights
+
+
+def test_missing_weights_are_told(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(UserError, match="codefend train pocket"):
+        load_pocket(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (40, 90), (90, 40), (128, 128)])
+def test_any_shape_is_padded_not_stretched(shape: tuple[int, int]) -> None:
+    squared = fit_square(torch.ones(1, 3, *shape))
+    assert squared.shape == (1, 3, SIDE, SIDE)
+    share = (squared > 0.75).float().mean()
+    assert np.isclose(share, min(shape) / max(shape), atol=0.03)

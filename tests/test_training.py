@@ -1,0 +1,116 @@
+"""The loops resume exactly, write loadable weights, and descend; the bank keeps its budgets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+from codefend import runs
+from codefend.nets import NetConfig, load_net
+from codefend.training import train
+from codefend.training.prior import PriorConfig, crops
+from codefend.types import UserError
+
+if TYPE_CHECKING:
+    from codefend.victims.pocket import Pocket
+
+pytest.importorskip("sklearn")
+pytest.importorskip("skimage")
+
+TINY = NetConfig(channels=(8, 12), blocks=(1, 1), embedding=16)
+
+
+def prior_config(**changes: object) -> PriorConfig:
+    values = {"net": TINY, "steps": 6, "batch": 2, "side": 32, "warmup": 2, "save_every": 2, **changes}
+    return PriorConfig(**values)  # type: ignore[arg-type]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_net(folder)[0].state_dict()
+
+
+def test_an_interrupted_prior_equals_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(prior_config(), tmp_path / "whole")
+    append, seen = runs.Run.append, 0
+
+    def interrupt(self: runs.Run, row: dict[str, object]) -> bool:
+        nonlocal seen
+        seen += 1
+        if seen == 4:  # step 4 is computed but neither logged nor saved
+            raise KeyboardInterrupt
+        return append(self, row)
+
+    monkeypatch.setattr(runs.Run, "append", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(prior_config(), tmp_path / "cut")
+    monkeypatch.undo()
+    cut = train(prior_config(), tmp_path / "cut")
+    assert all(torch.equal(a, weights(cut)[name]) for name, a in weights(whole).items())
+    rows = [json.loads(line) for line in (tmp_path / "cut" / "rows.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_prior_learns(tmp_path: Path) -> None:
+    train(prior_config(steps=60, batch=8, lr=4e-3, save_every=60), tmp_path)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert np.mean(losses[-15:]) < 0.9 * np.mean(losses[:15])
+
+
+def test_a_folder_of_another_config_is_refused(tmp_path: Path) -> None:
+    train(prior_config(steps=2), tmp_path)
+    with pytest.raises(UserError, match="steps"):
+        train(prior_config(steps=3), tmp_path)
+
+
+def test_what_is_no_training_is_told() -> None:
+    with pytest.raises(UserError, match="not a training"):
+        train(TINY, "nowhere")
+
+
+def test_crops_are_windows_of_their_pictures() -> None:
+    pictures = torch.arange(2 * 3 * 8 * 8, dtype=torch.float32).view(2, 3, 8, 8)
+    windows = crops(pictures, 4, np.random.default_rng(0))
+    for picture, window in zip(pictures, windows, strict=True):
+        found = picture.unfold(1, 4, 1).unfold(2, 4, 1).permute(1, 2, 0, 3, 4).reshape(-1, 3, 4, 4)
+        assert (found == window).flatten(1).all(1).any()
+
+
+@pytest.mark.weights
+def test_pairs_then_bridge(bare_pocket: Pocket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from codefend import pairs, victims
+    from codefend.training.bridge import BridgeConfig
+
+    monkeypatch.setattr(victims, "load", lambda name: bare_pocket)
+    config = pairs.PairsConfig(encoders=("lite0",), count=64, kinds=("features", "words"), steps=2)
+    bank = pairs.make_pairs(config, tmp_path / "pairs")
+    before = (bank / "rows.jsonl").read_text()
+    pairs.make_pairs(config, bank)
+    assert (bank / "rows.jsonl").read_text() == before  # a finished bank is left alone
+    rows = [json.loads(line) for line in before.splitlines()]
+    shards = list(pairs.read_pairs(bank))
+    assert [row["kind"] for row in rows] == [kind for _, _, kind in shards] == ["features", "words"]
+    for (clean, attacked, _), row in zip(shards, rows, strict=True):
+        reach = (clean.int() - attacked.int()).abs().flatten(1).amax(1)
+        assert all(r <= 255 * pair["eps"] + 1e-3 for r, pair in zip(reach.tolist(), row["pairs"], strict=True))
+        assert np.mean([pair["fall"] for pair in row["pairs"]]) > 0.05  # the attacks work
+
+    prior = train(prior_config(steps=2), tmp_path / "prior")
+    bridge = BridgeConfig(
+        pairs=str(bank), prior=str(prior), encoders=("lite0",), steps=2, batch=4, mined=0.5, mining_steps=1, save_every=1
+    )
+    folder = train(bridge, tmp_path / "bridge")
+    assert load_net(folder)[1]["kind"] == "bridge"
+    logged = [json.loads(line) for line in (tmp_path / "bridge" / "rows.jsonl").read_text().splitlines()]
+    assert all(row[term] >= 0 for row in logged for term in ("bridge", "features", "words", "direction"))
+
+
+def test_a_bank_without_pairs_is_told(tmp_path: Path) -> None:
+    from codefend.pairs import read_pairs
+
+    with pytest.raises(UserError, match="codefend pairs"):
+        list(read_pairs(tmp_path))
