@@ -21,8 +21,9 @@ def gen(seed: int = 0) -> torch.Generator:
 
 def random_net(config: NetConfig = TINY, scale: float = 0.1, seed: int = 0) -> PurifierNet:
     """A network whose zero-initialized layers are filled, so that every path matters."""
-    net, source = PurifierNet(config), gen(seed)
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)  # the layers' own initialization has no generator argument
+        net, source = PurifierNet(config), gen(seed)
         for parameter in net.parameters():
             parameter.add_(scale * torch.randn(parameter.shape, generator=source))
     return net

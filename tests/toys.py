@@ -38,7 +38,7 @@ class ToyVictim:
 
     name = "toy"
 
-    def __init__(self, *, checker: float = 60.0, striped: float = 0.0) -> None:
+    def __init__(self, *, checker: float = 200.0, striped: float = 0.0) -> None:
         self.checker, self.striped = checker, striped
         self.calls = 0
 

@@ -100,9 +100,9 @@ def interval(rows: Sequence[Row], *, metric: str | None = None, field: str = "me
     return bootstrap_interval(scores(rows, metric=metric, field=field), groups=[row["image"] for row in rows])
 
 
-def success_rate(rows: Sequence[Row], kind: str) -> Rate:
+def success_rate(rows: Sequence[Row], kind: str, *, field: str = "success") -> Rate:
     """Successes of ``kind`` "untargeted" or "targeted" over the rows where it was counted."""
-    counted = [row["success"][kind] for row in rows if row["success"].get(kind) is not None]
+    counted = [row[field][kind] for row in rows if row[field].get(kind) is not None]
     return Rate(sum(1 for value in counted if value), len(counted))
 
 
@@ -148,8 +148,8 @@ def summarize(rows: Sequence[Row], *, worst_cases: bool = True) -> list[Entry]:
 
 
 def _entry(group: Group, rows: list[Row], bare: dict[tuple[str, str], Row]) -> Entry:
-    field = "worst_scores" if group.attack == WORST else "mean_scores"
-    found = interval(rows, field=field)
+    worst = group.attack == WORST
+    found = interval(rows, field="worst_scores" if worst else "mean_scores")
     before = [bare[key] for row in rows if (key := (row["task"], row["example"])) in bare]
     clean = scores(before).nanmean().item() if len(before) == len(rows) else math.nan
     return Entry(
@@ -160,6 +160,25 @@ def _entry(group: Group, rows: list[Row], bare: dict[tuple[str, str], Row]) -> E
         worst=scores(rows, field="worst_scores").nanmean().item(),
         resubmissions=max(row["resubmissions"] for row in rows),
         kept=found.mean / clean if clean > 0 else math.nan,
-        untargeted=success_rate(rows, "untargeted"),
-        targeted=success_rate(rows, "targeted"),
+        untargeted=success_rate(rows, "untargeted", field="success_any" if worst else "success"),
+        targeted=Rate(0, 0) if worst else success_rate(rows, "targeted"),
     )
+
+
+def gaps(groups: dict[Group, list[Row]]) -> dict[Group, Interval]:
+    """How far each group lies below the best defense of the same task, threat, attack and eps: paired, with interval.
+
+    The best defense itself is left out. Above 0 at both ends: really worse, on the same examples.
+    """
+    found: dict[Group, Interval] = {}
+    for group, rows in groups.items():
+        rivals = [other for key, other in groups.items() if key == group._replace(defense=key.defense)]
+        best = max(rivals, key=lambda other: scores(other, field="worst_scores").nanmean().item())
+        if best is rows:
+            continue
+        pairs = paired(best, rows)
+        difference = scores([a for a, _ in pairs], field="worst_scores") - scores(
+            [b for _, b in pairs], field="worst_scores"
+        )
+        found[group] = bootstrap_interval(difference, groups=[a["image"] for a, _ in pairs])
+    return found

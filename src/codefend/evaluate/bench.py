@@ -20,7 +20,7 @@ from codefend.images import quantize8
 from codefend.results import BARE
 from codefend.runs import make_generator
 from codefend.tasks.metrics import attack_success, cider_d, document_frequencies
-from codefend.types import Example, Metric, Purifier, Task, UserError, Victim
+from codefend.types import Example, Metric, Purifier, Task, UserError, Victim, WhiteBox
 
 RIGHT_OR_WRONG = ("all_tags", "vqa_accuracy", "exact_match")  # metrics in [0, 1] that say whether an answer is right
 
@@ -63,12 +63,14 @@ class Examined:
 
     @classmethod
     def of(cls, task: Task) -> Examined:
-        """Look through the examples once. Raises UserError when there are none, or two share an id."""
+        """Look through the examples once. Raises UserError for no examples, a repeated id or a missing answer."""
         ids, sizes, references = [], [], []
         for example in task.examples:
             ids.append(example.id)
             sizes.append((int(example.image.shape[1]), int(example.image.shape[2])))
             references.append(example.references)
+            if not example.references:
+                raise UserError(f"task {task.name!r}: example {example.id!r} has no reference answer")
         if not ids:
             raise UserError(f"task {task.name!r} has no examples")
         twice = [name for name, count in Counter(ids).items() if count > 1]
@@ -135,7 +137,7 @@ class Bench:
     """Everything loaded and looked at once."""
 
     config: EvalConfig
-    victim: Victim
+    victim: WhiteBox
     tasks: dict[str, Examined]
     contenders: dict[str, Contender]
     surrogate: Contender | None
@@ -181,7 +183,15 @@ def open_bench(config: EvalConfig, loaders: Loaders | None = None) -> Bench:
     probe = _picture(next(iter(tasks.values())))
     contenders = {label: contender(label, loaders, probe, config.seed) for label in config.defenses}
     surrogate = contender(config.surrogate, loaders, probe, config.seed) if config.surrogate else None
-    return Bench(config, loaders.victim(config.victim), tasks, contenders, surrogate, attacks)
+    victim = white_box(loaders.victim(config.victim))
+    return Bench(config, victim, tasks, contenders, surrogate, attacks)
+
+
+def white_box(victim: Victim) -> WhiteBox:
+    """``victim`` itself. Raises UserError when it only answers text."""
+    if not isinstance(victim, WhiteBox):
+        raise UserError(f"victim {victim.name!r} only answers text: it has no loss to attack")
+    return victim
 
 
 def _picture(known: Examined) -> Tensor:

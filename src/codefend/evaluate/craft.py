@@ -6,6 +6,7 @@ defense itself (T2, T2d). All defenses judged against one source see the very sa
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from codefend.images import quantize8
 from codefend.results import BARE, eps_label
 from codefend.runs import Row, load_checkpoint, make_generator, save_checkpoint
 from codefend.tasks.image_metrics import psnr
-from codefend.types import Budget, Example, Objective, Purifier, UserError, Victim, WhiteBox
+from codefend.types import Budget, Example, Objective, Purifier, WhiteBox
 
 SLACK = 1e-5  # float32 rounding of an attack's projection, pixel units
 TAIL, LATE = 0.1, 0.05  # converged: the last tenth of the steps brought at most 5% of the gain
@@ -61,8 +62,9 @@ class KnownSeed:
 
 
 def slug(text: object) -> str:
-    """A file name for any label."""
-    return re.sub(r"[^A-Za-z0-9.=_-]+", "_", str(text)).strip(".") or "_"
+    """A file name for any label, another one for another label."""
+    name = re.sub(r"[^A-Za-z0-9.=_-]+", "_", str(text)).strip(".")[:80]
+    return name if name and name == str(text) else f"{name}-{hashlib.sha256(str(text).encode()).hexdigest()[:6]}"
 
 
 def origin(bench: Bench, cell: Cell) -> Cell:
@@ -77,7 +79,7 @@ def judge_names(cell: Cell, batch: int) -> tuple[object, ...]:
 
 def source_victim(bench: Bench, source: Cell, batch: int) -> tuple[WhiteBox, bool]:
     """The victim whose objective the attack lowers, and whether it is randomized."""
-    victim = white_box(bench.victim)
+    victim = bench.victim
     contender = bench.surrogate if source.threat == "T1" else bench.contenders.get(source.defense)
     if source.threat == "T0" or contender is None:
         return victim, False
@@ -87,13 +89,6 @@ def source_victim(bench: Bench, source: Cell, batch: int) -> tuple[WhiteBox, boo
         return DefendedVictim(victim, Defense(known, defense.policy, defense.name)), False
     generator = make_generator(seed, "attack noise", *source, batch)
     return DefendedVictim(victim, defense, generator=generator), contender.randomized
-
-
-def white_box(victim: Victim) -> WhiteBox:
-    """``victim`` itself. Raises UserError when it only answers text."""
-    if not isinstance(victim, WhiteBox):
-        raise UserError(f"victim {victim.name!r} only answers text: it has no loss to attack")
-    return victim
 
 
 def craft(bench: Bench, folder: Path, cell: Cell, batch: int, examples: Sequence[Example], wrong: Tensor) -> Crafted:
@@ -155,7 +150,7 @@ def _attack(
     raw = attack(objective, clean, budget, generator=generator).detach()
     seconds = (time.perf_counter() - start) / len(examples)
     attacked = quantize_in_budget(raw.nan_to_num(0.5), clean, budget)
-    bare = make_objective(bench, source, white_box(bench.victim), examples, clean)
+    bare = make_objective(bench, source, bench.victim, examples, clean)
     return attacked, [
         {
             "skipped": False,
@@ -191,9 +186,7 @@ def make_objective(bench: Bench, cell: Cell, victim: WhiteBox, examples: Sequenc
 
 
 def true_answer(example: Example) -> str:
-    """What most references say, the first of equals. Raises UserError when there are none."""
-    if not example.references:
-        raise UserError(f"example {example.id!r} has no reference answer to attack")
+    """What most references say, the first of equals."""
     return max(example.references, key=example.references.count)
 
 

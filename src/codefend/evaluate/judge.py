@@ -31,7 +31,7 @@ from codefend.runs import Row, make_generator
 from codefend.tasks.answers import normalize_answer
 from codefend.tasks.image_metrics import psnr
 from codefend.tasks.metrics import targeted_success
-from codefend.types import Example, Purifier, WhiteBox
+from codefend.types import Example, Purifier
 
 
 @dataclass
@@ -67,12 +67,11 @@ def row_key(cell: Cell, label: str, example_id: str) -> str:
 
 def submit(bench: Bench, cell: Cell, batch: int, images: Tensor, examples: Sequence[Example]) -> Submissions:
     """Ask the defended victim about ``images``: N times where it is randomized, with fresh noise each time."""
-    contender, names = bench.contenders[cell.defense], judge_names(cell, batch)
-    times = bench.config.resubmissions if contender.randomized and cell.threat != "T2d" else 1
-    defense, watched = contender.defense, None
+    names, randomized = judge_names(cell, batch), bench.contenders[cell.defense].randomized
+    times = bench.config.resubmissions if randomized and cell.threat != "T2d" else 1
+    defense, watched = judged_defense(bench, cell, batch), None
     if defense.purifier is not None:
-        inner = KnownSeed(defense.purifier, bench.config.seed, *names, 0) if cell.threat == "T2d" else defense.purifier
-        watched = Watched(inner)
+        watched = Watched(defense.purifier)
         defense = Defense(watched, defense.policy, defense.name)
     prompts, answers, purified, seed = [e.prompt for e in examples], [], images, 0
     start = time.perf_counter()
@@ -84,6 +83,15 @@ def submit(bench: Bench, cell: Cell, batch: int, images: Tensor, examples: Seque
     total, purify = time.perf_counter() - start, 0.0 if watched is None else watched.seconds
     share = len(images) * times
     return Submissions(answers, purified, purify / share, (total - purify) / share, seed)
+
+
+def judged_defense(bench: Bench, cell: Cell, batch: int) -> Defense:
+    """The defense that answers in ``cell``; at T2d it draws the noise that the attacker knows."""
+    defense = bench.contenders[cell.defense].defense
+    if cell.threat != "T2d" or defense.purifier is None:
+        return defense
+    known = KnownSeed(defense.purifier, bench.config.seed, *judge_names(cell, batch), 0)
+    return Defense(known, defense.policy, defense.name)
 
 
 def score_all(bench: Bench, task: str, answers: list[list[str]], examples: Sequence[Example]) -> list[Row]:
@@ -200,7 +208,7 @@ def attacked_rows(
     found = submit(bench, cell, batch, images, examples)
     rows = common_columns(bench, cell, batch, found, images, examples)
     success = successes(bench, cell, found, examples, clean)
-    defended = defended_objective(bench, cell, batch, contender, examples, images, crafted.notes)
+    defended = defended_objective(bench, cell, batch, examples, images, crafted.notes)
     for i, (row, note) in enumerate(zip(rows, crafted.notes, strict=True)):
         row |= note
         row |= {
@@ -220,23 +228,13 @@ def attacked_rows(
 
 
 def defended_objective(
-    bench: Bench,
-    cell: Cell,
-    batch: int,
-    contender: Contender,
-    examples: Sequence[Example],
-    images: Tensor,
-    notes: Sequence[Row],
+    bench: Bench, cell: Cell, batch: int, examples: Sequence[Example], images: Tensor, notes: Sequence[Row]
 ) -> list[float]:
     """The attack's objective on the finished images, seen through the judged defense."""
-    if contender.defense.purifier is None and contender.defense.policy is None:
-        bare = [note.get("objective", {}).get("bare") for note in notes]
-        if None not in bare:
-            return [float(value) for value in bare]
+    if cell.defense == BARE:
+        return [float(note["objective"]["bare"]) for note in notes]
     generator = make_generator(bench.config.seed, "objective", *cell, batch)
-    victim = DefendedVictim(bench.victim, contender.defense, generator=generator)
-    if not isinstance(bench.victim, WhiteBox):
-        return [float("nan")] * len(examples)
+    victim = DefendedVictim(bench.victim, judged_defense(bench, cell, batch), generator=generator)
     return evaluate_objective(make_objective(bench, cell, victim, examples, clean_images(examples)), images)
 
 

@@ -124,7 +124,7 @@ def parse_tza(blob: bytes) -> dict[str, Tensor]:
     """Read a TZA archive of half-precision tensors; little-endian, a table of contents at the end.
 
     Header: magic, table offset (u64). Table: count (u32), then per tensor the name (u16 length), rank (u8), sizes
-    (u32 each), one layout letter per dimension, type letter ("h"), data offset (u64). Raises ValueError on another type.
+    (u32 each), one layout letter per dimension, type letter, data offset (u64). Raises ValueError unless it is "h".
     """
     (place,) = struct.unpack_from("<Q", blob, 4)
     (count,) = struct.unpack_from("<I", blob, place)

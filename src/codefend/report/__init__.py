@@ -1,0 +1,96 @@
+"""Rows to something readable: terminal tables, Markdown, CSV, and one HTML file that needs no network.
+
+Every figure is a view of ``rows.jsonl``; nothing is computed here that the rows don't hold.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from codefend.results import Entry, summarize
+from codefend.runs import Row, read_config, read_rows, write_atomic
+from codefend.sanity import Flag, check
+from codefend.types import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Report", "print_summary", "read_report", "write_report"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a rendering needs, read once."""
+
+    folder: Path
+    config: Row
+    bench: Row  # tasks, costs and attacks as the evaluation found them
+    rows: list[Row]
+    entries: list[Entry]
+    flags: list[Flag]
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(entry.group.task for entry in self.entries))
+
+    @property
+    def missing(self) -> int:
+        """Rows that the evaluation has still to make."""
+        return max(int(self.bench.get("rows", len(self.rows))) - len(self.rows), 0)
+
+    @property
+    def doubts_in_words(self) -> str:
+        count = len(self.flags)
+        return "no doubts" if not count else f"{count} doubt{'s' if count > 1 else ''}, see below"
+
+
+def read_report(run_dir: str | Path) -> Report:
+    """Read a run folder of ``evaluate``. Raises UserError when it is none, or holds no rows yet."""
+    folder = Path(run_dir)
+    config = read_config(folder)
+    if not (folder / "rows.jsonl").exists() or not (folder / "bench.json").exists():
+        raise UserError(f"{folder} holds no evaluation; make one with `codefend eval --run {folder}`")
+    rows = read_rows(folder)
+    if not rows:
+        raise UserError(f"{folder} has no results yet; run `codefend eval --run {folder}` again to go on")
+    if any("defense" not in row or "mean_scores" not in row for row in rows):
+        raise UserError(f"{folder} holds rows of something else than an evaluation")
+    try:
+        bench: dict[str, Any] = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{folder / 'bench.json'} is damaged ({error}); remove it and run the evaluation again"
+        ) from error
+    return Report(folder, config, bench, rows, summarize(rows), check(rows))
+
+
+def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
+    """Write ``out`` (HTML; ``report.html`` in the run folder by default) with a ``.md`` and a ``.csv`` beside it.
+
+    Returns the HTML file. Raises UserError when the folder is no evaluation, or matplotlib or Jinja are missing.
+    """
+    from codefend.report.tables import csv_text, markdown_text
+
+    report = read_report(run_dir)
+    path = Path(out) if out else report.folder / "report.html"
+    path = path / "report.html" if path.is_dir() else path
+    try:
+        from codefend.report.page import html_text
+    except ModuleNotFoundError as error:
+        raise UserError(f"the HTML report needs {error.name}: pip install 'codefend[bench]'") from error
+    write_atomic(path, html_text(report))
+    write_atomic(path.with_suffix(".md"), markdown_text(report))
+    write_atomic(path.with_suffix(".csv"), csv_text(report))
+    return path
+
+
+def print_summary(run_dir: str | Path, console: Console) -> None:
+    """Show the leaderboards, the results and the doubts on a terminal."""
+    from codefend.report.tables import terminal_tables
+
+    for table in terminal_tables(read_report(run_dir)):
+        console.print(table)
+        console.print()

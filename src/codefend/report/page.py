@@ -1,0 +1,63 @@
+"""The HTML file: one template, everything inline, every text escaped (answers under attack are an attacker's words)."""
+
+from __future__ import annotations
+
+import base64
+import json
+from importlib.resources import files
+
+from jinja2 import Environment, StrictUndefined
+
+from codefend.report import Report
+from codefend.report.panels import panels
+from codefend.report.plots import score_against_eps
+from codefend.report.tables import (
+    RULES,
+    THREAT_WORDS,
+    Table,
+    all_metrics,
+    costs,
+    differences,
+    doubts,
+    leaderboard,
+    results,
+)
+
+
+def html_text(report: Report) -> str:
+    """The whole report as one HTML document without links to anything outside."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files("codefend.report").joinpath("page.html").read_text(encoding="utf-8"))
+    plots = [(task, _inline(score_against_eps(report.entries, task))) for task in report.tasks]
+    threats = dict.fromkeys(entry.group.threat for entry in report.entries)
+    return template.render(
+        report=report,
+        victim=report.bench.get("victim", report.config.get("victim", "")),
+        counts={task: len({row["example"] for row in report.rows if row["task"] == task}) for task in report.tasks},
+        leaderboards=[leaderboard(report, task) for task in report.tasks],
+        rules=RULES,
+        threats={threat: THREAT_WORDS[threat] for threat in threats if threat in THREAT_WORDS},
+        plots=[(task, plot) for task, plot in plots if plot],
+        doubts=doubts(report),
+        costs=costs(report),
+        differences=differences(report),
+        details=[table for task in report.tasks for table in (results(report, task), all_metrics(report, task))],
+        panels=panels(report),
+        attacks=_attacks(report),
+        config=json.dumps(report.config, indent=2, ensure_ascii=False),
+    )
+
+
+def _inline(svg: str) -> str:
+    """An SVG as a data URL: an image runs no scripts and its ids stay its own."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode("ascii") if svg else ""
+
+
+def _attacks(report: Report) -> Table:
+    lines = [
+        (label, str(found.get("summary", "")), str(found.get("goal", "")), str(found.get("threat", "")))
+        + (str(found.get("steps", "")), str(found.get("source", "")))
+        for label, found in report.bench.get("attacks", {}).items()
+    ]
+    columns = ("attack", "what it does", "goal", "needs", "steps", "source")
+    return Table("Attacks", columns, tuple(lines), (), frozenset(columns) - {"steps"})

@@ -1,0 +1,351 @@
+"""Tables of a report, made once as text and rendered for terminal, Markdown and HTML; and the CSV of raw numbers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from codefend.report import Report
+from codefend.results import (
+    BARE,
+    CLEAN,
+    THREATS,
+    WORST,
+    Entry,
+    Group,
+    Rate,
+    eps_label,
+    gaps,
+    grouped,
+    scores,
+    worst_rows,
+)
+from codefend.runs import Row
+from codefend.sanity import Flag
+from codefend.tasks.intervals import Interval
+from codefend.tasks.metrics import corpus_bleu4
+from codefend.types import Example, UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+TERMINAL_LINES = 40  # longer result tables show clean and worst-case lines only
+RULES = (
+    "Ranked by the worst case under the strongest threat in the run: for each example the lowest score over all "
+    "attacks of that threat and of every weaker one, all resubmissions of a randomized defense counted.",
+    "Defenses that were never attacked through themselves are listed without a rank: a score against an attacker who "
+    "does not know the defense is no robustness.",
+    "Attacked images are rounded to 8 bits and stay inside the budget; scores are over all examples, wrong clean "
+    "answers included. Brackets are 95% bootstrap intervals over images.",
+)
+THREAT_WORDS = {
+    "clean": "nobody attacks",
+    "T0": "oblivious: the attack sees the bare victim",
+    "T1": "transfer: the attack goes through a surrogate defense",
+    "T2": "white box: the attack goes through the defense itself",
+    "T2d": "white box that knows the seed of the defense's noise",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text cells under ``columns``; ``notes`` belong below. ``left`` columns are words, the others numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+    left: frozenset[str] = frozenset()
+
+
+# --- numbers to text -------------------------------------------------------------------------------------------------
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Two digits, a dash where nothing was scored."""
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def with_interval(found: Interval) -> str:
+    """``0.81 [0.70, 0.90]``."""
+    return number(found.mean) + ("" if math.isnan(found.low) else f" [{found.low:.2f}, {found.high:.2f}]")
+
+
+def rate(found: Rate) -> str:
+    """``7/12 (58%)``: always with the denominator."""
+    return f"{found.hits}/{found.n} ({found.share:.0%})" if found.n else "–"
+
+
+def percent(share: float) -> str:
+    return "–" if math.isnan(share) else f"{share:.0%}"
+
+
+def flags_of(group: Group, flags: Sequence[Flag]) -> list[Flag]:
+    """The doubts about one figure; a worst case inherits those about its attacks. Those about everything are left out."""
+    own = [flag for flag in flags if flag.defense or flag.threat]
+    figure = [group._replace(attack=flag.attack) if group.attack == WORST else group for flag in own]
+    found = [flag for flag, mine in zip(own, figure, strict=True) if flag.covers(mine)]
+    return [flag for flag in found if flag.check != "too few examples" and group.attack != CLEAN]
+
+
+def _checks(group: Group, flags: Sequence[Flag]) -> str:
+    return ", ".join(dict.fromkeys(flag.check for flag in flags_of(group, flags)))
+
+
+# --- the tables ------------------------------------------------------------------------------------------------------
+
+
+def leaderboard(report: Report, task: str) -> Table:
+    """Defenses of one task by their worst case under the strongest threat, at the largest eps."""
+    entries = [entry for entry in report.entries if entry.group.task == task]
+    worst = {(e.group.defense, e.group.threat): e for e in entries if e.group.attack == WORST and _largest(e, entries)}
+    clean = {e.group.defense: e for e in entries if e.group.attack == CLEAN}
+    threats = [threat for threat in THREATS[1:] if any(threat == key[1] for key in worst)]
+    judged = {defense: _ranked_by(defense, worst) for defense in clean}
+    order = sorted(clean, key=lambda d: (judged[d] is None, -_mean(judged[d]), -_mean(worst.get((d, "T0")))))
+    lines, rank = [], 0
+    for defense in order:
+        final = judged[defense]
+        rank += final is not None
+        cells = [worst.get((defense, threat)) for threat in threats]
+        lines.append(
+            (
+                str(rank) if final else "–",
+                defense,
+                with_interval(clean[defense].score),
+                *(f"{with_interval(cell.score)} n={cell.score.n}" if cell else "–" for cell in cells),
+                percent(final.kept) if final else "–",
+                _checks(final.group, report.flags) if final else "not attacked through itself",
+            )
+        )
+    metric, label = entries[0].metric, _largest_label(entries)
+    columns = ("rank", "defense", "clean", *(f"{threat} worst case" for threat in threats), "kept", "doubts")
+    title = f"{task}: {metric} at {label}" if label else f"{task}: {metric}"
+    left = frozenset({"defense", "doubts"})
+    return Table(title, columns, tuple(lines), RULES, left)
+
+
+def _largest(entry: Entry, entries: Sequence[Entry]) -> bool:
+    return entry.group.eps == max(e.group.eps for e in entries)
+
+
+def _largest_label(entries: Sequence[Entry]) -> str:
+    top = max(entries, key=lambda e: e.group.eps)
+    return eps_label(top.group.eps, top.norm)
+
+
+def _mean(entry: Entry | None) -> float:
+    return entry.score.mean if entry and not math.isnan(entry.score.mean) else -1.0
+
+
+def _ranked_by(defense: str, worst: dict[tuple[str, str], Entry]) -> Entry | None:
+    """The entry that ranks a defense: its strongest threat from T2 on; the bare victim has nothing to adapt to."""
+    threats = ("T2d", "T2", "T0") if defense == BARE else ("T2d", "T2")
+    return next((worst[defense, threat] for threat in threats if (defense, threat) in worst), None)
+
+
+def results(report: Report, task: str, *, brief: bool = False) -> Table:
+    """Every figure of one task; ``brief`` leaves out single attacks."""
+    entries = [entry for entry in report.entries if entry.group.task == task]
+    if brief:
+        entries = [entry for entry in entries if entry.group.attack in (CLEAN, WORST)]
+    entries = sorted(entries, key=_order(report))
+    many = any(entry.resubmissions > 1 for entry in entries)
+    lines = []
+    for entry in entries:
+        group = entry.group
+        resubmitted = number(entry.worst) if entry.resubmissions > 1 else "–"
+        lines.append(
+            (
+                group.defense,
+                group.threat,
+                "" if group.attack == CLEAN else group.attack,
+                eps_label(group.eps, entry.norm),
+                with_interval(entry.score),
+                str(entry.score.n),
+                percent(entry.kept),
+                *((resubmitted,) if many else ()),
+                rate(entry.untargeted),
+                rate(entry.targeted),
+                _checks(group, report.flags),
+            )
+        )
+    columns = ("defense", "threat", "attack", "eps", "score", "n", "kept", *(("worst of N",) if many else ()))
+    notes = [
+        f"score: {entries[0].metric}, mean with a 95% bootstrap interval over images; n: examples scored.",
+        "kept: share of the undefended clean score on the same examples.",
+        "broken: right on the clean image became wrong, of those that this same defense answers right; target: the "
+        "attacker's sentence appeared, of those where it wasn't there before.",
+        *(f"{threat}: {THREAT_WORDS[threat]}." for threat in THREATS if any(e.group.threat == threat for e in entries)),
+    ]
+    left = frozenset({"defense", "threat", "attack", "doubts"})
+    return Table(f"{task}: all figures", (*columns, "broken", "target", "doubts"), tuple(lines), tuple(notes), left)
+
+
+def _order(report: Report) -> object:
+    defenses = list(dict.fromkeys(entry.group.defense for entry in report.entries))
+
+    def key(entry: Entry) -> tuple[object, ...]:
+        group = entry.group
+        return (
+            THREATS.index(group.threat),
+            group.eps,
+            group.attack == WORST,
+            "" if group.attack == WORST else group.attack,
+            defenses.index(group.defense),
+        )
+
+    return key
+
+
+def differences(report: Report) -> Table:
+    """How far each defense lies below the best one in the worst case, on the same examples."""
+    found = gaps(worst_rows(grouped(report.rows)))
+    norm = report.rows[0]["norm"]
+    lines = [
+        (g.task, g.threat, eps_label(g.eps, norm), g.defense, with_interval(gap), str(gap.n), _verdict(gap))
+        for g, gap in found.items()
+    ]
+    columns = ("task", "threat", "eps", "defense", "below the best by", "n", "clear?")
+    notes = ("paired over the examples that both were judged on; clear: the 95% interval leaves 0 out.",)
+    return Table("Paired differences of worst cases", columns, tuple(lines), notes, frozenset(columns[:4]))
+
+
+def _verdict(gap: Interval) -> str:
+    return "yes" if gap.low > 0 else "no"
+
+
+def doubts(report: Report) -> Table:
+    """What the sanity checks found."""
+    lines = [(flag.check, flag.where, flag.reason) for flag in report.flags]
+    columns = ("check", "where", "reason")
+    return Table("Doubts", columns, tuple(lines), (), frozenset(columns))
+
+
+def costs(report: Report) -> Table:
+    """What each defense costs per image, on the machine that ran the evaluation."""
+    lines = []
+    for cost in report.bench.get("costs", []):
+        evaluations, adds = cost.get("evaluations"), cost.get("multiply_adds") or 0
+        lines.append(
+            (
+                str(cost["defense"]),
+                f"{cost['ms_per_image']:.1f}",
+                f"{adds / 1e6:,.1f}",
+                "–" if evaluations is None else str(evaluations),
+                "yes" if cost.get("randomized") else "no",
+                str(cost.get("gradient", "")),
+            )
+        )
+    sizes = {"x".join(map(str, cost["size"])) for cost in report.bench.get("costs", [])}
+    notes = (f"one picture of {', '.join(sorted(sizes))} pixels at a time; millions of multiply-adds in networks.",)
+    columns = ("defense", "ms/image", "M multiply-adds", "evaluations", "randomized", "gradient")
+    return Table("Cost", columns, tuple(lines), notes, frozenset({"defense", "gradient"}))
+
+
+def all_metrics(report: Report, task: str) -> Table:
+    """The mean of every metric in every figure; BLEU-4 as the corpus figure, which isn't a mean."""
+    groups = {group: rows for group, rows in grouped(report.rows).items() if group.task == task}
+    names = list(dict.fromkeys(name for rows in groups.values() for name in rows[0]["scores"]))
+    norm = report.rows[0]["norm"]
+    lines = [
+        (g.defense, g.threat, "" if g.attack == CLEAN else g.attack, eps_label(g.eps, norm))
+        + tuple(number(metric_mean(rows, name), 3) for name in names)
+        + (number(_restored(rows), 1),)
+        for g, rows in groups.items()
+    ]
+    columns = ("defense", "threat", "attack", "eps", *names, "PSNR dB")
+    notes = ("PSNR: of what the victim saw, against the clean picture; pictures that are identical are left out.",)
+    return Table(f"{task}: all metrics", columns, tuple(lines), notes, frozenset(columns[:3]))
+
+
+def metric_mean(rows: Sequence[Row], name: str) -> float:
+    """Mean over the scored examples; corpus BLEU-4 where that is asked and can be had."""
+    if name == "bleu4":
+        examples = [Example(row["example"], torch.empty(0), row["prompt"], tuple(row["references"])) for row in rows]
+        try:
+            return corpus_bleu4([row["answer"] for row in rows], examples)
+        except UserError:  # sacrebleu is missing
+            return math.nan
+    return scores(rows, metric=name).nanmean().item()
+
+
+def _restored(rows: Sequence[Row]) -> float:
+    found = [row["purified_psnr"] for row in rows if row["purified_psnr"] is not None]
+    return sum(found) / len(found) if found else math.nan
+
+
+# --- renderings ------------------------------------------------------------------------------------------------------
+
+
+def terminal_tables(report: Report) -> list[RichTable]:
+    """Rich tables: leaderboard and results of each task, then the doubts."""
+    shown = []
+    for task in report.tasks:
+        full = results(report, task)
+        shown += [
+            leaderboard(report, task),
+            full if len(full.lines) <= TERMINAL_LINES else results(report, task, brief=True),
+        ]
+    return [_rich(table) for table in [*shown, doubts(report)] if table.lines]
+
+
+def _rich(table: Table) -> RichTable:
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    made = RichTable(title=table.title, title_justify="left", header_style="bold")
+    for column in table.columns:
+        made.add_column(column, justify="left" if column in table.left else "right", overflow="fold")
+    for line in table.lines:
+        made.add_row(*(Text(cell) for cell in line))  # Text: answers and labels are no markup
+    return made
+
+
+def markdown_text(report: Report) -> str:
+    """The whole report without pictures, as GitHub-flavoured Markdown."""
+    parts = [f"# Evaluation of {report.bench.get('victim', report.config.get('victim'))}", ""]
+    if report.missing:
+        parts += [f"**Unfinished: {report.missing} rows are still to come.**", ""]
+    tables = [leaderboard(report, task) for task in report.tasks] + [doubts(report), differences(report), costs(report)]
+    tables += [table for task in report.tasks for table in (results(report, task), all_metrics(report, task))]
+    for table in tables:
+        parts += _markdown(table)
+    return "\n".join(parts)
+
+
+def _markdown(table: Table) -> list[str]:
+    if not table.lines:
+        return []
+    marks = [":--" if column in table.left else "--:" for column in table.columns]
+    lines = [_markdown_line(line) for line in (table.columns, marks, *table.lines)]
+    return [f"## {table.title}", "", *lines, "", *(f"- {note}" for note in table.notes), ""]
+
+
+def _markdown_line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def csv_text(report: Report) -> str:
+    """One line per figure with unrounded numbers, every metric included; nan is left empty."""
+    groups = grouped(report.rows) | worst_rows(grouped(report.rows))
+    metrics = list(dict.fromkeys(name for row in report.rows for name in row["scores"]))
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    fixed = "task defense threat attack eps norm metric score low high n worst_of_n resubmissions kept".split()
+    counts = ["untargeted_hits", "untargeted_n", "targeted_hits", "targeted_n", "doubts"]
+    writer.writerow([*fixed, *counts, *(f"mean_{name}" for name in metrics)])
+    for e in report.entries:
+        rows = groups[e.group]
+        numbers = [*e.score, e.worst, e.resubmissions, e.kept]
+        means = [metric_mean(rows, name) if name in rows[0]["scores"] else math.nan for name in metrics]
+        rates = [e.untargeted.hits, e.untargeted.n, e.targeted.hits, e.targeted.n, _checks(e.group, report.flags)]
+        line: list[object] = [*e.group, e.norm, e.metric, *numbers, *rates, *means]
+        writer.writerow(["" if isinstance(cell, float) and math.isnan(cell) else cell for cell in line])
+    return stream.getvalue()

@@ -1,0 +1,244 @@
+"""Every check fires on a defense built to fool it, and stays silent on an honest evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import toys
+from codefend import sanity
+from codefend.evaluate import EvalConfig, evaluate
+from codefend.results import Group
+from codefend.runs import Row
+from codefend.sanity import CHECKS, Flag, check
+
+FOOLING = EvalConfig(
+    victim="toy",
+    tasks=("questions",),
+    defenses=("none", "leaky", "quantize", "shatter", "jitter"),
+    attacks=("apgd", "noise"),
+    steps=25,
+    batch=12,
+    panels=0,
+)
+
+
+def names(rows: list[Row], **where: str) -> set[str]:
+    return {flag.check for flag in check(rows) if all(getattr(flag, key) == value for key, value in where.items())}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    return evaluate(FOOLING, tmp_path_factory.mktemp("fooling"), loaders=toys.loaders())
+
+
+# Defenses that fool an attack
+
+
+def test_quantizing_defense_has_no_gradient(rows: list[Row]) -> None:
+    assert {"zero gradient", "noise as strong"} <= names(rows, defense="quantize", threat="T2")
+
+
+def test_shattering_defense_is_weaker_where_it_is_attacked_directly(rows: list[Row]) -> None:
+    assert {"adaptive weaker", "noise as strong"} <= names(rows, defense="shatter", threat="T2")
+
+
+def test_randomized_defense_wants_averaging_and_resubmission(rows: list[Row]) -> None:
+    assert "random without EOT" in names(rows, defense="jitter", threat="T2", attack="apgd")
+    assert "random without EOT" not in names(rows, defense="jitter", attack="noise")  # it follows no gradient
+    assert "judged once" in names(rows, defense="jitter")
+
+
+def test_averaging_and_resubmission_satisfy(tmp_path: Path) -> None:
+    config = EvalConfig(
+        tasks=("questions",), defenses=("jitter",), attacks=("apgd",), threats=("T2",), steps=4, eot=2, resubmissions=2
+    )
+    assert not {"random without EOT", "judged once"} & names(evaluate(config, tmp_path, loaders=toys.loaders()))
+
+
+def test_honest_defenses_raise_nothing(rows: list[Row]) -> None:
+    assert not names(rows, defense="none", attack="apgd")
+    assert not names(rows, defense="leaky", attack="apgd")
+
+
+def test_square_beats_a_gradient_that_lies(tmp_path: Path) -> None:
+    config = EvalConfig(
+        tasks=("questions",),
+        defenses=("shatter",),
+        attacks=("apgd:steps=10", "square:steps=100"),
+        eps=(110.0,),  # enough to change the colours themselves
+        threats=("T2",),
+    )
+    found = evaluate(config, tmp_path, loaders=toys.loaders(toys.ToyVictim(checker=0.0)))
+    assert "black box beats white box" in names(found, defense="shatter", attack="square:steps=100")
+
+
+# The same checks on rows made by hand
+
+
+def row(example: int, score: float, **changes: Any) -> Row:
+    made: Row = {
+        "task": "t",
+        "defense": "d",
+        "threat": "T2",
+        "attack": "apgd",
+        "eps": 8 / 255,
+        "norm": "linf",
+        "example": str(example),
+        "image": str(example),
+        "headline": "m",
+        "mean_scores": {"m": score},
+        "worst_scores": {"m": score},
+        "resubmissions": 1,
+        "randomized": False,
+        "goal": "untargeted",
+        "access": "white-box",
+        "success": {"untargeted": int(score < 0.5)},
+        "violation": "",
+        "skipped": False,
+        "objective": {"bare": -1.0, "defended": -1.0},
+        "gradient": {"min": 0.1, "median": 0.2, "max": 0.3, "zero_share": 0.0, "nonfinite": 0},
+        "curve": {"start": 0.0, "end": -1.0, "late": 0.0, "converged": True, "steps": 10},
+        "budget": {"steps": 10, "eot": 1, "restarts": 1},
+    }
+    return made | changes
+
+
+def several(scores: list[float], **changes: Any) -> list[Row]:
+    return [row(i, score, **changes) for i, score in enumerate(scores)]
+
+
+def clean(n: int = 10, **changes: Any) -> list[Row]:
+    return several([1.0] * n, threat="clean", attack="none", eps=0.0, goal="none", **changes)
+
+
+MIXED = [1.0, 0.0] * 5
+ALL, NOTHING = [1.0] * 10, [0.0] * 10
+
+
+def fired(rows: list[Row]) -> set[str]:
+    return names(clean() + rows) - {"too few examples"}
+
+
+def test_nothing_fires_on_an_ordinary_figure() -> None:
+    assert fired(several(MIXED)) == set()
+
+
+def test_violation() -> None:
+    flags = check(several(MIXED, violation="far away") + several(MIXED, threat="T0", violation="far too"))
+    assert [(f.check, f.threat) for f in flags if f.check == "budget violated"] == [
+        ("budget violated", "T2"),
+        ("budget violated", "T0"),
+    ]
+    assert "10 of 10: far away" in flags[0].reason
+
+
+def test_oblivious_images_are_doubted_once_and_not_per_defense() -> None:
+    both = several(MIXED, threat="T0", violation="far") + several(MIXED, threat="T0", violation="far", defense="e")
+    assert sum(flag.check == "budget violated" for flag in check(both)) == 1
+
+
+@pytest.mark.parametrize(
+    ("gradient", "name"),
+    [
+        ({"zero_share": 0.5}, "zero gradient"),
+        ({"median": 1e-12, "max": 1e-12}, "zero gradient"),
+        ({"max": 1e9}, "exploding gradient"),
+        ({"nonfinite": 3}, "exploding gradient"),
+        ({"max": None}, "exploding gradient"),
+    ],
+)
+def test_sick_gradients(gradient: dict[str, Any], name: str) -> None:
+    sick = row(0, 1)["gradient"] | gradient
+    assert fired(several(ALL, gradient=sick)) == {name}
+    assert fired(several(NOTHING, gradient=sick)) == set()  # a loss may be flat where the goal is reached
+
+
+@pytest.mark.parametrize("weaker", ["T0", "T1"])
+def test_adaptive_weaker_than_what_knows_less(weaker: str) -> None:
+    assert fired(several(ALL) + several(MIXED, threat=weaker)) == {"adaptive weaker"}
+    assert fired(several(MIXED) + several(ALL, threat=weaker)) == set()
+    one_apart = [1.0, *MIXED[1:9], 1.0]  # 6 of 10 against 5 of 10: within the noise
+    assert fired(several(one_apart) + several(MIXED, threat=weaker)) == set()
+
+
+def test_adaptive_weaker_by_its_own_objective() -> None:
+    oblivious = [row(i, s, threat="T0", objective={"defended": -3.0 - i / 10}) for i, s in enumerate(MIXED)]
+    found = check(clean() + several(MIXED) + oblivious)
+    assert [flag.reason for flag in found if flag.check == "adaptive weaker"] == [
+        "on 100% of the images T0 lowers the attack's own objective further"
+    ]
+
+
+def test_larger_eps_helping_the_defender() -> None:
+    small = several(MIXED, eps=4 / 255)
+    assert fired(small + several(ALL)) == {"larger budget helps the defender"}
+    assert fired(several(ALL, eps=4 / 255) + several(MIXED)) == set()
+
+
+def test_more_steps_helping_the_defender() -> None:
+    few = several(MIXED, attack="apgd:steps=5", budget={"steps": 5, "eot": 1, "restarts": 1})
+    assert fired(few + several(ALL)) == {"larger budget helps the defender"}
+    other = several(MIXED, attack="pgd", budget={"steps": 5, "eot": 1, "restarts": 1})
+    assert fired(other + several(ALL)) == set()  # another attack may simply be better
+
+
+def test_black_box_beating_white_box() -> None:
+    square = {"attack": "square", "access": "score", "gradient": None}
+    assert fired(several(ALL) + several(NOTHING, **square)) == {"black box beats white box"}
+    assert fired(several(NOTHING) + several(ALL, **square)) == set()
+    best = several(NOTHING, attack="pgd")  # it has to beat the strongest
+    assert fired(several(ALL) + best + several(NOTHING, **square)) == set()
+
+
+def test_noise_as_strong_as_the_attack() -> None:
+    noise = {"attack": "noise", "access": "control", "gradient": None}
+    assert fired(several(ALL) + several(ALL, **noise)) == {"noise as strong"}
+    assert fired(several(MIXED) + several(ALL, **noise)) == set()
+    oblivious = {"threat": "T0"}  # there a purifier that takes off both is doing its work
+    assert fired(several(ALL, **oblivious) + several(ALL, **oblivious, **noise)) == set()
+
+
+def test_unbounded_attack_that_does_not_reach_zero() -> None:
+    assert fired(several(MIXED, eps=1.0)) == {"unbounded survived"}
+    assert fired(several(NOTHING, eps=1.0)) == set()
+
+
+def test_loss_still_falling() -> None:
+    falling = {"start": 0.0, "end": -1.0, "late": 0.3, "converged": False, "steps": 10}
+    assert fired(several(ALL, curve=falling)) == {"not converged"}
+    assert fired(several(NOTHING, curve=falling)) == set()  # nothing is left to break
+    noise = {"attack": "noise", "access": "control", "curve": falling}
+    assert fired(several(MIXED, **noise)) == set()  # draws don't converge
+
+
+def test_too_few_examples() -> None:
+    found = [flag for flag in check(clean(30) + several([1.0, 0.0] * 4)) if flag.check == "too few examples"]
+    assert [(flag.threat, flag.reason[:11]) for flag in found] == [("", "30 examples"), ("T2", "8 examples:")]
+    assert not check(clean(100))
+
+
+def test_targeted_attacks_are_not_compared_by_score() -> None:
+    targeted = {"goal": "targeted", "attack": "apgd-targeted", "success": {"targeted": 0}}
+    assert fired(several(ALL, **targeted) + several(MIXED, **targeted, threat="T0")) == set()
+
+
+def test_flag_says_where_and_covers_its_figure() -> None:
+    flag = Flag("zero gradient", "why", "vqa", "bridge", "T2", "apgd", 8 / 255)
+    assert flag.where == "vqa · bridge · T2 · apgd · 8/255"
+    assert flag.covers(Group("vqa", "bridge", "T2", "apgd", 8 / 255))
+    assert not flag.covers(Group("vqa", "jpeg", "T2", "apgd", 8 / 255))
+    assert Flag("too few examples", "why", "vqa").covers(Group("vqa", "jpeg", "T0", "apgd", 8 / 255))
+
+
+def test_unscored_rows_are_not_zeros() -> None:
+    unscored = [row(i, 0.0, mean_scores={"m": None}, threat="T0") for i in range(10)]
+    assert fired(several(ALL) + unscored) == set()
+
+
+def test_every_check_is_documented_and_no_rows_raise_nothing() -> None:
+    assert all(run.__doc__ for run in CHECKS.values())
+    assert check([]) == []
+    assert sanity.MEANINGFUL < 0.05
