@@ -324,28 +324,38 @@ class Config:
 def presets(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Toy presets; returns the list of calls that reached the modules behind the verbs."""
     calls: list[tuple[Any, ...]] = []
+
+    def reached(verb: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls.append((verb, *arguments))
+            return arguments[-1] or "report.html"
+
+        return call
+
     preset = SimpleNamespace(summary="a toy", build=lambda settings: override(Config(), settings))
-    stand_in(monkeypatch, "presets", PRESETS={"pairs": preset, "tiny": preset, "eval": preset})
-    stand_in(monkeypatch, "pairs", make_pairs=lambda *a: calls.append(("pairs", *a)))
-    stand_in(monkeypatch, "training", train=lambda *a: calls.append(("train", *a)))
-    stand_in(monkeypatch, "evaluate", evaluate=lambda *a: calls.append(("eval", *a)))
-    stand_in(monkeypatch, "report", write_report=lambda *a: calls.append(("report", *a)))
+    other = SimpleNamespace(summary="not for pairs or eval", build=lambda settings: override(Inner(), settings))
+    stand_in(monkeypatch, "presets", PRESETS={"pairs": preset, "tiny": preset, "quick": preset, "other": other})
+    stand_in(monkeypatch, "pairs", make_pairs=reached("pairs"), PairsConfig=Config)
+    stand_in(monkeypatch, "training", train=reached("train"))
+    stand_in(monkeypatch, "evaluate", evaluate=reached("eval"), EvalConfig=Config)
+    stand_in(monkeypatch, "report", write_report=reached("report"), print_summary=lambda *_: print("tables"))
     return calls
 
 
 def test_run_verbs_hand_over_config_and_folder(presets: list[tuple[Any, ...]], tmp_path: Path, run: Run) -> None:
-    (tmp_path / "config.json").write_text("{}")
     settings = ("--set", "steps=3", "--set", "model.width=4")
     changed = Config(steps=3, model=Inner(4))
     assert run("train", "tiny", "--run", tmp_path, *settings) == (0, f"{tmp_path}\n", "")
     assert run("pairs", "--run", tmp_path, *settings)[0] == 0
     assert run("eval", "--run", tmp_path, "--limit", 5, *settings)[0] == 0
-    assert run("report", tmp_path) == (0, f"{tmp_path / 'report.html'}\n", "")
+    assert run("report", tmp_path) == (0, "tables\nreport.html\n", "")
+    assert run("report", tmp_path, "-o", "x.html") == (0, "tables\nx.html\n", "")
     assert presets == [
         ("train", changed, tmp_path),
         ("pairs", changed, tmp_path),
         ("eval", replace(changed, limit=5), tmp_path),
-        ("report", tmp_path, tmp_path / "report.html"),
+        ("report", tmp_path, None),
+        ("report", tmp_path, Path("x.html")),
     ]
 
 
@@ -367,7 +377,8 @@ def test_dry_run_prints_the_config_and_does_nothing(presets: list[tuple[Any, ...
         (["train", "tiny", "--run", "r", "--set", "steps"], "expected key=value"),
         (["train", "tiny", "--run", "r", "--set", "steps=many"], "not a whole number"),
         (["eval", "tiny", "--run", "r", "--set", "model.widht=1"], "did you mean 'model.width'"),
-        (["report", "nowhere"], "not a run folder"),
+        (["eval", "other", "--run", "r"], "preset 'other' is for another verb"),
+        (["pairs", "other", "--run", "r"], "preset 'other' is for another verb"),
     ],
 )
 def test_run_verbs_refuse_with_one_line(
@@ -383,6 +394,12 @@ def test_run_verbs_refuse_with_one_line(
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert text in err
     assert presets == []
+
+
+def test_a_report_on_what_is_no_run(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("report", tmp_path)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "not a run folder" in err
 
 
 def test_demo_returns_its_own_code(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

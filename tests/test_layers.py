@@ -15,7 +15,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(["__init__", "types", "registry", "settings", "runs", "images"], 0),
     **dict.fromkeys(["diffusion", "nets"], 1),
     **dict.fromkeys(["purifiers", "prompts", "victims", "attacks", "tasks"], 2),
-    **dict.fromkeys(["defense", "pairs", "results"], 3),
+    **dict.fromkeys(["defense", "pairs", "results", "sanity"], 3),
     **dict.fromkeys(["training", "evaluate", "report", "purify_files", "demo", "gateway"], 4),
     **dict.fromkeys(["presets", "cli", "cli_pictures", "cli_runs"], 5),
 }

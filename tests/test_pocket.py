@@ -1,4 +1,4 @@
-"""The pocket victim: its pretrained parts are read rightly, its losses are per example, its gradients reach the pixels."""
+"""The pocket victim: pretrained parts are read rightly, losses are per example, gradients reach the pixels."""
 
 from __future__ import annotations
 

@@ -151,7 +151,9 @@ def test_captions_name_every_object(train: list[Scene]) -> None:
         assert all(o.phrase in text for o in scene.objects for text in texts)
 
 
-@pytest.mark.parametrize(("name", "count"), [("caption", 512), ("vqa", 512), ("caption-shift", 256), ("vqa-shift", 256)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("caption", 512), ("vqa", 512), ("caption-shift", 256), ("vqa-shift", 256)]
+)
 def test_the_frozen_sets_ship(name: str, count: int) -> None:
     task = codefend.load_task(name)
     assert len(task.examples) == count

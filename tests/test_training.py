@@ -101,7 +101,14 @@ def test_pairs_then_bridge(bare_pocket: Pocket, tmp_path: Path, monkeypatch: pyt
 
     prior = train(prior_config(steps=2), tmp_path / "prior")
     bridge = BridgeConfig(
-        pairs=str(bank), prior=str(prior), encoders=("lite0",), steps=2, batch=4, mined=0.5, mining_steps=1, save_every=1
+        pairs=str(bank),
+        prior=str(prior),
+        encoders=("lite0",),
+        steps=2,
+        batch=4,
+        mined=0.5,
+        mining_steps=1,
+        save_every=1,
     )
     folder = train(bridge, tmp_path / "bridge")
     assert load_net(folder)[1]["kind"] == "bridge"

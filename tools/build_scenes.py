@@ -1,4 +1,4 @@
-"""Freeze the shipped test sets: src/codefend/data/scenes_{test,shift}.zip. Run once; numbers are quoted on its output."""
+"""Freeze the shipped test sets: src/codefend/data/scenes_{test,shift}.zip. Run once."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from codefend.defense import Defense, DefendedVictim, StraightThrough
+    from codefend.defense import DefendedVictim, Defense, StraightThrough
     from codefend.purifiers import load as load_purifier
     from codefend.tasks import load as load_task
     from codefend.types import Budget, Example, Task, UserError

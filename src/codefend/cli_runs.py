@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from codefend.registry import lookup
+from codefend.types import UserError
 
 app = typer.Typer()
 
@@ -26,13 +27,11 @@ def pairs(
     dry_run: DryRun = False,
 ) -> None:
     """Make (adversarial, clean) pairs to train a purifier on."""
-    config = _config(preset, settings)
-    if _shown(config, dry_run):
-        return
-    from codefend.pairs import make_pairs
+    from codefend.pairs import PairsConfig, make_pairs
 
-    make_pairs(config, run)
-    print(run)
+    config = _config(preset, settings, PairsConfig)
+    if not _shown(config, dry_run):
+        print(make_pairs(config, run))
 
 
 @app.command()
@@ -43,31 +42,28 @@ def train(
     dry_run: DryRun = False,
 ) -> None:
     """Train what the preset describes; weights, curve and config end up in the run folder."""
-    config = _config(preset, settings)
-    if _shown(config, dry_run):
-        return
     from codefend import training
 
-    training.train(config, run)
-    print(run)
+    config = _config(preset, settings)
+    if not _shown(config, dry_run):
+        print(training.train(config, run))
 
 
 @app.command("eval")
 def eval_(
     run: RunFolder,
-    preset: Annotated[str, typer.Argument(help="See codefend list presets.")] = "eval",
+    preset: Annotated[str, typer.Argument(help="See codefend list presets.")] = "quick",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Examples per task.")] = None,
     settings: Settings = [],  # noqa: B006
     dry_run: DryRun = False,
 ) -> None:
     """Attack and judge every defense on every task; results are rows in the run folder."""
-    config = _config(preset, [*settings, *([f"limit={limit}"] if limit else [])])
-    if _shown(config, dry_run):
-        return
-    from codefend.evaluate import evaluate
+    from codefend.evaluate import EvalConfig, evaluate
 
-    evaluate(config, run)
-    print(run)
+    config = _config(preset, [*settings, *([f"limit={limit}"] if limit else [])], EvalConfig)
+    if not _shown(config, dry_run):
+        evaluate(config, run)
+        print(run)
 
 
 @app.command()
@@ -77,14 +73,13 @@ def report(
         Path | None, typer.Option("--out", "-o", help="The HTML file; in the run folder if left out.")
     ] = None,
 ) -> None:
-    """Turn a run's rows into tables, plots, picture panels and one HTML file."""
-    from codefend.report import write_report
-    from codefend.runs import read_config
+    """Show a run's tables, and write plots, picture panels and all rows into one HTML file."""
+    from rich.console import Console
 
-    read_config(run)
-    target = out or run / "report.html"
-    write_report(run, target)
-    print(target)
+    from codefend.report import print_summary, write_report
+
+    print_summary(run, Console())
+    print(write_report(run, out))
 
 
 @app.command()
@@ -95,13 +90,16 @@ def demo(run: RunFolder = Path("runs/demo")) -> None:
     raise typer.Exit(run_demo(run))
 
 
-def _config(name: str, items: Sequence[str]) -> Any:
+def _config(name: str, items: Sequence[str], kind: type | None = None) -> Any:
     """Build a preset's config with ``key=value`` settings. Raises UserError for unknown names, nearest one named."""
     from codefend.presets import PRESETS
     from codefend.settings import check_keys, parse_settings
 
     preset, settings = lookup("preset", name, PRESETS), parse_settings(items)
-    check_keys(preset.build({}), settings)
+    plain_config = preset.build({})
+    if kind is not None and not isinstance(plain_config, kind):
+        raise UserError(f"preset {name!r} is for another verb; `codefend list presets` says which")
+    check_keys(plain_config, settings)
     return preset.build(settings)
 
 

@@ -55,7 +55,7 @@ class StraightThrough:
     def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         with torch.no_grad():
             purified = self.purifier(images, generator=generator)
-        result: Tensor = _StraightThroughFn.apply(images, purified)
+        result: Tensor = _StraightThroughFn.apply(images, purified)  # type: ignore[no-untyped-call]
         return result
 
 

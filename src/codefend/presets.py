@@ -1,4 +1,4 @@
-"""Named configs: a preset is a function that returns a dataclass, one line each. Imports no torch until one is built."""
+"""Named configs: a preset is a function that returns a dataclass, one line each. Imports no torch before that."""
 
 from __future__ import annotations
 

@@ -22,6 +22,9 @@ WORST = "worst case"  # the attack of entries that take each example's lowest sc
 THREATS = ("clean", "T0", "T1", "T2", "T2d")  # each attacker may also use the images of those before
 
 
+SAMPLES = 1000  # of the bootstrap
+
+
 class Group(NamedTuple):
     """What the rows of one figure share; ``eps`` in pixel units, 0 for clean rows."""
 
@@ -97,7 +100,11 @@ def paired(first: Sequence[Row], second: Sequence[Row]) -> list[tuple[Row, Row]]
 
 def interval(rows: Sequence[Row], *, metric: str | None = None, field: str = "mean_scores") -> Interval:
     """95% bootstrap interval of the mean score; questions on one picture are resampled together."""
-    return bootstrap_interval(scores(rows, metric=metric, field=field), groups=[row["image"] for row in rows])
+    return _bootstrap(scores(rows, metric=metric, field=field), rows)
+
+
+def _bootstrap(values: Tensor, rows: Sequence[Row]) -> Interval:
+    return bootstrap_interval(values, samples=SAMPLES, groups=[row["image"] for row in rows])
 
 
 def success_rate(rows: Sequence[Row], kind: str, *, field: str = "success") -> Rate:
@@ -180,5 +187,5 @@ def gaps(groups: dict[Group, list[Row]]) -> dict[Group, Interval]:
         difference = scores([a for a, _ in pairs], field="worst_scores") - scores(
             [b for _, b in pairs], field="worst_scores"
         )
-        found[group] = bootstrap_interval(difference, groups=[a["image"] for a, _ in pairs])
+        found[group] = _bootstrap(difference, [a for a, _ in pairs])
     return found

@@ -54,10 +54,8 @@ def _inline(svg: str) -> str:
 
 
 def _attacks(report: Report) -> Table:
-    lines = [
-        (label, str(found.get("summary", "")), str(found.get("goal", "")), str(found.get("threat", "")))
-        + (str(found.get("steps", "")), str(found.get("source", "")))
-        for label, found in report.bench.get("attacks", {}).items()
-    ]
+    shown = ("summary", "goal", "threat", "steps", "source")
+    known = report.bench.get("attacks", {})
+    lines = [(label, *(str(found.get(key, "")) for key in shown)) for label, found in known.items()]
     columns = ("attack", "what it does", "goal", "needs", "steps", "source")
     return Table("Attacks", columns, tuple(lines), (), frozenset(columns) - {"steps"})

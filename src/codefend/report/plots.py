@@ -15,7 +15,7 @@ from codefend.results import BARE, CLEAN, THREATS, WORST, Entry
 # Okabe & Ito 2008: told apart with any kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 MARKERS = "osD^vPX"
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "codefend",  # the same file for the same rows
     "svg.fonttype": "none",  # text stays text
     "font.family": ["sans-serif"],

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -87,7 +87,7 @@ def percent(share: float) -> str:
 
 
 def flags_of(group: Group, flags: Sequence[Flag]) -> list[Flag]:
-    """The doubts about one figure; a worst case inherits those about its attacks. Those about everything are left out."""
+    """The doubts about one figure, those about everything left out; a worst case inherits those about its attacks."""
     own = [flag for flag in flags if flag.defense or flag.threat]
     figure = [group._replace(attack=flag.attack) if group.attack == WORST else group for flag in own]
     found = [flag for flag, mine in zip(own, figure, strict=True) if flag.covers(mine)]
@@ -188,10 +188,10 @@ def results(report: Report, task: str, *, brief: bool = False) -> Table:
     return Table(f"{task}: all figures", (*columns, "broken", "target", "doubts"), tuple(lines), tuple(notes), left)
 
 
-def _order(report: Report) -> object:
+def _order(report: Report) -> Callable[[Entry], tuple[Any, ...]]:
     defenses = list(dict.fromkeys(entry.group.defense for entry in report.entries))
 
-    def key(entry: Entry) -> tuple[object, ...]:
+    def key(entry: Entry) -> tuple[Any, ...]:
         group = entry.group
         return (
             THREATS.index(group.threat),
@@ -255,9 +255,11 @@ def all_metrics(report: Report, task: str) -> Table:
     names = list(dict.fromkeys(name for rows in groups.values() for name in rows[0]["scores"]))
     norm = report.rows[0]["norm"]
     lines = [
-        (g.defense, g.threat, "" if g.attack == CLEAN else g.attack, eps_label(g.eps, norm))
-        + tuple(number(metric_mean(rows, name), 3) for name in names)
-        + (number(_restored(rows), 1),)
+        (
+            *(g.defense, g.threat, "" if g.attack == CLEAN else g.attack, eps_label(g.eps, norm)),
+            *(number(metric_mean(rows, name), 3) for name in names),
+            number(_restored(rows), 1),
+        )
         for g, rows in groups.items()
     ]
     columns = ("defense", "threat", "attack", "eps", *names, "PSNR dB")
@@ -338,7 +340,22 @@ def csv_text(report: Report) -> str:
     metrics = list(dict.fromkeys(name for row in report.rows for name in row["scores"]))
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    fixed = "task defense threat attack eps norm metric score low high n worst_of_n resubmissions kept".split()
+    fixed = [
+        "task",
+        "defense",
+        "threat",
+        "attack",
+        "eps",
+        "norm",
+        "metric",
+        "score",
+        "low",
+        "high",
+        "n",
+        "worst_of_n",
+        "resubmissions",
+        "kept",
+    ]
     counts = ["untargeted_hits", "untargeted_n", "targeted_hits", "targeted_n", "doubts"]
     writer.writerow([*fixed, *counts, *(f"mean_{name}" for name in metrics)])
     for e in report.entries:

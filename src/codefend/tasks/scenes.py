@@ -134,7 +134,7 @@ def _background(rng: np.random.Generator, photographs: Sequence[Tensor]) -> Tens
     if kind < 0.8:  # a gradient between two colours in a random direction
         angle = rng.uniform(0, 2 * np.pi)
         y, x = torch.meshgrid(torch.linspace(-1, 1, SIZE), torch.linspace(-1, 1, SIZE), indexing="ij")
-        ramp = (x * np.cos(angle) + y * np.sin(angle)) / 2.83 + 0.5
+        ramp: Tensor = (x * float(np.cos(angle)) + y * float(np.sin(angle))) / 2.83 + 0.5
         return first * ramp + second * (1 - ramp)
     return (first + (second - first) * _cloud(rng)).clamp(0, 1)
 

@@ -121,7 +121,7 @@ def _ground(pocket: Pocket, config: PocketConfig, run: Run) -> None:
 
 
 def _places(pocket: Pocket) -> Tensor:
-    """Where each token is, said in words at half the usual loudness, ``[T, D]``: position questions learn from there."""
+    """Where each token is, in words at half the usual loudness, ``[T, D]``: position questions learn from there."""
     corners = {corner: pocket.embed([f" {corner}"])[0].mean(0) for corner in PLACES}
     side = SIDE // 32
     names = [PLACES[2 * (row >= side // 2) + (column >= side // 2)] for row in range(side) for column in range(side)]

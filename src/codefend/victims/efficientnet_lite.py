@@ -64,8 +64,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = x if self.expand is None else F.relu6(self.expand(x))
-        h = self.project(F.relu6(self.depthwise(h)))
-        return x + h if h.shape == x.shape else h
+        out: Tensor = self.project(F.relu6(self.depthwise(h)))
+        return x + out if out.shape == x.shape else out
 
 
 def _folded(state: dict[str, Tensor], conv: str, norm: str, stride: int = 1) -> SameConv:

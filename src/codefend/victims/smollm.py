@@ -62,10 +62,9 @@ def load_smollm() -> tuple[Any, Tokenizer]:
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
-        attn_implementation="sdpa",
     )
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
     model.to_empty(device="cpu")
     # to_empty leaves the rotary tables unset: they are buffers that no state dict carries.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
