@@ -78,7 +78,18 @@ class BlackBox:
         return ["something"] * len(prompts)
 
 
-def load_purifier(name: str) -> Brighten:
+class Steps:
+    """A purifier without a gradient, as it says itself."""
+
+    name, differentiable = "steps", False
+
+    def __call__(self, batch: Tensor, *, generator: Generator | None = None) -> Tensor:
+        return (batch.detach() * 50).round() / 50
+
+
+def load_purifier(name: str) -> Brighten | Steps:
+    if name == "steps":
+        return Steps()
     if name != "brighten":
         raise UserError(f"unknown purifier {name!r}; did you mean 'brighten'?")
     return Brighten()
@@ -270,7 +281,7 @@ def test_attack_stays_in_its_budget_and_shows_both_answers(dark: Path, run: Run)
 
 @pytest.mark.usefixtures("toys")
 def test_attack_with_a_target_sentence_and_through_a_defense(dark: Path, run: Run) -> None:
-    for number, defense in enumerate(("none", "brighten")):
+    for number, defense in enumerate(("none", "brighten", "steps")):
         out_path = dark.parent / f"{number}.png"
         options = ("--attack", "pgd-targeted", "--target", "so bright", "--steps", 3, "--defense", defense)
         code, _, err = run("attack", dark, *options, "-o", out_path)

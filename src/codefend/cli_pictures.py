@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from codefend.defense import DefendedVictim, Defense
+    from codefend.types import Purifier
 
 app = typer.Typer()
 
@@ -190,14 +191,15 @@ def _pixels(path: Path, max_pixels: int, first_frame: bool) -> Tensor:
 
 
 def _defense(name: str) -> Defense:
-    from codefend.defense import Defense
+    from codefend.defense import Defense, StraightThrough
 
     if name == "none":
         return Defense()
     from codefend import purifiers
 
-    purifier = purifiers.load(name)
-    return Defense(purifier=purifier, name=getattr(purifier, "name", name))
+    purifier: Purifier = purifiers.load(name)
+    exact = getattr(purifier, "differentiable", True)  # else attacks take the gradient past it (BPDA)
+    return Defense(purifier if exact else StraightThrough(purifier), name=getattr(purifier, "name", name))
 
 
 def _defended(victim: str, defense: str, seed: int) -> DefendedVictim:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from codefend import images
 from codefend.report import Report
-from codefend.results import CLEAN, THREATS, eps_label, score
+from codefend.results import BARE, CLEAN, THREATS, eps_label, score
 from codefend.runs import Row
 from codefend.types import UserError
 
@@ -68,7 +68,7 @@ def _strips(folder: Path, rows: list[Row]) -> list[Strip]:
     original = next((found for row in clean if (found := _load(folder, row, "clean")) is not None), None)
     if original is None:
         return []
-    strips = [Strip("clean", [Picture(_url(original), "as it came"), *_answered(folder, clean)])]
+    strips = [Strip("nobody attacks", _answered(folder, clean, "clean", original))]
     attacked = [row for row in rows if row["attack"] != CLEAN]
     for attack in _shown_attacks(attacked):
         chosen = [row for row in attacked if row["attack"] == attack]
@@ -95,21 +95,27 @@ def _attacked(folder: Path, rows: list[Row], original: Tensor) -> Strip:
     title = f"{row['threat']}: {row['attack']} at {eps_label(row['eps'], row['norm'])} through {through}"
     if row["skipped"]:
         return Strip(f"{title}: left alone, the clean answer is wrong already", [])
-    picture, shown = _load(folder, row, "attacked"), []
-    if picture is not None and picture.shape == original.shape:
-        difference = (0.5 + AMPLIFY * (picture - original)).clamp(0, 1)
-        shown = [Picture(_url(picture), "attacked"), Picture(_url(difference), f"difference x{AMPLIFY}")]
-    return Strip(title, [*shown, *_answered(folder, rows)])
+    picture = _load(folder, row, "attacked")
+    if picture is None or picture.shape != original.shape:
+        return Strip(f"{title}: the picture is gone", [])
+    shown = _answered(folder, rows, "attacked", picture)
+    difference = (0.5 + AMPLIFY * (picture - original)).clamp(0, 1)
+    return Strip(title, [shown[0], Picture(_url(difference), f"difference x{AMPLIFY}"), *shown[1:]])
 
 
-def _answered(folder: Path, rows: list[Row]) -> list[Picture]:
-    found = []
+def _answered(folder: Path, rows: list[Row], name: str, picture: Tensor) -> list[Picture]:
+    """The picture itself, with the undefended answer where there is one, and what each defense made of it."""
+    bare = next((row for row in rows if row["defense"] == BARE), None)
+    found = [Picture(_url(picture), name, *_answer(bare))]
     for row in rows:
-        purified = _load(folder, row, "purified")
+        purified = None if row["defense"] == BARE else _load(folder, row, "purified")
         if purified is not None:
-            seen = "seen by the victim" if row["defense"] == "none" else f"after {row['defense']}"
-            found.append(Picture(_url(purified), seen, row["answer"], score(row, field="scores") >= 0.5))
+            found.append(Picture(_url(purified), f"after {row['defense']}", *_answer(row)))
     return found
+
+
+def _answer(row: Row | None) -> tuple[str, bool | None]:
+    return ("", None) if row is None else (row["answer"], score(row, field="scores") >= 0.5)
 
 
 def _load(folder: Path, row: Row, name: str) -> Tensor | None:

@@ -222,10 +222,18 @@ def _verdict(gap: Interval) -> str:
 
 
 def doubts(report: Report) -> Table:
-    """What the sanity checks found."""
-    lines = [(flag.check, flag.where, flag.reason) for flag in report.flags]
+    """What the sanity checks found, figures with the same doubt on one line."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for flag in report.flags:
+        places.setdefault((flag.check, flag.reason), []).append(flag.where)
+    lines = [(check, _listed(found), reason) for (check, reason), found in places.items()]
     columns = ("check", "where", "reason")
     return Table("Doubts", columns, tuple(lines), (), frozenset(columns))
+
+
+def _listed(places: Sequence[str], most: int = 6) -> str:
+    more = f"; and {len(places) - most} more" if len(places) > most else ""
+    return "; ".join(places[:most]) + more
 
 
 def costs(report: Report) -> Table:
