@@ -12,8 +12,8 @@ demo: .venv/.ready
 test: lint types unit
 
 lint: .venv/.ready
-	$(BIN)/ruff check src tests tools recipes benchmarks
-	$(BIN)/ruff format --check src tests tools recipes benchmarks
+	$(BIN)/ruff check src tests tools
+	$(BIN)/ruff format --check src tests tools
 
 types: .venv/.ready
 	$(BIN)/mypy
