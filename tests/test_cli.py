@@ -84,7 +84,7 @@ class Steps:
     name, differentiable = "steps", False
 
     def __call__(self, batch: Tensor, *, generator: Generator | None = None) -> Tensor:
-        return (batch.detach() * 50).round() / 50
+        return (batch.detach() * 500).round() / 500
 
 
 def load_purifier(name: str) -> Brighten | Steps:
