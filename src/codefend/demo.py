@@ -1,67 +1,95 @@
-"""`codefend demo`: attack a few frozen test pictures, defend them, and say in one sentence whether it works here."""
+"""A few test images, attacked and defended, and one sentence: does the system work on this machine?"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
 
-from codefend.results import Entry
+from codefend.evaluate import EvalConfig, evaluate
+from codefend.report import print_overview, write_report
+from codefend.results import BARE, CLEAN, WORST, Entry, summarize
+from codefend.runs import Row
+from codefend.types import UserError
 
-EXAMPLES = 4  # a task
-STEPS = 12  # of APGD at 8/255, enough to break the bare pocket
-BROKEN = 0.35  # the undefended attacked score must fall below this share of the clean one
-RESTORED = 0.25  # and the bridge's must lie this much above it
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from codefend.evaluate.bench import Loaders
+
+# Sized for two slow cores, where one white-box gradient of the pocket costs 0.3 s an image: 192 + 72 of them.
+DEMO = EvalConfig(
+    defenses=("none", "jpeg", "diffpure:t=0.05,steps=5", "bridge"),
+    attacks=("apgd",),
+    steps=12,
+    limit=8,
+    adaptive=("bridge",),
+    adaptive_limit=3,
+    batch=8,
+    panels=3,
+)
+OURS = "bridge"
+CLEAN_AT_LEAST = 0.6  # score of the undefended model on clean images, mean over tasks
+ATTACKED_AT_MOST = 0.4  # of it, left by the attack where nothing defends: else the attack is too weak to show anything
+GAIN_AT_LEAST = 0.3  # of it, that the defense brings back
 
 
-def run_demo(folder: str | Path) -> int:
-    """Evaluate, report, print; return 0 when attack and defense both work on this machine, else 1.
+def run_demo(
+    run_dir: str | Path,
+    *,
+    config: EvalConfig = DEMO,
+    ours: str = OURS,
+    loaders: Loaders | None = None,
+    console: Console | None = None,
+) -> int:
+    """Evaluate ``config`` in ``run_dir``, write the report, print the tables and a verdict. 0 when it works, else 1.
 
-    Raises UserError when the folder holds another evaluation, or weights or packages are missing.
+    Run again it goes on, or shows the same verdict at once. Raises UserError as ``evaluate`` does.
     """
     from rich.console import Console
 
-    from codefend.evaluate import EvalConfig, evaluate
-    from codefend.report import print_summary, read_report, write_report
-
-    config = EvalConfig(
-        defenses=("none", "jpeg", "diffpure:t=0.05,steps=5", "bridge"),
-        attacks=("apgd",),
-        steps=STEPS,
-        limit=EXAMPLES,
-        batch=EXAMPLES,
-        adaptive=("bridge",),
-        panels=EXAMPLES,
-    )
-    evaluate(config, folder)
-    path = write_report(folder)
-    console = Console()
-    print_summary(folder, console)
-    console.print(f"report: {path}", soft_wrap=True)
-    works, sentence = verdict(read_report(folder).entries)
-    console.print(sentence, soft_wrap=True)
+    console = console or Console()
+    rows = evaluate(config, run_dir, loaders=loaders)
+    print_overview(run_dir, console)
+    try:
+        console.print(f"Report: {write_report(run_dir)}", soft_wrap=True, markup=False, highlight=False)
+    except UserError as error:  # plots are an extra; the verdict isn't
+        console.print(f"No report: {error}", soft_wrap=True, markup=False, highlight=False)
+    works, sentence = verdict(rows, ours)
+    console.print(sentence, soft_wrap=True, markup=False, highlight=False)
     return 0 if works else 1
 
 
-def verdict(entries: list[Entry]) -> tuple[bool, str]:
-    """Whether the attack broke the bare victim and the bridge restored it against that same oblivious attack."""
-    clean, bare, defended, adaptive = (
-        _mean(entries, defense, threat, attack)
-        for defense, threat, attack in (
-            ("none", "clean", "none"),
-            ("none", "T0", "apgd"),
-            ("bridge", "T0", "apgd"),
-            ("bridge", "T2", "apgd"),
-        )
+def verdict(rows: Sequence[Row], ours: str = OURS) -> tuple[bool, str]:
+    """Whether the rows show a model that works, falls to the attack and is brought back by ``ours``; in one sentence.
+
+    Shares are of the undefended clean score, means over the tasks.
+    """
+    entries = summarize(rows)
+    clean = fmean(entry.score.mean for entry in _chosen(entries, BARE, "clean", CLEAN))
+    if not clean >= CLEAN_AT_LEAST:
+        return False, f"CoDefend does not work on this machine: even on clean images the model scores {clean:.0%} only."
+    attacked, defended = _kept(entries, BARE, "T0"), _kept(entries, ours, "T0")
+    counts = " and ".join(f"{e.score.n} of task {e.group.task}" for e in _chosen(entries, BARE, "clean", CLEAN))
+    facts = (
+        f"the attack leaves the undefended model {attacked:.0%} of its clean score, "
+        f"and {ours} brings it back to {defended:.0%}"
     )
-    works = bare <= BROKEN * clean and defended >= bare + RESTORED
-    word = "works" if works else "does NOT work as it should"
-    return works, (
-        f"CoDefend {word} on this machine: the pocket scores {clean:.2f} on clean pictures, {bare:.2f} under attack, "
-        f"{defended:.2f} behind the bridge, and {adaptive:.2f} when the attacker attacks through the bridge."
-    )
+    seen = _kept(entries, ours, "T2")
+    facts += f" ({counts}; an attacker who sees through {ours} leaves {seen:.0%} on fewer images)"
+    if attacked > ATTACKED_AT_MOST:
+        return False, f"CoDefend could not be shown to work on this machine, as the attack is too weak: {facts}."
+    if defended - attacked < GAIN_AT_LEAST:
+        return False, f"CoDefend does not work on this machine: {facts}."
+    return True, f"CoDefend works on this machine: {facts}."
 
 
-def _mean(entries: list[Entry], defense: str, threat: str, attack: str) -> float:
-    """The headline score averaged over the tasks; 0 where there is none."""
+def _kept(entries: Sequence[Entry], defense: str, threat: str) -> float:
+    found = _chosen(entries, defense, threat, WORST)
+    return fmean(entry.kept for entry in found) if found else float("nan")
+
+
+def _chosen(entries: Sequence[Entry], defense: str, threat: str, attack: str) -> list[Entry]:
     wanted = (defense, threat, attack)
-    found = [e.score.mean for e in entries if (e.group.defense, e.group.threat, e.group.attack) == wanted]
-    return sum(found) / len(found) if found else 0.0
+    return [e for e in entries if (e.group.defense, e.group.threat, e.group.attack) == wanted]

@@ -18,7 +18,7 @@ from codefend.types import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Report", "print_summary", "read_report", "write_report"]
+__all__ = ["Report", "print_overview", "print_summary", "read_report", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,15 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
 
 def print_summary(run_dir: str | Path, console: Console) -> None:
     """Show the leaderboards, the results and the doubts on a terminal."""
-    from codefend.report.tables import terminal_tables
+    from codefend.report.tables import rich_table, summary_tables
 
-    for table in terminal_tables(read_report(run_dir)):
-        console.print(table)
+    for table in summary_tables(read_report(run_dir)):
+        console.print(rich_table(table))
         console.print()
+
+
+def print_overview(run_dir: str | Path, console: Console) -> None:
+    """Show one small table on a terminal: each defense's score on every task, clean and under every threat."""
+    from codefend.report.tables import overview, rich_table
+
+    console.print(rich_table(overview(read_report(run_dir))))

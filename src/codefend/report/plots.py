@@ -15,6 +15,7 @@ from codefend.results import BARE, CLEAN, THREATS, WORST, Entry
 # Okabe & Ito 2008: told apart with any kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 MARKERS = "osD^vPX"
+DODGE = 0.012  # of the largest eps, between lines that would hide one another
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "codefend",  # the same file for the same rows
     "svg.fonttype": "none",  # text stays text
@@ -55,7 +56,8 @@ def _panel(axis: Any, mine: Sequence[Entry], worst: Sequence[Entry], threat: str
         points = [e for e in mine if e.group.defense == defense and e.group.attack == CLEAN]
         attacked = [e for e in worst if e.group.defense == defense and e.group.threat == own]
         if attacked:
-            _line(axis, sorted(points + attacked, key=lambda e: e.group.eps), defense, place)
+            shift = (place - (len(defenses) - 1) / 2) * DODGE * max(e.group.eps for e in worst)
+            _line(axis, sorted(points + attacked, key=lambda e: e.group.eps), defense, place, shift)
     scale = 255 if mine[0].norm == "linf" else 1
     ticks = sorted({0.0} | {e.group.eps * scale for e in worst})
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -65,12 +67,12 @@ def _panel(axis: Any, mine: Sequence[Entry], worst: Sequence[Entry], threat: str
     axis.grid(axis="y", alpha=0.3)
 
 
-def _line(axis: Any, points: Sequence[Entry], defense: str, place: int) -> None:
+def _line(axis: Any, points: Sequence[Entry], defense: str, place: int, shift: float) -> None:
     scale = 255 if points[0].norm == "linf" else 1
     low, high = ([_reach(e, side) for e in points] for side in ("low", "high"))
     bare = defense == BARE
     axis.errorbar(
-        [e.group.eps * scale for e in points],
+        [(e.group.eps + shift) * scale for e in points],
         [e.score.mean for e in points],
         yerr=[low, high],
         label="undefended" if bare else defense,

@@ -40,9 +40,10 @@ RULES = (
     "Ranked by the worst case under the strongest threat in the run: for each example the lowest score over all "
     "attacks of that threat and of every weaker one, all resubmissions of a randomized defense counted.",
     "Defenses that were never attacked through themselves are listed without a rank: a score against an attacker who "
-    "does not know the defense is no robustness.",
+    "does not know the defense is no robustness. The bare victim has nothing to look through and is ranked by T0.",
     "Attacked images are rounded to 8 bits and stay inside the budget; scores are over all examples, wrong clean "
-    "answers included. Brackets are 95% bootstrap intervals over images.",
+    "answers included. Brackets are 95% bootstrap intervals over images; one without width says that all examples "
+    "agreed, not that many more would.",
 )
 THREAT_WORDS = {
     "clean": "nobody attacks",
@@ -150,6 +151,24 @@ def _ranked_by(defense: str, worst: dict[tuple[str, str], Entry]) -> Entry | Non
     return next((worst[defense, threat] for threat in threats if (defense, threat) in worst), None)
 
 
+def overview(report: Report) -> Table:
+    """One line per defense: mean scores of each task, clean and in the worst case of each threat at the largest eps."""
+    means: dict[tuple[str, str, str], str] = {}
+    for task in report.tasks:
+        entries = [entry for entry in report.entries if entry.group.task == task]
+        for e in entries:
+            if e.group.attack == CLEAN or (e.group.attack == WORST and _largest(e, entries)):
+                means[e.group.defense, task, e.group.threat] = f"{number(e.score.mean)} n={e.score.n}"
+    places = list(dict.fromkeys((task, threat) for _, task, threat in means))
+    places.sort(key=lambda place: (report.tasks.index(place[0]), THREATS.index(place[1])))
+    defenses = list(dict.fromkeys(defense for defense, _, _ in means))
+    lines = [(d, *(means.get((d, *place), "–") for place in places)) for d in defenses]
+    words = "; ".join(f"{t}: {THREAT_WORDS[t]}" for t in dict.fromkeys(threat for _, threat in places) if t != "clean")
+    title = f"Scores, clean and attacked at {_largest_label(report.entries)}"
+    columns = ("defense", *(f"{task} {threat}" for task, threat in places))
+    return Table(title, columns, tuple(lines), (words,), frozenset({"defense"}))
+
+
 def results(report: Report, task: str, *, brief: bool = False) -> Table:
     """Every figure of one task; ``brief`` leaves out single attacks."""
     entries = [entry for entry in report.entries if entry.group.task == task]
@@ -231,7 +250,7 @@ def doubts(report: Report) -> Table:
     return Table("Doubts", columns, tuple(lines), (), frozenset(columns))
 
 
-def _listed(places: Sequence[str], most: int = 6) -> str:
+def _listed(places: Sequence[str], most: int = 4) -> str:
     more = f"; and {len(places) - most} more" if len(places) > most else ""
     return "; ".join(places[:most]) + more
 
@@ -294,23 +313,23 @@ def _restored(rows: Sequence[Row]) -> float:
 # --- renderings ------------------------------------------------------------------------------------------------------
 
 
-def terminal_tables(report: Report) -> list[RichTable]:
-    """Rich tables: leaderboard and results of each task, then the doubts."""
+def summary_tables(report: Report) -> list[Table]:
+    """For a terminal: leaderboard and results of each task, then the doubts."""
     shown = []
     for task in report.tasks:
         full = results(report, task)
-        shown += [
-            leaderboard(report, task),
-            full if len(full.lines) <= TERMINAL_LINES else results(report, task, brief=True),
-        ]
-    return [_rich(table) for table in [*shown, doubts(report)] if table.lines]
+        short = full if len(full.lines) <= TERMINAL_LINES else results(report, task, brief=True)
+        shown += [leaderboard(report, task), short]
+    return [table for table in [*shown, doubts(report)] if table.lines]
 
 
-def _rich(table: Table) -> RichTable:
+def rich_table(table: Table) -> RichTable:
+    """The table for a terminal, its notes below it."""
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    made = RichTable(title=table.title, title_justify="left", header_style="bold")
+    caption = Text("\n".join(table.notes)) if len(table.notes) == 1 else None  # long legends belong into files
+    made = RichTable(title=table.title, caption=caption, title_justify="left", caption_justify="left")
     for column in table.columns:
         made.add_column(column, justify="left" if column in table.left else "right", overflow="fold")
     for line in table.lines:
