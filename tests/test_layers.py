@@ -26,8 +26,8 @@ OWNERS = {  # library -> where it may be imported
     "transformers": {"victims", "prompts"},
     "gguf": {"victims"},
     "starlette": {"gateway"},
-    "uvicorn": {"gateway", "cli", "cli_gateway"},
-    "typer": {"cli", "cli_pictures", "cli_runs", "cli_gateway"},
+    "uvicorn": {"gateway"},
+    "typer": {"cli", "cli_pictures", "cli_runs", "gateway"},
 }
 NOT_TORCH_ON_IMPORT = {"__init__", "types", "registry", "settings", "runs", "cli", "cli_pictures", "cli_runs"}
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from codefend.defense import DefendedVictim, Defense, StraightThrough
+    from codefend.gateway.client import wrap
     from codefend.purifiers import load as load_purifier
     from codefend.tasks import load as load_task
     from codefend.types import Budget, Example, Task, UserError
@@ -24,6 +25,7 @@ _LAZY = {
     "Defense": ("codefend.defense", "Defense"),
     "DefendedVictim": ("codefend.defense", "DefendedVictim"),
     "StraightThrough": ("codefend.defense", "StraightThrough"),
+    "wrap": ("codefend.gateway.client", "wrap"),
     "Budget": ("codefend.types", "Budget"),
     "Example": ("codefend.types", "Example"),
     "Task": ("codefend.types", "Task"),
@@ -42,6 +44,7 @@ __all__ = [
     "load_purifier",
     "load_task",
     "load_victim",
+    "wrap",
 ]
 
 

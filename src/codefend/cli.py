@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from codefend import __version__, cli_pictures, cli_runs
+from codefend.gateway import command as gateway
 from codefend.types import UserError
 
 app = typer.Typer(
@@ -30,18 +31,23 @@ REGISTRIES = {
     "attacks": ("codefend.attacks", "ATTACKS"),
     "victims": ("codefend.victims", "VICTIMS"),
     "tasks": ("codefend.tasks", "TASKS"),
+    "prompts": ("codefend.prompts", "PROMPTS"),
     "presets": ("codefend.presets", "PRESETS"),
 }
 EXTRAS = {  # module that may be missing -> the extra that brings it
     "transformers": "pocket",
     "gguf": "pocket",
-    "accelerate": "pocket",
     "matplotlib": "bench",
-    "skimage": "bench",
+    "skimage": "train",
     "jinja2": "bench",
     "starlette": "gateway",
     "uvicorn": "gateway",
-    "httpx": "gateway",
+    "httpx2": "gateway",
+    "prometheus_client": "gateway",
+    "pydantic_settings": "gateway",
+    "peft": "pocket",
+    "sklearn": "train",
+    "sacrebleu": "bench",
 }
 
 
@@ -120,6 +126,7 @@ def summary(entry: Any) -> str:
 
 app.add_typer(cli_pictures.app)  # nameless: their verbs stand beside this file's
 app.add_typer(cli_runs.app)
+app.add_typer(gateway.app)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,182 @@
+"""The application: what the settings name is built and checked here, before the first request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib import resources
+
+import httpx2
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
+
+from codefend import purifiers
+from codefend.gateway.auth import Auth
+from codefend.gateway.config import Settings
+from codefend.gateway.engine import Engine, Terms
+from codefend.gateway.errors import error_body
+from codefend.gateway.fetch import Fetcher, FetchOptions, Resolve, resolve
+from codefend.gateway.lane import Lane, LaneOptions
+from codefend.gateway.limits import Limits
+from codefend.gateway.page import Page
+from codefend.gateway.proxy import Proxy
+from codefend.gateway.telemetry import Meters
+from codefend.gateway.worker import Worker
+from codefend.prompts import load as load_prompt
+from codefend.types import Purifier, UserError
+
+_PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+_PAGE_POLICY += "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+
+def create_app(
+    settings: Settings,
+    *,
+    purifier: Purifier | None = None,
+    transport: httpx2.AsyncBaseTransport | None = None,
+    fetch_transport: httpx2.AsyncBaseTransport | None = None,
+    resolver: Resolve = resolve,
+) -> Starlette:
+    """Build the gateway. ``purifier`` and the transports replace what the settings name: for tests and embedding.
+
+    Raises UserError for an unknown purifier or prompt policy, and for a policy whose purifier cannot score.
+    """
+    engine = build_engine(settings, purifier=purifier)
+    lane = Lane(engine.worker, _lane_options(settings))
+    meters = Meters(depth=lambda: lane.depth)
+    lane.on_batch, engine.on_bypass, engine.lane = meters.batch, meters.bypassed, lane
+    fetcher = _fetcher(settings, fetch_transport, resolver)
+    engine.fetch = fetcher
+    upstream, base_url = _upstream(settings, transport)
+    proxy = Proxy(engine, settings, meters, transport=upstream, base_url=base_url)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        await asyncio.to_thread(engine.worker.warm_up)
+        app.state.ready = True
+        try:
+            yield
+        finally:
+            app.state.ready = False
+            await lane.close(settings.drain_s)
+            await upstream.aclose()
+            await fetcher.aclose()
+            engine.executor.shutdown(wait=False)
+
+    keys = [key.get_secret_value() for key in settings.api_keys]
+    app = Starlette(
+        routes=[Mount("/v1", app=proxy), *_operations(meters, lane), *_page(settings, engine, proxy)],
+        exception_handlers={HTTPException: _plain_error},
+        middleware=[Middleware(Auth, keys=keys)],
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    app.state.ready, app.state.engine, app.state.meters = False, engine, meters
+    return app
+
+
+def build_engine(settings: Settings, *, purifier: Purifier | None = None) -> Engine:
+    """The engine without its lane. Raises UserError as ``create_app`` does."""
+    limits = Limits(
+        settings.max_body_bytes,
+        settings.max_image_bytes,
+        settings.max_pixels,
+        settings.max_ratio,
+        settings.max_images,
+        settings.first_frame,
+    )
+
+    def worker(chosen: Purifier) -> Worker:
+        return Worker(
+            chosen,
+            limits=limits,
+            encoding=settings.encoding,
+            device=settings.device,
+            batch_pixels=settings.batch_pixels,
+        )
+
+    main = worker(purifier or purifiers.load(settings.purifier))
+    if not main.can_score and (settings.policy != "purify" or settings.allow_override):
+        raise UserError(f"purifier {main.name} has no score: policy {settings.policy} cannot use it")
+    prompt = load_prompt(settings.prompt)
+    return Engine(
+        main,
+        limits=limits,
+        terms=Terms(settings.policy, settings.threshold or 0.0),
+        policy=None if prompt.empty else prompt,
+        everywhere=settings.prompt_everywhere,
+        on_error=settings.on_error,
+        fallback=worker(purifiers.load(settings.fallback)) if settings.on_error == "fallback" else None,
+    )
+
+
+def _lane_options(settings: Settings) -> LaneOptions:
+    return LaneOptions(
+        queue_images=settings.queue_images,
+        batch_images=settings.batch_images,
+        threads=settings.threads,
+        torch_threads=settings.torch_threads,
+        timeout_s=settings.purify_timeout_s,
+        cache_bytes=settings.cache_mb << 20,
+    )
+
+
+def _upstream(settings: Settings, transport: httpx2.AsyncBaseTransport | None) -> tuple[httpx2.AsyncBaseTransport, str]:
+    if settings.upstream == "pocket":
+        from codefend.gateway.pocket import pocket_transport
+
+        return transport or pocket_transport(), "http://pocket/v1"
+    # The transport itself, not a client: no cookie jar, no redirects, no headers of its own.
+    limits = httpx2.Limits(max_connections=1000, max_keepalive_connections=200, keepalive_expiry=30.0)
+    return transport or httpx2.AsyncHTTPTransport(trust_env=False, limits=limits), settings.upstream
+
+
+def _fetcher(settings: Settings, transport: httpx2.AsyncBaseTransport | None, resolver: Resolve) -> Fetcher:
+    options = FetchOptions(
+        settings.allow_remote_images, settings.remote_hosts, settings.fetch_timeout_s, settings.max_redirects
+    )
+    return Fetcher(options, max_bytes=settings.max_image_bytes, transport=transport, resolver=resolver)
+
+
+def _operations(meters: Meters, lane: Lane) -> list[BaseRoute]:
+    async def healthz(request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def readyz(request: Request) -> Response:
+        problem = "draining or starting" if not request.app.state.ready else "queue full" if lane.full else ""
+        return JSONResponse({"status": problem or "ready"}, status_code=503 if problem else 200)
+
+    async def metrics(request: Request) -> Response:
+        return Response(meters.text(), media_type="text/plain; version=0.0.4")
+
+    return [Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", metrics)]
+
+
+def _page(settings: Settings, engine: Engine, proxy: Proxy) -> list[BaseRoute]:
+    if not settings.page:
+        return []
+    html = resources.files("codefend.gateway").joinpath("page.html").read_bytes()
+    headers = {"content-security-policy": _PAGE_POLICY, "x-content-type-options": "nosniff"}
+
+    async def index(request: Request) -> Response:
+        return Response(html, media_type="text/html; charset=utf-8", headers=headers)
+
+    page = Page(engine, proxy, demo=settings.with_demo)
+    return [
+        Route("/", index),
+        Route("/page/info", page.info),
+        Route("/page/purify", page.purify, methods=["POST"]),
+        Route("/page/undefended", page.undefended, methods=["POST"]),
+    ]
+
+
+async def _plain_error(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    code = {404: "not_found", 405: "method_not_allowed"}.get(status, "error")
+    body = error_body("other", status, code, f"{request.method} {request.url.path[:100]}: {code.replace('_', ' ')}")
+    return Response(body, status_code=status, media_type="application/json")

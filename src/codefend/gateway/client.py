@@ -1,0 +1,111 @@
+"""``wrap(OpenAI(...))``: the same client, whose images are purified before they leave this process.
+
+Works on the HTTP layer that the official OpenAI and Anthropic clients share, so every method, stream and retry of
+theirs goes through it. A refusal comes back as the client's own ``BadRequestError``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from importlib import import_module
+from types import ModuleType
+from typing import Any, TypeVar
+
+from codefend.gateway.engine import Engine, OnError
+from codefend.gateway.errors import Refused, error_body
+from codefend.gateway.local import api_by_suffix, local_engine
+from codefend.gateway.wire import dump, parse
+from codefend.gateway.worker import Mode
+from codefend.types import Purifier, UserError
+
+Client = TypeVar("Client")
+
+
+def wrap(
+    client: Client,
+    purifier: str | Purifier = "bridge",
+    *,
+    prompt: str = "none",
+    policy: Mode = "purify",
+    threshold: float = 0.0,
+    on_error: OnError = "block",
+) -> Client:
+    """Return a copy of an official client, sync or async. Raises UserError for anything else and for unknown names.
+
+    Images must be data URLs or base64; remote URLs and uploaded files are refused, because they cannot be seen here.
+    """
+    inner: Any = getattr(client, "_client", None)
+    copy: Any = getattr(client, "copy", None)
+    http = _http_library(inner)
+    if http is None or not callable(copy):
+        raise UserError(f"cannot wrap {type(client).__name__}; give an OpenAI or Anthropic client")
+    engine = local_engine(purifier, prompt=prompt, policy=policy, threshold=threshold, on_error=on_error)
+    asynchronous = isinstance(inner, http.AsyncClient)
+    transport = (_async_transport if asynchronous else _sync_transport)(http, inner, engine)
+    outer = (http.AsyncClient if asynchronous else http.Client)(
+        transport=transport,
+        base_url=inner.base_url,
+        timeout=inner.timeout,
+        headers=inner.headers,
+        follow_redirects=inner.follow_redirects,
+    )
+    wrapped: Client = copy(http_client=outer)
+    return wrapped
+
+
+def _http_library(inner: Any) -> ModuleType | None:
+    """The library behind a client: ``httpx2``, or ``httpx`` in older releases of the official clients."""
+    for kind in type(inner).__mro__:
+        root = kind.__module__.partition(".")[0]
+        if root in ("httpx2", "httpx") and kind.__name__ in ("Client", "AsyncClient"):
+            return import_module(root)
+    return None
+
+
+def _sync_transport(http: Any, inner: Any, engine: Engine) -> Any:
+    class Transport(http.BaseTransport):  # type: ignore[misc]
+        def handle_request(self, request: Any) -> Any:
+            request.read()
+            changed = _rewritten(http, request, engine)
+            return changed if isinstance(changed, http.Response) else inner.send(changed, stream=True)
+
+        def close(self) -> None:
+            inner.close()
+
+    return Transport()
+
+
+def _async_transport(http: Any, inner: Any, engine: Engine) -> Any:
+    class Transport(http.AsyncBaseTransport):  # type: ignore[misc]
+        async def handle_async_request(self, request: Any) -> Any:
+            await request.aread()
+            changed = await asyncio.to_thread(_rewritten, http, request, engine)
+            return changed if isinstance(changed, http.Response) else await inner.send(changed, stream=True)
+
+        async def aclose(self) -> None:
+            await inner.aclose()
+
+    return Transport()
+
+
+def _rewritten(http: Any, request: Any, engine: Engine) -> Any:
+    """The request with purified images, the same request, or a refusal as a response."""
+    api = api_by_suffix(request.url.path)
+    try:
+        if not request.content:
+            return request
+        kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
+        if kind != "application/json":
+            if "/audio/" in request.url.path:
+                return request
+            raise Refused(415, "unknown_content", "only JSON can be inspected for images; uploads are not sent")
+        outcome = engine.rewrite_now(api, parse(request.content))
+    except Refused as refusal:
+        body = error_body(api, refusal.status, refusal.code, refusal.message, where=refusal.where)
+        return http.Response(refusal.status, content=body, headers={"content-type": "application/json"})
+    if outcome.body is None:
+        return request
+    headers = [(key, value) for key, value in request.headers.raw if key.lower() != b"content-length"]
+    return http.Request(
+        request.method, request.url, headers=headers, content=dump(outcome.body), extensions=request.extensions
+    )

@@ -1,0 +1,240 @@
+"""A request body in, the same body with purified images out; or a refusal. Knows nothing of HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from codefend.gateway.errors import Api, Refused
+from codefend.gateway.lane import Lane, digest_of
+from codefend.gateway.limits import Limits, check_count, inspect, payload
+from codefend.gateway.rewrite import Picture, Policy, rebuild
+from codefend.gateway.shapes import Slot, Survey, survey
+from codefend.gateway.suspicion import spell
+from codefend.gateway.wire import dump, parse
+from codefend.gateway.worker import Job, Mode, Purified, PurifyFailed, Worker
+
+OnError = Literal["block", "fallback", "pass"]
+Fetch = Callable[[str], Awaitable[bytes]]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What an image must pass. ``threshold`` is in the purifier's own score."""
+
+    mode: Mode = "purify"
+    threshold: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was done. ``body`` is None when the original bytes can go on as they are."""
+
+    body: Any = None
+    images: tuple[Purified, ...] = ()
+    bypassed: tuple[str, ...] = ()  # the reason of each image that went on without the purifier
+    seconds: float = 0.0
+    tokens: tuple[str, ...] = ()  # stand in the body for the images' base64, in order
+
+
+def refuse_remote(reference: str) -> Refused:
+    message = "remote image URLs are not allowed here; send the image as data:image/...;base64,..."
+    return Refused(400, "remote_image_refused", message)
+
+
+@dataclass
+class Engine:
+    """``lane`` serves an event loop; without one, ``rewrite_now`` works in the caller's thread.
+
+    ``on_error`` says what becomes of a good image when the purifier fails: ``block`` refuses the request, ``fallback``
+    uses another purifier, ``pass`` re-encodes the picture as it is. ``on_bypass`` hears of the last two.
+    """
+
+    worker: Worker
+    lane: Lane | None = None
+    limits: Limits = field(default_factory=Limits)
+    terms: Terms = field(default_factory=Terms)
+    policy: Policy | None = None
+    everywhere: bool = False
+    on_error: OnError = "block"
+    fallback: Worker | None = None
+    fetch: Fetch | None = None
+    on_bypass: Callable[[str], None] = lambda reason: None
+    executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="prepare"))
+
+    async def rewrite_bytes(self, api: Api, raw: bytes, terms: Terms | None = None) -> tuple[bytes, Outcome]:
+        """Purify the images of a JSON body. Bytes that need no change come back as they are. Raises Refused."""
+        outcome = await self.rewrite(api, parse(raw), terms, spliced=True)
+        if outcome.body is None:
+            return raw, outcome
+        return splice(dump(outcome.body), outcome.tokens, outcome.images), replace(outcome, body=None, tokens=())
+
+    async def rewrite(self, api: Api, body: Any, terms: Terms | None = None, *, spliced: bool = False) -> Outcome:
+        """Purify the images of a parsed body; ``spliced`` leaves tokens where they belong. Raises Refused."""
+        start = time.perf_counter()
+        found, terms = self._survey(api, body), terms or self.terms
+        done = await _all([self._one(slot, terms) for slot in found.slots])
+        return self._finish(body, found, done, terms, time.perf_counter() - start, spliced=spliced)
+
+    def rewrite_now(self, api: Api, body: Any) -> Outcome:
+        """Purify in this thread, without queue, cache and remote images. Raises Refused."""
+        start = time.perf_counter()
+        found = self._survey(api, body)
+        datas = [self._local(slot) for slot in found.slots]
+        done = []
+        for slot, (image, reason) in zip(found.slots, self._run_now(datas), strict=True):
+            if isinstance(image, Refused):
+                raise _at(image, slot)
+            done.append((image, reason))
+        return self._finish(body, found, done, self.terms, time.perf_counter() - start)
+
+    def picture_now(self, data: bytes) -> Picture:
+        """Purify one image file in this thread. Raises Refused."""
+        inspect(data, self.limits)
+        image, _ = self._run_now([data])[0]
+        if isinstance(image, Refused):
+            raise image
+        return image.picture
+
+    def _run_now(self, datas: Sequence[bytes]) -> list[tuple[Purified | Refused, str]]:
+        jobs = [Job(data, self.terms.mode, self.terms.threshold) for data in datas]
+        return [
+            (self._rescue(job, result), result.reason) if isinstance(result, PurifyFailed) else (result, "")
+            for job, result in zip(jobs, self.worker.run(jobs), strict=True)
+        ]
+
+    def _survey(self, api: Api, body: Any) -> Survey:
+        try:
+            found = survey(api, body)
+        except RecursionError as error:
+            raise Refused(400, "invalid_json", "the body is nested too deeply") from error
+        check_count(len(found.slots), self.limits)
+        return found
+
+    async def _one(self, slot: Slot, terms: Terms) -> tuple[Purified, str]:
+        """One image: its bytes, its header, the purifier; and the reason if it went on without."""
+        try:
+            loop = asyncio.get_running_loop()
+            if _is_remote(slot):
+                if self.fetch is None:
+                    raise refuse_remote(slot.reference)
+                data = await self.fetch(slot.reference)
+                digest = await loop.run_in_executor(self.executor, self._inspect, data)
+            else:
+                data, digest = await loop.run_in_executor(self.executor, self._open, slot.reference)
+            return await self._purify(Job(data, terms.mode, terms.threshold), digest)
+        except Refused as refusal:
+            raise _at(refusal, slot) from refusal
+
+    async def _purify(self, job: Job, digest: str) -> tuple[Purified, str]:
+        assert self.lane is not None
+        try:
+            return await self.lane(job, digest), ""
+        except PurifyFailed as failure:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self.executor, self._rescue, job, failure), failure.reason
+
+    def _rescue(self, job: Job, failure: PurifyFailed) -> Purified:
+        """What ``on_error`` says. Raises Refused when that is to block, or when the fallback fails, too."""
+        if self.on_error == "pass":
+            self.on_bypass(failure.reason)
+            return self.worker.reencode(job)
+        if self.on_error == "fallback" and self.fallback is not None:
+            result = self.fallback.run([Job(job.data)])[0]
+            if isinstance(result, Purified):
+                self.on_bypass(failure.reason)
+                return result
+        if failure.reason == "timeout":
+            raise Refused(503, "purification_timeout", str(failure), retry_after=1)
+        raise Refused(500, "purification_failed", f"an image could not be purified: {failure}")
+
+    def _finish(
+        self,
+        body: Any,
+        found: Survey,
+        done: Sequence[tuple[Purified, str]],
+        terms: Terms,
+        seconds: float,
+        *,
+        spliced: bool = False,
+    ) -> Outcome:
+        images = tuple(image for image, _ in done)
+        if terms.mode == "block":
+            for slot, image in zip(found.slots, images, strict=True):
+                if image.score is None or not image.score < terms.threshold:
+                    message = "an image looks tampered with and was blocked"
+                    raise _at(Refused(400, "image_blocked", message), slot)
+        bypassed = tuple(reason for _, reason in done if reason)
+        if not images and not (self.policy and self.everywhere and found.turns):
+            return Outcome(None, seconds=seconds)
+        tokens = tuple(f"{secrets.token_hex(16)}.{i}." for i in range(len(images))) if spliced else ()
+        pictures = [image.picture for image in images]
+        if spliced:
+            pictures = [replace(picture, data=token) for picture, token in zip(pictures, tokens, strict=True)]
+        rebuilt = rebuild(body, found, pictures, policy=self.policy, everywhere=self.everywhere)
+        return Outcome(rebuilt, images, bypassed, seconds, tokens)
+
+    def _open(self, reference: str) -> tuple[bytes, str]:
+        data = payload(reference, self.limits)
+        return data, self._inspect(data)
+
+    def _inspect(self, data: bytes) -> str:
+        inspect(data, self.limits)
+        return digest_of(data)
+
+    def _local(self, slot: Slot) -> bytes:
+        try:
+            if _is_remote(slot):
+                raise refuse_remote(slot.reference)
+            data = payload(slot.reference, self.limits)
+            inspect(data, self.limits)
+        except Refused as refusal:
+            raise _at(refusal, slot) from refusal
+        return data
+
+
+def splice(raw: bytes, tokens: Sequence[str], images: Sequence[Purified]) -> bytes:
+    """Put base64 where its token stands. A JSON encoder would look at every character of it, on the event loop."""
+    marks = [
+        (raw.index(token.encode()), len(token), image.picture.data) for token, image in zip(tokens, images, strict=True)
+    ]
+    pieces, end = [], 0
+    for start, length, data in sorted(marks):
+        pieces += [raw[end:start], data.encode("ascii")]
+        end = start + length
+    return b"".join([*pieces, raw[end:]])
+
+
+def _is_remote(slot: Slot) -> bool:
+    # A bare-base64 slot never holds a colon; whatever has one and is no data URL is somebody's address.
+    head = slot.reference[:64].lstrip()
+    return head[:5].lower() != "data:" and (slot.form == "url" or ":" in head)
+
+
+def _at(refusal: Refused, slot: Slot) -> Refused:
+    return Refused(
+        refusal.status,
+        refusal.code,
+        refusal.message,
+        where=refusal.where or spell(slot.place),
+        retry_after=refusal.retry_after,
+    )
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, tuple[Purified, str]]]) -> list[tuple[Purified, str]]:
+    """Run at once; the first failure cancels the others."""
+    if not work:
+        return []
+    tasks = [asyncio.ensure_future(item) for item in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

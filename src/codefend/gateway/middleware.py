@@ -1,0 +1,126 @@
+"""``PurifyMiddleware``: for a server of one's own that already speaks ASGI (FastAPI, Starlette, vLLM's front end)."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from codefend.gateway.engine import OnError
+from codefend.gateway.errors import Refused, error_body
+from codefend.gateway.headers import find, report
+from codefend.gateway.lane import LaneOptions
+from codefend.gateway.limits import Limits
+from codefend.gateway.local import api_by_suffix, local_engine
+from codefend.gateway.worker import Mode
+from codefend.types import Purifier
+
+
+class PurifyMiddleware:
+    """Purify the images of chat completions, responses and Anthropic messages before ``app`` sees them.
+
+    Other routes pass untouched, for they are the application's own. Raises UserError for unknown names.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        purifier: str | Purifier = "bridge",
+        *,
+        prompt: str = "none",
+        policy: Mode = "purify",
+        threshold: float = 0.0,
+        on_error: OnError = "block",
+        limits: Limits | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.app = app
+        self.engine = local_engine(
+            purifier,
+            prompt=prompt,
+            policy=policy,
+            threshold=threshold,
+            on_error=on_error,
+            limits=limits,
+            device=device,
+            lane=LaneOptions(),
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, self._until_shutdown(receive), send)
+        elif scope["type"] == "http" and scope["method"] == "POST" and api_by_suffix(scope["path"]) != "other":
+            await self._purify(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def _until_shutdown(self, receive: Receive) -> Receive:
+        async def watched() -> Message:
+            message = await receive()
+            if message["type"] == "lifespan.shutdown" and self.engine.lane is not None:
+                await self.engine.lane.close()
+            return message
+
+        return watched
+
+    async def _purify(self, scope: Scope, receive: Receive, send: Send) -> None:
+        api, request_id = api_by_suffix(scope["path"]), secrets.token_hex(8)
+        try:
+            if find(scope["headers"], b"content-encoding") not in (None, "", "identity"):
+                raise Refused(415, "unknown_content", "send the body without content-encoding")
+            raw = await self._body(receive)
+            body, outcome = await self.engine.rewrite_bytes(api, raw)
+        except Refused as refusal:
+            await _refuse(api, refusal, request_id, send)
+            return
+        length = (b"content-length", str(len(body)).encode())
+        kind = (b"content-type", b"application/json")  # what was checked is what the application shall read
+        drop = (b"content-length", b"content-type", b"transfer-encoding")
+        headers = [pair for pair in scope["headers"] if pair[0] not in drop]
+        extra = report(outcome, purifier=self.engine.worker.name, request_id=request_id)
+        await self.app({**scope, "headers": [*headers, kind, length]}, _replay(body, receive), _adding(extra, send))
+
+    async def _body(self, receive: Receive) -> bytes:
+        parts, size, more = [], 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Refused(400, "client_gone", "the client left")
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self.engine.limits.max_body_bytes:
+                raise Refused(413, "body_too_large", f"the limit is {self.engine.limits.max_body_bytes:,} bytes")
+            more = message.get("more_body", False)
+        return b"".join(parts)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    given = False
+
+    async def replayed() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed
+
+
+def _adding(extra: list[tuple[bytes, bytes]], send: Send) -> Send:
+    async def sent(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", []), *extra]}
+        await send(message)
+
+    return sent
+
+
+async def _refuse(api: Any, refusal: Refused, request_id: str, send: Send) -> None:
+    body = error_body(api, refusal.status, refusal.code, refusal.message, where=refusal.where, request_id=request_id)
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if refusal.retry_after is not None:
+        headers.append((b"retry-after", str(max(1, round(refusal.retry_after))).encode()))
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

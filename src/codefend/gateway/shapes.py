@@ -1,0 +1,275 @@
+"""Where the images of a request are: chat completions, responses and Anthropic messages. Pure functions.
+
+What is not understood is refused, never passed on unseen: a part of unknown type, an unknown key beside an image, a
+key that differs from a known one in upper and lower case only (Go's parser takes them for equal), or anything that
+looks like an image where none belongs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from codefend.gateway.errors import Api, Refused
+from codefend.gateway.suspicion import (
+    Place,
+    check_case,
+    check_keys,
+    expect_list,
+    expect_object,
+    expect_text,
+    search,
+    search_rest,
+    spell,
+    unknown,
+)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One image: where it stands, what it says, and how it is written there."""
+
+    place: Place
+    reference: str  # a data URL, a remote URL, or bare base64
+    form: Literal["url", "source", "base64"]  # a URL string, an Anthropic source object, a base64 string
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The content of one message of the user's."""
+
+    place: Place
+    has_image: bool
+
+
+@dataclass(frozen=True)
+class Survey:
+    api: Api
+    slots: tuple[Slot, ...]
+    turns: tuple[Turn, ...]
+
+
+def survey(api: Api, body: Any) -> Survey:
+    """Find every image. Raises Refused (400) when something in the body is not understood or hides an image."""
+    if api == "other":
+        search(body, ())
+        return Survey(api, (), ())
+    if not isinstance(body, dict):
+        raise Refused(400, "invalid_request", "the body must be a JSON object")
+    found = _Found()
+    _SHAPES[api](body, found)
+    return Survey(api, tuple(found.slots), tuple(found.turns))
+
+
+@dataclass
+class _Found:
+    slots: list[Slot] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+
+
+# What a part may hold beside its type. A key that is missing here is refused.
+_TEXT_PARTS: dict[Api, dict[str, frozenset[str]]] = {
+    "chat": {
+        "text": frozenset({"text"}),
+        "refusal": frozenset({"refusal"}),
+        "input_audio": frozenset({"input_audio"}),
+    },
+    "responses": {
+        "input_text": frozenset({"text"}),
+        "output_text": frozenset({"text"}),
+        "text": frozenset({"text"}),
+        "summary_text": frozenset({"text"}),
+        "reasoning_text": frozenset({"text"}),
+        "refusal": frozenset({"refusal"}),
+        "input_audio": frozenset({"input_audio"}),
+    },
+    "messages": {
+        "text": frozenset({"text"}),
+        "thinking": frozenset({"thinking", "signature"}),
+        "redacted_thinking": frozenset({"data"}),
+        "tool_use": frozenset({"id", "name", "input", "caller"}),
+        "server_tool_use": frozenset({"id", "name", "input", "caller"}),
+    },
+}
+TURN_TEXT: dict[Api, str] = {"chat": "text", "responses": "input_text", "messages": "text"}
+_CONTENT_KEYS = frozenset({"role", "content", "type"})
+
+
+def _chat(body: dict[str, Any], found: _Found) -> None:
+    check_case(body, {"messages"}, ())
+    for i, message in enumerate(expect_list(body, "messages")):
+        place: Place = ("messages", i)
+        expect_object(message, place)
+        check_case(message, _CONTENT_KEYS, place)
+        before = len(found.slots)
+        _content("chat", message.get("content"), (*place, "content"), found)
+        _note_turn(message, (*place, "content"), before, found)
+        search_rest(message, {"role", "content", "tool_calls", "function_call"}, place)
+    search_rest(body, {"messages"}, ())
+
+
+def _responses(body: dict[str, Any], found: _Found) -> None:
+    check_case(body, {"input", "instructions", "prompt"}, ())
+    items = body.get("input")
+    if isinstance(items, str):
+        found.turns.append(Turn(("input",), False))
+    elif items is not None:
+        for i, item in enumerate(expect_list(body, "input")):
+            _item(expect_object(item, ("input", i)), ("input", i), found)
+    tools = body.get("tools")
+    for i, tool in enumerate(tools if isinstance(tools, list) else ()):
+        if isinstance(tool, dict) and "input_image_mask" in tool:
+            raise unknown("tool setting", "input_image_mask", ("tools", i))
+    search_rest(body, {"input"}, ())
+
+
+def _messages(body: dict[str, Any], found: _Found) -> None:
+    check_case(body, {"messages", "system"}, ())
+    system = body.get("system")
+    if system is not None:
+        _content("messages", system, ("system",), found)
+    for i, message in enumerate(expect_list(body, "messages")):
+        place: Place = ("messages", i)
+        expect_object(message, place)
+        check_case(message, _CONTENT_KEYS, place)
+        before = len(found.slots)
+        _content("messages", message.get("content"), (*place, "content"), found)
+        _note_turn(message, (*place, "content"), before, found)
+        search_rest(message, {"role", "content"}, place)
+    search_rest(body, {"messages", "system"}, ())
+
+
+_SHAPES: dict[Api, Callable[[dict[str, Any], _Found], None]] = {
+    "chat": _chat,
+    "responses": _responses,
+    "messages": _messages,
+}
+
+_TEXT_ITEM_NAMES = (
+    "function_call custom_tool_call reasoning item_reference web_search_call file_search_call computer_call mcp_call "
+    "mcp_list_tools mcp_approval_request mcp_approval_response local_shell_call local_shell_call_output shell_call "
+    "shell_call_output apply_patch_call apply_patch_call_output code_interpreter_call compaction"
+)
+_TEXT_ITEMS = frozenset(_TEXT_ITEM_NAMES.split())
+
+
+def _item(item: dict[str, Any], place: Place, found: _Found) -> None:
+    """One item of ``input`` in the responses API."""
+    kind = item.get("type", "message" if "role" in item else None)
+    check_case(item, _CONTENT_KEYS | {"output", "result"}, place)
+    if not isinstance(kind, str):
+        raise unknown("input item", kind, place)
+    if kind == "message":
+        before = len(found.slots)
+        _content("responses", item.get("content"), (*place, "content"), found)
+        _note_turn(item, (*place, "content"), before, found)
+        search_rest(item, {"content"}, place)
+    elif kind in ("function_call_output", "custom_tool_call_output"):
+        _content("responses", item.get("output"), (*place, "output"), found)
+        search_rest(item, {"output"}, place)
+    elif kind == "computer_call_output":
+        shot = expect_object(item.get("output"), (*place, "output"))
+        _image_part("responses", shot, (*place, "output"), found)
+        search_rest(item, {"output"}, place)
+    elif kind == "image_generation_call":
+        if item.get("result") is not None:
+            found.slots.append(Slot((*place, "result"), expect_text(item["result"], (*place, "result")), "base64"))
+        search_rest(item, {"result"}, place)
+    elif kind in _TEXT_ITEMS:
+        rest = {key: value for key, value in item.items() if key not in ("arguments", "input", "content", "summary")}
+        search(rest, place, free=kind != "code_interpreter_call")  # of these, only code can have drawn a picture
+        for key in ("content", "summary"):
+            if item.get(key) is not None:
+                _content("responses", item[key], (*place, key), found)
+    else:
+        raise unknown("input item", kind, place)
+
+
+def _content(api: Api, content: Any, place: Place, found: _Found) -> None:
+    """The content of a message or the output of a tool: text, nothing, or a list of parts."""
+    if content is None or isinstance(content, str):
+        return
+    if not isinstance(content, list):
+        raise Refused(400, "unknown_content", "content must be text or a list of parts", where=spell(place))
+    for i, part in enumerate(content):
+        _part(api, expect_object(part, (*place, i)), (*place, i), found)
+
+
+def _part(api: Api, part: dict[str, Any], place: Place, found: _Found) -> None:
+    kind = part.get("type")
+    if not isinstance(kind, str):
+        raise unknown("content part", kind, place)
+    text_keys = _TEXT_PARTS[api].get(kind)
+    if text_keys is not None:
+        check_keys(part, text_keys, place)
+        for key in text_keys & {"text", "refusal", "thinking"}:
+            expect_text(part.get(key), (*place, key))
+    elif kind in _IMAGE_PARTS[api]:
+        _image_part(api, part, place, found)
+    elif api == "messages" and kind in _NESTED_BLOCKS:
+        check_keys(part, _NESTED_BLOCKS[kind], place)
+        _content("messages", part.get("content"), (*place, "content"), found)
+        search_rest(part, {"content"}, place)
+    elif api == "messages" and kind == "document":
+        _document(part, place, found)
+    elif api == "messages" and kind in _SERVER_RESULTS:
+        search_rest(part, set(), place)
+    else:
+        raise unknown("content part", kind, place)
+
+
+_IMAGE_PARTS: dict[Api, frozenset[str]] = {
+    "chat": frozenset({"image_url"}),
+    "responses": frozenset({"input_image"}),
+    "messages": frozenset({"image"}),
+}
+_NESTED_BLOCKS = {
+    "tool_result": frozenset({"tool_use_id", "content", "is_error"}),
+    "search_result": frozenset({"source", "title", "content"}),
+}
+_SERVER_RESULTS = frozenset({"web_search_tool_result", "web_fetch_tool_result"})
+
+
+def _image_part(api: Api, part: dict[str, Any], place: Place, found: _Found) -> None:
+    if api == "messages":
+        check_keys(part, frozenset({"source"}), place)
+        found.slots.append(_source(expect_object(part.get("source"), (*place, "source")), (*place, "source")))
+        return
+    check_keys(part, frozenset({"image_url", "detail"}) if api == "responses" else frozenset({"image_url"}), place)
+    value, here = part.get("image_url"), (*place, "image_url")
+    if api == "chat" and isinstance(value, dict):
+        check_keys(value, frozenset({"url", "detail"}), here)
+        value, here = value.get("url"), (*here, "url")
+    found.slots.append(Slot(here, expect_text(value, here), "url"))
+
+
+def _source(source: dict[str, Any], place: Place) -> Slot:
+    """The ``source`` of an Anthropic image block."""
+    if source.get("type") == "base64":
+        check_keys(source, frozenset({"media_type", "data"}), place)
+        return Slot(place, expect_text(source.get("data"), (*place, "data")), "source")
+    if source.get("type") == "url":
+        check_keys(source, frozenset({"url"}), place)
+        return Slot(place, expect_text(source.get("url"), (*place, "url")), "source")
+    raise unknown("image source", source.get("type"), place)
+
+
+def _document(part: dict[str, Any], place: Place, found: _Found) -> None:
+    """Plain text passes, blocks are looked into; a PDF can hold any picture and is refused."""
+    check_keys(part, frozenset({"source", "title", "context"}), place)
+    source, here = expect_object(part.get("source"), (*place, "source")), (*place, "source")
+    if source.get("type") == "text":
+        check_keys(source, frozenset({"media_type", "data"}), here)
+        if source.get("media_type") != "text/plain":
+            raise unknown("document media type", source.get("media_type"), here)
+    elif source.get("type") == "content":
+        check_keys(source, frozenset({"content"}), here)
+        _content("messages", source.get("content"), (*here, "content"), found)
+    else:
+        raise unknown("document source", source.get("type"), here)
+
+
+def _note_turn(message: Mapping[str, Any], place: Place, slots_before: int, found: _Found) -> None:
+    if message.get("role") == "user" and message.get("content") is not None:
+        found.turns.append(Turn(place, len(found.slots) > slots_before))

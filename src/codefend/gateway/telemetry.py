@@ -1,0 +1,107 @@
+"""Metrics, traces and logs. None of them ever holds a header, a key, a query string or a byte of an image."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+log = logging.getLogger("codefend.gateway")
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+
+class Meters:
+    """The gateway's own registry: two apps in one process don't collide."""
+
+    def __init__(self, *, depth: Callable[[], int]) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"codefend_{name}", text, labels, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"codefend_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+        self.requests = counter("requests", "Requests answered", "route", "status")
+        self.seconds = histogram("request_seconds", "Until the end of the answer", _SECONDS, "route")
+        self.images = counter("images", "Images by what was done: purified, cached, reencoded, bypassed", "result")
+        self.bypass = counter("bypass", "Images that went on without the purifier because it failed", "reason")
+        self.refused = counter("refused", "Requests refused by the gateway itself", "code")
+        self.upstream_errors = counter("upstream_errors", "Failed exchanges with the upstream", "kind")
+        self.disconnects = counter("disconnects", "Clients that left before their answer was complete")
+        self.batches = histogram("batch_images", "Images per batch", (1, 2, 4, 8, 16, 32))
+        self.purify_seconds = histogram("purify_seconds", "One batch: decode, purify, encode", _SECONDS)
+        self.in_flight = Gauge("codefend_in_flight", "Requests being answered", registry=self.registry)
+        queue = Gauge("codefend_queue_images", "Images that wait for the purifier", registry=self.registry)
+        queue.set_function(lambda: float(depth()))
+
+    def batch(self, images: int, seconds: float) -> None:
+        self.batches.observe(images)
+        self.purify_seconds.observe(seconds)
+
+    def bypassed(self, reason: str) -> None:
+        self.bypass.labels(reason).inc()
+        log.critical("image forwarded without purification", extra={"fields": {"reason": reason}})
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= getattr(record, "fields", {})
+        if record.exc_info and record.exc_info[0] is not None:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def configure_logging(level: str) -> None:
+    """Send the logs of the gateway and its server to standard error as JSON."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    for name in ("codefend", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level.upper())
+
+
+class Tracer:
+    """OpenTelemetry spans where its API is installed, nothing where it isn't."""
+
+    def __init__(self, provider: Any = None) -> None:
+        self._tracer: Any = None
+        try:
+            trace = import_module("opentelemetry.trace")
+            self._propagate: Any = import_module("opentelemetry.propagate")
+        except ModuleNotFoundError:
+            return
+        provider = provider or trace.get_tracer_provider()
+        if type(provider).__name__ not in ("ProxyTracerProvider", "NoOpTracerProvider"):  # an SDK is configured
+            self._tracer = provider.get_tracer("codefend.gateway")
+
+    @contextmanager
+    def span(self, name: str, headers: dict[str, str], **attributes: Any) -> Iterator[dict[str, str]]:
+        """Open a span below the caller's ``traceparent``; yield the headers that carry it on."""
+        if self._tracer is None:
+            yield {}
+            return
+        parent = self._propagate.extract(headers)
+        with self._tracer.start_as_current_span(name, context=parent, attributes=attributes):
+            onward: dict[str, str] = {}
+            self._propagate.inject(onward)
+            yield onward
