@@ -156,12 +156,13 @@ def test_bridge_level_is_the_noise_that_is_really_there() -> None:
     assert float(x.std()) == pytest.approx(float(level), rel=0.01)
 
 
-def test_bridge_loss_is_per_example_and_zero_for_a_perfect_predictor() -> None:
+def test_charbonnier_is_per_example_and_zero_for_a_perfect_predictor() -> None:
     clean, attacked = torch.rand(2, 3, 3, 8, 8, generator=gen())
     s = torch.tensor([0.2, 0.9, 1.0])
-    assert torch.equal(d.bridge_loss(Recorder(clean), clean, attacked, s), torch.zeros(3))
+    found = d.bridge_predict(Recorder(clean), clean, attacked, s)
+    assert torch.equal(d.charbonnier(found, clean), torch.zeros(3))
     off = clean + torch.tensor([0.0, 0.1, 0.5]).view(3, 1, 1, 1)
-    loss = d.bridge_loss(Recorder(off), clean, attacked, s)
+    loss = d.charbonnier(d.bridge_predict(Recorder(off), clean, attacked, s), clean)
     assert torch.allclose(loss, torch.tensor([0.0, 0.1, 0.5]), atol=1.1e-3)
 
 

@@ -5,9 +5,9 @@ Attack the bare victim and judge the defended one: the oblivious threat (T0). At
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -15,18 +15,12 @@ from torch import Generator, Tensor
 from codefend.types import Purifier, Victim, WhiteBox
 
 
-class PromptPolicy(Protocol):
-    """Text around the user's query."""
-
-    def __call__(self, prompt: str) -> str: ...
-
-
 @dataclass(frozen=True)
 class Defense:
     """A purifier, a prompt policy, or both. ``None`` leaves that side alone."""
 
     purifier: Purifier | None = None
-    policy: PromptPolicy | None = None
+    policy: Callable[[str], str] | None = None  # such as prompts.PromptPolicy
     name: str = "none"
 
     def images(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:

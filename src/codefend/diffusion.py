@@ -234,20 +234,6 @@ def charbonnier(images: Tensor, references: Tensor, *, eps: float = 1e-3) -> Ten
     return ((images - references).square() + eps**2).sqrt().flatten(1).mean(1) - eps
 
 
-def bridge_loss(
-    net: Denoiser,
-    clean: Tensor,
-    attacked: Tensor,
-    s: Tensor,
-    sigma: Tensor | float = 0.0,
-    *,
-    gamma: float = 0.0,
-    generator: Generator | None = None,
-) -> Tensor:
-    """Supervised bridge loss ``[B]``: Charbonnier distance of the prediction at x_s to the clean image."""
-    return charbonnier(bridge_predict(net, clean, attacked, s, sigma, gamma=gamma, generator=generator), clean)
-
-
 def bridge_purify(
     net: Denoiser,
     images: Tensor,

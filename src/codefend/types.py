@@ -8,7 +8,7 @@ Losses and scores stay per example and are reduced, if at all, on the last line 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # `import codefend` must not import torch
@@ -101,4 +101,3 @@ class Task:
     target: str = ""  # the sentence that targeted attacks force
     description: str = ""
     licence: str = ""
-    extra: dict[str, str] = field(default_factory=dict)

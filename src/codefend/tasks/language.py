@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from codefend.tasks.objects import BY_NAME, COLOURS, THINGS, Thing
+from codefend.tasks.objects import COLOURS, THINGS
 from codefend.tasks.scenes import Placed, Scene
 
 CAPTION_PROMPT = "Describe the picture."
@@ -208,9 +208,3 @@ def _caption_text(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     if rng.random() < 0.15:
         return str(rng.choice(DETAIL_PROMPTS)), detail(scene)
     return str(rng.choice(CAPTION_PROMPTS)), captions(scene)[0]
-
-
-def things_named(text: str) -> list[Thing]:
-    """The objects whose names occur in a text, in the table's order."""
-    words = f" {text.lower()} "
-    return [THINGS[i] for name, i in BY_NAME.items() if f" {name} " in words.replace(",", " ").replace(".", " ")]

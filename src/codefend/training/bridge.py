@@ -68,8 +68,9 @@ def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
     guide = Guide(victim, [Tower(name) for name in config.encoders])
     net = start_from_prior(config).train()
     optimizer = torch.optim.AdamW([{"params": list(net.parameters()), "base": config.lr}], betas=(0.9, 0.99))
-    average = Average(net)
-    step = restore_training(run.dir / "checkpoint.safetensors", net, optimizer, average)
+    parameters = dict(net.named_parameters())
+    average, checkpoint = Average(parameters), run.dir / "checkpoint.safetensors"
+    step = restore_training(checkpoint, parameters, optimizer, average)
     with progress("bridge", config.steps, done=step) as advance:
         while step < config.steps:
             started = time.perf_counter()
@@ -82,13 +83,13 @@ def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
-            average.update(net)
+            average.update(parameters)
             step += 1
             row = {"mined": mined, "grad_norm": float(norm), "seconds": time.perf_counter() - started}
             run.append({"key": f"step-{step}", "step": step, **{k: v.item() for k, v in terms.items()}, **row})
             advance(1, f"loss {loss.item():.3f}")
             if step % config.save_every == 0 or step == config.steps:
-                save_training(run.dir / "checkpoint.safetensors", net, optimizer, average, step)
+                save_training(checkpoint, parameters, optimizer, step, average)
                 averaged = PurifierNet(net.config)
                 averaged.load_state_dict(average.values)
                 save_net(run.dir / "weights", averaged, kind="bridge", dtype=torch.float16)

@@ -9,7 +9,6 @@ each text seeing the image and itself: several times the supervision per image.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codefend import images as pictures
-from codefend.runs import Run, load_checkpoint, open_run, progress, save_checkpoint
+from codefend.runs import Run, open_run, progress, save_checkpoint, write_atomic
 from codefend.tasks.easyvqa import load_easyvqa
 from codefend.tasks.language import training_texts
 from codefend.tasks.objects import COLOURS, THINGS
 from codefend.tasks.readers import LazyExamples
 from codefend.tasks.scenes import PLACES, Scene, compose, load_photographs
+from codefend.training.state import Parameters, cosine_rate, restore_training, save_training, set_rate
 from codefend.victims.pocket import AFTER, BEFORE, END, SIDE, TOKENS, Pocket, fit_square
 
 Dialogues = tuple[Path, list[tuple[str, str]]]
@@ -61,12 +61,12 @@ def train_pocket(config: PocketConfig, folder: str | Path) -> Path:
     pocket = Pocket(config.encoder, rank=config.rank)
     parameters = pocket.trainable
     checkpoint = run.dir / "checkpoint.safetensors"
-    if checkpoint.exists():
-        step, optimizer = _restore(checkpoint, pocket, config)
-    else:
+    if not checkpoint.exists():
         _ground(pocket, config, run)
-        step, optimizer = 0, _optimizer(pocket, config)
-        _checkpoint(checkpoint, parameters, optimizer, step)
+    optimizer = _optimizer(parameters, config)
+    step = restore_training(checkpoint, parameters, optimizer)
+    if step == 0:
+        save_training(checkpoint, parameters, optimizer, step)  # grounding is done
     shapes = _easyvqa_dialogues()
     with progress("pocket", config.steps, done=step) as advance:
         while step < config.steps:
@@ -77,7 +77,7 @@ def train_pocket(config: PocketConfig, folder: str | Path) -> Path:
             run.append(row)
             advance(1, f"loss {losses['loss']:.3f}")
             if step % config.save_every == 0 or step == config.steps:
-                _checkpoint(checkpoint, parameters, optimizer, step)
+                save_training(checkpoint, parameters, optimizer, step)
                 export_pocket(pocket, run.dir / "weights")
     return run.dir / "weights"
 
@@ -87,7 +87,7 @@ def export_pocket(pocket: Pocket, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: p.detach().to(torch.float16) for name, p in pocket.trainable.items()}
     save_checkpoint(folder / "model.safetensors", state)
-    (folder / "config.json").write_text(json.dumps(pocket.config, indent=2) + "\n")
+    write_atomic(folder / "config.json", json.dumps(pocket.config, indent=2) + "\n")
 
 
 # Stage 1: words for cells
@@ -189,9 +189,8 @@ def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
 def _instruct(
     pocket: Pocket, optimizer: torch.optim.Optimizer, config: PocketConfig, step: int, shapes: Sequence[Dialogues]
 ) -> dict[str, float]:
-    rate = _rate(step, config)
-    for group in optimizer.param_groups:
-        group["lr"] = group["base"] * rate
+    rate = cosine_rate(step, config.steps, warmup=config.warmup)
+    set_rate(optimizer, rate)
     batch, texts = _batch(config, step, shapes)
     loss, short, caption = packed_loss(pocket, batch, texts)
     optimizer.zero_grad()
@@ -199,13 +198,6 @@ def _instruct(
     norm = nn.utils.clip_grad_norm_(list(pocket.trainable.values()), 1.0)
     optimizer.step()
     return {"loss": loss.item(), "answers": short, "captions": caption, "grad_norm": float(norm), "rate": rate}
-
-
-def _rate(step: int, config: PocketConfig) -> float:
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _easyvqa_dialogues() -> list[Dialogues]:
@@ -284,11 +276,7 @@ def _block_mask(segments: Tensor) -> Tensor:
     return torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[:, None]
 
 
-# State
-
-
-def _optimizer(pocket: Pocket, config: PocketConfig) -> torch.optim.Optimizer:
-    parameters = pocket.trainable
+def _optimizer(parameters: Parameters, config: PocketConfig) -> torch.optim.Optimizer:
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     connector = [p for name, p in parameters.items() if name.startswith("connector.")]
@@ -298,23 +286,3 @@ def _optimizer(pocket: Pocket, config: PocketConfig) -> torch.optim.Optimizer:
         {"params": lora, "base": config.lr_lora, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr_connector, betas=(0.9, 0.98))
-
-
-def _checkpoint(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int) -> None:
-    tensors = {f"model/{name}": p.detach() for name, p in parameters.items()}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}/{name}"] = torch.as_tensor(value)
-    save_checkpoint(path, tensors, {"step": step})
-
-
-def _restore(path: Path, pocket: Pocket, config: PocketConfig) -> tuple[int, torch.optim.Optimizer]:
-    tensors, state = load_checkpoint(path)
-    optimizer = _optimizer(pocket, config)
-    parameters = pocket.trainable
-    for name, parameter in parameters.items():
-        parameter.data.copy_(tensors[f"model/{name}"])
-        moments = {k: tensors[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors}
-        if moments:
-            optimizer.state[parameter] = moments
-    return int(state["step"]), optimizer

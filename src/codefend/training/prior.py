@@ -40,8 +40,9 @@ def train_prior(config: PriorConfig, folder: str | Path) -> Path:
     net = PurifierNet(config.net).train()
     groups = [{"params": list(net.parameters()), "base": config.lr}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.01, betas=(0.9, 0.99))
-    average = Average(net)
-    step = restore_training(run.dir / "checkpoint.safetensors", net, optimizer, average)
+    parameters = dict(net.named_parameters())
+    average, checkpoint = Average(parameters), run.dir / "checkpoint.safetensors"
+    step = restore_training(checkpoint, parameters, optimizer, average)
     with progress("prior", config.steps, done=step) as advance:
         while step < config.steps:
             started = time.perf_counter()
@@ -54,13 +55,13 @@ def train_prior(config: PriorConfig, folder: str | Path) -> Path:
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
-            average.update(net)
+            average.update(parameters)
             step += 1
             row = {"loss": loss.item(), "grad_norm": float(norm), "seconds": time.perf_counter() - started}
             run.append({"key": f"step-{step}", "step": step, **row})
             advance(1, f"loss {loss.item():.3f}")
             if step % config.save_every == 0 or step == config.steps:
-                save_training(run.dir / "checkpoint.safetensors", net, optimizer, average, step)
+                save_training(checkpoint, parameters, optimizer, step, average)
                 averaged = PurifierNet(config.net)
                 averaged.load_state_dict(average.values)
                 save_net(run.dir / "weights", averaged, kind="prior", dtype=torch.float16)

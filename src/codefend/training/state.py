@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from codefend.runs import load_checkpoint, save_checkpoint
+
+Parameters = Mapping[str, nn.Parameter]
 
 
 def cosine_rate(step: int, steps: int, *, warmup: int, floor: float = 0.02) -> float:
@@ -26,39 +29,45 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 class Average:
-    """Exponential moving average of a network's parameters, with the usual short memory at the start."""
+    """Exponential moving average of parameters, with the usual short memory at the start."""
 
-    def __init__(self, net: nn.Module, decay: float = 0.998) -> None:
+    def __init__(self, parameters: Parameters, decay: float = 0.998) -> None:
         self.decay, self.updates = decay, 0
-        self.values = {name: value.detach().clone() for name, value in net.state_dict().items()}
+        self.values: dict[str, Tensor] = {name: value.detach().clone() for name, value in parameters.items()}
 
-    def update(self, net: nn.Module) -> None:
+    def update(self, parameters: Parameters) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, value in net.state_dict().items():
+        for name, value in parameters.items():
             self.values[name].lerp_(value.detach(), 1 - decay)
 
 
-def save_training(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, average: Average, step: int) -> None:
-    """Write network, moments and average as one atomic file."""
-    tensors: dict[str, Tensor] = {f"net/{name}": value for name, value in net.state_dict().items()}
-    tensors |= {f"average/{name}": value for name, value in average.values.items()}
-    for name, parameter in net.named_parameters():
+def save_training(
+    path: Path, parameters: Parameters, optimizer: torch.optim.Optimizer, step: int, average: Average | None = None
+) -> None:
+    """Write parameters, moments and average as one atomic file."""
+    tensors: dict[str, Tensor] = {f"net/{name}": value.detach() for name, value in parameters.items()}
+    if average is not None:
+        tensors |= {f"average/{name}": value for name, value in average.values.items()}
+    for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}/{name}"] = torch.as_tensor(value)
-    save_checkpoint(path, tensors, {"step": step, "updates": average.updates})
+    save_checkpoint(path, tensors, {"step": step, "updates": 0 if average is None else average.updates})
 
 
-def restore_training(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, average: Average) -> int:
+def restore_training(
+    path: Path, parameters: Parameters, optimizer: torch.optim.Optimizer, average: Average | None = None
+) -> int:
     """Undo `save_training` and return the step to go on from; 0 when there is no file yet."""
     if not path.exists():
         return 0
     tensors, state = load_checkpoint(path)
-    net.load_state_dict({n.removeprefix("net/"): t for n, t in tensors.items() if n.startswith("net/")})
-    average.values = {n.removeprefix("average/"): t for n, t in tensors.items() if n.startswith("average/")}
-    average.updates = int(state["updates"])
-    for name, parameter in net.named_parameters():
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[f"net/{name}"])
         moments = {k: tensors[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors}
         if moments:
             optimizer.state[parameter] = moments
+    if average is not None:
+        average.values = {name: tensors[f"average/{name}"] for name in parameters}
+        average.updates = int(state["updates"])
     return int(state["step"])
