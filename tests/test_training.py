@@ -101,7 +101,7 @@ def test_pairs_then_bridge(bare_pocket: Pocket, tmp_path: Path, monkeypatch: pyt
 
     prior = train(prior_config(steps=2), tmp_path / "prior")
     bridge = BridgeConfig(
-        pairs=str(bank),
+        pairs=(str(bank),),
         prior=str(prior),
         encoders=("lite0",),
         steps=2,

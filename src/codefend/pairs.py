@@ -18,6 +18,7 @@ from torch import Tensor
 from codefend.attacks import objectives
 from codefend.attacks.norms import quantize_in_budget
 from codefend.attacks.pgd import PGD
+from codefend.devices import default_device
 from codefend.images import quantize8
 from codefend.runs import Run, load_checkpoint, make_generator, open_run, progress, save_checkpoint
 from codefend.tasks.language import CAPTION_PROMPT, captions, training_texts
@@ -38,11 +39,11 @@ class Tower:
     """A bare image encoder as a white box that has features only: a second family to attack."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.encoder = name, EfficientNetLite(name)
+        self.name, self.encoder = name, EfficientNetLite(name).to(default_device())
 
     def features(self, images: Tensor) -> Tensor:
-        tokens: Tensor = self.encoder(fit_square(images))
-        return tokens
+        tokens: Tensor = self.encoder(fit_square(images.to(self.encoder.fc.weight.device)))
+        return tokens.to(images.device)
 
     def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
         raise TypeError(f"{self.name} is an encoder: it answers nothing")
@@ -95,7 +96,7 @@ def _make_shard(config: PairsConfig, run: Run, victim: WhiteBox, towers: Sequenc
         kind = "features"
     tower = towers[int(rng.integers(len(towers)))]
     clean, build = _objective(kind, victim, tower, rng, first_scene=2_000_000 + shard * SHARD)
-    clean = quantize8(clean)
+    clean = quantize8(clean).to(default_device())
     # One eps per pair, drawn evenly; an attack has one budget a call, so the pairs of a call share their eps.
     attacked, falls = [], []
     steps = config.answer_steps if kind == "answers" else config.steps
@@ -126,7 +127,7 @@ def _objective(
         if kind == "features":
             return clean, lambda part, images: objectives.features_away(tower, images)
         others = training_pictures(rng, SHARD, first_scene=first_scene + 1_000_000)
-        return clean, lambda part, images: objectives.features_towards(tower, others[part])
+        return clean, lambda part, images: objectives.features_towards(tower, others[part].to(images.device))
     scenes = [compose("train", first_scene + i, photographs=load_photographs()) for i in range(SHARD)]
     clean = torch.stack([scene.image for scene in scenes])
     if kind == "words":
@@ -135,7 +136,10 @@ def _objective(
             raise UserError(f"pairs of kind 'words' need a pocket victim, not {victim.name}")
         shuffled = clean.roll(1, 0)
         targeted = bool(rng.random() < 0.5)
-        return clean, lambda part, images: word_objective(pocket, images, shuffled[part] if targeted else None)
+        goals = shuffled if targeted else None
+        return clean, lambda part, images: word_objective(
+            pocket, images, None if goals is None else goals[part].to(images.device)
+        )
     if kind == "answers":
         texts = [training_texts(scene, rng)[int(rng.integers(1, 4))] for scene in scenes]
         for i in range(0, SHARD, 2):
@@ -165,7 +169,7 @@ def word_objective(pocket: Pocket, clean: Tensor, target: Tensor | None = None) 
 
 
 def _bytes(images: Tensor) -> Tensor:
-    return (images * 255).round().to(torch.uint8)
+    return (images * 255).round().to("cpu", torch.uint8)
 
 
 def read_pairs(folder: str | Path) -> Iterator[tuple[Tensor, Tensor, str]]:

@@ -192,7 +192,7 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Dialogue | None:
 def training_texts(scene: Scene, rng: np.random.Generator, *, questions: int = 5) -> list[tuple[str, str]]:
     """Varied (prompt, answer) pairs for one scene: one caption and ``questions`` questions."""
     texts = [_caption_text(scene, rng)]
-    kinds = [KINDS[int(i)] for i in rng.permutation([0, 0, 1, 2, 3, 4, 5, 5])]
+    kinds = [KINDS[int(i)] for i in rng.permutation([0, 1, 2, 3, 3, 4, 5, 5, 5])]
     for kind in kinds:
         dialogue = ask(scene, kind, rng)
         if dialogue is None or len(texts) > questions:

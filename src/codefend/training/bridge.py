@@ -7,6 +7,7 @@ descends L = bridge + features + words + directional. Every term has one weight 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import Generator, Tensor
 from codefend import victims
 from codefend.attacks import objectives
 from codefend.attacks.pgd import PGD
+from codefend.devices import default_device, training_precision
 from codefend.diffusion import bridge_predict, charbonnier, noise_like, sample_bridge_sigmas, sample_bridge_times
 from codefend.nets import NetConfig, PurifierNet, load_net, save_net
 from codefend.pairs import WORDS, Tower, read_pairs, word_objective
@@ -32,8 +34,8 @@ from codefend.victims.pocket import Pocket
 class BridgeConfig:
     """Everything that decides a bridge's weights."""
 
-    pairs: str = ""  # bank folder made by `codefend pairs`
-    prior: str = ""  # weights folder to fine-tune from; empty: the shipped prior
+    pairs: tuple[str, ...] = ()  # bank folders made by `codefend pairs`
+    prior: str = ""  # weights folder to fine-tune from, a prior's or a bridge's; empty: the shipped prior
     victim: str = "pocket"  # guides by its word scores; a name or a weights folder
     encoders: tuple[str, ...] = ("lite0", "lite2")  # guide by their features, one a step in turn
     residual_bound: float | None = 64 / 255  # most that a noise-free evaluation may change in a pixel
@@ -47,12 +49,18 @@ class BridgeConfig:
     max_sigma: float = 0.1  # pixels: noise in attacked pictures, drawn as in `sample_bridge_sigmas`
     gamma: float = 0.0  # noise of the bridge itself
     w_bridge: float = 8.0
+    w_identity: float = 0.0  # on top of w_bridge, for the pictures left clean
     w_features: float = 1.0
     w_words: float = 0.3
     w_direction: float = 0.2
     lr: float = 8e-4
     warmup: int = 50
     save_every: int = 50  # steps
+
+    @property
+    def untouched(self) -> int:
+        """How many of a batch are left clean, the first ones."""
+        return round(self.clean * self.batch)
 
 
 def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
@@ -65,8 +73,9 @@ def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
     victim = victims.load(config.victim)
     if not isinstance(victim, Pocket):
         raise UserError(f"bridge training is guided by a pocket victim, not {victim.name}")
+    device = default_device()
     guide = Guide(victim, [Tower(name) for name in config.encoders])
-    net = start_from_prior(config).train()
+    net = start_from_prior(config).to(device).train()
     optimizer = torch.optim.AdamW([{"params": list(net.parameters()), "base": config.lr}], betas=(0.9, 0.99))
     parameters = dict(net.named_parameters())
     average, checkpoint = Average(parameters), run.dir / "checkpoint.safetensors"
@@ -76,8 +85,9 @@ def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
             started = time.perf_counter()
             set_rate(optimizer, cosine_rate(step, config.steps, warmup=config.warmup))
             draw = make_generator(config.seed, "bridge", step)
-            clean, attacked, mined = training_pairs(config, net, guide, bank, step, draw)
-            terms = bridge_terms(config, net, guide, clean, attacked, step, draw)
+            with training_precision(device):
+                clean, attacked, mined = training_pairs(config, net, guide, bank, step, draw)
+                terms = bridge_terms(config, net, guide, clean, attacked, step, draw)
             loss = torch.stack(list(terms.values())).sum()
             optimizer.zero_grad()
             loss.backward()
@@ -107,10 +117,12 @@ def start_from_prior(config: BridgeConfig) -> PurifierNet:
 
 
 class Bank:
-    """The pairs of a folder in memory, 8 bits."""
+    """The pairs of some folders in memory, 8 bits. Raises UserError when a folder, or all of them, hold none."""
 
-    def __init__(self, folder: str) -> None:
-        shards = list(read_pairs(folder))
+    def __init__(self, folders: Sequence[str]) -> None:
+        if not folders:
+            raise UserError("a bridge is trained on pairs: make some with `codefend pairs`, then --set pairs=FOLDER")
+        shards = [shard for folder in folders for shard in read_pairs(folder)]
         self.clean = torch.cat([clean for clean, _, _ in shards])
         self.attacked = torch.cat([attacked for _, attacked, _ in shards])
 
@@ -139,10 +151,11 @@ def training_pairs(
     mined = bool(rng.random() < config.mined)
     if mined:
         clean = training_pictures(rng, config.batch, first_scene=3_000_000 + step * config.batch)
+        clean = clean.to(default_device())
         attacked = mine(config, net, guide, clean, rng, step, draw)
     else:
-        clean, attacked = bank.draw(rng, config.batch)
-    untouched = round(config.clean * config.batch)
+        clean, attacked = (images.to(default_device()) for images in bank.draw(rng, config.batch))
+    untouched = config.untouched
     return clean, torch.cat([clean[:untouched], attacked[untouched:]]), mined
 
 
@@ -157,7 +170,7 @@ def mine(
 ) -> Tensor:
     """Attack through the purifier: exact gradients, fresh noise at each step (ADBM, arXiv 2408.00315, fixes it)."""
     sigma = float(rng.uniform(0, config.max_sigma)) if rng.random() < 0.5 else 0.0
-    ones = torch.ones(len(clean))
+    ones = clean.new_ones(len(clean))
 
     def purified(images: Tensor) -> Tensor:
         noisy = images + sigma * noise_like(images, draw) if sigma else images
@@ -180,10 +193,13 @@ def bridge_terms(
     config: BridgeConfig, net: PurifierNet, guide: Guide, clean: Tensor, attacked: Tensor, step: int, draw: Generator
 ) -> dict[str, Tensor]:
     """The weighted terms of the loss, each a scalar."""
-    s = sample_bridge_times(len(clean), at_one=0.6, generator=draw)
-    sigma = sample_bridge_sigmas(len(clean), clean=0.5, high=config.max_sigma, generator=draw)
+    s = sample_bridge_times(len(clean), at_one=0.6, generator=draw).to(clean)
+    sigma = sample_bridge_sigmas(len(clean), clean=0.5, high=config.max_sigma, generator=draw).to(clean)
     restored = bridge_predict(net, clean, attacked, s, sigma, gamma=config.gamma, generator=draw)
-    terms = {"bridge": config.w_bridge * charbonnier(restored, clean).mean()}
+    distance = charbonnier(restored, clean)
+    terms = {"bridge": config.w_bridge * distance.mean()}
+    if config.w_identity:
+        terms["identity"] = config.w_identity * distance[: config.untouched].sum() / config.batch
     seen = restored.clamp(0, 1)
     if config.w_features or config.w_direction:
         tower = guide.tower(step)

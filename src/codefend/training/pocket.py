@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codefend import images as pictures
+from codefend.devices import default_device, training_precision
 from codefend.runs import Run, open_run, progress, save_checkpoint, write_atomic
 from codefend.tasks.easyvqa import load_easyvqa
 from codefend.tasks.language import training_texts
@@ -28,7 +29,7 @@ from codefend.tasks.objects import COLOURS, THINGS
 from codefend.tasks.readers import LazyExamples
 from codefend.tasks.scenes import PLACES, Scene, compose, load_photographs
 from codefend.training.state import Parameters, cosine_rate, restore_training, save_training, set_rate
-from codefend.victims.pocket import AFTER, BEFORE, END, SIDE, TOKENS, Pocket, fit_square
+from codefend.victims.pocket import AFTER, BEFORE, END, SIDE, TOKENS, Pocket, fit_square, read_trained
 
 Dialogues = tuple[Path, list[tuple[str, str]]]
 
@@ -39,13 +40,16 @@ class PocketConfig:
 
     encoder: str = "lite0"  # lite0, lite1 or lite2: a different victim each
     rank: int = 32  # of the LoRA adapters
+    init: str = ""  # weights folder to go on from, same encoder and rank; empty: from scratch
     seed: int = 0
     grounding_scenes: int = 6000
+    grounding_shapes: int = 2000  # pictures of easy-vqa's training split
     grounding_epochs: int = 10
+    lr_grounding: float = 2e-3
     steps: int = 900
     batch: int = 4  # images a step
     questions: int = 5  # texts an image, beside its caption
-    easyvqa: float = 0.12  # share of images from easy-vqa's training split
+    easyvqa: float = 0.3  # share of images from easy-vqa's training split
     lr_connector: float = 1e-3
     lr_lora: float = 8e-4
     warmup: int = 50
@@ -59,15 +63,18 @@ def train_pocket(config: PocketConfig, folder: str | Path) -> Path:
     """
     run = open_run(folder, {"train": "pocket", **config.__dict__})
     pocket = Pocket(config.encoder, rank=config.rank)
+    if config.init:
+        read_trained(pocket, Path(config.init))
+    pocket.to(default_device())
     parameters = pocket.trainable
+    shapes = _easyvqa_dialogues()
     checkpoint = run.dir / "checkpoint.safetensors"
     if not checkpoint.exists():
-        _ground(pocket, config, run)
+        _ground(pocket, config, run, shapes)
     optimizer = _optimizer(parameters, config)
     step = restore_training(checkpoint, parameters, optimizer)
     if step == 0:
         save_training(checkpoint, parameters, optimizer, step)  # grounding is done
-    shapes = _easyvqa_dialogues()
     with progress("pocket", config.steps, done=step) as advance:
         while step < config.steps:
             started = time.perf_counter()
@@ -93,29 +100,31 @@ def export_pocket(pocket: Pocket, folder: Path) -> None:
 # Stage 1: words for cells
 
 
-def _ground(pocket: Pocket, config: PocketConfig, run: Run) -> None:
+def _ground(pocket: Pocket, config: PocketConfig, run: Run, shapes: Sequence[Dialogues]) -> None:
     """Train the connector alone so that each token is near the words for its cell."""
-    tokens, labels, words = _grounding_set(pocket, config)
+    tokens, labels, words = _grounding_set(pocket, config, shapes)
     connector = pocket.connector.requires_grad_(True).train()
-    connector.place.data.copy_(_places(pocket))
-    optimizer = torch.optim.AdamW(connector.parameters(), lr=2e-3, weight_decay=0.01)
+    if not config.init:
+        connector.place.data.copy_(_places(pocket))
+    optimizer = torch.optim.AdamW(connector.parameters(), lr=config.lr_grounding, weight_decay=0.01)
     steps = config.grounding_epochs * len(tokens) // 64
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr_grounding, total_steps=steps)
     draw = torch.Generator().manual_seed(config.seed)
     with progress("grounding", steps) as advance:
         for step in range(steps):
             pick = torch.randint(len(tokens), (64,), generator=draw)
-            cosines = F.normalize(connector.words(tokens[pick].float()), dim=-1) @ words.T
-            loss = F.cross_entropy((cosines / 0.05).flatten(0, 1), labels[pick].flatten(), ignore_index=-1)
+            cosines = F.normalize(connector.words(tokens[pick].to(pocket.device).float()), dim=-1) @ words.T
+            wanted = labels[pick].to(pocket.device)
+            loss = F.cross_entropy((cosines / 0.05).flatten(0, 1), wanted.flatten(), ignore_index=-1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             advance(1, f"loss {loss.item():.3f}")
             if step % 100 == 0 or step == steps - 1:
-                right = cosines.argmax(-1) == labels[pick]
-                seen = labels[pick] >= 0
-                objects = seen & (labels[pick] < len(words) - 1)
+                right = cosines.argmax(-1) == wanted
+                seen = wanted >= 0
+                objects = seen & (wanted < len(words) - 1)
                 row = {"loss": loss.item(), "cells": _share(right, seen), "objects": _share(right, objects)}
                 run.append({"key": f"ground-{step}", **row})
 
@@ -132,10 +141,12 @@ def _share(right: Tensor, among: Tensor) -> float:
     return (right & among).sum().item() / max(1, int(among.sum()))
 
 
-def _grounding_set(pocket: Pocket, config: PocketConfig) -> tuple[Tensor, Tensor, Tensor]:
+def _grounding_set(pocket: Pocket, config: PocketConfig, shapes: Sequence[Dialogues]) -> tuple[Tensor, Tensor, Tensor]:
     """Encoder tokens ``[S, T, W]`` (half precision), cell labels ``[S, T]``, unit word embeddings ``[C, D]``."""
+    named = [(path, name) for path, dialogues in shapes if (name := _shape_name(dialogues))][: config.grounding_shapes]
     names = [f" {c} {t.name}" for t in THINGS if t.tinted for c in COLOURS]
-    names += [f" {t.name}" for t in THINGS if not t.tinted] + [" background"]
+    names += [f" {t.name}" for t in THINGS if not t.tinted]
+    names += [*sorted({name for _, name in named}), " background"]
     index = {name: i for i, name in enumerate(names)}
     words = F.normalize(torch.stack([e.mean(0) for e in pocket.embed(names)]), dim=-1)
     rng = np.random.default_rng([config.seed, 1])
@@ -148,6 +159,12 @@ def _grounding_set(pocket: Pocket, config: PocketConfig) -> tuple[Tensor, Tensor
             tokens.append(pocket.features(batch).half())
             labels.append(torch.stack([_cells(scene, index) for scene in scenes]))
             advance(32)
+        for start in range(0, len(named), 32):
+            part = named[start : start + 32]
+            batch = torch.stack([fit_square(pictures.load(path).pixels[None])[0] for path, _ in part])
+            tokens.append(pocket.features(augment(batch, rng)).half())
+            cells = [_shape_cells(p, index[n], index[" background"]) for p, (_, n) in zip(batch, part, strict=True)]
+            labels.append(torch.stack(cells))
     return torch.cat(tokens), torch.cat(labels), words
 
 
@@ -166,6 +183,25 @@ def _cells(scene: Scene, index: dict[str, int]) -> Tensor:
                 elif cover > 0.05:
                     labels[row, column] = -1
     return labels.flatten()
+
+
+def _shape_name(dialogues: Sequence[tuple[str, str]]) -> str:
+    """ " teal triangle", from the answers to an easy-vqa picture's questions; "" where they don't tell."""
+    shapes, colours = ("circle", "rectangle", "triangle"), ("black", "blue", "brown", "gray", "green", "red", "teal")
+    said = {answer for _, answer in dialogues}
+    found = [" ".join(sorted(said & set(group))) for group in ((*colours, "yellow"), shapes)]
+    return f" {found[0]} {found[1]}" if all(found) else ""
+
+
+def _shape_cells(picture: Tensor, label: int, background: int) -> Tensor:
+    """As `_cells` for an easy-vqa picture ``[3, S, S]``: what differs from its flat background is the shape."""
+    flat = picture.flatten(1).median(1).values[:, None, None]
+    inside = ((picture - flat).abs().amax(0) > 0.12).float()
+    cover = F.avg_pool2d(inside[None, None], 32)[0, 0].flatten()
+    labels = torch.full(cover.shape, -1)
+    labels[cover > 0.3] = label
+    labels[cover < 0.02] = background
+    return labels
 
 
 def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
@@ -192,7 +228,8 @@ def _instruct(
     rate = cosine_rate(step, config.steps, warmup=config.warmup)
     set_rate(optimizer, rate)
     batch, texts = _batch(config, step, shapes)
-    loss, short, caption = packed_loss(pocket, batch, texts)
+    with training_precision(pocket.device):
+        loss, short, caption = packed_loss(pocket, batch, texts)
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(list(pocket.trainable.values()), 1.0)
@@ -215,11 +252,13 @@ def _batch(config: PocketConfig, step: int, shapes: Sequence[Dialogues]) -> tupl
     for i in range(config.batch):
         if rng.random() < config.easyvqa:
             path, dialogues = shapes[int(rng.integers(len(shapes)))]
-            picks = rng.choice(len(dialogues), min(config.questions, len(dialogues)), replace=False)
+            # Their questions and answers are short: twice as many cost as much as a scene's.
+            picks = rng.choice(len(dialogues), min(2 * config.questions, len(dialogues)), replace=False)
             batch.append(fit_square(pictures.load(path).pixels[None])[0])
             texts.append([dialogues[int(p)] for p in picks])
         else:
-            scene = compose("train", step * config.batch + i, photographs=load_photographs())
+            number = config.seed * 100_000 + step * config.batch + i
+            scene = compose("train", number, photographs=load_photographs())
             batch.append(scene.image)
             texts.append(training_texts(scene, rng, questions=config.questions))
     return augment(torch.stack(batch), rng), texts
@@ -232,7 +271,8 @@ def packed_loss(
 
     ``images`` ``[B, 3, H, W]``; ``texts[b]`` the (prompt, answer) pairs of image b.
     """
-    vision = pocket.connector(pocket.features(images))
+    device = pocket.device
+    vision = pocket.connector(pocket.features(images.to(device)))
     before = pocket.encode([BEFORE])[0]
     prefix = len(before) + TOKENS
     rows, segments, positions, reads, answers = [], [], [], [], []
@@ -250,17 +290,18 @@ def packed_loss(
             segment += [number] * length
             position += list(range(prefix, prefix + length))
         table = pocket.llm.get_input_embeddings().weight
-        text = F.embedding(torch.tensor(ids), table)
-        rows.append(torch.cat([F.embedding(torch.tensor(before), table), vision[b], text]))
-        segments.append(torch.tensor(segment))
-        positions.append(torch.tensor(position))
+        text = F.embedding(torch.tensor(ids, device=device), table)
+        rows.append(torch.cat([F.embedding(torch.tensor(before, device=device), table), vision[b], text]))
+        segments.append(torch.tensor(segment, device=device))
+        positions.append(torch.tensor(position, device=device))
     hidden = pocket.llm.model(
         inputs_embeds=nn.utils.rnn.pad_sequence(rows, batch_first=True),
         attention_mask=_block_mask(nn.utils.rnn.pad_sequence(segments, batch_first=True, padding_value=-1)),
         position_ids=nn.utils.rnn.pad_sequence(positions, batch_first=True),
     ).last_hidden_state
     logits = pocket.llm.lm_head(torch.cat([hidden[b, start : start + n] for b, start, n in reads]))
-    nll = F.cross_entropy(logits, torch.tensor([i for a in answers for i in a]), reduction="none")
+    wanted = torch.tensor([i for a in answers for i in a], device=device)
+    nll = F.cross_entropy(logits, wanted, reduction="none")
     means = torch.stack([part.mean() for part in nll.split([len(a) for a in answers])])
     first = torch.tensor([b == 0 or reads[i - 1][0] != r[0] for i, r in enumerate(reads)])
     return means.mean(), means[~first].mean().item(), means[first].mean().item()
@@ -271,9 +312,10 @@ def _block_mask(segments: Tensor) -> Tensor:
     same = segments[:, :, None] == segments[:, None, :]
     shared = segments[:, None, :] == 0
     length = segments.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
     allowed = (same | shared) & causal
-    return torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[:, None]
+    mask = torch.zeros(allowed.shape, device=segments.device)
+    return mask.masked_fill(~allowed, torch.finfo(torch.float32).min)[:, None]
 
 
 def _optimizer(parameters: Parameters, config: PocketConfig) -> torch.optim.Optimizer:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from codefend.devices import default_device, training_precision
 from codefend.diffusion import prior_loss, sample_sigmas
 from codefend.nets import NetConfig, PurifierNet, save_net
 from codefend.runs import make_generator, open_run, progress
@@ -37,7 +38,8 @@ def train_prior(config: PriorConfig, folder: str | Path) -> Path:
     """
     run = open_run(folder, {"train": "prior", **config.__dict__, "net": config.net.__dict__})
     torch.manual_seed(config.seed)  # the network's initial weights only
-    net = PurifierNet(config.net).train()
+    device = default_device()
+    net = PurifierNet(config.net).to(device).train()
     groups = [{"params": list(net.parameters()), "base": config.lr}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.01, betas=(0.9, 0.99))
     parameters = dict(net.named_parameters())
@@ -50,7 +52,9 @@ def train_prior(config: PriorConfig, folder: str | Path) -> Path:
             rng = np.random.default_rng([config.seed, 3, step])
             draw = make_generator(config.seed, "prior", step)
             clean = crops(training_pictures(rng, config.batch, first_scene=step * config.batch), config.side, rng)
-            loss = prior_loss(net, clean, sample_sigmas(config.batch, generator=draw), generator=draw).mean()
+            sigma = sample_sigmas(config.batch, generator=draw).to(device)
+            with training_precision(device):
+                loss = prior_loss(net, clean.to(device), sigma, generator=draw).mean()
             optimizer.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)

@@ -64,10 +64,10 @@ def restore_training(
     tensors, state = load_checkpoint(path)
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[f"net/{name}"])
-        moments = {k: tensors[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors}
-        if moments:
-            optimizer.state[parameter] = moments
+        if f"step/{name}" in tensors:  # AdamW keeps its count on the CPU, its moments beside the parameter
+            moments = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": tensors[f"step/{name}"], **moments}
     if average is not None:
-        average.values = {name: tensors[f"average/{name}"] for name in parameters}
+        average.values = {name: tensors[f"average/{name}"].to(p.device) for name, p in parameters.items()}
         average.updates = int(state["updates"])
     return int(state["step"])

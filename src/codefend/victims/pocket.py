@@ -11,19 +11,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from codefend.devices import default_device
 from codefend.types import UserError
 from codefend.victims.efficientnet_lite import EfficientNetLite
 from codefend.victims.smollm import load_smollm
-
-if TYPE_CHECKING:
-    pass
 
 SIDE = 128  # pixels that the encoder sees
 TOKENS = (SIDE // 32) ** 2
@@ -88,27 +86,39 @@ class Pocket(nn.Module):
         """What training changes and what a weights folder holds: the connector and the adapters."""
         return {k: p for k, p in self.named_parameters() if k.startswith("connector.") or "lora_" in k}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the pocket stands. Images may come from elsewhere; what it returns lies where they do."""
+        return self.connector.scale.device
+
     # Reading images and text
 
     def features(self, images: Tensor) -> Tensor:
         """Vision tokens of the encoder, ``[B, T, W]``."""
-        tokens: Tensor = self.encoder(fit_square(images))
+        return self._tokens(images).to(images.device)
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        tokens: Tensor = self.encoder(fit_square(images.to(self.device)))
         return tokens
+
+    def _ids(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor(ids, dtype=torch.long, device=self.device)
 
     def embed(self, texts: Sequence[str]) -> list[Tensor]:
         """Token embeddings ``[L_i, D]`` of each text."""
         table = self.llm.get_input_embeddings().weight
-        return [F.embedding(torch.tensor(ids, dtype=torch.long), table) for ids in self.encode(texts)]
+        return [F.embedding(self._ids(ids), table) for ids in self.encode(texts)]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
-    def _context(self, images: Tensor, prompts: Sequence[str]) -> list[Tensor]:
-        """For each example ``[BEFORE, image, prompt, AFTER]`` as embeddings ``[L_i, D]``."""
-        vision = self.connector(self.features(images))
+    def _context(self, images: Tensor, prompts: Sequence[str], prefix: Tensor | None = None) -> list[Tensor]:
+        """For each example ``[BEFORE, image, prefix, prompt, AFTER]`` as embeddings ``[L_i, D]``."""
+        vision = self.connector(self._tokens(images))
         before = self.embed([BEFORE])[0]
         asked = self.embed([f"\n{prompt}{AFTER}" for prompt in prompts])
-        return [torch.cat([before, v, q]) for v, q in zip(vision, asked, strict=True)]
+        soft = [] if prefix is None else [prefix.to(self.device)]
+        return [torch.cat([before, v, *soft, q]) for v, q in zip(vision, asked, strict=True)]
 
     def word_scores(self, images: Tensor, words: Sequence[str]) -> Tensor:
         """Cosine of each projected vision token to the mean embedding of each word or phrase, ``[B, T, C]``.
@@ -117,37 +127,45 @@ class Pocket(nn.Module):
         nothing beside the encoder: for mining and guidance where the language model is too dear.
         """
         table = F.normalize(torch.stack([e.mean(0) for e in self.embed(words)]), dim=-1)
-        return F.normalize(self.connector.words(self.features(images)), dim=-1) @ table.T
+        cosines = F.normalize(self.connector.words(self._tokens(images)), dim=-1) @ table.T
+        return cosines.to(images.device)
 
     # The victim's three methods
 
-    def loss(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
-        """Mean negative log-likelihood of each target and its end mark, ``[B]``, differentiable in the images."""
-        contexts = self._context(images, prompts)
+    def loss(
+        self, images: Tensor, prompts: Sequence[str], targets: Sequence[str], *, prefix: Tensor | None = None
+    ) -> Tensor:
+        """Mean negative log-likelihood of each target and its end mark, ``[B]``, differentiable in the images.
+
+        ``prefix`` ``[K, D]``: a soft prefix, embeddings before every prompt; differentiable in it, too.
+        """
+        contexts = self._context(images, prompts, prefix)
         answers = self.encode([f"{target}{END}" for target in targets])
         table = self.llm.get_input_embeddings().weight
-        given = [F.embedding(torch.tensor(ids[:-1]), table) for ids in answers]
+        given = [F.embedding(self._ids(ids[:-1]), table) for ids in answers]
         rows = [torch.cat(pair) for pair in zip(contexts, given, strict=True)]
         # Right padding needs no mask: attention is causal and padded positions are never read.
         hidden = self.llm.model(inputs_embeds=nn.utils.rnn.pad_sequence(rows, batch_first=True)).last_hidden_state
         read = [h[len(c) - 1 : len(c) - 1 + len(a)] for h, c, a in zip(hidden, contexts, answers, strict=True)]
         logits = self.llm.lm_head(torch.cat(read))  # only answer positions: the head is a large part of the cost
-        nll = F.cross_entropy(logits, torch.tensor([i for a in answers for i in a]), reduction="none")
-        return torch.stack([part.mean() for part in nll.split([len(a) for a in answers])])
+        nll = F.cross_entropy(logits, self._ids([i for a in answers for i in a]), reduction="none")
+        return torch.stack([part.mean() for part in nll.split([len(a) for a in answers])]).to(images.device)
 
     @torch.no_grad()
-    def generate(self, images: Tensor, prompts: Sequence[str], *, max_new_tokens: int = 48) -> list[str]:
-        """Greedy answers, batched with a key-value cache."""
+    def generate(
+        self, images: Tensor, prompts: Sequence[str], *, max_new_tokens: int = 48, prefix: Tensor | None = None
+    ) -> list[str]:
+        """Greedy answers, batched with a key-value cache. ``prefix``: as for `loss`."""
         from transformers import DynamicCache
 
-        contexts = self._context(images, prompts)
-        lengths = torch.tensor([len(c) for c in contexts])
+        contexts = self._context(images, prompts, prefix)
+        lengths = self._ids([len(c) for c in contexts])
         longest = int(lengths.max())
         embeds = torch.stack([F.pad(c, (0, 0, longest - len(c), 0)) for c in contexts])  # left padding
-        mask = (torch.arange(longest) >= (longest - lengths)[:, None]).long()
+        mask = (torch.arange(longest, device=self.device) >= (longest - lengths)[:, None]).long()
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache, answers = DynamicCache(), torch.empty(len(contexts), 0, dtype=torch.long)
-        finished = torch.zeros(len(contexts), dtype=torch.bool)
+        cache, answers = DynamicCache(), lengths.new_empty(len(contexts), 0)
+        finished = torch.zeros_like(lengths, dtype=torch.bool)
         step: dict[str, Any] = {"inputs_embeds": embeds}
         for _ in range(max_new_tokens):
             out = self.llm.model(
@@ -187,19 +205,33 @@ def merge_lora(llm: Any) -> None:
 
 
 def load_pocket(folder: Path) -> Pocket:
-    """The pocket with the weights of ``folder`` (``model.safetensors``, ``config.json``), adapters merged."""
+    """The pocket with the weights of ``folder`` (``model.safetensors``, ``config.json``), adapters merged.
+
+    Raises UserError when the folder holds no pocket weights, or another version's.
+    """
     try:
         config = json.loads((folder / "config.json").read_text())
         victim = Pocket(config["encoder"], rank=config["rank"])
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(_NO_WEIGHTS.format(folder=folder, error=error)) from error
+    read_trained(victim, folder)
+    merge_lora(victim.llm)
+    return victim.to(default_device())
+
+
+_NO_WEIGHTS = "{folder} holds no pocket weights ({error}); train some with `codefend train pocket`"
+
+
+def read_trained(victim: Pocket, folder: Path) -> None:
+    """Set the trained part of an unmerged pocket. Raises UserError when the folder's weights don't fit it."""
+    try:
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{folder} holds no pocket weights ({error}); train some with `codefend train pocket`"
-        ) from error
-    missing = set(victim.trainable) - set(state)
-    if missing:
-        raise UserError(f"{folder}/model.safetensors lacks {sorted(missing)[0]!r}; it was made by another version")
-    victim.load_state_dict(state, strict=False)
-    merge_lora(victim.llm)
-    return victim
+    except (OSError, SafetensorError) as error:
+        raise UserError(_NO_WEIGHTS.format(folder=folder, error=error)) from error
+    for name, parameter in victim.trainable.items():
+        if name not in state:
+            raise UserError(f"{folder}/model.safetensors lacks {name!r}; it was made by another version")
+        if state[name].shape != parameter.shape:
+            raise UserError(f"{folder}/model.safetensors has another encoder or rank than this pocket ({name!r})")
+        parameter.data.copy_(state[name])

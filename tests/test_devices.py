@@ -1,0 +1,72 @@
+"""The networks stand on one device and take images from another. No GPU here: PyTorch's `meta` device stands for it.
+
+A meta tensor has a shape and a place but no values, and an operation that mixes it with a CPU tensor fails.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from codefend import devices, purifiers
+from codefend.nets import NetConfig, PurifierNet
+from codefend.pairs import Tower
+from codefend.runs import make_generator
+from codefend.training.bridge import BridgeConfig, Guide, bridge_terms
+from codefend.types import UserError
+from codefend.victims.pocket import Pocket
+
+IMAGES = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+META = torch.device("meta")
+
+
+@pytest.fixture(scope="module")
+def distant(bare_pocket: Pocket) -> Pocket:
+    """A pocket on the other device."""
+    return copy.deepcopy(bare_pocket).to("meta")
+
+
+def test_the_default_device_is_the_named_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(devices.VARIABLE, "cpu")
+    assert devices.default_device() == torch.device("cpu")
+    monkeypatch.setenv(devices.VARIABLE, "warp9")
+    with pytest.raises(UserError, match="CODEFEND_DEVICE=warp9"):
+        devices.default_device()
+
+
+def test_a_pocket_moves_images_to_itself(distant: Pocket) -> None:
+    assert distant.device == META
+    images = IMAGES.to("meta").requires_grad_()
+    loss = distant.loss(images, ["Describe the picture.", "What color is the car?"], ["a red car", "red"])
+    assert loss.device == META
+    assert loss.shape == (2,)
+    (gradient,) = torch.autograd.grad(loss.sum(), images)
+    assert gradient.shape == images.shape
+    assert distant.word_scores(images, [" dog", " red car"]).shape == (2, 16, 2)
+
+
+def test_the_terms_of_a_bridge_stay_on_the_images_device(distant: Pocket, monkeypatch: pytest.MonkeyPatch) -> None:
+    tower = Tower("lite0")
+    tower.encoder.to("meta")
+    net = PurifierNet(NetConfig(channels=(8, 8), blocks=(1, 1))).to("meta")
+    images = IMAGES.to("meta")
+    config = BridgeConfig(w_identity=1.0, gamma=0.05)
+    terms = bridge_terms(config, net, Guide(distant, [tower]), images, images, 0, make_generator(0))
+    assert set(terms) == {"bridge", "identity", "features", "direction", "words"}
+    assert all(term.device == META for term in terms.values())
+
+
+@pytest.mark.parametrize("name", ["bridge", "diffpure:t=0.05,steps=2", "bitdepth", "median", "blur"])
+def test_purifiers_follow_the_images(name: str) -> None:
+    base, _, options = name.partition(":")
+    chosen = dict(item.split("=") for item in options.split(",") if item)
+    purifier = purifiers.load(base, **{k: float(v) if "." in v else int(v) for k, v in chosen.items()})
+    assert purifier(IMAGES.to("meta"), generator=make_generator(0)).device == META
+
+
+def test_mixed_precision_is_for_machines_that_have_it() -> None:
+    with devices.training_precision(torch.device("cpu")):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32)
