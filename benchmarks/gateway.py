@@ -1,14 +1,14 @@
 """What the gateway costs: pass-through, first streamed token, images, event loop, memory.
 
-    python benchmarks/gateway.py passthrough --rate 200 --seconds 20
-    python benchmarks/gateway.py passthrough --peer http://127.0.0.1:4000     # a proxy in front of port 9917
-    python benchmarks/gateway.py stream
-    python benchmarks/gateway.py images --purifier jpeg
-    python benchmarks/gateway.py memory --requests 10000
+    python benchmarks/gateway.py passthrough --rate 200 --seconds 20 --litellm ~/litellm-venv/bin/litellm
+    python benchmarks/gateway.py stream --rate 50
+    python benchmarks/gateway.py images --purifier jpeg --side 1500
+    python benchmarks/gateway.py memory --requests 10000 --side 224
 
-A toy upstream, the gateway and the load are three processes. Direct and proxied requests alternate in one open-loop
-schedule, so that both meet the same machine at the same moment; latency counts from when a request was due. One JSON
-object goes to standard output.
+A toy upstream, the gateway and the load are processes of their own. Direct and proxied requests alternate in one
+open-loop schedule, so that both meet the same machine at the same moment; latency counts from when a request was due.
+LiteLLM's proxy, where it is installed, takes turns with the gateway in the same run. One JSON object goes to standard
+output. ``upstream_loop`` is the longest stall of a process with next to nothing to do: what the machine itself adds.
 """
 
 from __future__ import annotations
@@ -18,209 +18,62 @@ import asyncio
 import base64
 import contextlib
 import json
-import multiprocessing as mp
 import os
-import socket
-import statistics
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-CHAT = "/v1/chat/completions"
-UPSTREAM_PORT = 9917  # fixed, so that a peer can be started in front of it beforehand
-TEXT = "Tell me about the weather in the mountains. " * 40
-
-
-# --- processes -------------------------------------------------------------------------------------------------------
-
-
-async def upstream_app(scope: Any, receive: Any, send: Any) -> None:
-    """Answers at once; streams ten events when asked to."""
-    if scope["type"] != "http":
-        return
-    body, more = b"", True
-    while more:
-        message = await receive()
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    if b'"stream":true' in body:
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
-        for i in range(10):
-            await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": i < 9})
-            await asyncio.sleep(0.005)
-        return
-    message = {"role": "assistant", "content": "Cold."}
-    choice = {"index": 0, "message": message, "finish_reason": "stop"}
-    answer = json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(answer)).encode())]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": answer.encode()})
-
-
-def run_upstream(port: int) -> None:
-    import uvicorn
-
-    uvicorn.run(upstream_app, port=port, log_level="error", access_log=False, lifespan="off")
-
-
-def run_gateway(port: int, flags: dict[str, Any]) -> None:
-    """The gateway, with a watch on its event loop at ``/lag``."""
-    import uvicorn
-
-    from codefend.gateway.app import create_app
-    from codefend.gateway.config import load_settings
-
-    sys.setswitchinterval(0.001)  # as codefend.gateway.serve does
-    inner = create_app(load_settings(**flags))
-    lags: list[float] = []
-    keep: list[asyncio.Task[None]] = []
-
-    async def watch() -> None:
-        while True:
-            start = time.perf_counter()
-            await asyncio.sleep(0.005)
-            lags.append(time.perf_counter() - start - 0.005)
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        if not keep:
-            keep.append(asyncio.create_task(watch()))
-        if scope["type"] == "http" and scope["path"] == "/lag":
-            body = json.dumps({"max_ms": max(lags, default=0) * 1000, "rss_mb": rss_mb(os.getpid())}).encode()
-            lags.clear()
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-            await send({"type": "http.response.body", "body": body})
-            return
-        await inner(scope, receive, send)
-
-    uvicorn.run(app, port=port, log_level="error", access_log=False, server_header=False, date_header=False, ws="none")
+from gateway_common import (
+    TEXT,
+    UPSTREAM_PORT,
+    Target,
+    await_port,
+    cpu_seconds,
+    free_port,
+    get_json,
+    image_body,
+    load,
+    rss_mb,
+    run_gateway,
+    run_upstream,
+    spread,
+    started,
+)
 
 
 @contextlib.contextmanager
-def started(target: Any, *arguments: Any, port: int) -> Iterator[Any]:
-    process = mp.get_context("spawn").Process(target=target, args=arguments, daemon=True)
-    process.start()
-    end = time.monotonic() + 60
-    while True:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            break
-        if time.monotonic() > end or not process.is_alive():
-            raise SystemExit(f"{target.__name__} did not start on port {port}")
-        time.sleep(0.1)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.join(10)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def rss_mb(pid: int) -> float:
-    with open(f"/proc/{pid}/statm") as stream:
-        return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-# --- load ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Target:
-    """One address, its idle connections, and what was measured there."""
-
-    name: str
-    port: int
-    host: str = "127.0.0.1"
-    idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    first: list[float] = field(default_factory=list)
-    failed: int = 0
-
-    async def post(self, body: bytes, due: float) -> None:
-        try:
-            reader, writer = self.idle.pop() if self.idle else await asyncio.open_connection(self.host, self.port)
-            head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-            writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-            status, first = await read_answer(reader)
-        except (OSError, asyncio.IncompleteReadError, ValueError):
-            self.failed += 1
-            return
-        if status != 200:
-            self.failed += 1
-        self.seconds.append(time.perf_counter() - due)
-        self.first.append(first - due)
-        self.idle.append((reader, writer))
-
-    def summary(self) -> dict[str, Any]:
-        return {"requests": len(self.seconds), "failed": self.failed, "ms": spread(self.seconds)} | (
-            {"first_byte_ms": spread(self.first)} if self.first != self.seconds else {}
+def litellm(command: str | None) -> Iterator[Target | None]:
+    """LiteLLM's proxy before the same upstream, or None and a line that says so."""
+    found = shutil.which(command or "litellm")
+    if found is None:
+        print(
+            "no peer: LiteLLM is not installed (own venv, pip install 'litellm[proxy]', --litellm PATH)",
+            file=sys.stderr,
         )
-
-
-async def read_answer(reader: asyncio.StreamReader) -> tuple[int, float]:
-    head = (await reader.readuntil(b"\r\n\r\n")).lower()
-    status = int(head.split()[1])
-    if b"transfer-encoding: chunked" not in head:
-        length = int(head.partition(b"content-length: ")[2].split(b"\r\n")[0])
-        await reader.readexactly(length)
-        return status, time.perf_counter()
-    first = 0.0
-    while True:
-        size = int((await reader.readuntil(b"\r\n")).strip(), 16)
-        await reader.readexactly(size + 2)
-        first = first or time.perf_counter()
-        if size == 0:
-            return status, first
-
-
-async def load(targets: list[Target], body: bytes, rate: float, seconds: float) -> None:
-    """``rate`` requests a second to each target, in turn, whether or not earlier ones are done."""
-    tasks: set[asyncio.Task[None]] = set()
-    start = time.perf_counter()
-    for i in range(int(rate * seconds)):
-        for j, target in enumerate(targets):
-            due = start + (i + j / len(targets)) / rate
-            if (pause := due - time.perf_counter()) > 0:
-                await asyncio.sleep(pause)
-            task = asyncio.create_task(target.post(body, due))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-    await asyncio.gather(*tasks)
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(values, n=100) if len(values) > 1 else values * 99
-    return {f"p{q}": round(cuts[q - 1] * 1000, 3) for q in (50, 95, 99)}
-
-
-async def get_json(port: int, path: str) -> Any:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(f"GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
-    raw = await reader.read()
-    writer.close()
-    return json.loads(raw[raw.index(b"{") : raw.rindex(b"}") + 1])
-
-
-def image_body(seed: int, side: int) -> bytes:
-    import numpy as np
-    import torch
-
-    from codefend import images
-
-    generator = np.random.default_rng(seed)
-    coarse = torch.from_numpy(generator.random((1, 3, 8, 8), dtype=np.float32))
-    pixels = torch.nn.functional.interpolate(coarse, (side, side), mode="bilinear")[0]
-    url = "data:image/jpeg;base64," + base64.b64encode(images.encode(pixels, "JPEG", quality=90)).decode()
-    content = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": url}}]
-    return json.dumps({"model": "m", "messages": [{"role": "user", "content": content}]}).encode()
-
-
-# --- the measurements ------------------------------------------------------------------------------------------------
+        yield None
+        return
+    port = free_port()
+    model = {"model": "openai/m", "api_base": f"http://127.0.0.1:{UPSTREAM_PORT}/v1", "api_key": "none"}
+    environment = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
+    environment["LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY"] = "true"  # on 127.0.0.1, for a minute
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "config.yaml"  # JSON is YAML
+        config.write_text(json.dumps({"model_list": [{"model_name": "m", "litellm_params": model}]}))
+        arguments = [found, "--config", str(config), "--host", "127.0.0.1", "--port", str(port), "--telemetry", "False"]
+        process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            await_port(port, lambda: process.poll() is None, "litellm", 180)
+            yield Target("litellm", port)
+        finally:
+            process.terminate()
+            process.wait(20)
 
 
 def passthrough(options: argparse.Namespace, *, stream: bool = False) -> dict[str, Any]:
@@ -228,84 +81,120 @@ def passthrough(options: argparse.Namespace, *, stream: bool = False) -> dict[st
     body = json.dumps(message, separators=(",", ":")).encode()
     port = free_port()
     flags = {"upstream": f"http://127.0.0.1:{UPSTREAM_PORT}", "purifier": options.purifier, "log_level": "error"}
-    with started(run_upstream, UPSTREAM_PORT, port=UPSTREAM_PORT), started(run_gateway, port, flags, port=port):
-        targets = [Target("direct", UPSTREAM_PORT), Target("gateway", port)]
-        if options.peer:
-            host, _, peer_port = options.peer.removeprefix("http://").rstrip("/").partition(":")
-            targets.append(Target("peer", int(peer_port), host))
+    with (
+        started(run_upstream, UPSTREAM_PORT, port=UPSTREAM_PORT),
+        started(run_gateway, port, flags, port=port),
+        litellm(options.litellm) as peer,
+    ):
+        pairs = [(Target("direct", UPSTREAM_PORT), Target("gateway", port))]
+        if peer is not None:
+            pairs.append((Target("direct", UPSTREAM_PORT), peer))
 
         async def measure() -> Any:
-            await load(targets, body, options.rate / 2, 2)  # warm connections and caches
-            for target in targets:
-                target.seconds, target.first, target.failed = [], [], 0
-            await get_json(port, "/lag")
-            await load(targets, body, options.rate, options.seconds)
-            return await get_json(port, "/lag")
+            for pair in pairs:
+                await load(list(pair), body, options.rate / 2, 2)  # warm connections and caches
+                for target in pair:
+                    target.seconds, target.first, target.failed = [], [], 0
+            for at in (port, UPSTREAM_PORT):
+                await get_json(at, "/lag")
+            for _ in range(4):  # in turns: a peer that cannot keep up must not disturb the other
+                for pair in pairs:
+                    await load(list(pair), body, options.rate, options.seconds / 4)
+            return await get_json(port, "/lag"), await get_json(UPSTREAM_PORT, "/lag")
 
-        lag = asyncio.run(measure())
-    found: dict[str, Any] = {target.name: target.summary() for target in targets}
-    for target in targets[1:]:
-        pairs = (("overhead_ms", "seconds"), ("first_byte_overhead_ms", "first"))
-        for name, values in pairs if stream else pairs[:1]:
-            ours, direct = spread(getattr(target, values)), spread(getattr(targets[0], values))
-            found[target.name][name] = {key: round(ours[key] - direct[key], 3) for key in ours}
-    return found | {"gateway_loop": lag, "rate": options.rate}
+        lag, idle = asyncio.run(measure())
+    found = {through.name: compared(direct, through, stream) for direct, through in pairs}
+    return found | {"gateway_loop": lag, "upstream_loop": idle, "rate": options.rate}
+
+
+def compared(direct: Target, through: Target, stream: bool) -> dict[str, Any]:
+    found = through.summary() | {"direct": direct.summary()}
+    for name, values in (("overhead_ms", "seconds"), ("first_byte_overhead_ms", "first"))[: 1 + stream]:
+        ours, bare = spread(getattr(through, values)), spread(getattr(direct, values))
+        found[name] = {key: round(ours[key] - bare[key], 3) for key in ours}
+    return found
 
 
 def with_images(options: argparse.Namespace) -> dict[str, Any]:
-    """Closed loop: as many images at a time as the queue takes, against the worker called directly."""
-    import torch
-
-    from codefend import purifiers
-    from codefend.gateway.worker import Job, Worker
-
+    """Closed loop, against three things on the same files: the purifier itself (pixels in, pixels out), one worker
+    that also decodes and encodes (what `codefend purify` does), and all workers without the HTTP around them."""
     bodies = [image_body(seed, options.side) for seed in range(options.requests)]
     datas = [base64.b64decode(json.loads(b)["messages"][0]["content"][1]["image_url"]["url"][23:]) for b in bodies]
-    worker = Worker(purifiers.load(options.purifier))
-    worker.run([Job(datas[0])])
-    start = time.perf_counter()
-    purified = images_alone = 0.0
-    for data in datas:
-        begin = time.perf_counter()
-        result: Any = worker.run([Job(data)])[0]
-        purified += result.seconds
-        images_alone += time.perf_counter() - begin
-    alone = time.perf_counter() - start
+    purified, alone = one_worker(options.purifier, datas)
+    pooled = all_workers(options, datas)
     port = free_port()
-    flags = {"upstream": f"http://127.0.0.1:{UPSTREAM_PORT}", "purifier": options.purifier, "log_level": "error"}
-    with started(run_upstream, UPSTREAM_PORT, port=UPSTREAM_PORT), started(run_gateway, port, flags, port=port):
+    flags: dict[str, Any] = {"upstream": f"http://127.0.0.1:{UPSTREAM_PORT}", "purifier": options.purifier}
+    flags |= {"log_level": "error", "workers": options.workers, "isolate": not options.threads}
+    with started(run_upstream, UPSTREAM_PORT, port=UPSTREAM_PORT), started(run_gateway, port, flags, port=port) as gate:
+        pid = gate.pid
 
         async def measure() -> Any:
-            target, gate = Target("gateway", port), asyncio.Semaphore(options.parallel)
+            target, slots = Target("gateway", port), asyncio.Semaphore(options.parallel)
 
             async def one(body: bytes) -> None:
-                async with gate:
+                async with slots:
                     await target.post(body, time.perf_counter())
 
-            await get_json(port, "/lag")
+            await Target("warm", port).post(image_body(-1, 64), 0.0)  # what is imported at the first request
+            for at in (port, UPSTREAM_PORT):
+                await get_json(at, "/lag")
+            spent = cpu_seconds(pid)
             begin = time.perf_counter()
             await asyncio.gather(*(one(body) for body in bodies))
             through = time.perf_counter() - begin
-            lag = await get_json(port, "/lag")
-            begin = time.perf_counter()
+            spent = {name: seconds - spent[name] for name, seconds in cpu_seconds(pid).items()}
+            lags = await get_json(port, "/lag"), await get_json(UPSTREAM_PORT, "/lag")
             cached = Target("cached", port)
-            for body in bodies:
+            for body in bodies[-20:]:
                 await cached.post(body, time.perf_counter())
-            return target, cached, through, lag
+            return target, cached, through, lags, spent
 
-        target, cached, through, lag = asyncio.run(measure())
+        target, cached, through, lags, spent = asyncio.run(measure())
+        resident = rss_mb(pid)
     count = len(bodies)
+    rates = {"purifier_alone": purified, "one_worker": alone, "all_workers": pooled, "gateway": through}
     return {
-        "purifier_alone_per_s": round(count / purified, 2),
-        "worker_alone_per_s": round(count / alone, 2),
-        "gateway_per_s": round(count / through, 2),
+        "per_s": {name: round(count / seconds, 2) for name, seconds in rates.items()},
         "share_of_purifier": round(purified / through, 3),
+        "share_of_one_worker": round(alone / through, 3),
+        "share_of_all_workers": round(pooled / through, 3),
+        "cpu_ms_per_image": {name: round(seconds / count * 1000, 1) for name, seconds in spent.items()},
         "gateway": target.summary(),
         "cache_hit": cached.summary(),
-        "gateway_loop": lag,
-        "torch_threads": torch.get_num_threads(),
+        "gateway_loop": lags[0],
+        "upstream_loop": lags[1],
+        "rss_mb": resident,
         "side": options.side,
     }
+
+
+def one_worker(name: str, datas: list[bytes]) -> tuple[float, float]:
+    """Seconds in the purifier alone, and in a whole worker in this process, for the same files."""
+    from codefend import purifiers
+    from codefend.gateway.worker import Job, Worker
+
+    worker = Worker(purifiers.load(name))
+    worker.run([Job(datas[0])])
+    start = time.perf_counter()
+    results: list[Any] = [worker.run([Job(data)])[0] for data in datas]
+    return sum(result.seconds for result in results), time.perf_counter() - start
+
+
+def all_workers(options: argparse.Namespace, datas: list[bytes]) -> float:
+    """Seconds that as many worker processes as the gateway's need for the files."""
+    from codefend.gateway.app import build_worker
+    from codefend.gateway.pool import Pool, PoolOptions
+    from codefend.gateway.worker import Job
+
+    build = partial(build_worker, options.purifier)
+    pool = Pool(build, PoolOptions(options.workers, timeout_s=300), name=options.purifier, can_score=True)
+    pool.warm_up()
+    start = time.perf_counter()
+    with ThreadPoolExecutor(options.workers) as threads:
+        list(threads.map(lambda data: pool.run([Job(data)]), datas))
+    seconds = time.perf_counter() - start
+    pool.close()
+    return seconds
 
 
 def memory(options: argparse.Namespace) -> dict[str, Any]:
@@ -313,19 +202,24 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
     port = free_port()
     upstream = f"http://127.0.0.1:{UPSTREAM_PORT}"
     flags = {"upstream": upstream, "purifier": options.purifier, "log_level": "error", "cache_mb": 16}
-    points = []
+    points: list[list[Any]] = []
     with started(run_upstream, UPSTREAM_PORT, port=UPSTREAM_PORT), started(run_gateway, port, flags, port=port) as gate:
 
-        async def measure() -> None:
+        async def measure() -> Target:
             target = Target("gateway", port)
-            for i in range(options.requests):
-                await target.post(image_body(i, options.side), time.perf_counter())
-                if i % max(1, options.requests // 20) == 0:
-                    points.append([i, round(rss_mb(gate.pid), 1)])
-            points.append([options.requests, round(rss_mb(gate.pid), 1)])
+            for start in range(0, options.requests, options.parallel):
+                numbers = range(start, min(start + options.parallel, options.requests))
+                bodies = [image_body(number, options.side) for number in numbers]
+                await asyncio.gather(*(target.post(body, time.perf_counter()) for body in bodies))
+                if start // options.parallel % max(1, options.requests // options.parallel // 20) == 0:
+                    points.append([start, rss_mb(gate.pid)])
+            points.append([options.requests, rss_mb(gate.pid)])
+            return target
 
-        asyncio.run(measure())
-    return {"rss_mb": points, "growth_mb_in_second_half": round(points[-1][1] - points[len(points) // 2][1], 1)}
+        target = asyncio.run(measure())
+    middle, last = points[len(points) // 2][1], points[-1][1]
+    growth = {name: round(last[name] - middle[name], 1) for name in last}
+    return {"rss_mb": points, "growth_mb_in_second_half": growth, "failed": target.failed, "side": options.side}
 
 
 def main() -> None:
@@ -337,7 +231,9 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=16)
     parser.add_argument("--side", type=int, default=512, help="pixels")
     parser.add_argument("--purifier", default="jpeg")
-    parser.add_argument("--peer", help=f"http://host:port of a proxy in front of http://127.0.0.1:{UPSTREAM_PORT}")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--threads", action="store_true", help="workers are threads, not processes")
+    parser.add_argument("--litellm", help="LiteLLM's command, when it is not on the PATH")
     options = parser.parse_args()
     measures = {"images": with_images, "memory": memory, "passthrough": passthrough}
     stream = options.what == "stream"

@@ -20,6 +20,7 @@ from codefend.gateway.app import create_app
 from codefend.gateway.config import Settings, load_settings
 
 T = TypeVar("T")
+CHAT = "/v1/chat/completions"
 
 
 class Invert:
@@ -125,8 +126,8 @@ async def gateway(
             yield client
 
 
-def run(work: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(asyncio.wait_for(work, 30))
+def run(work: Coroutine[Any, Any, T], seconds: float = 30) -> T:
+    return asyncio.run(asyncio.wait_for(work, seconds))
 
 
 @dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -270,23 +269,47 @@ def test_rows_lost_inside_a_batch_come_back_the_same(tmp_path: Path, rows: list[
     assert run(tmp_path, victim=Mortal(0)) == runs.read_rows(path)  # complete: the victim isn't asked again
 
 
-def test_sigkill_loses_and_doubles_nothing(tmp_path: Path, rows: list[Row]) -> None:
-    script = """
-import os, signal, sys
+KILLED_AT_RANDOM = """
+import os, random, signal, sys, time
 sys.path.insert(0, sys.argv[1])
-import toys, test_evaluate as t
-class Shot(toys.ToyVictim):
+import torch._dynamo, torch.utils.flop_counter  # children inherit what is slow to import
+import codefend.evaluate.loop, codefend.attacks.apgd
+import test_evaluate as t
+
+class Telling(t.toys.ToyVictim):
     def generate(self, images, prompts):
-        if self.calls == int(sys.argv[3]):
-            os.kill(os.getpid(), signal.SIGKILL)
+        os.write(tell, b"!")
         return super().generate(images, prompts)
-t.run(t.Path(sys.argv[2]), victim=Shot())
+
+wait, kills, sizes = random.Random(int(sys.argv[3])), 0, set()
+rows = t.Path(sys.argv[2], "rows.jsonl")
+while True:
+    hear, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        t.run(rows.parent, victim=Telling())
+        os._exit(0)
+    os.close(tell)
+    os.read(hear, 1)  # the first question, or the end
+    time.sleep(wait.uniform(0.0, 0.15))
+    os.kill(child, signal.SIGKILL)
+    if os.waitpid(child, 0)[1] != signal.SIGKILL:  # it was done before
+        break
+    kills += 1
+    sizes.add(rows.stat().st_size)
+    os.close(hear)
+print(kills, len(sizes))
 """
-    here = str(Path(__file__).parent)
-    for lives in ("7", "6"):
-        died = subprocess.run([sys.executable, "-c", script, here, str(tmp_path), lives], capture_output=True)
-        assert died.returncode == -signal.SIGKILL, died.stderr
-        assert runs.read_rows(tmp_path)
+
+
+def test_kill_at_random_moments_loses_and_doubles_nothing(tmp_path: Path, rows: list[Row]) -> None:
+    """The process dies wherever it happens to be: between rows, within a file, in an attack."""
+    command = [sys.executable, "-c", KILLED_AT_RANDOM, str(Path(__file__).parent), str(tmp_path)]
+    done = subprocess.run([*command, "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kills, moments = map(int, done.stdout.split())
+    assert kills >= 3
+    assert moments >= 3  # some of them with part of the rows on disk
     assert untimed(run(tmp_path)) == untimed(rows)
 
 

@@ -116,7 +116,7 @@ def test_waiting_pictures_are_batched_and_abandoned_ones_skipped() -> None:
             await asyncio.sleep(0.05 if i == 0 else 0)
         await asyncio.sleep(0.05)
         tasks[3].cancel()
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.05)
         assert lane.depth == 5
         purifier.open.set()
         results = await asyncio.gather(*tasks, return_exceptions=True)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from codefend.tasks import intervals
 from codefend.tasks import metrics as m
 from codefend.types import Example, UserError
 
@@ -204,6 +205,48 @@ def test_a_phrase_must_be_in_order_and_unbroken() -> None:
 # --- attacks ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("a red car and a dog", 1),
+        ("There is a dog, and a Red CAR in the top left.", 1),
+        ("a red car, a dog; the car is next to the dog", 1),
+        ("a red car", 0),  # the dog is missing
+        ("a car and a dog", 0),  # its colour is missing
+        ("a blue car and a dog", 0),
+        ("a red car, a dog and a cat", 0),  # all_tags calls these four right
+        ("a red car, a blue car and a dog", 0),
+        ("a red car and a blue dog", 0),
+        ("a red car and a dog on blue", 0),
+        ("red dog and a car", 0),
+        ("", 0),
+    ],
+)
+def test_exact_tags_want_each_thing_in_its_colour_and_nothing_else(answer: str, right: int) -> None:
+    scene = examples([["a red car and a dog", "some other wording"]], [["car", "dog"]])
+    assert m.exact_tags(["car", "dog", "cat"], ["red", "blue"])([answer], scene).tolist() == [right]
+
+
+def test_exact_tags_need_a_reference_that_names_something() -> None:
+    metric = m.exact_tags(["car"], ["red"])
+    assert metric(["a car"] * 2, examples([[], ["nothing to see"]])).isnan().all()
+    with pytest.raises(ValueError, match="one word"):
+        m.exact_tags(["fire engine"], [])
+
+
+def test_exact_tags_on_the_shipped_captions() -> None:
+    from codefend.tasks import load
+
+    known = load("caption", limit=64)
+    strict = known.metrics["exact_tags"]
+    for wording in range(4):
+        assert strict([e.references[wording] for e in known.examples], known.examples).eq(1).all()
+    others = [known.examples[i - 1].references[0] for i in range(64)]
+    both = [f"{e.references[0]} and {other}" for e, other in zip(known.examples, others, strict=True)]
+    assert known.metrics["all_tags"](both, known.examples).eq(1).all()
+    assert strict(both, known.examples).mean() < 0.1
+
+
 def test_untargeted_success_counts_only_what_was_right_before() -> None:
     questions = examples([["yes"], ["yes"], ["yes"], ["yes"], ()])
     success = m.untargeted_success(m.vqa_accuracy, ["yes", "yes", "no", "no", "yes"])
@@ -276,6 +319,15 @@ def test_bootstrap_interval_is_reproducible_and_takes_a_generator() -> None:
     assert m.bootstrap_interval(scores) == m.bootstrap_interval(scores)
     seeded = [m.bootstrap_interval(scores, samples=50, generator=torch.Generator().manual_seed(s)) for s in (3, 3, 4)]
     assert seeded[0] == seeded[1] != seeded[2]
+
+
+def test_bootstrap_resamples_the_same_way_whatever_fits_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.rand(37, generator=torch.Generator().manual_seed(5))
+    whole = m.bootstrap_interval(scores, samples=101)
+    monkeypatch.setattr(intervals, "BLOCK", 37 * 10)
+    assert m.bootstrap_interval(scores, samples=101) == whole
+    monkeypatch.setattr(intervals, "BLOCK", 1)
+    assert m.bootstrap_interval(scores, samples=101) == whole
 
 
 def test_groups_widen_the_interval_of_repeated_examples() -> None:

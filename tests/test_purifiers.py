@@ -15,7 +15,7 @@ from torch import Tensor
 
 from codefend import purifiers
 from codefend.nets import NetConfig, PurifierNet, load_net, save_net
-from codefend.purifiers import PURIFIERS, base, load, oidn
+from codefend.purifiers import PURIFIERS, base, grid, load, oidn
 from codefend.purifiers.base import ImagePurifier
 from codefend.purifiers.bridge import Bridge, BridgeOptions
 from codefend.purifiers.diffpure import DiffPure, DiffPureOptions
@@ -347,7 +347,7 @@ def test_padding_mirrors_and_repeats_where_it_cannot() -> None:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in {"TILED_ABOVE": 90 * 90, "TILE": 96, "OVERLAP": 48, "MARGIN": 16}.items():
-        monkeypatch.setattr(base, key, value)
+        monkeypatch.setattr(grid, key, value)
 
 
 @pytest.mark.parametrize("size", [(200, 230), (100, 97), (40, 301), (96, 96)])
@@ -359,7 +359,7 @@ def test_tiles_equal_the_whole_for_a_local_filter(
     purifier = Bridge(random_net(local)) if name == "one level net" else load(name)
     images = torch.rand(2, 3, *size, generator=gen())
     tiled = purifier(images)
-    monkeypatch.setattr(base, "TILED_ABOVE", 10**9)
+    monkeypatch.setattr(grid, "TILED_ABOVE", 10**9)
     assert torch.allclose(tiled, purifier(images), atol=1e-5)
 
 

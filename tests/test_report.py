@@ -20,9 +20,10 @@ from codefend import images
 from codefend import results as results_module
 from codefend.evaluate import EvalConfig, evaluate
 from codefend.report import print_overview, print_summary, read_report, write_report
+from codefend.report.exports import csv_text, markdown_text
 from codefend.report.panels import panels
 from codefend.report.plots import score_against_eps
-from codefend.report.tables import csv_text, flags_of, leaderboard, markdown_text, number, overview, rate, results
+from codefend.report.tables import flags_of, leaderboard, number, overview, rate, results
 from codefend.results import (
     CLEAN,
     WORST,
@@ -124,7 +125,7 @@ def test_worst_case_takes_each_examples_lowest_score_and_every_weaker_threat(fol
 def made(example: int, score: float | None, **changes: object) -> Row:
     row: Row = {"task": "t", "defense": "d", "threat": "T0", "attack": "a", "eps": 0.1, "norm": "l2", "headline": "m"}
     row |= {"example": str(example), "image": str(example), "resubmissions": 1, "success": {}, "success_any": {}}
-    row |= {key: {"m": score} for key in ("scores", "mean_scores", "worst_scores")}
+    row |= {key: {"m": score} for key in ("scores", "mean_scores", "worst_scores", "vote_scores")}
     return row | changes
 
 

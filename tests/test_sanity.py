@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Generator, Tensor
 
 import toys
 from codefend import sanity
@@ -73,6 +76,76 @@ def test_square_beats_a_gradient_that_lies(tmp_path: Path) -> None:
     )
     found = evaluate(config, tmp_path, loaders=toys.loaders(toys.ToyVictim(checker=0.0)))
     assert "black box beats white box" in names(found, defense="shatter", attack="square:steps=100")
+
+
+class Gate:
+    """Lets faint patterns through and takes loud ones off: the larger budget meets the defense, the smaller doesn't."""
+
+    differentiable = False
+
+    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+        loud = (images * toys.checkerboard(images)).mean((-2, -1)).abs().amax(1) > 3 / 255
+        return torch.where(loud[:, None, None, None], toys.Smooth()(images), images)
+
+
+class Cliff:
+    """Lets everything through; its gradient overflows, in directions that mean nothing."""
+
+    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+        signs = torch.rand(images.shape[1:], generator=torch.Generator().manual_seed(0)).sub(0.5).sign()
+        steep = 1e30 * images * signs
+        return images.detach() + (steep - steep.detach())
+
+
+class Slow:
+    """Takes nearly all of the pattern off each half: every step gains a little, and the few there are don't suffice."""
+
+    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+        halves = images.chunk(2, dim=-1)
+        pattern = [(half * toys.checkerboard(half)).mean((-2, -1), keepdim=True) for half in halves]
+        rest = [half - 0.98 * p * toys.checkerboard(half) for half, p in zip(halves, pattern, strict=True)]
+        return torch.cat(rest, -1)
+
+
+FOOLERS: dict[str, Any] = {"gate": Gate, "cliff": Cliff, "slow": Slow}
+
+
+def fool(folder: Path, victim: Any = None, **changes: Any) -> list[Row]:
+    config = replace(FOOLING, attacks=("apgd",), steps=10) if "attacks" not in changes else FOOLING
+    loaders = replace(toys.loaders(victim), purifier=lambda name, **o: FOOLERS.get(name, toys.PURIFIERS.get(name))(**o))
+    return evaluate(replace(config, **changes), folder, loaders=loaders)
+
+
+def test_gate_that_opens_for_faint_attacks_is_seen_by_eps(tmp_path: Path) -> None:
+    found = fool(tmp_path, defenses=("none", "gate"), eps=(4.0, 8.0), threats=("T0",))
+    assert "larger budget helps the defender" in names(found, defense="gate", threat="T0")
+    assert "larger budget helps the defender" not in names(found, defense="none")
+
+
+def test_gate_that_opens_for_faint_attacks_is_seen_by_steps(tmp_path: Path) -> None:
+    found = fool(tmp_path, defenses=("none", "gate"), attacks=("mifgsm:steps=1,rel_step=0.5", "mifgsm:steps=8"))
+    assert "larger budget helps the defender" in names(found, defense="gate", threat="T0")
+
+
+def test_cliff_explodes(tmp_path: Path) -> None:
+    assert "exploding gradient" in names(fool(tmp_path, defenses=("cliff",)), defense="cliff", threat="T2")
+
+
+def test_unbounded_attack_stopped_by_a_shattered_gradient(tmp_path: Path) -> None:
+    found = fool(tmp_path, toys.ToyVictim(checker=0.0), defenses=("none", "shatter"), eps=(255.0,))
+    assert "unbounded survived" in names(found, defense="shatter", threat="T2")
+    assert "unbounded survived" not in names(found, defense="none")
+
+
+def test_shattering_defense_is_weaker_where_a_surrogate_was_attacked(tmp_path: Path) -> None:
+    found = fool(tmp_path, defenses=("shatter",), threats=("T1", "T2"), surrogate="jitter")
+    reasons = [f.reason for f in check(found) if f.check == "adaptive weaker" and f.defense == "shatter"]
+    assert any("under T1" in reason or "T1 lowers" in reason for reason in reasons)
+
+
+def test_attack_that_ran_out_of_steps(tmp_path: Path) -> None:
+    found = fool(tmp_path, defenses=("slow",), threats=("T2",), attacks=("mifgsm:steps=6",))
+    assert "not converged" in names(found, defense="slow", threat="T2")
 
 
 # The same checks on rows made by hand

@@ -7,6 +7,7 @@ failed, 2 a mistake of the user's (one line says which), 130 interrupted.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -90,8 +91,13 @@ def codefend(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
+    device: Annotated[
+        str, typer.Option(envvar="CODEFEND_DEVICE", help="Where networks run: cpu, cuda, cuda:1.", show_default="a GPU")
+    ] = "",
 ) -> None:
     """Purify adversarial images before a multimodal LLM sees them, and measure honestly whether it helped."""
+    if device:
+        os.environ["CODEFEND_DEVICE"] = device  # worker processes inherit it
 
 
 @app.command("list")

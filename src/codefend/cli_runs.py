@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,15 +56,50 @@ def eval_(
     preset: Annotated[str, typer.Argument(help="See codefend list presets.")] = "quick",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Examples per task.")] = None,
     settings: Settings = [],  # noqa: B006
+    victim: Annotated[str, typer.Option("--victim", help="As --set victim=NAME; openai:URL#model, too.")] = "",
+    max_asr: Annotated[
+        float | None,
+        typer.Option("--max-asr", min=0, max=1, help="Exit 1 when attacks succeed on a larger share of images."),
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Attack and judge every defense on every task; results are rows in the run folder."""
+    """Attack and judge every defense on every task; results are rows in the run folder.
+
+    --max-asr looks at every defense but the bare victim, on every task and eps, under the strongest threat that the run
+    has for it (T2 where it was attacked through itself): the share of images answered right when nobody attacks on
+    which any attack, in any submission, made the answer wrong or its target appear.
+    """
     from codefend.evaluate import EvalConfig, evaluate
 
-    config = _config(preset, [*settings, *([f"limit={limit}"] if limit else [])], EvalConfig)
-    if not _shown(config, dry_run):
-        evaluate(config, run)
-        print(run)
+    changes = [*([f"limit={limit}"] if limit else []), *([f"victim={victim}"] if victim else [])]
+    config = _config(preset, [*settings, *changes], EvalConfig)
+    if max_asr is not None and hasattr(config, "crafters"):
+        raise UserError("--max-asr is for one victim; a transfer matrix has several")
+    if _shown(config, dry_run):
+        return
+    rows = evaluate(config, run)
+    print(run)
+    if max_asr is not None and _above(rows, max_asr):
+        raise typer.Exit(1)
+
+
+def _above(rows: Sequence[Any], limit: float) -> bool:
+    """Print each defense's attack success rate to standard error; whether any is above the limit."""
+    from codefend.results import BARE, eps_label, strongest, success_rates
+
+    rates = strongest(success_rates(rows))
+    defended = {group: rate for group, rate in rates.items() if group.defense != BARE}
+    if not rates:
+        raise UserError("--max-asr: nothing was attacked")
+    over = False
+    for group, rate in (defended or rates).items():
+        bad = not rate.share <= limit  # nan, too: a defense that answers nothing right has shown nothing
+        over |= bad
+        where = f"{group.task} {group.defense} {group.threat} {eps_label(group.eps, rows[0]['norm'])}".strip()
+        verdict = f"above {limit:.0%}" if bad else "ok"
+        share = f"{rate.share:.0%}" if rate.n else "no image is answered right when nobody attacks"
+        print(f"attack success: {where}: {rate.hits}/{rate.n} ({share}) {verdict}", file=sys.stderr)
+    return over
 
 
 @app.command()
@@ -72,14 +108,30 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The HTML file; in the run folder if left out.")
     ] = None,
+    rows: Annotated[
+        Path | None, typer.Option("--rows", help="Also write every row as a table: a .csv or .parquet file.")
+    ] = None,
 ) -> None:
-    """Show a run's tables, and write plots, picture panels and all rows into one HTML file."""
+    """Show a run's tables, and write plots and picture panels into one HTML file, with Markdown and CSV beside it."""
     from rich.console import Console
 
-    from codefend.report import print_summary, write_report
+    from codefend import report as reports
 
-    print_summary(run, Console())
-    print(write_report(run, out))
+    reports.print_summary(run, Console())
+    print(reports.write_report(run, out))
+    if rows is not None:
+        print(reports.export_rows(run, rows))
+
+
+@app.command()
+def leaderboard(
+    runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders of codefend eval.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.")] = Path("leaderboard.html"),
+) -> None:
+    """Rank the defenses of one or several runs by their worst case, with the rules, as one HTML page and Markdown."""
+    from codefend.report import write_leaderboard
+
+    print(write_leaderboard(runs, out))
 
 
 @app.command()

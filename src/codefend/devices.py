@@ -38,7 +38,12 @@ def training_precision(device: torch.device) -> AbstractContextManager[None]:
     A CPU without such units emulates bfloat16, tens of times slower than float32. Never for an attack that is judged:
     its gradients are exact in float32 only.
     """
-    amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    amx = device.type == "cpu" and _has_amx()
     if device.type == "cuda" or amx:
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
+
+
+def _has_amx() -> bool:
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private, so it may be gone in another release
+    return bool(probe and probe())

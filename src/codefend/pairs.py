@@ -78,7 +78,7 @@ def make_pairs(config: PairsConfig, folder: str | Path) -> Path:
     if unknown:
         raise UserError(f"unknown encoder {unknown[0]!r}; known: {', '.join(NAMES)}")
     run = open_run(folder, {"pairs": True, **config.__dict__})
-    victim = victims.load(config.victim)
+    victim = victims.load_white_box(config.victim)
     towers = [Tower(name) for name in config.encoders]
     shards = -(-config.count // SHARD)
     with progress("pairs", shards * SHARD) as advance:

@@ -56,6 +56,7 @@ class Entry:
     metric: str
     score: Interval  # mean over resubmissions, 95% bootstrap over images
     worst: float  # mean of each example's lowest score over the N resubmissions
+    vote: float  # mean score of the majority's answer over the N resubmissions
     resubmissions: int
     kept: float  # score / undefended clean score on the same examples; nan without undefended rows
     untargeted: Rate  # right became wrong, of those this defense answers right on the clean image
@@ -113,13 +114,13 @@ def success_rate(rows: Sequence[Row], kind: str, *, field: str = "success") -> R
     return Rate(sum(1 for value in counted if value), len(counted))
 
 
-def worst_rows(groups: dict[Group, list[Row]]) -> dict[Group, list[Row]]:
-    """Per task, defense, threat and eps: each example's row with the lowest score over all attacks.
+def candidates(groups: dict[Group, list[Row]]) -> dict[Group, dict[str, list[Row]]]:
+    """Per task, defense, threat and eps: the rows of each example that an attacker of that threat may choose from.
 
     An attacker of one threat level may use the images of every level before it, so T2 is never above T0. Only examples
     that every attack of the level reached are counted, or those attacked less would flatter the defense.
     """
-    found: dict[Group, list[Row]] = {}
+    found: dict[Group, dict[str, list[Row]]] = {}
     levels = dict.fromkeys((g.task, g.defense, g.threat, g.eps) for g in groups if g.attack != CLEAN)
     for task, defense, threat, eps in levels:
         allowed = THREATS[1 : THREATS.index(threat) + 1]
@@ -133,10 +134,48 @@ def worst_rows(groups: dict[Group, list[Row]]) -> dict[Group, list[Row]]:
             for row in rows:
                 by_example.setdefault(row["example"], []).append(row)
         common = set.intersection(*own)
-        found[Group(task, defense, threat, WORST, eps)] = [
-            min(candidates, key=_for_minimum) for example, candidates in by_example.items() if example in common
-        ]
+        chosen = {example: rows for example, rows in by_example.items() if example in common}
+        found[Group(task, defense, threat, WORST, eps)] = chosen
     return found
+
+
+def worst_rows(groups: dict[Group, list[Row]]) -> dict[Group, list[Row]]:
+    """Each example's row with the lowest score over all attacks, for every group of ``candidates``."""
+    return {
+        group: [min(rows, key=_for_minimum) for rows in by_example.values()]
+        for group, by_example in candidates(groups).items()
+    }
+
+
+def success_rates(rows: Iterable[Row]) -> dict[Group, Rate]:
+    """Attack success in the worst case over attacks, for every group of ``candidates``.
+
+    Counted are the examples that the defense answers right when nobody attacks. One falls when any attack of the level,
+    or of a weaker one, in any of the N submissions turned right into wrong or made the attacker's target appear.
+    """
+    found = {}
+    for group, by_example in candidates(grouped(rows)).items():
+        counted = [rows for rows in by_example.values() if _was_right(rows)]
+        found[group] = Rate(sum(any(map(_fell, rows)) for rows in counted), len(counted))
+    return found
+
+
+def _was_right(rows: Sequence[Row]) -> bool:
+    return any(row["success_any"].get("untargeted") is not None for row in rows)
+
+
+def _fell(row: Row) -> bool:
+    return any(row["success_any"].get(kind) for kind in ("untargeted", "targeted"))
+
+
+def strongest(rates: dict[Group, Rate]) -> dict[Group, Rate]:
+    """Of each task, defense and eps the rate under the strongest threat that there is: T2d, T2, T1, T0."""
+    kept: dict[tuple[str, str, float], Group] = {}
+    for group in rates:
+        place = (group.task, group.defense, group.eps)
+        if place not in kept or THREATS.index(group.threat) > THREATS.index(kept[place].threat):
+            kept[place] = group
+    return {group: rates[group] for group in kept.values()}
 
 
 def _for_minimum(row: Row) -> float:
@@ -165,6 +204,7 @@ def _entry(group: Group, rows: list[Row], bare: dict[tuple[str, str], Row]) -> E
         metric=rows[0]["headline"],
         score=found,
         worst=scores(rows, field="worst_scores").nanmean().item(),
+        vote=scores(rows, field="vote_scores").nanmean().item(),
         resubmissions=max(row["resubmissions"] for row in rows),
         kept=found.mean / clean if clean > 0 else math.nan,
         untargeted=success_rate(rows, "untargeted", field="success_any" if worst else "success"),
@@ -184,8 +224,13 @@ def gaps(groups: dict[Group, list[Row]]) -> dict[Group, Interval]:
         if best is rows:
             continue
         pairs = paired(best, rows)
-        difference = scores([a for a, _ in pairs], field="worst_scores") - scores(
-            [b for _, b in pairs], field="worst_scores"
-        )
-        found[group] = _bootstrap(difference, [a for a, _ in pairs])
+        found[group] = difference([a for a, _ in pairs], [b for _, b in pairs])
     return found
+
+
+def difference(first: Sequence[Row], second: Sequence[Row]) -> Interval:
+    """95% bootstrap interval of the mean of first - second, worst case over resubmissions.
+
+    The same examples in the same order, as ``paired`` gives them.
+    """
+    return _bootstrap(scores(first, field="worst_scores") - scores(second, field="worst_scores"), first)

@@ -275,7 +275,7 @@ def _crafted(groups: Groups) -> Iterator[tuple[Group, list[Row]]]:
 
 def _won(row: Row) -> bool:
     """Whether the attack reached its goal: there a loss may well be flat."""
-    return bool(row["success"].get("targeted" if row["goal"] == "targeted" else "untargeted"))
+    return bool(row["success"].get("targeted" if "targeted" in row["success"] else "untargeted"))
 
 
 def _flag(name: str, reason: str, group: Group, rows: Sequence[Row]) -> Flag:
@@ -288,7 +288,7 @@ def _craft_flag(name: str, reason: str, group: Group, rows: Sequence[Row]) -> Fl
 
 
 def _untargeted(rows: Sequence[Row]) -> bool:
-    return str(rows[0]["goal"]) in ("untargeted", "feature")
+    return str(rows[0]["goal"]) in ("untargeted", "margin", "feature", "answer")
 
 
 def _mean(rows: Sequence[Row]) -> float:

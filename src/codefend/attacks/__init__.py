@@ -1,166 +1,39 @@
-"""Attacks: each lowers an ``Objective`` inside a ``Budget``; one file each, listed in ``ATTACKS``.
+"""Attacks: each lowers an ``Objective`` inside a bound; one file each, listed in ``ATTACKS`` and ``TEXT_ATTACKS``.
 
 Importing this module does not import torch: attacks and objectives load when one is built.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
-from codefend.types import Attack, Objective, UserError
+from codefend.attacks.specs import NEEDS_SENTENCE, AttackSpec, Bound, Goal, TextAttackSpec, Threat
+from codefend.attacks.table import ATTACKS, TEXT_ATTACKS
+from codefend.types import Objective, UserError, Victim, WhiteBox
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from codefend.types import WhiteBox
+    from codefend.attacks.text import Asked
 
-Goal = Literal["untargeted", "targeted", "feature", "feature-target"]
-Threat = Literal["white-box", "score", "control"]
-
-
-@dataclass(frozen=True)
-class AttackSpec:
-    """One row of ``codefend list attacks``: what it is, where it comes from, what it must see, what it wants."""
-
-    name: str
-    summary: str
-    source: str
-    threat: Threat
-    build: Callable[[], Attack]
-    goal: Goal = "untargeted"
-    steps: int = 100  # usual ``Budget.steps``: gradient steps, or queries for a score attack
-
-
-def _lazy(module: str, attribute: str, **options: Any) -> Callable[[], Attack]:
-    def build() -> Attack:
-        return cast(Attack, getattr(import_module(f"codefend.attacks.{module}"), attribute)(**options))
-
-    return build
-
-
-def _table(*specs: AttackSpec) -> dict[str, AttackSpec]:
-    return {spec.name: spec for spec in specs}
-
-
-ATTACKS: dict[str, AttackSpec] = _table(
-    AttackSpec(
-        "pgd",
-        "projected gradient descent against the true answer",
-        "Madry et al. 2018, arXiv 1706.06083",
-        "white-box",
-        _lazy("pgd", "PGD"),
-    ),
-    AttackSpec(
-        "pgd-targeted",
-        "projected gradient descent towards the attacker's sentence",
-        "Madry et al. 2018, arXiv 1706.06083; Qi et al. 2023, arXiv 2306.13213",
-        "white-box",
-        _lazy("pgd", "PGD", name="pgd-targeted"),
-        "targeted",
-    ),
-    AttackSpec(
-        "apgd",
-        "auto-PGD against the true answer: adaptive steps and restarts from the best",
-        "Croce & Hein 2020, arXiv 2003.01690",
-        "white-box",
-        _lazy("apgd", "APGD"),
-    ),
-    AttackSpec(
-        "apgd-targeted",
-        "auto-PGD towards the attacker's sentence",
-        "Croce & Hein 2020, arXiv 2003.01690; Schlarmann & Hein 2023, arXiv 2308.10741",
-        "white-box",
-        _lazy("apgd", "APGD", name="apgd-targeted"),
-        "targeted",
-    ),
-    AttackSpec(
-        "feature",
-        "auto-PGD that turns every vision token away from the clean ones",
-        "VEAttack, ICLR 2026",
-        "white-box",
-        _lazy("apgd", "APGD", name="feature"),
-        "feature",
-    ),
-    AttackSpec(
-        "feature-target",
-        "auto-PGD that turns the vision tokens towards another image's",
-        "AttackVLM (MF-ii), Zhao et al. 2023, arXiv 2305.16934",
-        "white-box",
-        _lazy("apgd", "APGD", name="feature-target"),
-        "feature-target",
-    ),
-    AttackSpec(
-        "mifgsm",
-        "sign steps with momentum, made to transfer",
-        "Dong et al. 2018, arXiv 1710.06081",
-        "white-box",
-        _lazy("mifgsm", "MIFGSM"),
-        steps=10,
-    ),
-    AttackSpec(
-        "nifgsm",
-        "momentum with a Nesterov look-ahead",
-        "Lin et al. 2020, arXiv 1908.06281",
-        "white-box",
-        _lazy("mifgsm", "MIFGSM", nesterov=True, name="nifgsm"),
-        steps=10,
-    ),
-    AttackSpec(
-        "dim",
-        "momentum over random resizes of the input",
-        "Xie et al. 2019, arXiv 1803.06978",
-        "white-box",
-        _lazy("mifgsm", "MIFGSM", diversity=0.5, name="dim"),
-        steps=10,
-    ),
-    AttackSpec(
-        "cw",
-        "Adam on the objective and the squared distance, inside the ball",
-        "Carlini & Wagner 2017, arXiv 1608.04644",
-        "white-box",
-        _lazy("cw", "CW"),
-    ),
-    AttackSpec(
-        "square",
-        "random search with squares; scores only",
-        "Andriushchenko et al. 2020, arXiv 1912.00049",
-        "score",
-        _lazy("square", "Square"),
-        steps=5000,
-    ),
-    AttackSpec(
-        "rgf",
-        "sign steps along finite differences in random directions; scores only",
-        "AttackVLM (MF-tt), Zhao et al. 2023, arXiv 2305.16934",
-        "score",
-        _lazy("rgf", "RGF"),
-        steps=800,
-    ),
-    AttackSpec(
-        "spsa",
-        "Adam on two-sided random differences; scores only",
-        "Uesato et al. 2018, arXiv 1802.05666",
-        "score",
-        _lazy("spsa", "SPSA"),
-        steps=5000,
-    ),
-    AttackSpec(
-        "noise",
-        "best of ten uniform draws from the ball: the control",
-        "uniform noise",
-        "control",
-        _lazy("noise", "Noise"),
-        steps=1,
-    ),
-)
+__all__ = [
+    "ATTACKS",
+    "NEEDS_SENTENCE",
+    "TEXT_ATTACKS",
+    "AttackSpec",
+    "Bound",
+    "Goal",
+    "TextAttackSpec",
+    "Threat",
+    "asked_for",
+    "objective_for",
+]
 
 
 def objective_for(
     spec: AttackSpec,
-    victim: WhiteBox,
+    victim: Victim,
     prompts: Sequence[str],
     answers: Sequence[str],
     target: str | Sequence[str],
@@ -169,19 +42,65 @@ def objective_for(
 ) -> Objective:
     """What ``spec`` lowers on this batch; ``target`` is one sentence for all images or one each.
 
-    Raises UserError when the attack needs a target sentence or image that was not given.
+    Raises UserError when the attack needs a target sentence or image that was not given, or a gradient, logits or
+    words that the victim does not show.
     """
     from codefend.attacks import objectives
 
-    if spec.goal == "untargeted":
-        return objectives.untargeted(victim, prompts, answers)
+    targets = _targets(spec, target, len(prompts)) if spec.goal in NEEDS_SENTENCE else []
+    if spec.goal == "answer":
+        return objectives.answers_away(victim, prompts, answers)
+    if spec.goal == "answer-target":
+        return objectives.answers_towards(victim, prompts, targets)
+    shown = _white_box(spec, victim)
     if spec.goal == "feature":
-        return objectives.features_away(victim, clean_images)
+        return objectives.features_away(shown, clean_images)
     if spec.goal == "feature-target":
         if target_images is None:
             raise UserError(f"attack {spec.name!r} needs target images: give one, or one per image")
-        return objectives.features_towards(victim, target_images)
-    targets = [target] * len(prompts) if isinstance(target, str) else list(target)
+        return objectives.features_towards(shown, target_images)
+    if spec.goal == "feature-text":
+        return objectives.features_towards_text(shown, targets)
+    if spec.goal == "margin":
+        return objectives.margin(shown, prompts, answers)
+    if spec.goal == "margin-targeted":
+        return objectives.margin_targeted(shown, prompts, targets)
+    if spec.goal == "targeted":
+        return objectives.targeted(shown, prompts, targets)
+    return objectives.untargeted(shown, prompts, answers)
+
+
+def asked_for(spec: TextAttackSpec, victim: Victim, answers: Sequence[str], target: str | Sequence[str]) -> Asked:
+    """What ``spec`` lowers, as a function of the prompts: likelihoods, or the answers of a victim that shows no more.
+
+    Raises UserError when the attack needs a target sentence that was not given, or a gradient from a black box.
+    """
+    from codefend.attacks import objectives
+
+    wanted = _targets(spec, target, len(answers)) if spec.goal in NEEDS_SENTENCE else list(answers)
+    targeted = spec.goal in NEEDS_SENTENCE
+    if spec.threat == "score" and not _is_white_box(victim):
+        judge = objectives.answers_towards if targeted else objectives.answers_away
+        return lambda prompts: judge(victim, prompts, wanted)
+    shown, likelihood = _white_box(spec, victim), objectives.targeted if targeted else objectives.untargeted
+    return lambda prompts: likelihood(shown, prompts, wanted)
+
+
+def _targets(spec: AttackSpec | TextAttackSpec, target: str | Sequence[str], count: int) -> list[str]:
+    targets = [target] * count if isinstance(target, str) else list(target)
     if not all(targets):
         raise UserError(f"attack {spec.name!r} needs a target sentence: the task has none, so give one")
-    return objectives.targeted(victim, prompts, targets)
+    return targets
+
+
+def _is_white_box(victim: Victim) -> bool:
+    return isinstance(getattr(victim, "victim", victim), WhiteBox)  # a defended victim is what it defends
+
+
+def _white_box(spec: AttackSpec | TextAttackSpec, victim: Victim) -> WhiteBox:
+    if not _is_white_box(victim):
+        raise UserError(
+            f"attack {spec.name!r} needs a loss, and victim {victim.name!r} only answers text: "
+            "use square-text, mf-tt or a text attack"
+        )
+    return cast(WhiteBox, victim)

@@ -30,7 +30,7 @@ class Patch:
     def mask(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         """1 inside each example's square, else 0: ``[B, 1, H, W]``."""
         height, width = images.shape[-2:]
-        side = min(max(round(self.side * min(height, width)), 1), height, width)
+        side = self._side(images)
         if self.place is None:
             share = uniform(images, generator, shape=(len(images), 2))
         else:
@@ -59,3 +59,21 @@ class Patch:
             x = torch.where(mask > 0, (x - rate * velocity.sign()).clamp(0, 1), clean)
         best.update(x, score(self, objective, x, budget.eot, budget.steps))
         return best.settle(self, objective, x, budget)
+
+    def outside(self, images: Tensor, clean: Tensor) -> Tensor:
+        """Pixels by which the box around all changes is wider or higher than the square, ``[B]``."""
+        changed = (images - clean).abs().amax(1) > 1e-6  # [B, H, W]
+        spans = torch.stack([_span(changed.any(2)), _span(changed.any(1))]).amax(0)
+        return (spans - self._side(images)).clamp_min(0).to(images.dtype)
+
+    def _side(self, images: Tensor) -> int:
+        shorter = min(images.shape[-2:])
+        return min(max(round(self.side * shorter), 1), shorter)
+
+
+def _span(hit: Tensor) -> Tensor:
+    """Length from the first to the last true entry of each row ``[B, L]``; 0 where there is none."""
+    place = torch.arange(1, hit.shape[1] + 1, device=hit.device)
+    last = (hit * place).amax(1)
+    first = (hit * place.flip(0)).amax(1)  # counted from the other end
+    return torch.where(hit.any(1), last + first - hit.shape[1], torch.zeros_like(last))

@@ -1,7 +1,8 @@
 """The grid tasks x attacks x eps x threats x defenses, cell by cell, into the rows of a run folder.
 
 ``config``: what to evaluate. ``bench``: what was loaded for it. ``craft``: attacked images. ``judge``: answers, scores
-and rows. This module imports no torch, so that presets can be listed quickly.
+and rows. ``reuse``: attacked images of another run. ``transfer``: attacks from victim to victim. This module imports no
+torch, so that presets can be listed quickly.
 """
 
 from __future__ import annotations
@@ -9,21 +10,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from codefend.evaluate.config import AttackChoice, DefenseChoice, EvalConfig
+from codefend.evaluate.config import AttackChoice, DefenseChoice, EvalConfig, TransferConfig
 
 if TYPE_CHECKING:
     from codefend.evaluate.bench import Loaders
     from codefend.runs import Row
 
-__all__ = ["AttackChoice", "DefenseChoice", "EvalConfig", "evaluate"]
+__all__ = ["AttackChoice", "DefenseChoice", "EvalConfig", "TransferConfig", "evaluate"]
 
 
 def evaluate(config: EvalConfig, run_dir: str | Path, *, loaders: Loaders | None = None) -> list[Row]:
     """Evaluate what ``config`` names into ``run_dir`` and return all rows; the same call resumes after a kill.
 
+    A ``TransferConfig`` fills a folder with one run for each pair of victims.
     ``loaders`` replaces the look-up of victims, tasks and purifiers by name, for your own objects.
     Raises UserError for unknown names, a setting out of range, or a folder made with another config.
     """
+    if isinstance(config, TransferConfig):
+        from codefend.evaluate.transfer import run_matrix
+
+        return run_matrix(config, run_dir, loaders)
     from codefend.evaluate.loop import run_grid
 
     return run_grid(config, run_dir, loaders)

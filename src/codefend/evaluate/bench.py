@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from codefend.attacks import ATTACKS, NEEDS_SENTENCE
 from codefend.defense import Defense, StraightThrough
 from codefend.evaluate.config import AttackChoice, DefenseChoice, EvalConfig, check
 from codefend.images import quantize8
@@ -22,6 +23,7 @@ from codefend.runs import make_generator
 from codefend.tasks.metrics import attack_success, cider_d, document_frequencies
 from codefend.types import Example, Metric, Purifier, Task, UserError, Victim, WhiteBox
 
+TEXT_ONLY = ("answer", "answer-target")  # goals that need nothing but answers
 RIGHT_OR_WRONG = ("all_tags", "vqa_accuracy", "exact_match")  # metrics in [0, 1] that say whether an answer is right
 
 
@@ -43,6 +45,12 @@ def _purifier(name: str, **options: Any) -> Purifier:
     return load(name, **options)
 
 
+def _policy(name: str) -> Callable[[str], str]:
+    from codefend.prompts import load
+
+    return load(name)
+
+
 @dataclass(frozen=True)
 class Loaders:
     """Where names become things; the defaults are the registries."""
@@ -50,6 +58,7 @@ class Loaders:
     victim: Callable[[str], Victim] = _victim
     task: Callable[[str, str, int | None], Task] = _task  # (name, split, limit)
     purifier: Callable[..., Purifier] = _purifier  # (name, **options)
+    policy: Callable[[str], Callable[[str], str]] = _policy  # name or file of a prompt policy
 
 
 @dataclass(frozen=True)
@@ -134,10 +143,11 @@ class Contender:
 
 @dataclass(frozen=True)
 class Bench:
-    """Everything loaded and looked at once."""
+    """Everything loaded and looked at once. ``victim`` answers; attacks are made on ``crafter``, mostly the same."""
 
     config: EvalConfig
-    victim: WhiteBox
+    victim: Victim
+    crafter: Victim
     tasks: dict[str, Examined]
     contenders: dict[str, Contender]
     surrogate: Contender | None
@@ -161,7 +171,13 @@ class Bench:
             for c in self.contenders.values()
         ]
         attacks = {label: {"steps": choice.steps, **_spec(choice)} for label, choice in self.attacks.items()}
-        return {"victim": self.victim.name, "tasks": tasks, "costs": costs, "attacks": attacks}
+        return {
+            "victim": self.victim.name,
+            "crafted_on": self.crafter.name,
+            "tasks": tasks,
+            "costs": costs,
+            "attacks": attacks,
+        }
 
 
 def _spec(choice: AttackChoice) -> dict[str, str]:
@@ -177,21 +193,27 @@ def open_bench(config: EvalConfig, loaders: Loaders | None = None) -> Bench:
     tasks = {name: Examined.of(loaders.task(name, config.split, config.limit)) for name in config.tasks}
     for name, known in tasks.items():
         known.score([""], known.examples([0]))  # a metric whose package is missing fails now
-        targeted = [label for label, choice in attacks.items() if choice.spec.goal == "targeted"]
+        targeted = [label for label, choice in attacks.items() if choice.spec.goal in NEEDS_SENTENCE]
         if targeted and not known.task.target:
             raise UserError(f"attack {targeted[0]!r} needs a target sentence, and task {name!r} has none")
     probe = _picture(next(iter(tasks.values())))
     contenders = {label: contender(label, loaders, probe, config.seed) for label in config.defenses}
     surrogate = contender(config.surrogate, loaders, probe, config.seed) if config.surrogate else None
-    victim = white_box(loaders.victim(config.victim))
-    return Bench(config, victim, tasks, contenders, surrogate, attacks)
+    victim = loaders.victim(config.victim)
+    crafter = loaders.victim(config.craft_victim) if config.craft_victim else victim
+    check_access(crafter, attacks)
+    return Bench(config, victim, crafter, tasks, contenders, surrogate, attacks)
 
 
-def white_box(victim: Victim) -> WhiteBox:
-    """``victim`` itself. Raises UserError when it only answers text."""
-    if not isinstance(victim, WhiteBox):
-        raise UserError(f"victim {victim.name!r} only answers text: it has no loss to attack")
-    return victim
+def check_access(crafter: Victim, attacks: dict[str, AttackChoice]) -> None:
+    """Raise UserError naming the attacks that ``crafter`` shows too little for: it only answers text."""
+    blind = [label for label, choice in attacks.items() if choice.spec.goal not in TEXT_ONLY]
+    if blind and not isinstance(crafter, WhiteBox):
+        able = ", ".join(sorted(name for name, spec in ATTACKS.items() if spec.goal in TEXT_ONLY))
+        raise UserError(
+            f"victim {crafter.name!r} only answers text, and {', '.join(blind)} need{'s' * (len(blind) == 1)} a white "
+            f"box: set craft_victim=pocket to transfer from another victim, or use {able}"
+        )
 
 
 def _picture(known: Examined) -> Tensor:
@@ -204,13 +226,15 @@ def contender(label: str, loaders: Loaders, picture: Tensor, seed: int = 0) -> C
     What a purifier declares (``stochastic``, ``differentiable``) is believed only where it makes the attack stronger.
     """
     choice = DefenseChoice.parse(label)
+    policy = loaders.policy(choice.prompt) if choice.prompt else None
     if choice.name == BARE:
-        return Contender(label, Defense(name=label), False, "none needed", _cost(None, picture, seed))
+        gradient = "exact" if policy else "none needed"
+        return Contender(label, Defense(None, policy, label), False, gradient, _cost(None, picture, seed))
     purifier = loaders.purifier(choice.name, **choice.options)
     randomized = bool(getattr(purifier, "stochastic", False)) or is_random(purifier, picture, seed)
     exact = getattr(purifier, "differentiable", True) and has_gradient(purifier, picture, seed)
     gradient = "exact" if exact else "straight-through"
-    return Contender(label, Defense(purifier, name=label), randomized, gradient, _cost(purifier, picture, seed))
+    return Contender(label, Defense(purifier, policy, label), randomized, gradient, _cost(purifier, picture, seed))
 
 
 def is_random(purifier: Purifier, picture: Tensor, seed: int) -> bool:

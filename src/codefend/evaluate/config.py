@@ -16,14 +16,21 @@ Threat = Literal["T0", "T1", "T2", "T2d"]
 # T2 white box: through the defense itself. T2d: and it knows the seed that the defense will draw its noise with.
 
 
+PROMPT = "+prompt="  # between a purifier and a prompt policy
+
+
 @dataclass(frozen=True)
 class EvalConfig:
     """One evaluation. Defenses and attacks may carry options: ``bridge:evaluations=2``, ``apgd:steps=50,restarts=3``.
 
-    The defense ``none`` is the bare victim; all its rows are T0, as there is nothing to adapt to.
+    A defense may end in a prompt policy, ``bridge+prompt=doubt`` or ``none+prompt=policy.json``: an attacker at T2 sees
+    both. With ``craft_victim`` every attack is a transfer (T1), whatever ``threats`` says: the images are made on that
+    victim, behind ``surrogate`` if one is set, and judged on ``victim``, which may then be a black box. The defense
+    ``none`` is the bare victim; all its rows are T0, as there is nothing to adapt to.
     """
 
     victim: str = "pocket"
+    craft_victim: str = ""  # the white box that attacks are made on; empty: the victim itself
     tasks: tuple[str, ...] = ("caption", "vqa")
     defenses: tuple[str, ...] = ("none", "jpeg", "diffpure", "bridge")
     attacks: tuple[str, ...] = ("apgd", "apgd-targeted")
@@ -43,9 +50,16 @@ class EvalConfig:
     resubmissions: int = 1  # N: how often a randomized defense is asked about the same image
     skip_wrong: bool = True  # T2, untargeted: leave out images whose clean answer already scores 0
     panels: int = 3  # examples per task whose pictures are kept for the report, the first ones
+    seen: tuple[str, ...] = ()  # attacks that the defenses were trained on; the report sets them against the others
+    attacked: str = ""  # another run's folder: attacked images that were made there alike are checked and taken over
 
     def __post_init__(self) -> None:
-        for name in ("defenses", "attacks", "adaptive"):  # `--set attacks=apgd:steps=9,restarts=2` arrives in pieces
+        for name in (
+            "defenses",
+            "attacks",
+            "adaptive",
+            "seen",
+        ):  # `--set attacks=apgd:steps=9,restarts=2` arrives in pieces
             object.__setattr__(self, name, _rejoin(getattr(self, name)))
 
     def radius(self, eps: float) -> float:
@@ -54,18 +68,39 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class TransferConfig(EvalConfig):
+    """Attacks made on each of ``crafters``, oblivious of any defense, and judged on them all and on ``judges``.
+
+    ``judges`` may be black boxes, such as ``openai:URL#model``. The other settings are those of each single run.
+    """
+
+    crafters: tuple[str, ...] = ("pocket",)
+    judges: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class DefenseChoice:
-    """A defense as spelled in the config: ``name`` is a purifier or a folder, ``options`` its keyword arguments."""
+    """A defense as spelled in the config: ``name`` is a purifier or a folder, ``options`` its keyword arguments.
+
+    ``prompt`` is a prompt policy's name or file, "" for none.
+    """
 
     label: str
     name: str
     options: dict[str, Any]
+    prompt: str = ""
 
     @classmethod
     def parse(cls, text: str) -> DefenseChoice:
-        """Read ``name`` or ``name:key=value,...``. Raises UserError for a malformed option."""
-        name, options = _split(text)
-        return cls(text, name, {key: _literal(value) for key, value in options.items()})
+        """Read ``name``, ``name:key=value,...`` and either with ``+prompt=POLICY`` behind it.
+
+        Raises UserError for a malformed option or an empty policy.
+        """
+        purifier, plus, prompt = text.partition(PROMPT)
+        if plus and not (purifier and prompt):
+            raise UserError(f"defense {text!r}: write PURIFIER{PROMPT}POLICY, such as none{PROMPT}doubt")
+        name, options = _split(purifier)
+        return cls(text, name, {key: _literal(value) for key, value in options.items()}, prompt)
 
 
 @dataclass(frozen=True)
@@ -97,8 +132,11 @@ class AttackChoice:
         return override(attack, self.options) if self.options else attack
 
     def budget(self, config: EvalConfig, eps: float, *, randomized: bool) -> Budget:
-        """The budget at ``eps`` of the config's list; samples are averaged only where they differ."""
-        return Budget(config.norm, config.radius(eps), self.steps, self.eot if randomized else 1)
+        """The budget at ``eps`` of the config's list; samples are averaged only where they differ.
+
+        An attack with a bound of its own has ``eps`` 0 in the rows, and looks at no budget's.
+        """
+        return Budget(config.norm, config.radius(eps or config.eps[0]), self.steps, self.eot if randomized else 1)
 
 
 def check(config: EvalConfig) -> None:
@@ -120,14 +158,20 @@ def check(config: EvalConfig) -> None:
     stray = set(config.adaptive) - set(config.defenses)
     if stray:
         raise UserError(f"adaptive names {sorted(stray)[0]!r}, which is not among the defenses")
-    if "T1" in config.threats and not config.surrogate:
-        raise UserError("threat T1 transfers from a surrogate defense: set surrogate=NAME")
+    if "T1" in config.threats and not config.surrogate and not config.craft_victim:
+        raise UserError("threat T1 transfers from a surrogate: set surrogate=DEFENSE or craft_victim=VICTIM")
+    if config.craft_victim == config.victim:
+        raise UserError(f"craft_victim is the victim {config.victim!r} itself; leave it out")
+    unknown = set(config.seen) - set(config.attacks)
+    if unknown:
+        raise UserError(f"seen names {sorted(unknown)[0]!r}, which is not among the attacks")
 
 
 def _rejoin(items: Sequence[str]) -> tuple[str, ...]:
     joined: list[str] = []
     for item in items:
-        if joined and "=" in item and ":" not in item:
+        key, equals, _ = item.partition("=")
+        if joined and equals and key.isidentifier():
             joined[-1] += f",{item}"
         else:
             joined.append(item)

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from codefend.attacks import objective_for
-from codefend.attacks.norms import distance, quantize_in_budget
+from codefend.attacks.bounds import OwnBound, finished
+from codefend.attacks.norms import distance
 from codefend.attacks.search import Trace
 from codefend.defense import DefendedVictim, Defense
 from codefend.evaluate.bench import Bench
@@ -27,7 +28,7 @@ from codefend.images import quantize8
 from codefend.results import BARE, eps_label
 from codefend.runs import Row, load_checkpoint, make_generator, save_checkpoint
 from codefend.tasks.image_metrics import psnr
-from codefend.types import Budget, Example, Objective, Purifier, WhiteBox
+from codefend.types import Budget, Example, Objective, Purifier, UserError, Victim
 
 SLACK = 1e-5  # float32 rounding of an attack's projection, pixel units
 TAIL, LATE = 0.1, 0.05  # converged: the last tenth of the steps brought at most 5% of the gain
@@ -68,7 +69,12 @@ def slug(text: object) -> str:
 
 
 def origin(bench: Bench, cell: Cell) -> Cell:
-    """The cell with the defense that its attack goes through: what attacked images and their seeds depend on."""
+    """The cell with the defense that its attack goes through: what attacked images and their seeds depend on.
+
+    A transfer from another victim without a surrogate defense uses what is an oblivious attack over there.
+    """
+    if bench.config.craft_victim and not bench.config.surrogate:
+        return cell._replace(threat="T0", defense=BARE)
     return cell._replace(defense={"T0": BARE, "T1": bench.config.surrogate}.get(cell.threat, cell.defense))
 
 
@@ -77,9 +83,9 @@ def judge_names(cell: Cell, batch: int) -> tuple[object, ...]:
     return ("judge", *cell, batch)
 
 
-def source_victim(bench: Bench, source: Cell, batch: int) -> tuple[WhiteBox, bool]:
-    """The victim whose objective the attack lowers, and whether it is randomized."""
-    victim = bench.victim
+def source_victim(bench: Bench, source: Cell, batch: int, use: str = "attack noise") -> tuple[Victim, bool]:
+    """The victim whose objective the attack lowers, and whether it is randomized. ``use`` names its noise's stream."""
+    victim = bench.crafter
     contender = bench.surrogate if source.threat == "T1" else bench.contenders.get(source.defense)
     if source.threat == "T0" or contender is None:
         return victim, False
@@ -87,7 +93,7 @@ def source_victim(bench: Bench, source: Cell, batch: int) -> tuple[WhiteBox, boo
     if source.threat == "T2d" and defense.purifier is not None:
         known = KnownSeed(defense.purifier, seed, *judge_names(source, batch), 0)
         return DefendedVictim(victim, Defense(known, defense.policy, defense.name)), False
-    generator = make_generator(seed, "attack noise", *source, batch)
+    generator = make_generator(seed, use, *source, batch)
     return DefendedVictim(victim, defense, generator=generator), contender.randomized
 
 
@@ -97,11 +103,27 @@ def craft(bench: Bench, folder: Path, cell: Cell, batch: int, examples: Sequence
     ``wrong`` ``[B]`` bool: examples to leave as they are, since nothing is left to break in them.
     """
     source = origin(bench, cell)
-    path = folder / "attacked" / place(bench, source) / f"{batch:05d}.safetensors"
+    path = attacked_path(bench, folder, source, batch)
     if path.exists():
-        tensors, state = load_checkpoint(path)
-        return Crafted(tensors["images"].to(torch.float32) / 255, state["notes"])
-    crafted = _craft(bench, source, batch, examples, wrong)
+        return read_attacked(path)
+    return keep_attacked(path, _craft(bench, source, batch, examples, wrong))
+
+
+def attacked_path(bench: Bench, folder: Path, source: Cell, batch: int) -> Path:
+    """Where a run keeps the attacked images of one batch."""
+    return folder / "attacked" / place(bench, source) / f"{batch:05d}.safetensors"
+
+
+def read_attacked(path: Path) -> Crafted:
+    """What ``keep_attacked`` wrote. Raises UserError when the file is damaged."""
+    tensors, state = load_checkpoint(path)
+    if "images" not in tensors or "notes" not in state:
+        raise UserError(f"{path} holds no attacked images; remove it to make them again")
+    return Crafted(tensors["images"].to(torch.float32) / 255, state["notes"])
+
+
+def keep_attacked(path: Path, crafted: Crafted) -> Crafted:
+    """Write attacked images as 8 bits, and return them as they will be read."""
     levels = (crafted.images * 255).round().clamp(0, 255).to(torch.uint8)
     save_checkpoint(path, {"images": levels}, {"notes": crafted.notes})
     return Crafted(levels.to(torch.float32) / 255, crafted.notes)
@@ -149,24 +171,26 @@ def _attack(
     start = time.perf_counter()
     raw = attack(objective, clean, budget, generator=generator).detach()
     seconds = (time.perf_counter() - start) / len(examples)
-    attacked = quantize_in_budget(raw.nan_to_num(0.5), clean, budget)
-    bare = make_objective(bench, source, bench.victim, examples, clean)
+    attacked = finished(attack, raw.nan_to_num(0.5), clean, budget)
+    bare = evaluate_objective(make_objective(bench, source, bench.crafter, examples, clean), attacked)
+    seen = bare if source.threat == "T0" else source_objective(bench, source, batch, examples, clean, attacked)
     return attacked, [
         {
             "skipped": False,
             "perturbation": size,
             "violation": problem,
-            "objective": {"bare": value},
+            "objective": {"bare": value, "source": through},
             "curve": curve,
             "gradient": slope,
             "seconds": seconds,
             "budget": {"steps": budget.steps, "eot": budget.eot, "restarts": getattr(attack, "restarts", 1)},
             "seeds": {"config": bench.config.seed, "attack": generator.initial_seed()},
         }
-        for size, problem, value, curve, slope in zip(
+        for size, problem, value, through, curve, slope in zip(
             perturbations(attacked, clean),
-            violations(raw, attacked, clean, budget),
-            evaluate_objective(bare, attacked),
+            violations(raw, attacked, clean, budget, attack),
+            bare,
+            seen,
             curves(trace.losses, len(examples)),
             gradients(trace, len(examples)),
             strict=True,
@@ -174,7 +198,15 @@ def _attack(
     ]
 
 
-def make_objective(bench: Bench, cell: Cell, victim: WhiteBox, examples: Sequence[Example], clean: Tensor) -> Objective:
+def source_objective(
+    bench: Bench, source: Cell, batch: int, examples: Sequence[Example], clean: Tensor, attacked: Tensor
+) -> list[float]:
+    """The objective on the finished images through what was attacked, with noise of its own: the same in every run."""
+    victim, _ = source_victim(bench, source, batch, "source objective")
+    return evaluate_objective(make_objective(bench, source, victim, examples, clean), attacked)
+
+
+def make_objective(bench: Bench, cell: Cell, victim: Victim, examples: Sequence[Example], clean: Tensor) -> Objective:
     """What the attack of ``cell`` lowers, seen through ``victim``."""
     choice = bench.attacks[cell.attack]
     prompts = [example.prompt for example in examples]
@@ -211,20 +243,26 @@ def perturbations(attacked: Tensor, clean: Tensor) -> list[Row]:
     return [{"linf": a, "l2": b, "psnr": c} for a, b, c in zip(linf, l2, psnr(attacked, clean).tolist(), strict=True)]
 
 
-def violations(raw: Tensor, attacked: Tensor, clean: Tensor, budget: Budget) -> list[str]:
-    """What is wrong with each attacked image, "" if nothing: before rounding as the attack left it, and after."""
+def violations(raw: Tensor, attacked: Tensor, clean: Tensor, budget: Budget, attack: object) -> list[str]:
+    """What is wrong with each attacked image, "" if nothing: before rounding as the attack left it, and after.
+
+    ``attack`` is asked where it has a bound of its own.
+    """
     found = []
     for before, after, original in zip(raw, attacked, clean, strict=True):
         stages = [("the attack's image", before), ("the 8-bit image", after)]
-        found.append("; ".join(p for name, image in stages if (p := _problem(name, image, original, budget))))
+        found.append("; ".join(p for name, image in stages if (p := _problem(name, image, original, budget, attack))))
     return found
 
 
-def _problem(name: str, image: Tensor, clean: Tensor, budget: Budget) -> str:
+def _problem(name: str, image: Tensor, clean: Tensor, budget: Budget, attack: object) -> str:
     if not bool(image.isfinite().all()):
         return f"{name} is not finite"
     if float(image.min()) < -SLACK or float(image.max()) > 1 + SLACK:
         return f"{name} leaves [0, 1]: {float(image.min()):.4f} to {float(image.max()):.4f}"
+    if isinstance(attack, OwnBound):
+        over = float(attack.outside(image[None], clean[None]))
+        return f"{name} is outside the attack's own bound by {over:.5f}" if over > SLACK else ""
     far = float(distance(image[None], clean[None], budget.norm))
     if far > budget.eps * (1 + 1e-4) + SLACK:
         return f"{name} is {far:.5f} away ({budget.norm}), the budget is {budget.eps:.5f}"

@@ -14,8 +14,9 @@ import torch
 from torch import Generator, Tensor
 
 from codefend import images as pictures
+from codefend.attacks import NEEDS_SENTENCE
 from codefend.defense import DefendedVictim, Defense
-from codefend.evaluate.bench import Bench, Contender
+from codefend.evaluate.bench import Bench
 from codefend.evaluate.craft import (
     Cell,
     Crafted,
@@ -24,6 +25,7 @@ from codefend.evaluate.craft import (
     evaluate_objective,
     judge_names,
     make_objective,
+    origin,
     place,
 )
 from codefend.results import BARE, CLEAN, eps_label
@@ -127,7 +129,7 @@ def successes(bench: Bench, cell: Cell, submissions: Submissions, examples: Sequ
     before = torch.tensor([_number(row["scores"][known.judge]) for row in clean])
     metric = known.metrics[known.judge]
     found = {"untargeted": [known.broken(before, metric(turn, examples).to(before)) for turn in submissions.answers]}
-    if choice.spec.goal == "targeted":
+    if choice.spec.goal in NEEDS_SENTENCE:
         reached = targeted_success(known.task.target, [row["answer"] for row in clean])
         found["targeted"] = [reached(turn, examples) for turn in submissions.answers]
     first = {kind: values[0].tolist() for kind, values in found.items()}
@@ -169,6 +171,7 @@ def common_columns(
             "image": _fingerprint(clean[i]),
             "batch": batch,
             "victim": bench.victim.name,
+            "crafted_on": bench.crafter.name,
             "kind": example.kind,
             "prompt": example.prompt,
             "references": list(example.references),
@@ -203,7 +206,7 @@ def attacked_rows(
     bench: Bench, folder: Path, cell: Cell, batch: int, indices: Sequence[int], crafted: Crafted, clean: list[Row]
 ) -> list[Row]:
     """Rows of one batch under attack. ``clean`` are the same defense's clean rows of the same examples."""
-    examples, contender = bench.tasks[cell.task].examples(indices), bench.contenders[cell.defense]
+    examples = bench.tasks[cell.task].examples(indices)
     images, spec = crafted.images, bench.attacks[cell.attack].spec
     found = submit(bench, cell, batch, images, examples)
     rows = common_columns(bench, cell, batch, found, images, examples)
@@ -214,13 +217,13 @@ def attacked_rows(
         row |= {
             "goal": spec.goal,
             "access": spec.threat,
-            "target": bench.tasks[cell.task].task.target if spec.goal == "targeted" else None,
+            "target": bench.tasks[cell.task].task.target if spec.goal in NEEDS_SENTENCE else None,
             "clean_answer": clean[i]["answer"],
             "clean_scores": clean[i]["scores"],
             "success": success["success"][i],
             "success_any": success["success_any"][i],
             "objective": {**note.get("objective", {}), "defended": defended[i]},
-            "gradient_kind": _gradient_kind(cell, contender, spec.threat),
+            "gradient_kind": _gradient_kind(bench, cell, spec.threat),
         }
         shown = {"attacked": images[i], "purified": found.purified[i]}
         row["pictures"] = _keep(bench, folder, cell, indices[i], shown)
@@ -229,19 +232,25 @@ def attacked_rows(
 
 def defended_objective(
     bench: Bench, cell: Cell, batch: int, examples: Sequence[Example], images: Tensor, notes: Sequence[Row]
-) -> list[float]:
-    """The attack's objective on the finished images, seen through the judged defense."""
+) -> list[float | None]:
+    """The attack's objective on the finished images, seen through the judged defense; None where that is elsewhere."""
+    if bench.config.craft_victim:
+        return [None] * len(examples)
     if cell.defense == BARE:
         return [float(note["objective"]["bare"]) for note in notes]
     generator = make_generator(bench.config.seed, "objective", *cell, batch)
     victim = DefendedVictim(bench.victim, judged_defense(bench, cell, batch), generator=generator)
-    return evaluate_objective(make_objective(bench, cell, victim, examples, clean_images(examples)), images)
+    return [*evaluate_objective(make_objective(bench, cell, victim, examples, clean_images(examples)), images)]
 
 
-def _gradient_kind(cell: Cell, contender: Contender, access: str) -> str:
+def _gradient_kind(bench: Bench, cell: Cell, access: str) -> str:
     if access != "white-box":
         return "none"
-    return "exact" if cell.threat == "T0" or cell.defense == BARE else contender.gradient
+    source = origin(bench, cell)
+    if source.threat == "T0":
+        return "exact"
+    through = bench.surrogate if source.threat == "T1" else bench.contenders[source.defense]
+    return "exact" if through is None or through.gradient == "none needed" else through.gradient
 
 
 def _keep(bench: Bench, folder: Path, cell: Cell, index: int, shown: dict[str, Tensor]) -> Row | None:

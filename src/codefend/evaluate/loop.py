@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from codefend.attacks import NEEDS_SENTENCE
 from codefend.evaluate.bench import Bench, Loaders, open_bench
-from codefend.evaluate.config import EvalConfig
+from codefend.evaluate.config import AttackChoice, EvalConfig
 from codefend.evaluate.craft import Cell, craft
 from codefend.evaluate.judge import attacked_rows, clean_rows, row_key
+from codefend.evaluate.reuse import check_donor, take_over
 from codefend.results import BARE, CLEAN, eps_label, score
 from codefend.runs import Row, Run, open_run, progress
 
@@ -26,20 +28,29 @@ def cells(config: EvalConfig) -> Iterator[Cell]:
             yield Cell(task, CLEAN, 0.0, "clean", defense)
     for task in config.tasks:
         for attack in config.attacks:
-            for eps in config.eps:
+            for eps in _radii(config, attack):
                 for threat in _threats(config):
                     for defense in config.defenses:
                         if _makes_sense(config, threat, defense):
                             yield Cell(task, attack, eps, threat, defense)
 
 
+def _radii(config: EvalConfig, attack: str) -> tuple[float, ...]:
+    """The sizes to try: one, called 0, for an attack with a bound of its own."""
+    return config.eps if AttackChoice.parse(attack, config).spec.bound == "ball" else (0.0,)
+
+
 def _threats(config: EvalConfig) -> list[str]:
-    """T0 comes first, and comes along whenever there are undefended rows."""
+    """T0 comes first, and comes along whenever there are undefended rows; what another victim's images do is T1."""
+    if config.craft_victim:
+        return ["T1"]
     bare = ["T0"] if BARE in config.defenses else []
     return list(dict.fromkeys([*bare, *sorted(config.threats)]))
 
 
 def _makes_sense(config: EvalConfig, threat: str, defense: str) -> bool:
+    if config.craft_victim:
+        return True
     if defense == BARE:
         return threat == "T0"
     if threat == "T1" and defense == config.surrogate:  # that is T2
@@ -55,9 +66,17 @@ def batches(bench: Bench, cell: Cell) -> list[list[int]]:
     return bench.tasks[cell.task].batches(config.batch, limit)
 
 
-def run_grid(config: EvalConfig, run_dir: str | Path, loaders: Loaders | None = None) -> list[Row]:
-    """Fill the run folder with every row that it lacks and return them all; see ``evaluate``."""
+def run_grid(
+    config: EvalConfig, run_dir: str | Path, loaders: Loaders | None = None, *, donor: Path | None = None
+) -> list[Row]:
+    """Fill the run folder with every row that it lacks and return them all; see ``evaluate``.
+
+    ``donor`` is another run whose attacked images may be taken over, ``config.attacked`` by default.
+    """
     bench = open_bench(config, loaders)
+    donor = donor or (Path(config.attacked) if config.attacked else None)
+    if donor is not None:
+        check_donor(config, Path(run_dir), donor)
     work = [cell for cell in cells(config) if _possible(bench, cell)]
     total = sum(len(batch) for cell in work for batch in batches(bench, cell))
     with open_run(run_dir, config) as run:
@@ -68,7 +87,7 @@ def run_grid(config: EvalConfig, run_dir: str | Path, loaders: Loaders | None = 
         with progress("evaluate", total, done=len(rows)) as advance:
             for cell in work:
                 for number, indices in enumerate(batches(bench, cell)):
-                    advance(_fill(bench, run, cell, number, indices, clean), f"{cell.defense} {cell.attack}")
+                    advance(_fill(bench, run, cell, number, indices, clean, donor), f"{cell.defense} {cell.attack}")
         return run.rows()
 
 
@@ -81,7 +100,9 @@ def _place(row: Row) -> tuple[str, str, str]:
     return row["task"], row["defense"], row["example"]
 
 
-def _fill(bench: Bench, run: Run, cell: Cell, number: int, indices: Sequence[int], clean: CleanRows) -> int:
+def _fill(
+    bench: Bench, run: Run, cell: Cell, number: int, indices: Sequence[int], clean: CleanRows, donor: Path | None
+) -> int:
     """Make the rows of one batch unless all are there; how many were added.
 
     A batch is made whole even where a kill left some of its rows: the others must not depend on that.
@@ -96,7 +117,10 @@ def _fill(bench: Bench, run: Run, cell: Cell, number: int, indices: Sequence[int
         clean |= {_place(row): row for row in rows}
     else:
         before = [clean[cell.task, cell.defense, name] for name in ids]
-        crafted = craft(bench, run.dir, cell, number, known.examples(indices), hopeless(bench, cell, before))
+        wrong, examples = hopeless(bench, cell, before), known.examples(indices)
+        if donor is not None:
+            take_over(bench, run.dir, donor, cell, number, examples, wrong)
+        crafted = craft(bench, run.dir, cell, number, examples, wrong)
         rows = attacked_rows(bench, run.dir, cell, number, indices, crafted, before)
     return sum(run.append(row) for row in rows)
 
@@ -109,7 +133,7 @@ def hopeless(bench: Bench, cell: Cell, clean: Sequence[Row]) -> Tensor:
     """
     known, contender = bench.tasks[cell.task], bench.contenders[cell.defense]
     allowed = bench.config.skip_wrong and cell.threat == "T2" and not contender.randomized
-    if not allowed or bench.attacks[cell.attack].spec.goal == "targeted":
+    if not allowed or bench.attacks[cell.attack].spec.goal in NEEDS_SENTENCE:
         return torch.zeros(len(clean), dtype=torch.bool)
     headline = [score(row, metric=known.task.headline) for row in clean]
     right = [score(row, metric=known.judge) for row in clean]

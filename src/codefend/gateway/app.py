@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib import resources
+from typing import Any
 
 import httpx2
 from starlette.applications import Starlette
@@ -24,9 +26,10 @@ from codefend.gateway.fetch import Fetcher, FetchOptions, Resolve, resolve
 from codefend.gateway.lane import Lane, LaneOptions
 from codefend.gateway.limits import Limits
 from codefend.gateway.page import Page
+from codefend.gateway.pool import Pool, PoolOptions
 from codefend.gateway.proxy import Proxy
 from codefend.gateway.telemetry import Meters
-from codefend.gateway.worker import Worker
+from codefend.gateway.worker import Runner, Worker
 from codefend.prompts import load as load_prompt
 from codefend.types import Purifier, UserError
 
@@ -57,7 +60,9 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        await asyncio.to_thread(engine.worker.warm_up)
+        runners = [engine.worker] if engine.fallback is None else [engine.worker, engine.fallback]
+        for runner in runners:
+            await asyncio.to_thread(runner.warm_up)
         app.state.ready = True
         try:
             yield
@@ -67,6 +72,8 @@ def create_app(
             await upstream.aclose()
             await fetcher.aclose()
             engine.executor.shutdown(wait=False)
+            for runner in runners:
+                runner.close()
 
     keys = [key.get_secret_value() for key in settings.api_keys]
     app = Starlette(
@@ -91,16 +98,22 @@ def build_engine(settings: Settings, *, purifier: Purifier | None = None) -> Eng
         settings.first_frame,
     )
 
-    def worker(chosen: Purifier) -> Worker:
-        return Worker(
-            chosen,
+    def runner(name: str, given: Purifier | None = None) -> Runner:
+        build = partial(
+            build_worker,
+            name,
             limits=limits,
             encoding=settings.encoding,
             device=settings.device,
             batch_pixels=settings.batch_pixels,
         )
+        local = build(given)
+        if purifier is not None or not settings.isolate:  # an object given here cannot go elsewhere
+            return local
+        options = PoolOptions(settings.workers, settings.torch_threads, settings.purify_timeout_s)
+        return Pool(build, options, name=local.name, can_score=local.can_score)
 
-    main = worker(purifier or purifiers.load(settings.purifier))
+    main = runner(settings.purifier, purifier)
     if not main.can_score and (settings.policy != "purify" or settings.allow_override):
         raise UserError(f"purifier {main.name} has no score: policy {settings.policy} cannot use it")
     prompt = load_prompt(settings.prompt)
@@ -111,16 +124,21 @@ def build_engine(settings: Settings, *, purifier: Purifier | None = None) -> Eng
         policy=None if prompt.empty else prompt,
         everywhere=settings.prompt_everywhere,
         on_error=settings.on_error,
-        fallback=worker(purifiers.load(settings.fallback)) if settings.on_error == "fallback" else None,
+        fallback=runner(settings.fallback) if settings.on_error == "fallback" else None,
     )
+
+
+def build_worker(name: str, purifier: Purifier | None = None, **options: Any) -> Worker:
+    """A worker around ``purifier``, or the one of that name. Raises UserError for an unknown name."""
+    return Worker(purifier or purifiers.load(name), **options)
 
 
 def _lane_options(settings: Settings) -> LaneOptions:
     return LaneOptions(
         queue_images=settings.queue_images,
         batch_images=settings.batch_images,
-        threads=settings.threads,
-        torch_threads=settings.torch_threads,
+        threads=settings.workers,
+        torch_threads=0 if settings.isolate else settings.torch_threads,
         timeout_s=settings.purify_timeout_s,
         cache_bytes=settings.cache_mb << 20,
     )

@@ -62,9 +62,10 @@ class Settings(BaseSettings):
 
     queue_images: int = Field(64, gt=0)
     batch_images: int = Field(8, gt=0)
-    batch_pixels: int = Field(4_000_000, gt=0)
-    threads: int = Field(2, gt=0, le=64, description="threads that decode, purify and encode")
-    torch_threads: int = Field(0, ge=0, description="threads inside one PyTorch operation; 0: PyTorch's choice")
+    batch_pixels: int = Field(1_000_000, gt=0, description="decoded at a time in one worker; one image may have more")
+    workers: int = Field(2, gt=0, le=64, description="processes that decode, purify and encode")
+    isolate: bool = Field(True, description="workers are processes; if false, threads beside the event loop")
+    torch_threads: int = Field(0, ge=0, description="threads inside one PyTorch operation; 0: the cores, shared out")
     purify_timeout_s: float = Field(30.0, gt=0)
     cache_mb: int = Field(256, ge=0)
     connect_timeout_s: float = Field(5.0, gt=0)

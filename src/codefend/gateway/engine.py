@@ -5,22 +5,27 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from codefend.gateway.errors import Api, Refused
+from codefend.gateway.excise import Excised, excise, marks
 from codefend.gateway.lane import Lane, digest_of
 from codefend.gateway.limits import Limits, check_count, inspect, payload
 from codefend.gateway.rewrite import Picture, Policy, rebuild
 from codefend.gateway.shapes import Slot, Survey, survey
 from codefend.gateway.suspicion import spell
 from codefend.gateway.wire import dump, parse
-from codefend.gateway.worker import Job, Mode, Purified, PurifyFailed, Worker
+from codefend.gateway.worker import Job, Mode, Purified, PurifyFailed, Runner
 
 OnError = Literal["block", "fallback", "pass"]
 Fetch = Callable[[str], Awaitable[bytes]]
+Done = TypeVar("Done")
+
+_LITTLE = 1 << 16  # bytes of JSON that are read on the event loop: well under a millisecond
+_MAX_COMMAS = 1_000_000  # a list of a million numbers holds the interpreter for some 30 ms
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,15 @@ class Outcome:
     tokens: tuple[str, ...] = ()  # stand in the body for the images' base64, in order
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A parsed body and where its images are; ``cuts`` are what marks in their references stand for."""
+
+    body: Any
+    found: Survey
+    cuts: Mapping[str, memoryview] = field(default_factory=dict)
+
+
 def refuse_remote(reference: str) -> Refused:
     message = "remote image URLs are not allowed here; send the image as data:image/...;base64,..."
     return Refused(400, "remote_image_refused", message)
@@ -55,31 +69,33 @@ class Engine:
     uses another purifier, ``pass`` re-encodes the picture as it is. ``on_bypass`` hears of the last two.
     """
 
-    worker: Worker
+    worker: Runner
     lane: Lane | None = None
     limits: Limits = field(default_factory=Limits)
     terms: Terms = field(default_factory=Terms)
     policy: Policy | None = None
     everywhere: bool = False
     on_error: OnError = "block"
-    fallback: Worker | None = None
+    fallback: Runner | None = None
     fetch: Fetch | None = None
     on_bypass: Callable[[str], None] = lambda reason: None
     executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="prepare"))
 
     async def rewrite_bytes(self, api: Api, raw: bytes, terms: Terms | None = None) -> tuple[bytes, Outcome]:
         """Purify the images of a JSON body. Bytes that need no change come back as they are. Raises Refused."""
-        outcome = await self.rewrite(api, parse(raw), terms, spliced=True)
+        start = time.perf_counter()
+        reading = await self._aside(len(raw), self._read, api, raw)
+        outcome = await self._purified(reading, terms or self.terms, start, spliced=True)
         if outcome.body is None:
             return raw, outcome
-        return splice(dump(outcome.body), outcome.tokens, outcome.images), replace(outcome, body=None, tokens=())
+        size = len(raw) + sum(len(image.picture.data) for image in outcome.images)
+        written = await self._aside(size, _written, outcome)
+        return written, replace(outcome, body=None, tokens=())
 
-    async def rewrite(self, api: Api, body: Any, terms: Terms | None = None, *, spliced: bool = False) -> Outcome:
-        """Purify the images of a parsed body; ``spliced`` leaves tokens where they belong. Raises Refused."""
+    async def rewrite(self, api: Api, body: Any, terms: Terms | None = None) -> Outcome:
+        """Purify the images of a parsed body. Raises Refused."""
         start = time.perf_counter()
-        found, terms = self._survey(api, body), terms or self.terms
-        done = await _all([self._one(slot, terms) for slot in found.slots])
-        return self._finish(body, found, done, terms, time.perf_counter() - start, spliced=spliced)
+        return await self._purified(Reading(body, self._survey(api, body)), terms or self.terms, start)
 
     def rewrite_now(self, api: Api, body: Any) -> Outcome:
         """Purify in this thread, without queue, cache and remote images. Raises Refused."""
@@ -108,6 +124,38 @@ class Engine:
             for job, result in zip(jobs, self.worker.run(jobs), strict=True)
         ]
 
+    async def _purified(self, reading: Reading, terms: Terms, start: float, *, spliced: bool = False) -> Outcome:
+        done = await _all([self._one(slot, terms, reading.cuts) for slot in reading.found.slots])
+        seconds = time.perf_counter() - start
+        return self._finish(reading.body, reading.found, done, terms, seconds, spliced=spliced)
+
+    async def _aside(self, size: int, work: Callable[..., Done], *arguments: Any) -> Done:
+        """In a thread when it is much: the event loop can go on between two of Python's own steps."""
+        if size <= _LITTLE:
+            return work(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(self.executor, work, *arguments)
+
+    def _read(self, api: Api, raw: bytes) -> Reading:
+        excised = excise(raw)
+        reading = self._spared(api, excised) if excised.cuts else None
+        if reading is not None:
+            return reading
+        if raw.count(b",") > _MAX_COMMAS:
+            raise Refused(413, "body_too_complex", f"the body has more than {_MAX_COMMAS:,} values")
+        body = parse(raw)
+        return Reading(body, self._survey(api, body))
+
+    def _spared(self, api: Api, excised: Excised) -> Reading | None:
+        """The reading, if every mark stands in an image; else the body must be read whole."""
+        try:
+            body = parse(excised.raw)
+            found = self._survey(api, body)
+        except Refused:  # perhaps for a mark's sake
+            return None
+        references = [slot.reference for slot in found.slots if not _is_remote(slot)]
+        claimed = [mark for reference in references for mark in marks(reference) if mark in excised.cuts]
+        return Reading(body, found, excised.cuts) if len(claimed) == len(excised.cuts) else None
+
     def _survey(self, api: Api, body: Any) -> Survey:
         try:
             found = survey(api, body)
@@ -116,7 +164,7 @@ class Engine:
         check_count(len(found.slots), self.limits)
         return found
 
-    async def _one(self, slot: Slot, terms: Terms) -> tuple[Purified, str]:
+    async def _one(self, slot: Slot, terms: Terms, cuts: Mapping[str, memoryview]) -> tuple[Purified, str]:
         """One image: its bytes, its header, the purifier; and the reason if it went on without."""
         try:
             loop = asyncio.get_running_loop()
@@ -126,7 +174,7 @@ class Engine:
                 data = await self.fetch(slot.reference)
                 digest = await loop.run_in_executor(self.executor, self._inspect, data)
             else:
-                data, digest = await loop.run_in_executor(self.executor, self._open, slot.reference)
+                data, digest = await loop.run_in_executor(self.executor, self._open, slot.reference, cuts)
             return await self._purify(Job(data, terms.mode, terms.threshold), digest)
         except Refused as refusal:
             raise _at(refusal, slot) from refusal
@@ -142,8 +190,9 @@ class Engine:
     def _rescue(self, job: Job, failure: PurifyFailed) -> Purified:
         """What ``on_error`` says. Raises Refused when that is to block, or when the fallback fails, too."""
         if self.on_error == "pass":
+            image = self.reencoded(job)
             self.on_bypass(failure.reason)
-            return self.worker.reencode(job)
+            return image
         if self.on_error == "fallback" and self.fallback is not None:
             result = self.fallback.run([Job(job.data)])[0]
             if isinstance(result, Purified):
@@ -152,6 +201,13 @@ class Engine:
         if failure.reason == "timeout":
             raise Refused(503, "purification_timeout", str(failure), retry_after=1)
         raise Refused(500, "purification_failed", f"an image could not be purified: {failure}")
+
+    def reencoded(self, job: Job) -> Purified:
+        """The picture without its metadata, not purified. Raises Refused."""
+        try:
+            return self.worker.reencode(job)
+        except PurifyFailed as failure:
+            raise Refused(500, "purification_failed", f"an image could not be re-encoded: {failure}") from failure
 
     def _finish(
         self,
@@ -179,8 +235,8 @@ class Engine:
         rebuilt = rebuild(body, found, pictures, policy=self.policy, everywhere=self.everywhere)
         return Outcome(rebuilt, images, bypassed, seconds, tokens)
 
-    def _open(self, reference: str) -> tuple[bytes, str]:
-        data = payload(reference, self.limits)
+    def _open(self, reference: str, cuts: Mapping[str, memoryview]) -> tuple[bytes, str]:
+        data = payload(reference, self.limits, cuts=cuts)
         return data, self._inspect(data)
 
     def _inspect(self, data: bytes) -> str:
@@ -196,6 +252,10 @@ class Engine:
         except Refused as refusal:
             raise _at(refusal, slot) from refusal
         return data
+
+
+def _written(outcome: Outcome) -> bytes:
+    return splice(dump(outcome.body), outcome.tokens, outcome.images)
 
 
 def splice(raw: bytes, tokens: Sequence[str], images: Sequence[Purified]) -> bytes:

@@ -22,6 +22,13 @@ class Refused(Exception):
         self.status, self.code, self.message = status, code, message
         self.where, self.retry_after = where, retry_after
 
+    def __reduce__(self) -> Any:  # it comes out of worker processes
+        return _refused, (self.status, self.code, self.message, self.where, self.retry_after)
+
+
+def _refused(status: int, code: str, message: str, where: str, retry_after: float | None) -> Refused:
+    return Refused(status, code, message, where=where, retry_after=retry_after)
+
 
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = _OPENAI_TYPES | {413: "request_too_large", 503: "overloaded_error", 504: "timeout_error"}

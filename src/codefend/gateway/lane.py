@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from codefend.gateway.errors import Refused
-from codefend.gateway.worker import Job, Purified, PurifyFailed, Result, Worker
+from codefend.gateway.worker import Job, Purified, PurifyFailed, Result, Runner
 
 Key = tuple[str, str, float]
 
@@ -44,7 +44,7 @@ class LaneOptions:
 class Lane:
     """Await ``lane(job)`` from one event loop. ``on_batch(images, seconds)`` is called from worker threads."""
 
-    worker: Worker
+    worker: Runner
     options: LaneOptions = field(default_factory=LaneOptions)
     on_batch: Callable[[int, float], None] = lambda images, seconds: None
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import binascii
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from codefend import images
 from codefend.gateway.errors import Refused
+from codefend.gateway.excise import restored
 from codefend.types import UserError
 
 _CHUNK = 1 << 20  # base64 characters decoded at a time: the decoder holds the interpreter lock
@@ -36,19 +39,40 @@ def check_bytes(size: int, limits: Limits, *, where: str = "") -> None:
         raise Refused(413, "image_too_large", message, where=where)
 
 
-def payload(reference: str, limits: Limits, *, where: str = "") -> bytes:
-    """Return the bytes of a data URL or of bare base64, measured before they are decoded. Raises Refused."""
+def payload(
+    reference: str, limits: Limits, *, where: str = "", cuts: Mapping[str, memoryview] = MappingProxyType({})
+) -> bytes:
+    """Return the bytes of a data URL or of bare base64, measured before they are decoded. Raises Refused.
+
+    ``cuts`` are what marks in the reference stand for (``excise``).
+    """
     body = reference
     if reference[:5].lower() == "data:":
         head, comma, body = reference.partition(",")
         if not comma or not head.lower().endswith(";base64"):
             raise Refused(400, "invalid_image", "expected data:image/...;base64,...", where=where)
-    check_bytes(len(body) * 3 // 4 - 2, limits, where=where)
     try:
-        raw = body.encode("ascii").translate(None, _SPACE)
-        return b"".join(binascii.a2b_base64(raw[i : i + _CHUNK], strict_mode=True) for i in range(0, len(raw), _CHUNK))
+        parts = list(restored(body, cuts))
+        check_bytes(sum(map(len, parts)) * 3 // 4 - 2, limits, where=where)
+        return b"".join(_decoded(parts))
     except ValueError as error:
         raise Refused(400, "invalid_image", "the image is not valid base64", where=where) from error
+
+
+def _decoded(parts: Sequence[bytes | memoryview]) -> Iterator[bytes]:
+    """Base64 in pieces, as if it were one. Raises ValueError."""
+    rest = b""
+    for part in parts:
+        for i in range(0, len(part), _CHUNK):
+            chunk = rest + bytes(part[i : i + _CHUNK]).translate(None, _SPACE)
+            if rest and b"=" in rest:
+                raise ValueError("padding before the end")
+            whole = max(0, len(chunk) - 4) // 4 * 4  # the last four wait: only they may be padded
+            yield binascii.a2b_base64(chunk[:whole], strict_mode=True)
+            rest = chunk[whole:]
+            if b"=" in chunk[:whole]:
+                raise ValueError("padding before the end")
+    yield binascii.a2b_base64(rest, strict_mode=True)
 
 
 def inspect(data: bytes, limits: Limits, *, where: str = "") -> images.Probe:

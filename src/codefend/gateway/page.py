@@ -60,7 +60,7 @@ class Page:
         for slot in found.slots:
             data = payload(slot.reference, limits)
             inspect(data, limits)
-            pictures.append(self.engine.worker.reencode(Job(data)).picture)
+            pictures.append(self.engine.reencoded(Job(data)).picture)
         return rebuild(body, found, pictures)
 
     async def _image(self, request: Request) -> str:

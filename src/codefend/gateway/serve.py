@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import sys
 from types import FrameType
@@ -31,10 +32,10 @@ class _Server(uvicorn.Server):
 def serve(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM; 0 after a clean stop. Raises UserError for what is wrong before the start."""
     configure_logging(settings.log_level)
-    sys.setswitchinterval(0.001)  # seconds; with the usual 5 ms, busy purifier threads keep the event loop waiting
     listener = _listen(settings.host, settings.port)
     with listener:
         app = create_app(settings)
+        keep_loop_free()
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -58,6 +59,13 @@ def serve(settings: Settings) -> int:
             log.warning("no keys are set: everyone who reaches this address may use it")
         server.run(sockets=[listener])
     return 0 if server.started else 1
+
+
+def keep_loop_free() -> None:
+    """What else can hold up an event loop: threads that keep the interpreter, and a collector that looks at it all."""
+    sys.setswitchinterval(0.001)  # seconds, in place of 5 ms
+    gc.collect()
+    gc.freeze()  # PyTorch alone makes a full collection of some 30 ms, and nothing loaded so far will be garbage
 
 
 def _listen(host: str, port: int) -> socket.socket:

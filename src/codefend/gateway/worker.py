@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +29,10 @@ class PurifyFailed(Exception):
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
-        self.reason = reason  # a word for metrics: "exception", "timeout", "wrong_output"
+        self.reason = reason  # a word for metrics: "exception", "timeout", "wrong_output", "crashed"
+
+    def __reduce__(self) -> Any:  # it comes out of worker processes
+        return PurifyFailed, (self.reason, str(self))
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,18 @@ class Purified:
 Result = Purified | Refused | PurifyFailed
 
 
+class Runner(Protocol):
+    """What purifies: a ``Worker`` in this process or a ``Pool`` of them in others."""
+
+    name: str
+    can_score: bool
+
+    def run(self, jobs: Sequence[Job]) -> list[Result]: ...
+    def reencode(self, job: Job) -> Purified: ...
+    def warm_up(self) -> None: ...
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class _Decoded:
     index: int
@@ -70,7 +85,7 @@ class Worker:
         limits: Limits | None = None,
         encoding: Encoding = "auto",
         device: str = "cpu",
-        batch_pixels: int = 4_000_000,  # decoded at a time; one image may have more
+        batch_pixels: int = 1_000_000,  # decoded at a time; one image may have more
     ) -> None:
         self.purifier, self.limits, self.encoding = purifier, limits or Limits(), encoding
         self.device, self.batch_pixels = torch.device(device), batch_pixels
@@ -118,6 +133,9 @@ class Worker:
         if not isinstance(outcome, Purified):
             raise outcome
 
+    def close(self) -> None:
+        """Nothing to end: it works in its caller's thread."""
+
     def _decode(self, index: int, job: Job) -> _Decoded | Refused:
         try:
             loaded = images.load(job.data, max_pixels=self.limits.max_pixels, first_frame=self.limits.first_frame)
@@ -129,7 +147,7 @@ class Worker:
 
     def _purify(self, group: Sequence[_Decoded], jobs: Sequence[Job]) -> Sequence[Result]:
         try:
-            batch = torch.stack([item.pixels for item in group])
+            batch = group[0].pixels[None] if len(group) == 1 else torch.stack([item.pixels for item in group])
             start = time.perf_counter()
             with self._lock, torch.no_grad():
                 purified, scores = self._forward(batch)
@@ -148,11 +166,11 @@ class Worker:
     def _forward(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
         images_in = batch.to(self.device)
         purified = self.purifier(images_in, generator=self._generator)
-        if purified.shape != images_in.shape or not bool(torch.isfinite(purified).all()):
+        if purified.shape != images_in.shape or not _finite(purified):
             raise PurifyFailed("wrong_output", f"purifier {self.name} returned nan or {tuple(purified.shape)}")
         scores: Tensor | None = None
         if isinstance(self.purifier, ImagePurifier) and type(self.purifier).score is ImagePurifier.score:
-            scores = (images_in - purified).square().flatten(1).mean(1).sqrt()  # its score, without purifying twice
+            scores = _rms(images_in - purified)  # its score, without purifying twice
         elif self.can_score:
             scores = self.purifier.score(images_in)  # type: ignore[attr-defined]
         return purified.cpu(), None if scores is None else scores.cpu()
@@ -169,3 +187,15 @@ class Worker:
         kind = ("JPEG" if source == "JPEG" else "PNG") if self.encoding == "auto" else self.encoding.upper()
         data = images.encode(pixels, kind, quality=95 if kind in ("JPEG", "WEBP") else None)
         return Picture(f"image/{kind.lower()}", base64.b64encode(data).decode("ascii"))
+
+
+def _finite(images: Tensor) -> bool:
+    # nan and infinity both reach an extreme; isfinite would write four tensors of this size on the way.
+    low, high = torch.aminmax(images)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _rms(images: Tensor) -> Tensor:
+    flat = images.flatten(1)
+    scaled: Tensor = torch.linalg.vector_norm(flat, dim=1) / flat.shape[1] ** 0.5
+    return scaled

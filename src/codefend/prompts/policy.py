@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -29,9 +30,24 @@ class PromptPolicy:
         """Return the user's words with prefix and suffix, for models that take the system text apart."""
         return f"{self.prefix}{prompt}{self.suffix}"
 
+    def around(self, prompt: str) -> tuple[str, str]:
+        """Return what stands before and after the user's words, for messages in several parts."""
+        return self.prefix, self.suffix
+
     @property
     def empty(self) -> bool:
         return not (self.system or self.prefix or self.suffix)
+
+    @property
+    def key(self) -> str:
+        """A fingerprint of the words; the name does not count."""
+        return fingerprint(json.dumps([self.system, self.prefix, self.suffix]))
+
+
+def fingerprint(content: str | bytes) -> str:
+    """Name what a policy does, for caches and cards: 16 hexadecimal digits."""
+    data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def save_policy(policy: PromptPolicy, path: str | Path) -> None:

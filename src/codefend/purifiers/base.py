@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from codefend.purifiers import grid, tiling
 from codefend.settings import check_keys, override
 
 if TYPE_CHECKING:
@@ -18,11 +19,6 @@ if TYPE_CHECKING:
     from codefend.nets import PurifierNet
 
 Options = TypeVar("Options")
-
-TILED_ABOVE = 2_000_000  # pixels of one picture
-TILE = 1024  # side of a tile, pixels; a multiple of every network's multiple
-OVERLAP = 96  # pixels that neighbouring tiles share
-MARGIN = 16  # outermost pixels of a tile, seen as context but not used
 
 
 class ImagePurifier:
@@ -53,10 +49,11 @@ class ImagePurifier:
         height, width = images.shape[-2:]
         work = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
         work = pad_to_multiple(work, self.multiple)
-        if self.tiled and height * width > TILED_ABOVE:
-            purified = torch.cat([self._tiles(image, generator) for image in torch.split(work, 1)])
+        if self.tiled and height * width > grid.TILED_ABOVE:
+            whole = torch.split(work, 1)
+            purified = torch.cat([tiling.blend(lambda x: self.transform(x, generator), image) for image in whole])
         else:
-            size = images.shape[0] if work.requires_grad else max(1, TILED_ABOVE // (height * width))
+            size = images.shape[0] if work.requires_grad else max(1, grid.TILED_ABOVE // (height * width))
             purified = torch.cat([self.transform(part, generator) for part in torch.split(work, size)])
         return clip(purified[..., :height, :width].to(images.dtype))
 
@@ -67,11 +64,16 @@ class ImagePurifier:
         """
         return (images - self(images, generator=generator)).square().flatten(1).mean(1).sqrt()
 
-    def purify(self, image: Image, *, seed: int = 0) -> Image:
-        """Purify one PIL image of any mode and size; its alpha comes back unchanged. Raises UserError as images do."""
+    def purify(self, image: Image, *, seed: int = 0, max_side: int | None = None) -> Image:
+        """Purify one PIL image of any mode; it comes back in its size and alpha, or shrunk to ``max_side`` pixels.
+
+        Raises UserError as images do.
+        """
         from codefend import images as pictures
 
         loaded = pictures.from_pil(image)
+        alpha = None if loaded.alpha is None else tiling.limit_side(loaded.alpha, max_side)
+        loaded = replace(loaded, pixels=tiling.limit_side(loaded.pixels, max_side), alpha=alpha)
         with torch.no_grad():
             purified = self(loaded.pixels[None], generator=torch.Generator().manual_seed(seed))
         return pictures.to_pil(loaded.recombine(purified[0]))
@@ -79,20 +81,9 @@ class ImagePurifier:
     def multiply_adds(self, height: int, width: int) -> int:
         """Multiply-adds for one picture of ``height`` x ``width``: padding, tiles and all evaluations included."""
         height, width = (-(-side // self.multiple) * self.multiple for side in (height, width))
-        if not self.tiled or height * width <= TILED_ABOVE:
+        if not self.tiled or height * width <= grid.TILED_ABOVE:
             return self.cost(height, width)
-        return sum(self.cost(y[1] - y[0], x[1] - x[0]) for y in _spans(height) for x in _spans(width))
-
-    def _tiles(self, image: Tensor, generator: Generator | None) -> Tensor:
-        total, weights = torch.zeros_like(image), torch.zeros_like(image[:, :1])
-        height, width = image.shape[-2:]
-        for top, bottom in _spans(height):
-            for left, right in _spans(width):
-                ramp = _ramp(top, bottom, height).outer(_ramp(left, right, width)).to(image)
-                part = self.transform(image[..., top:bottom, left:right], generator)
-                total[..., top:bottom, left:right] += part * ramp
-                weights[..., top:bottom, left:right] += ramp
-        return total / weights
+        return sum(self.cost(y1 - y0, x1 - x0) for y0, y1, x0, x1 in grid.boxes(height, width))
 
     def __repr__(self) -> str:
         return f"<purifier {self.name}>"
@@ -147,21 +138,6 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
             pad = (0, missing, 0, 0) if dim == -1 else (0, 0, 0, missing)
             images = F.pad(images, pad, mode="reflect" if missing < side else "replicate")
     return images
-
-
-def _spans(side: int) -> Iterator[tuple[int, int]]:
-    # The last tile ends with the picture, and so starts on the network's grid: both sides are multiples.
-    starts = range(0, max(side - OVERLAP, 1), TILE - OVERLAP)
-    for start in starts:
-        first = min(start, max(side - TILE, 0))
-        yield first, min(first + TILE, side)
-
-
-def _ramp(start: int, stop: int, side: int) -> Tensor:
-    place = torch.arange(stop - start, dtype=torch.float32)
-    before = torch.full_like(place, OVERLAP) if start == 0 else place - MARGIN
-    after = torch.full_like(place, OVERLAP) if stop == side else place.flip(0) - MARGIN
-    return torch.minimum(before, after).clamp(0, OVERLAP - 2 * MARGIN)
 
 
 def configure(defaults: Options, settings: Mapping[str, object]) -> Options:

@@ -6,6 +6,7 @@ Every figure is a view of ``rows.jsonl``; nothing is computed here that the rows
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,15 @@ from codefend.types import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Report", "print_overview", "print_summary", "read_report", "write_report"]
+__all__ = [
+    "Report",
+    "export_rows",
+    "print_overview",
+    "print_summary",
+    "read_report",
+    "write_leaderboard",
+    "write_report",
+]
 
 
 @dataclass(frozen=True)
@@ -70,10 +79,14 @@ def read_report(run_dir: str | Path) -> Report:
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     """Write ``out`` (HTML; ``report.html`` in the run folder by default) with a ``.md`` and a ``.csv`` beside it.
 
-    Returns the HTML file. Raises UserError when the folder is no evaluation, or matplotlib or Jinja are missing.
+    A transfer matrix has no ``.csv``: each pair's own folder has. Returns the HTML file. Raises UserError when the
+    folder is no evaluation, or matplotlib or Jinja are missing.
     """
-    from codefend.report.tables import csv_text, markdown_text
+    from codefend.report.exports import csv_text, markdown_text
+    from codefend.report.transfer import is_matrix, write_matrix
 
+    if is_matrix(run_dir):
+        return write_matrix(run_dir, out)
     report = read_report(run_dir)
     path = Path(out) if out else report.folder / "report.html"
     path = path / "report.html" if path.is_dir() else path
@@ -87,13 +100,40 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     return path
 
 
-def print_summary(run_dir: str | Path, console: Console) -> None:
-    """Show the leaderboards, the results and the doubts on a terminal."""
-    from codefend.report.tables import rich_table, summary_tables
+def export_rows(run_dir: str | Path, out: str | Path) -> Path:
+    """Write every row of a run, or of all pairs of a transfer matrix, as a flat ``.csv`` or ``.parquet`` table.
 
+    Raises UserError when the folder is no evaluation, for another ending, or when pyarrow is missing.
+    """
+    from codefend.report.exports import write_rows
+    from codefend.report.transfer import is_matrix, pair_folders
+
+    folders = pair_folders(run_dir) if is_matrix(run_dir) else [Path(run_dir)]
+    write_rows([row for folder in folders for row in read_report(folder).rows], Path(out))
+    return Path(out)
+
+
+def print_summary(run_dir: str | Path, console: Console) -> None:
+    """Show the leaderboards, the results and the doubts on a terminal, or the tables of a transfer matrix."""
+    from codefend.report.tables import rich_table, summary_tables
+    from codefend.report.transfer import is_matrix, print_matrix
+
+    if is_matrix(run_dir):
+        print_matrix(run_dir, console)
+        return
     for table in summary_tables(read_report(run_dir)):
         console.print(rich_table(table))
         console.print()
+
+
+def write_leaderboard(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
+    """Rank the defenses of several runs on one page, ``out`` (HTML) with a ``.md`` beside it; the HTML's path.
+
+    Raises UserError when a folder is no evaluation, or Jinja is missing.
+    """
+    from codefend.report.board import write_board
+
+    return write_board(run_dirs, out)
 
 
 def print_overview(run_dir: str | Path, console: Console) -> None:

@@ -6,9 +6,10 @@ import base64
 import json
 from importlib.resources import files
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from codefend.report import Report
+from codefend.report.attacks import seen_and_unseen, success
 from codefend.report.panels import panels
 from codefend.report.plots import score_against_eps
 from codefend.report.tables import (
@@ -26,11 +27,10 @@ from codefend.report.tables import (
 
 def html_text(report: Report) -> str:
     """The whole report as one HTML document without links to anything outside."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("codefend.report").joinpath("page.html").read_text(encoding="utf-8"))
-    plots = [(task, _inline(score_against_eps(report.entries, task))) for task in report.tasks]
+    plots = [(task, inline(score_against_eps(report.entries, task))) for task in report.tasks]
     threats = dict.fromkeys(entry.group.threat for entry in report.entries)
-    return template.render(
+    return render(
+        "page.html",
         report=report,
         victim=report.bench.get("victim", report.config.get("victim", "")),
         counts={task: len({row["example"] for row in report.rows if row["task"] == task}) for task in report.tasks},
@@ -38,6 +38,8 @@ def html_text(report: Report) -> str:
         rules=RULES,
         threats={threat: THREAT_WORDS[threat] for threat in threats if threat in THREAT_WORDS},
         plots=[(task, plot) for task, plot in plots if plot],
+        success=success(report),
+        seen=seen_and_unseen(report),
         doubts=doubts(report),
         costs=costs(report),
         differences=differences(report),
@@ -48,7 +50,19 @@ def html_text(report: Report) -> str:
     )
 
 
-def _inline(svg: str) -> str:
+def render(template: str, **values: object) -> str:
+    """A template of this folder with its texts escaped."""
+    environment = Environment(
+        loader=FunctionLoader(lambda name: files("codefend.report").joinpath(name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
+def inline(svg: str) -> str:
     """An SVG as a data URL: an image runs no scripts and its ids stay its own."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode("ascii") if svg else ""
 

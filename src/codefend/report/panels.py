@@ -91,7 +91,9 @@ def _shown_attacks(rows: list[Row]) -> list[str]:
 
 def _attacked(folder: Path, rows: list[Row], original: Tensor) -> Strip:
     row = rows[0]
-    through = {"T0": "the bare victim", "T1": "a surrogate defense"}.get(row["threat"], row["defense"])
+    elsewhere = row.get("crafted_on", row["victim"]) != row["victim"]
+    surrogate = f"{row['crafted_on']}, another victim" if elsewhere else "a surrogate defense"
+    through = {"T0": "the bare victim", "T1": surrogate}.get(row["threat"], row["defense"])
     title = f"{row['threat']}: {row['attack']} at {eps_label(row['eps'], row['norm'])} through {through}"
     if row["skipped"]:
         return Strip(f"{title}: left alone, the clean answer is wrong already", [])

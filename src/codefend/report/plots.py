@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from codefend.results import BARE, CLEAN, THREATS, WORST, Entry
+
+if TYPE_CHECKING:
+    from codefend.report.transfer import Meeting
 
 # Okabe & Ito 2008: told apart with any kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
@@ -50,9 +54,32 @@ def score_against_eps(entries: Sequence[Entry], task: str) -> str:
         return _svg(figure)
 
 
+def heat_map(meetings: Sequence[Meeting]) -> str:
+    """Attack success of each pair of victims with its denominator; rows: made on, columns: judged on."""
+    crafters, judges = (list(dict.fromkeys(getattr(m, side) for m in meetings)) for side in ("crafter", "judge"))
+    grid = [[math.nan] * len(judges) for _ in crafters]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2.6 + 1.5 * len(judges), 1.4 + 0.8 * len(crafters)), layout="constrained")
+        axis = figure.subplots()
+        for m in meetings:
+            row, column = crafters.index(m.crafter), judges.index(m.judge)
+            share = grid[row][column] = m.success.share
+            text = f"{share:.0%}\n{m.success.hits}/{m.success.n}" if m.success.n else "–"
+            axis.text(column, row, text, ha="center", va="center", color="white" if share > 0.55 else "black")
+        shown = axis.imshow(grid, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        axis.set_xticks(range(len(judges)), [textwrap.fill(name, 18) for name in judges])
+        axis.set_yticks(range(len(crafters)), [textwrap.fill(name, 18) for name in crafters])
+        axis.set_xlabel("judged on")
+        axis.set_ylabel("made on")
+        axis.spines[:].set_visible(False)
+        figure.colorbar(shown, label="attack success")
+        return _svg(figure)
+
+
 def _panel(axis: Any, mine: Sequence[Entry], worst: Sequence[Entry], threat: str, defenses: Sequence[str]) -> None:
     for place, defense in enumerate(defenses):
-        own = "T0" if defense == BARE else threat  # the bare victim stands beside every threat
+        bare = {e.group.threat for e in worst if e.group.defense == BARE}
+        own = "T0" if defense == BARE and "T0" in bare else threat  # the bare victim stands beside every threat
         points = [e for e in mine if e.group.defense == defense and e.group.attack == CLEAN]
         attacked = [e for e in worst if e.group.defense == defense and e.group.threat == own]
         if attacked:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,6 +42,10 @@ RULES = (
     "Attacked images are rounded to 8 bits and stay inside the budget; scores are over all examples, wrong clean "
     "answers included. Brackets are 95% bootstrap intervals over images; one without width says that all examples "
     "agreed, not that many more would.",
+)
+RESUBMITTED = (
+    "worst of N: mean of each example's lowest score over N submissions of one image to a randomized defense; vote of "
+    "N: score of the answer that most of the N gave, the first of equals.",
 )
 THREAT_WORDS = {
     "clean": "nobody attacks",
@@ -95,7 +97,8 @@ def flags_of(group: Group, flags: Sequence[Flag]) -> list[Flag]:
     return [flag for flag in found if flag.check != "too few examples" and group.attack != CLEAN]
 
 
-def _checks(group: Group, flags: Sequence[Flag]) -> str:
+def checks_of(group: Group, flags: Sequence[Flag]) -> str:
+    """The names of ``flags_of``, with commas."""
     return ", ".join(dict.fromkeys(flag.check for flag in flags_of(group, flags)))
 
 
@@ -122,7 +125,7 @@ def leaderboard(report: Report, task: str) -> Table:
                 with_interval(clean[defense].score),
                 *(f"{with_interval(cell.score)} n={cell.score.n}" if cell else "–" for cell in cells),
                 percent(final.kept) if final else "–",
-                _checks(final.group, report.flags) if final else "not attacked through itself",
+                checks_of(final.group, report.flags) if final else "not attacked through itself",
             )
         )
     metric, label = entries[0].metric, _largest_label(entries)
@@ -175,11 +178,10 @@ def results(report: Report, task: str, *, brief: bool = False) -> Table:
     if brief:
         entries = [entry for entry in entries if entry.group.attack in (CLEAN, WORST)]
     entries = sorted(entries, key=_order(report))
-    many = any(entry.resubmissions > 1 for entry in entries)
+    most = max(entry.resubmissions for entry in entries)
     lines = []
     for entry in entries:
         group = entry.group
-        resubmitted = number(entry.worst) if entry.resubmissions > 1 else "–"
         lines.append(
             (
                 group.defense,
@@ -189,22 +191,40 @@ def results(report: Report, task: str, *, brief: bool = False) -> Table:
                 with_interval(entry.score),
                 str(entry.score.n),
                 percent(entry.kept),
-                *((resubmitted,) if many else ()),
+                *(_resubmitted(entry) if most > 1 else ()),
                 rate(entry.untargeted),
                 rate(entry.targeted),
-                _checks(group, report.flags),
+                checks_of(group, report.flags),
             )
         )
-    columns = ("defense", "threat", "attack", "eps", "score", "n", "kept", *(("worst of N",) if many else ()))
+    columns = (
+        "defense",
+        "threat",
+        "attack",
+        "eps",
+        "score",
+        "n",
+        "kept",
+        *((f"worst of {most}", f"vote of {most}") if most > 1 else ()),
+    )
     notes = [
         f"score: {entries[0].metric}, mean with a 95% bootstrap interval over images; n: examples scored.",
         "kept: share of the undefended clean score on the same examples.",
         "broken: right on the clean image became wrong, of those that this same defense answers right; target: the "
         "attacker's sentence appeared, of those where it wasn't there before.",
+        *RESUBMITTED[: most > 1],
         *(f"{threat}: {THREAT_WORDS[threat]}." for threat in THREATS if any(e.group.threat == threat for e in entries)),
     ]
     left = frozenset({"defense", "threat", "attack", "doubts"})
     return Table(f"{task}: all figures", (*columns, "broken", "target", "doubts"), tuple(lines), tuple(notes), left)
+
+
+def _resubmitted(entry: Entry) -> tuple[str, str]:
+    """Worst case and majority vote over N submissions, with the examples they are means of."""
+    if entry.resubmissions == 1:
+        return "–", "–"
+    vote = "–" if entry.group.attack == WORST else f"{number(entry.vote)} n={entry.score.n}"  # rows of several attacks
+    return f"{number(entry.worst)} n={entry.score.n}", vote
 
 
 def _order(report: Report) -> Callable[[Entry], tuple[Any, ...]]:
@@ -335,61 +355,3 @@ def rich_table(table: Table) -> RichTable:
     for line in table.lines:
         made.add_row(*(Text(cell) for cell in line))  # Text: answers and labels are no markup
     return made
-
-
-def markdown_text(report: Report) -> str:
-    """The whole report without pictures, as GitHub-flavoured Markdown."""
-    parts = [f"# Evaluation of {report.bench.get('victim', report.config.get('victim'))}", ""]
-    if report.missing:
-        parts += [f"**Unfinished: {report.missing} rows are still to come.**", ""]
-    tables = [leaderboard(report, task) for task in report.tasks] + [doubts(report), differences(report), costs(report)]
-    tables += [table for task in report.tasks for table in (results(report, task), all_metrics(report, task))]
-    for table in tables:
-        parts += _markdown(table)
-    return "\n".join(parts)
-
-
-def _markdown(table: Table) -> list[str]:
-    if not table.lines:
-        return []
-    marks = [":--" if column in table.left else "--:" for column in table.columns]
-    lines = [_markdown_line(line) for line in (table.columns, marks, *table.lines)]
-    return [f"## {table.title}", "", *lines, "", *(f"- {note}" for note in table.notes), ""]
-
-
-def _markdown_line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-
-def csv_text(report: Report) -> str:
-    """One line per figure with unrounded numbers, every metric included; nan is left empty."""
-    groups = grouped(report.rows) | worst_rows(grouped(report.rows))
-    metrics = list(dict.fromkeys(name for row in report.rows for name in row["scores"]))
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    fixed = [
-        "task",
-        "defense",
-        "threat",
-        "attack",
-        "eps",
-        "norm",
-        "metric",
-        "score",
-        "low",
-        "high",
-        "n",
-        "worst_of_n",
-        "resubmissions",
-        "kept",
-    ]
-    counts = ["untargeted_hits", "untargeted_n", "targeted_hits", "targeted_n", "doubts"]
-    writer.writerow([*fixed, *counts, *(f"mean_{name}" for name in metrics)])
-    for e in report.entries:
-        rows = groups[e.group]
-        numbers = [*e.score, e.worst, e.resubmissions, e.kept]
-        means = [metric_mean(rows, name) if name in rows[0]["scores"] else math.nan for name in metrics]
-        rates = [e.untargeted.hits, e.untargeted.n, e.targeted.hits, e.targeted.n, _checks(e.group, report.flags)]
-        line: list[object] = [*e.group, e.norm, e.metric, *numbers, *rates, *means]
-        writer.writerow(["" if isinstance(cell, float) and math.isnan(cell) else cell for cell in line])
-    return stream.getvalue()

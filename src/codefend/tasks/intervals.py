@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+BLOCK = 1 << 20  # resampled numbers held at once
+
 
 class MeanScore(NamedTuple):
     """The mean of the scored examples (nan if none) and how many they are."""
@@ -57,11 +59,11 @@ def bootstrap_interval(
         return Interval(mean, math.nan, math.nan, n)
     generator = generator or torch.Generator().manual_seed(0)
     means = []
-    for _ in range(samples):  # one row at a time: memory stays at N numbers
-        picked = torch.randint(len(sums), (len(sums),), generator=generator, device=generator.device).cpu()
-        means.append(sums[picked].sum() / sizes[picked].sum())
+    for rows in _blocks(samples, len(sums)):
+        picked = torch.randint(len(sums), (rows, len(sums)), generator=generator, device=generator.device).cpu()
+        means.append(sums[picked].sum(1) / sizes[picked].sum(1))
     tail = (1 - confidence) / 2
-    low, high = torch.stack(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Interval(mean, low, high, n)
 
 
@@ -81,6 +83,12 @@ def paired_difference_interval(
     return bootstrap_interval(
         scores - baseline, confidence=confidence, samples=samples, groups=groups, generator=generator
     )
+
+
+def _blocks(samples: int, size: int) -> list[int]:
+    """How many samples of ``size`` to draw at a time, so that memory stays bounded."""
+    block = max(1, min(samples, BLOCK // size))
+    return [block] * (samples // block) + [samples % block] * (samples % block > 0)
 
 
 def _check(confidence: float, samples: int) -> None:

@@ -1,14 +1,14 @@
 """Judging answers: every metric maps ``(answers, examples)`` to one score per example, ``[N]``; nan = not scored.
 
 Captions: ``cider_d`` (headline), ``bleu4``, ``rouge_l``. Questions: ``vqa_accuracy`` (headline), ``exact_match``.
-Scenes: ``tag_recall``, ``all_tags``. Attacks: ``untargeted_success``, ``targeted_success`` (higher is better for the
-attacker; their nan are the examples outside the denominator).
+Scenes: ``tag_recall``, ``all_tags``, ``exact_tags``. Attacks: ``untargeted_success``, ``targeted_success`` (higher is
+better for the attacker; their nan are the examples outside the denominator).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,7 @@ __all__ = [
     "corpus_bleu4",
     "document_frequencies",
     "exact_match",
+    "exact_tags",
     "mean_score",
     "normalize_answer",
     "paired_difference_interval",
@@ -142,6 +143,43 @@ def all_tags(answers: Sequence[str], examples: Sequence[Example]) -> Tensor:
     """1 where every tag is present ("every object of the caption right"), else 0, ``[N]``; nan without tags."""
     recall = tag_recall(answers, examples)
     return torch.where(recall.isnan(), recall, (recall == 1).to(recall.dtype))
+
+
+def exact_tags(things: Iterable[str], colours: Iterable[str]) -> Metric:
+    """The metric "names exactly what the first reference names": 1 or 0, ``[N]``; nan where that names nothing.
+
+    Every thing with its colour where the reference gives one, and no other word of the vocabulary: a thing that isn't
+    there, a wrong colour, or a colour where the reference has none makes the caption wrong. A colour belongs to the
+    thing right behind it; naming the same thing again ("the car") is no mistake. Raises ValueError for a name of
+    several words.
+    """
+    known, shades = frozenset(things), frozenset(colours)
+    if any(" " in word for word in known | shades):
+        raise ValueError("exact_tags takes names of one word")
+
+    def exact(answers: Sequence[str], examples: Sequence[Example]) -> Tensor:
+        scores = []
+        for answer, example in zip(answers, examples, strict=True):
+            wanted = _mentions(example.references[0], known, shades) if example.references else frozenset()
+            scores.append(float(_mentions(answer, known, shades) == wanted) if wanted else math.nan)
+        return torch.tensor(scores)
+
+    return exact
+
+
+def _mentions(text: str, things: frozenset[str], colours: frozenset[str]) -> frozenset[tuple[str, str]]:
+    """What ``text`` names, as (colour, thing); one of them is empty where it stands alone."""
+    found, shade = set(), ""
+    for word in caption_tokens(text):
+        if word in things:
+            found.add((shade, word))
+            shade = ""
+        else:
+            found |= {(shade, "")} if shade else set()
+            shade = word if word in colours else ""
+    found |= {(shade, "")} if shade else set()
+    coloured = {thing for colour, thing in found if colour and thing}
+    return frozenset((colour, thing) for colour, thing in found if colour or thing not in coloured)
 
 
 def attack_success(clean: Tensor, attacked: Tensor, *, threshold: float = 0.5) -> Tensor:

@@ -13,8 +13,8 @@ from typing import Any, cast
 
 from codefend import images
 from codefend.tasks.language import CAPTION_PROMPT, KINDS, ask, captions
-from codefend.tasks.metrics import CAPTION_METRICS, VQA_METRICS, all_tags, tag_recall
-from codefend.tasks.objects import DATA
+from codefend.tasks.metrics import CAPTION_METRICS, VQA_METRICS, all_tags, exact_tags, tag_recall
+from codefend.tasks.objects import BY_NAME, COLOURS, DATA
 from codefend.tasks.readers import CAPTION_TARGET, VQA_TARGET
 from codefend.tasks.scenes import Scene, Split, compose, load_photographs, scene_rng
 from codefend.types import Example, Task, UserError
@@ -34,7 +34,8 @@ def load_scenes(kind: str, split: str, *, limit: int | None = None) -> Task:
         raise UserError(f"the scenes have no split {split!r}; known: test, val, train")
     suffix = "-shift" if split == "shift" else ""
     if kind == "caption":
-        metrics = {"all_tags": all_tags, "tag_recall": tag_recall, **CAPTION_METRICS}
+        strict = exact_tags(BY_NAME, COLOURS)
+        metrics = {"all_tags": all_tags, "exact_tags": strict, "tag_recall": tag_recall, **CAPTION_METRICS}
         return Task(f"caption{suffix}", examples, metrics, "all_tags", CAPTION_TARGET, "composed scenes", LICENCE)
     return Task(f"vqa{suffix}", examples, dict(VQA_METRICS), "vqa_accuracy", VQA_TARGET, "composed scenes", LICENCE)
 

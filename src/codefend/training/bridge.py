@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from codefend.nets import NetConfig, PurifierNet, load_net, save_net
 from codefend.pairs import WORDS, Tower, read_pairs, word_objective
 from codefend.runs import make_generator, open_run, progress
 from codefend.tasks.pictures import training_pictures
+from codefend.training.feed import feed
 from codefend.training.state import Average, cosine_rate, restore_training, save_training, set_rate
 from codefend.types import Budget, Objective, UserError
 from codefend.victims.pocket import Pocket
@@ -81,13 +83,13 @@ def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
     average, checkpoint = Average(parameters), run.dir / "checkpoint.safetensors"
     step = restore_training(checkpoint, parameters, optimizer, average)
     with progress("bridge", config.steps, done=step) as advance:
-        while step < config.steps:
+        for clean, attacked in feed(partial(_images, config, bank), step, config.steps, device):
             started = time.perf_counter()
             set_rate(optimizer, cosine_rate(step, config.steps, warmup=config.warmup))
             draw = make_generator(config.seed, "bridge", step)
             with training_precision(device):
-                clean, attacked, mined = training_pairs(config, net, guide, bank, step, draw)
-                terms = bridge_terms(config, net, guide, clean, attacked, step, draw)
+                pair = training_pair(config, net, guide, clean.to(device), attacked.to(device), step, draw)
+                terms = bridge_terms(config, net, guide, *pair, step, draw)
             loss = torch.stack(list(terms.values())).sum()
             optimizer.zero_grad()
             loss.backward()
@@ -95,7 +97,7 @@ def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
             optimizer.step()
             average.update(parameters)
             step += 1
-            row = {"mined": mined, "grad_norm": float(norm), "seconds": time.perf_counter() - started}
+            row = {"mined": not attacked.numel(), "grad_norm": float(norm), "seconds": time.perf_counter() - started}
             run.append({"key": f"step-{step}", "step": step, **{k: v.item() for k, v in terms.items()}, **row})
             advance(1, f"loss {loss.item():.3f}")
             if step % config.save_every == 0 or step == config.steps:
@@ -143,20 +145,21 @@ class Guide:
         return self.towers[step % len(self.towers)]
 
 
-def training_pairs(
-    config: BridgeConfig, net: PurifierNet, guide: Guide, bank: Bank, step: int, draw: Generator
-) -> tuple[Tensor, Tensor, bool]:
-    """Clean and attacked pictures of one step, and whether they were mined. The first few stay clean."""
+def _images(config: BridgeConfig, bank: Bank, step: int) -> tuple[Tensor, Tensor]:
+    """A step's pictures ``[batch, 3, H, W]`` and their attacked forms, which are empty where they are to be mined."""
     rng = np.random.default_rng([config.seed, 7, step])
-    mined = bool(rng.random() < config.mined)
-    if mined:
-        clean = training_pictures(rng, config.batch, first_scene=3_000_000 + step * config.batch)
-        clean = clean.to(default_device())
-        attacked = mine(config, net, guide, clean, rng, step, draw)
-    else:
-        clean, attacked = (images.to(default_device()) for images in bank.draw(rng, config.batch))
-    untouched = config.untouched
-    return clean, torch.cat([clean[:untouched], attacked[untouched:]]), mined
+    if rng.random() < config.mined:
+        return training_pictures(rng, config.batch, first_scene=3_000_000 + step * config.batch), torch.empty(0)
+    return bank.draw(rng, config.batch)
+
+
+def training_pair(
+    config: BridgeConfig, net: PurifierNet, guide: Guide, clean: Tensor, attacked: Tensor, step: int, draw: Generator
+) -> tuple[Tensor, Tensor]:
+    """Clean and attacked pictures of one step, mined now where ``attacked`` is empty. The first few stay clean."""
+    if not attacked.numel():
+        attacked = mine(config, net, guide, clean, np.random.default_rng([config.seed, 8, step]), step, draw)
+    return clean, torch.cat([clean[: config.untouched], attacked[config.untouched :]])
 
 
 def mine(

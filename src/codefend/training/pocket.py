@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -28,6 +29,7 @@ from codefend.tasks.language import training_texts
 from codefend.tasks.objects import COLOURS, THINGS
 from codefend.tasks.readers import LazyExamples
 from codefend.tasks.scenes import PLACES, Scene, compose, load_photographs
+from codefend.training.feed import feed
 from codefend.training.state import Parameters, cosine_rate, restore_training, save_training, set_rate
 from codefend.victims.pocket import AFTER, BEFORE, END, SIDE, TOKENS, Pocket, fit_square, read_trained
 
@@ -75,12 +77,20 @@ def train_pocket(config: PocketConfig, folder: str | Path) -> Path:
     step = restore_training(checkpoint, parameters, optimizer)
     if step == 0:
         save_training(checkpoint, parameters, optimizer, step)  # grounding is done
+    batches = feed(partial(_batch, config, shapes), step, config.steps, pocket.device)
     with progress("pocket", config.steps, done=step) as advance:
-        while step < config.steps:
+        for batch, texts in batches:
             started = time.perf_counter()
-            losses = _instruct(pocket, optimizer, config, step, shapes)
+            set_rate(optimizer, rate := cosine_rate(step, config.steps, warmup=config.warmup))
+            losses = _instruct(pocket, optimizer, batch, texts)
             step += 1
-            row = {"key": f"step-{step}", "step": step, **losses, "seconds": time.perf_counter() - started}
+            row = {
+                "key": f"step-{step}",
+                "step": step,
+                **losses,
+                "rate": rate,
+                "seconds": time.perf_counter() - started,
+            }
             run.append(row)
             advance(1, f"loss {losses['loss']:.3f}")
             if step % config.save_every == 0 or step == config.steps:
@@ -223,18 +233,15 @@ def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def _instruct(
-    pocket: Pocket, optimizer: torch.optim.Optimizer, config: PocketConfig, step: int, shapes: Sequence[Dialogues]
+    pocket: Pocket, optimizer: torch.optim.Optimizer, batch: Tensor, texts: Sequence[Sequence[tuple[str, str]]]
 ) -> dict[str, float]:
-    rate = cosine_rate(step, config.steps, warmup=config.warmup)
-    set_rate(optimizer, rate)
-    batch, texts = _batch(config, step, shapes)
     with training_precision(pocket.device):
         loss, short, caption = packed_loss(pocket, batch, texts)
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(list(pocket.trainable.values()), 1.0)
     optimizer.step()
-    return {"loss": loss.item(), "answers": short, "captions": caption, "grad_norm": float(norm), "rate": rate}
+    return {"loss": loss.item(), "answers": short, "captions": caption, "grad_norm": float(norm)}
 
 
 def _easyvqa_dialogues() -> list[Dialogues]:
@@ -246,7 +253,7 @@ def _easyvqa_dialogues() -> list[Dialogues]:
     return list(grouped.items())
 
 
-def _batch(config: PocketConfig, step: int, shapes: Sequence[Dialogues]) -> tuple[Tensor, list[list[tuple[str, str]]]]:
+def _batch(config: PocketConfig, shapes: Sequence[Dialogues], step: int) -> tuple[Tensor, list[list[tuple[str, str]]]]:
     rng = np.random.default_rng([config.seed, 2, step])
     batch, texts = [], []
     for i in range(config.batch):

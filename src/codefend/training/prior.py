@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from codefend.diffusion import prior_loss, sample_sigmas
 from codefend.nets import NetConfig, PurifierNet, save_net
 from codefend.runs import make_generator, open_run, progress
 from codefend.tasks.pictures import training_pictures
+from codefend.training.feed import feed
 from codefend.training.state import Average, cosine_rate, restore_training, save_training, set_rate
 
 
@@ -46,12 +48,10 @@ def train_prior(config: PriorConfig, folder: str | Path) -> Path:
     average, checkpoint = Average(parameters), run.dir / "checkpoint.safetensors"
     step = restore_training(checkpoint, parameters, optimizer, average)
     with progress("prior", config.steps, done=step) as advance:
-        while step < config.steps:
+        for clean in feed(partial(_pictures, config), step, config.steps, device):
             started = time.perf_counter()
             set_rate(optimizer, cosine_rate(step, config.steps, warmup=config.warmup))
-            rng = np.random.default_rng([config.seed, 3, step])
             draw = make_generator(config.seed, "prior", step)
-            clean = crops(training_pictures(rng, config.batch, first_scene=step * config.batch), config.side, rng)
             sigma = sample_sigmas(config.batch, generator=draw).to(device)
             with training_precision(device):
                 loss = prior_loss(net, clean.to(device), sigma, generator=draw).mean()
@@ -70,6 +70,11 @@ def train_prior(config: PriorConfig, folder: str | Path) -> Path:
                 averaged.load_state_dict(average.values)
                 save_net(run.dir / "weights", averaged, kind="prior", dtype=torch.float16)
     return run.dir / "weights"
+
+
+def _pictures(config: PriorConfig, step: int) -> torch.Tensor:
+    rng = np.random.default_rng([config.seed, 3, step])
+    return crops(training_pictures(rng, config.batch, first_scene=step * config.batch), config.side, rng)
 
 
 def crops(pictures: torch.Tensor, side: int, rng: np.random.Generator) -> torch.Tensor:

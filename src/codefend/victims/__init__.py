@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from codefend.registry import lookup
 
 if TYPE_CHECKING:
-    from codefend.types import WhiteBox
+    from codefend.types import Victim, WhiteBox
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 
@@ -21,7 +21,7 @@ class VictimSpec:
 
     name: str
     summary: str
-    build: Callable[[], WhiteBox]
+    build: Callable[[], Victim]
 
 
 def _pocket(folder: Path) -> WhiteBox:
@@ -30,20 +30,57 @@ def _pocket(folder: Path) -> WhiteBox:
     return load_pocket(folder)
 
 
+def _openai(name: str) -> Victim:
+    from codefend.victims.openai import OpenAIVictim
+
+    return OpenAIVictim(name)
+
+
+def _hf(name: str) -> WhiteBox:
+    from codefend.victims import hf
+
+    return hf.load(name)
+
+
 VICTIMS: dict[str, VictimSpec] = {
     "pocket": VictimSpec(
         "pocket",
         "SmolLM2-135M reading EfficientNet-Lite0 tokens; embedded, white-box, runs on two CPU cores",
         lambda: _pocket(WEIGHTS / "pocket"),
     ),
+    "openai:URL#model": VictimSpec(
+        "openai:URL#model",
+        "any OpenAI-compatible endpoint; black-box, with retries, a rate limit and a cache on disk",
+        lambda: _openai("openai:"),
+    ),
+    "hf:ID_OR_FOLDER": VictimSpec(
+        "hf:ID_OR_FOLDER",
+        "any Transformers image-text-to-text model, white-box: LLaVA, Qwen-VL, SmolVLM, BLIP-2, Gemma, ...",
+        lambda: _hf("hf:"),
+    ),
 }
 
 
-def load(name: str) -> WhiteBox:
-    """The victim ``name``, or the pocket whose weights lie in the folder ``name``.
+def load(name: str) -> Victim:
+    """The victim ``name``, the pocket whose weights lie in the folder ``name``, the endpoint ``openai:URL#model``, or
+    the Transformers model ``hf:ID_OR_FOLDER``.
 
     Raises UserError for an unknown name (the nearest are named), a folder without weights, or a missing package.
     """
+    if name.startswith("openai:") and name not in VICTIMS:
+        return _openai(name)
+    if name.startswith("hf:") and name not in VICTIMS:
+        return _hf(name)
     if name not in VICTIMS and (Path(name).is_dir() or "/" in name):
         return _pocket(Path(name))
     return lookup("victim", name, VICTIMS).build()
+
+
+def load_white_box(name: str) -> WhiteBox:
+    """As ``load``, where gradients are needed. Raises UserError for a victim that only answers text, too."""
+    from codefend.types import UserError, WhiteBox
+
+    victim = load(name)
+    if not isinstance(victim, WhiteBox):
+        raise UserError(f"victim {victim.name!r} only answers text, and this needs its gradient; use another victim")
+    return victim

@@ -1,0 +1,198 @@
+"""Every attack against random noise of the same budget, on the undefended pocket, as Markdown.
+
+    python benchmarks/attacks.py [ATTACK ...] [--task caption] [--limit 64] [--steps 100] [--queries 1000] [--batch 16]
+
+Noise is the best of ten draws inside the attack's bound by the attack's own objective. Against text attacks stand one
+random edit without a search, or another sentence than the attacker's. A row says no where the attack's mean objective
+is not below the noise's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Generator, Tensor
+
+from codefend import tasks, victims
+from codefend.attacks import ATTACKS, NEEDS_SENTENCE, TEXT_ATTACKS, AttackSpec, TextAttackSpec, asked_for, objective_for
+from codefend.attacks.bounds import excess, finished
+from codefend.attacks.noise import Noise
+from codefend.attacks.norms import random_signs, uniform
+from codefend.attacks.patch import Patch
+from codefend.attacks.perc_al import PerCAL, shrink
+from codefend.attacks.search import Best, score
+from codefend.attacks.stadv import StAdv, warp
+from codefend.attacks.text import Asked
+from codefend.images import quantize8
+from codefend.runs import make_generator
+from codefend.tasks.metrics import targeted_success
+from codefend.types import Budget, Example, Objective, Task, UserError, WhiteBox
+
+DRAWS = 10
+
+
+@dataclass
+class Outcome:
+    """Objective and answer per example, batch after batch."""
+
+    objective: list[float] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+
+    def add(self, objective: Tensor, answers: list[str]) -> None:
+        self.objective += objective.tolist()
+        self.answers += answers
+
+
+@dataclass
+class Row:
+    """What one attack did and what noise does there."""
+
+    steps: int
+    noise: Outcome
+    attacked: Outcome = field(default_factory=Outcome)
+    seconds: float = 0.0
+    broken: int = 0  # images outside the attack's bound
+
+
+def batches(task: Task, size: int) -> Iterator[tuple[Sequence[Example], Tensor]]:
+    for start in range(0, len(task.examples), size):
+        examples = task.examples[start : start + size]
+        yield examples, quantize8(torch.stack([example.image for example in examples]))
+
+
+def control(attack: object, objective: Objective, clean: Tensor, budget: Budget, generator: Generator) -> Tensor:
+    """The best of ten random images inside the attack's bound, by its objective."""
+    if not isinstance(attack, Patch | StAdv | PerCAL):
+        return Noise(draws=DRAWS)(objective, clean, budget, generator=generator)
+    silent = Noise()
+    best = Best(clean, score(silent, objective, clean, 1))
+    mask = attack.mask(clean, generator=generator) if isinstance(attack, Patch) else torch.zeros(1)
+    for _ in range(DRAWS):
+        if isinstance(attack, Patch):
+            trial = torch.where(mask > 0, uniform(clean, generator), clean)
+        elif isinstance(attack, StAdv):
+            reach = attack.limit * min(clean.shape[-2:])
+            flow = uniform(clean, generator, shape=(len(clean), 2, *clean.shape[-2:]))
+            trial = warp(clean, reach * (2 * flow - 1))
+        else:
+            far = clean + 32 / 255 * random_signs(clean, generator) * uniform(clean, generator)
+            trial = shrink(far.clamp(0, 1), clean, attack.limit)
+        best.update(trial, score(silent, objective, trial, 1))
+    return best.images
+
+
+# By goal and bound: what noise does is the same for all attacks that share them.
+NOISE: dict[tuple[str, str], Outcome] = {}
+
+
+def run_image(spec: AttackSpec, victim: WhiteBox, task: Task, budget: Budget, size: int) -> Row:
+    known = NOISE.get((spec.goal, spec.bound))
+    row, other = Row(budget.steps, known or Outcome()), [quantize8(e.image) for e in task.examples]
+    for number, (examples, clean) in enumerate(batches(task, size)):
+        prompts, answers = [e.prompt for e in examples], [e.references[0] for e in examples]
+        if spec.goal == "answer":  # a victim that only answers: the attacker knows what it says
+            answers = victim.generate(clean, prompts)
+        half = number * size + len(other) // 2
+        wanted = torch.stack([other[(half + i) % len(other)] for i in range(len(examples))])
+        objective = objective_for(spec, victim, prompts, answers, task.target, clean, wanted)
+        attack = spec.build()
+        start = time.perf_counter()
+        raw = attack(objective, clean, budget, generator=make_generator(0, spec.name, number))
+        row.seconds += time.perf_counter() - start
+        images = finished(attack, raw, clean, budget)
+        row.broken += int((excess(attack, images, clean, budget) > 1e-5).sum())
+        row.attacked.add(score(Noise(), objective, images, 1), victim.generate(images, prompts))
+        if known is None:
+            noise = control(attack, objective, clean, budget, make_generator(0, "noise", number))
+            noise = finished(attack, noise, clean, budget)
+            row.noise.add(score(Noise(), objective, noise, 1), victim.generate(noise, prompts))
+    NOISE[spec.goal, spec.bound] = row.noise
+    return row
+
+
+def run_text(spec: TextAttackSpec, victim: WhiteBox, task: Task, budget: Budget, size: int) -> Row:
+    row = Row(budget.steps, Outcome())
+    for number, (examples, clean) in enumerate(batches(task, size)):
+        prompts, answers = [e.prompt for e in examples], [e.references[0] for e in examples]
+        asked, generator = asked_for(spec, victim, answers, task.target), make_generator(0, spec.name, number)
+        start = time.perf_counter()
+        images, changed = spec.build(task.target)(asked, clean, prompts, budget, generator=generator)
+        row.seconds += time.perf_counter() - start
+        images = quantize8(images)
+        row.attacked.add(score(Noise(), asked(changed), images, 1), victim.generate(images, changed))
+        noise, said = text_control(spec, asked, clean, prompts, budget, make_generator(0, "noise", number))
+        row.noise.add(score(Noise(), asked(said), noise, 1), victim.generate(noise, said))
+    return row
+
+
+def text_control(
+    spec: TextAttackSpec, asked: Asked, clean: Tensor, prompts: list[str], budget: Budget, generator: Generator
+) -> tuple[Tensor, list[str]]:
+    """Noise for a joint attack, another sentence for one that plants a sentence, else one random edit."""
+    if spec.changes == "both":
+        images = Noise(draws=DRAWS)(asked(prompts), clean, budget, generator=generator)
+        return finished(Noise(), images, clean, budget), prompts
+    once = budget if spec.goal in NEEDS_SENTENCE else replace(budget, steps=1)
+    images, said = spec.build("")(asked, clean, prompts, once, generator=generator)
+    return quantize8(images), said
+
+
+def line(spec: AttackSpec | TextAttackSpec, row: Row, task: Task, clean: list[str]) -> str:
+    headline = task.metrics[task.headline]
+    before, after = (float(headline(a, task.examples).nanmean()) for a in (row.noise.answers, row.attacked.answers))
+    target = "-"
+    if spec.goal in NEEDS_SENTENCE:
+        reached = targeted_success(task.target, clean)
+        target = f"{float(reached(row.attacked.answers, task.examples).nanmean()):.2f}"
+    noisy, attacked = (sum(v) / len(v) for v in (row.noise.objective, row.attacked.objective))
+    cost = 1000 * row.seconds / len(row.attacked.answers) / row.steps
+    bound = getattr(spec, "bound", getattr(spec, "changes", ""))
+    verdict = "**outside**" if row.broken else "yes" if attacked < noisy else "**no**"
+    return (
+        f"| {spec.name} | {bound} | {spec.goal} | {row.steps} | {before:.2f} | {after:.2f} | {target} "
+        f"| {noisy:.3f} | {attacked:.3f} | {verdict} | {cost:.1f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="attacks; all if left out")
+    parser.add_argument("--task", default="caption")
+    parser.add_argument("--limit", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=0, help="gradient steps; 0: each attack's usual number")
+    parser.add_argument("--queries", type=int, default=0, help="of score attacks; 0: each attack's usual number")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--eps", type=float, default=8.0, help="l-inf radius in 1/255")
+    asked = parser.parse_args()
+    victim, task = victims.load("pocket"), tasks.load(asked.task, limit=asked.limit)
+    clean = [a for e, x in batches(task, asked.batch) for a in victim.generate(x, [example.prompt for example in e])]
+    plain = float(task.metrics[task.headline](clean, task.examples).nanmean())
+    print(f"{asked.task}, n = {len(clean)}, {task.headline} without attack {plain:.2f}, l-inf {asked.eps:g}/255\n")
+    print(
+        f"| attack | bound | goal | steps | {task.headline}, noise | attacked | target | objective, noise | attacked |",
+        end="",
+    )
+    print(" beats noise | ms per image and step |\n" + "|---" * 11 + "|")
+    every: dict[str, tuple[AttackSpec | TextAttackSpec, Callable[..., Row]]] = {
+        **{name: (spec, run_image) for name, spec in ATTACKS.items()},
+        **{name: (text, run_text) for name, text in TEXT_ATTACKS.items()},
+    }
+    for name in asked.names or every:
+        spec, run = every[name]
+        wish = asked.steps if spec.threat == "white-box" else asked.queries if spec.threat == "score" else 0
+        # The templates and places of an attack that only plants a sentence are few, and all are tried.
+        steps = spec.steps if spec.threat == "score" and spec.steps < 10 else wish or spec.steps
+        try:
+            row = run(spec, victim, task, Budget("linf", asked.eps / 255, steps), asked.batch)
+        except UserError as error:
+            print(f"| {name} | | {spec.goal} | | | | | | | {error} | |", flush=True)
+            continue
+        print(line(spec, row, task, clean), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Our attacks against Foolbox's and ART's on the same objective, budget and steps, on the undefended pocket.
+
+    python benchmarks/crosscheck.py [--task caption] [--limit 32] [--steps 50] [--norm linf] [--eps 8/255]
+        [--objectives likelihood features]
+
+Theirs get what ours have: of all images that they looked at inside the ball, the lowest objective counts. Exits 1 when
+one of theirs is below its counterpart, or below our APGD, by more than two standard errors of the paired difference.
+Needs `foolbox` and `adversarial-robustness-toolbox`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import eagerpy as ep
+import foolbox
+import numpy as np
+import torch
+from art.attacks.evasion import AutoProjectedGradientDescent, ProjectedGradientDescent
+from art.estimators import BaseEstimator, LossGradientsMixin
+from art.estimators.classification import ClassifierMixin
+from torch import Tensor
+
+from codefend import tasks, victims
+from codefend.attacks import ATTACKS, objective_for
+from codefend.attacks.norms import distance
+from codefend.attacks.search import Best
+from codefend.images import quantize8
+from codefend.runs import make_generator
+from codefend.settings import number
+from codefend.types import Budget, Objective
+
+SEED = 0
+OBJECTIVES = {"likelihood": "apgd", "features": "feature"}  # name -> an attack of ours that lowers it
+
+
+class Record:
+    """An objective that remembers, per image, the lowest value it gave inside the ball."""
+
+    def __init__(self, objective: Objective, clean: Tensor, budget: Budget) -> None:
+        self.objective, self.clean, self.budget = objective, clean, budget
+        self.best = Best(clean, torch.full((len(clean),), torch.inf))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        losses = self.objective(images)
+        inside = distance(images.detach(), self.clean, self.budget.norm) <= self.budget.eps * (1 + 1e-5) + 1e-6
+        inside &= (images.detach().flatten(1) - 0.5).abs().amax(1) <= 0.5 + 1e-6
+        self.best.update(images, torch.where(inside, losses.detach(), torch.full_like(losses, torch.nan)))
+        return losses
+
+    @torch.no_grad()
+    def finish(self, images: Tensor) -> Tensor:
+        self(images.to(self.clean))
+        return self.best.losses
+
+
+class Always(torch.nn.Module):
+    """Logits that are right whatever the image: an attack that stops at success goes on to its last step."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.new_tensor([5.0, 0.0]).expand(len(images), 2)
+
+
+def foolbox_attack(name: str, **options: Any) -> Callable[[Record], Tensor]:
+    def run(record: Record) -> Tensor:
+        class Ours(getattr(foolbox.attacks, name)):  # type: ignore[misc]
+            def get_loss_fn(self, model: Any, labels: Any) -> Callable[[Any], Any]:
+                return lambda inputs: -ep.astensor(record(inputs.raw)).sum()
+
+        torch.manual_seed(SEED)
+        model = foolbox.PyTorchModel(Always().eval(), bounds=(0, 1), device="cpu")
+        labels = torch.zeros(len(record.clean), dtype=torch.long)
+        criterion = foolbox.criteria.Misclassification(labels)
+        _, found, _ = Ours(**options)(model, record.clean, criterion, epsilons=record.budget.eps)
+        return record.finish(found)
+
+    return run
+
+
+class Estimator(ClassifierMixin, LossGradientsMixin, BaseEstimator):  # type: ignore[misc]
+    """What ART asks of a classifier, answered by an objective."""
+
+    estimator_params = BaseEstimator.estimator_params
+
+    def __init__(self, record: Record) -> None:
+        super().__init__(model=None, clip_values=(0.0, 1.0))
+        self.record, self.nb_classes = record, 2
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return tuple(self.record.clean.shape[1:])
+
+    def predict(self, x: Any, **kwargs: Any) -> Any:
+        return Always()(torch.as_tensor(x)).numpy().astype(np.float32)
+
+    def compute_loss(self, x: Any, y: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return -self.record(torch.as_tensor(x, dtype=torch.float32)).numpy()
+
+    def loss_gradient(self, x: Any, y: Any, **kwargs: Any) -> Any:
+        images = torch.as_tensor(x, dtype=torch.float32).requires_grad_(True)
+        (grad,) = torch.autograd.grad(-self.record(images).sum(), images)
+        return grad.numpy()
+
+    def fit(self, x: Any, y: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("an objective does not learn")
+
+
+def art_attack(build: Callable[..., Any], *, rel_step: float, **options: Any) -> Callable[[Record], Tensor]:
+    def run(record: Record) -> Tensor:
+        np.random.seed(SEED)  # noqa: NPY002 (ART draws from it)
+        budget, clean = record.budget, record.clean
+        norm = np.inf if budget.norm == "linf" else 2
+        attack = build(
+            Estimator(record), norm=norm, eps=budget.eps, eps_step=rel_step * budget.eps, max_iter=budget.steps,
+            batch_size=len(clean), verbose=False, **options,
+        )  # fmt: skip
+        found = attack.generate(clean.numpy().copy(), np.eye(2, dtype=np.float32)[[0] * len(clean)])
+        return record.finish(torch.as_tensor(found))
+
+    return run
+
+
+def theirs(budget: Budget) -> dict[str, tuple[str, Callable[[Record], Tensor]]]:
+    """Name -> (our counterpart, their attack) with our step lengths."""
+    prefix, steps, rel = "Linf" if budget.norm == "linf" else "L2", budget.steps, 2.5 / budget.steps
+    momentum = f"{prefix}MomentumIterativeFastGradientMethod"
+    return {
+        "Foolbox PGD": ("pgd", foolbox_attack(f"{prefix}PGD", steps=steps, rel_stepsize=rel)),
+        "Foolbox Adam PGD": ("pgd", foolbox_attack(f"{prefix}AdamPGD", steps=steps, rel_stepsize=rel)),
+        "Foolbox MI-FGSM": ("mifgsm", foolbox_attack(momentum, steps=steps, rel_stepsize=1 / steps)),
+        "ART PGD": ("pgd", art_attack(ProjectedGradientDescent, rel_step=rel, num_random_init=1)),
+        "ART auto-PGD": ("apgd", art_attack(AutoProjectedGradientDescent, rel_step=2.0, nb_random_init=1)),
+    }
+
+
+def ours(name: str, record: Record) -> Tensor:
+    adv = ATTACKS[name].build()(record, record.clean, record.budget, generator=make_generator(SEED, name))
+    return record.finish(adv)
+
+
+def beaten(their: Tensor, our: Tensor) -> tuple[str, bool]:
+    """Their mean less ours with two standard errors, and whether that is below sampling noise."""
+    gap = their - our
+    error = float(2 * gap.std() / len(gap) ** 0.5)
+    return f"{float(gap.mean()):+.4f} ± {error:.4f}", float(gap.mean()) < -error
+
+
+def compare(victim: Any, examples: Any, goal: str, budget: Budget) -> dict[str, Tensor]:
+    """The lowest objective ``[B]`` of each attack, ours and theirs, on one batch."""
+    clean = quantize8(torch.stack([example.image for example in examples]))
+    prompts, answers = [e.prompt for e in examples], [e.references[0] for e in examples]
+    objective = objective_for(ATTACKS[goal], victim, prompts, answers, "", clean)
+    found = {name: ours(name, Record(objective, clean, budget)) for name in ("pgd", "mifgsm", "apgd")}
+    return found | {name: attack(Record(objective, clean, budget)) for name, (_, attack) in theirs(budget).items()}
+
+
+def table(goal: str, values: dict[str, Tensor], budget: Budget) -> bool:
+    """Print the rows of one objective; whether ours were beaten."""
+    failed, pairs = False, {name: pair for name, (pair, _) in theirs(budget).items()}
+    for name, value in values.items():
+        cells = ["", "", ""]
+        if name in pairs:
+            (near, worse), (best, worst) = (beaten(value, values[other]) for other in (pairs[name], "apgd"))
+            failed |= worse or worst
+            cells = [pairs[name], near + " **beaten**" * worse, best + " **beaten**" * worst]
+        print(f"| {goal} | {name} | {float(value.mean()):.4f} | {' | '.join(cells)} |", flush=True)
+    return failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="caption")
+    parser.add_argument("--limit", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--norm", choices=("linf", "l2"), default="linf")
+    parser.add_argument("--eps", default="8/255")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
+    asked = parser.parse_args()
+    budget = Budget(asked.norm, number(asked.eps), asked.steps)
+    victim, task = victims.load("pocket"), tasks.load(asked.task, limit=asked.limit)
+    print(f"{asked.task}, n = {asked.limit}, {asked.norm} {asked.eps}, {asked.steps} steps; lower is better\n")
+    print("| objective | attack | mean | our counterpart | theirs less it | theirs less our APGD |")
+    print("|---" * 6 + "|")
+    failed = False
+    for label in asked.objectives:
+        parts = [
+            compare(victim, task.examples[start : start + asked.batch], OBJECTIVES[label], budget)
+            for start in range(0, len(task.examples), asked.batch)
+        ]
+        failed |= table(label, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, budget)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

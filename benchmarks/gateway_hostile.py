@@ -1,0 +1,134 @@
+"""Requests for the soak: good ones, and those that somebody who means harm would send. Every picture carries a mark."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+MARK = b"CODEFEND-SOAK-ORIGINAL"  # in every file sent: re-encoding must lose it
+PATHS = {"chat": "/v1/chat/completions", "responses": "/v1/responses", "messages": "/v1/messages"}
+Request = tuple[str, bytes, frozenset[int]]  # API, body, statuses that are right beside those of a busy gateway
+
+GOOD = frozenset({200})
+REFUSED = frozenset({400, 413})
+
+
+def picture(rng: random.Random, kind: str = "", side: int = 0) -> bytes:
+    """A marked file whose upper left corner is a fine chequerboard: no purifier that blurs lets it through."""
+    side = side or rng.choice((32, 64, 200, 400))
+    pixels = np.random.default_rng(rng.getrandbits(32)).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    pixels = np.repeat(np.repeat(pixels[::8, ::8], 8, 0), 8, 1)[:side, :side].copy()
+    rows, columns = np.mgrid[:16, :16]
+    pixels[:16, :16] = np.where((rows + columns) % 2, 255, 0)[..., None]
+    kind = kind or rng.choice(("PNG", "PNG", "JPEG", "WEBP", "BMP", "TIFF"))
+    options: dict[str, Any] = {"quality": 95} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
+    if kind == "PNG":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_text("Comment", MARK.decode())
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue() + MARK
+
+
+def survived(data: bytes) -> bool:
+    """Whether a picture that reached the upstream is an original: by its bytes, or by its chequerboard."""
+    if MARK in data:
+        return True
+    corner = np.asarray(Image.open(io.BytesIO(data)).convert("L"), dtype=float)[:16, :16]
+    return bool(np.abs(np.diff(corner, axis=1)).mean() > 100)
+
+
+def body(api: str, files: list[bytes], model: str, *, stream: bool = False) -> bytes:
+    urls = [f"data:image/png;base64,{base64.b64encode(data).decode()}" for data in files]
+    shaped: dict[str, Any] = {"model": model, "stream": stream}
+    if api == "chat":
+        parts: list[Any] = [{"type": "text", "text": "what?"}]
+        parts += [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        shaped["messages"] = [{"role": "user", "content": parts}]
+    elif api == "responses":
+        shaped["input"] = [{"role": "user", "content": [{"type": "input_image", "image_url": url} for url in urls]}]
+    else:
+        sources = [{"type": "base64", "media_type": "image/png", "data": url.partition(",")[2]} for url in urls]
+        blocks = [{"type": "image", "source": source} for source in sources]
+        shaped |= {"max_tokens": 9, "messages": [{"role": "user", "content": blocks or "hi"}]}
+    return json.dumps(shaped).encode()
+
+
+def png(width: int, height: int, data: bytes, *, kind: int = 2) -> bytes:
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def animation() -> bytes:
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
+def scrambled(rng: random.Random) -> bytes:
+    data = bytearray(picture(rng))
+    for _ in range(rng.randrange(1, 40)):
+        data[rng.randrange(len(data))] = rng.randrange(256)
+    return bytes(data)
+
+
+BAD_FILES: list[Callable[[random.Random], bytes]] = [
+    lambda rng: picture(rng, "PNG")[: rng.randrange(1, 200)],
+    lambda rng: png(40_000, 40_000, b""),  # claims 1.6 billion pixels
+    lambda rng: png(1900, 1900, zlib.compress(bytes(50_000_000), 9)),  # inflates to far more than it claims
+    lambda rng: png(2, 1500, zlib.compress(bytes(10_000))),  # a needle
+    lambda rng: animation(),
+    lambda rng: b"",
+    lambda rng: b"%PDF-1.7\n" + rng.randbytes(500),
+    lambda rng: b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    lambda rng: b"II*\0" + struct.pack("<IH", 8, 60_000) + rng.randbytes(4000),  # a TIFF of 60,000 tags
+    lambda rng: b"RIFF\xff\xff\xff\x7fWEBPVP8X" + rng.randbytes(300),
+    lambda rng: b"\xff\xd8\xff\xe0" + rng.randbytes(3000),
+    lambda rng: rng.randbytes(3_000_000),  # over the limit of a file
+]
+PART = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+BAD_BODIES: list[Callable[[random.Random], bytes]] = [
+    lambda rng: b'{"messages":[],"messages":[]}',
+    lambda rng: b'{"messages":[NaN]}',
+    lambda rng: b"[" * 100_000,
+    lambda rng: b'{"a":' * 5000,
+    lambda rng: rng.randbytes(2000),
+    lambda rng: json.dumps({"messages": [{"role": "user", "content": [PART | {"type": "video_url"}]}]}).encode(),
+    lambda rng: json.dumps({"messages": [{"role": "user", "content": [PART | {"also": 1}]}]}).encode(),
+    lambda rng: json.dumps(
+        {"messages": [{"content": [PART | {"image_url": {"url": "http://169.254.169.254/x.png"}}]}]}
+    ).encode(),
+    lambda rng: json.dumps({"messages": [{"content": [PART] * 30}]}).encode(),
+    lambda rng: b'{"messages":[' + b"1," * 1_500_000 + b"1]}",
+    lambda rng: b'{"messages":"' + b"x" * 9_000_000 + b'"}',  # over the limit of a body
+]
+
+
+def good(rng: random.Random, keep: list[bytes], model: str, *, stream: bool = False) -> Request:
+    """One to three marked pictures, now and then one that was sent before, or none."""
+    files = [rng.choice(keep) if keep and rng.random() < 0.3 else picture(rng) for _ in range(rng.randrange(4))]
+    keep[:] = [*keep, *files][-20:]
+    api = rng.choice(list(PATHS))
+    return api, body(api, files, model, stream=stream), GOOD
+
+
+def hostile(rng: random.Random) -> Request:
+    if rng.random() < 0.3:
+        return "chat", rng.choice(BAD_BODIES)(rng), REFUSED
+    api = rng.choice(list(PATHS))
+    if rng.random() < 0.2:  # damaged somewhere: some can be read in spite of it
+        return api, body(api, [scrambled(rng)], "ok"), REFUSED | GOOD
+    return api, body(api, [picture(rng, side=64), rng.choice(BAD_FILES)(rng)], "ok"), REFUSED

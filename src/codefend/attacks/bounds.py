@@ -1,0 +1,43 @@
+"""Attacks with a bound of their own (a patch, a flow, a colour distance) beside those inside ``Budget``'s ball.
+
+``finished`` and ``excess`` treat both alike, so that whoever judges an attack needs no case for each.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from codefend.attacks.norms import distance, quantize_in_budget
+from codefend.images import quantize8
+from codefend.types import Budget
+
+
+@runtime_checkable
+class OwnBound(Protocol):
+    """An attack that ignores ``Budget.norm`` and ``Budget.eps``."""
+
+    def outside(self, images: Tensor, clean: Tensor) -> Tensor:
+        """How far each image breaks the attack's own bound, ``[B]``: 0 inside it, 8-bit rounding forgiven."""
+        ...
+
+
+def finished(attack: object, images: Tensor, clean: Tensor, budget: Budget) -> Tensor:
+    """What an upload makes of attacked images: 8 bits, inside the ball unless the attack has a bound of its own."""
+    if isinstance(attack, OwnBound):
+        return quantize8(images)
+    return quantize_in_budget(images, clean, budget)
+
+
+def excess(attack: object, images: Tensor, clean: Tensor, budget: Budget) -> Tensor:
+    """How far each image is outside the pixel box or the attack's bound, ``[B]``; inf where it is not finite."""
+    flat = images.flatten(1)
+    box = torch.maximum(-flat.amin(1), flat.amax(1) - 1)
+    if isinstance(attack, OwnBound):
+        over = attack.outside(images, clean)
+    else:
+        over = distance(images, clean, budget.norm) - budget.eps
+    worst = torch.maximum(box, over).clamp_min(0)
+    return torch.where(flat.isfinite().all(1), worst, torch.full_like(worst, torch.inf))

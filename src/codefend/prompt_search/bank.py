@@ -1,0 +1,244 @@
+"""Examples that prompt policies are searched, selected and compared on: clean, attacked, harmless look-alikes.
+
+Pictures are attacked once through the bare victim (or a surrogate), rounded to 8 bits, purified once, and kept in the
+run folder. Search and selection share neither pictures nor image attacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from codefend.attacks import ATTACKS, TEXT_ATTACKS, asked_for, objective_for
+from codefend.attacks.norms import quantize_in_budget
+from codefend.evaluate.config import DefenseChoice
+from codefend.images import quantize8
+from codefend.prompts.folders import language_model
+from codefend.prompts.items import Item, benign
+from codefend.prompts.writer import Writer
+from codefend.registry import lookup
+from codefend.runs import load_checkpoint, make_generator, save_checkpoint
+from codefend.types import Budget, Example, Objective, Purifier, Task, UserError, Victim, WhiteBox
+
+BARE = "none"
+WORD_HEAD = "word-head"  # the pocket's own head on the vision tokens, as in pairs
+BATCH = 8
+
+
+def _victim(name: str) -> Victim:
+    from codefend.victims import load
+
+    return load(name)
+
+
+def _task(name: str, split: str, limit: int | None) -> Task:
+    from codefend.tasks import load
+
+    return load(name, split=split, limit=limit)
+
+
+def _purifier(label: str) -> Purifier:
+    from codefend.purifiers import load
+
+    choice = DefenseChoice.parse(label)
+    return load(choice.name, **choice.options)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where names become things; the defaults are the registries. ``purifier`` takes ``name:key=value,...``."""
+
+    victim: Callable[[str], Victim] = _victim
+    task: Callable[[str, str, int | None], Task] = _task  # (name, split, limit)
+    purifier: Callable[[str], Purifier] = _purifier
+    writer: Callable[[], Writer] = language_model  # the small language model of generator and local proposals
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """How examples are attacked: l-inf ``eps`` in 1/255, steps through the language model and through less."""
+
+    eps: float = 8.0
+    steps: int = 10
+    cheap_steps: int = 30  # of attacks on the encoder's tokens: twenty times cheaper
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class BankConfig:
+    """What a policy is searched on (train pictures, ``seen``) and selected on (val pictures, ``held_out``)."""
+
+    tasks: tuple[str, ...] = ("caption", "vqa")
+    purifier: str = "bridge"  # that the policy will stand beside; "none": no purifier
+    search_scenes: int = 12  # pictures per task
+    selection_scenes: int = 16
+    seen: tuple[str, ...] = ("feature", WORD_HEAD, "planted")
+    held_out: tuple[str, ...] = ("feature-target", "apgd-targeted", "joint-targeted")
+    attack: AttackConfig = field(default_factory=AttackConfig)
+
+
+class Attacked(NamedTuple):
+    """Pictures ``[3, H, W]`` and prompts as they reach the defense."""
+
+    images: list[Tensor]
+    prompts: list[str]
+
+
+def check_families(families: Sequence[str]) -> None:
+    """Raise UserError for a family that is no attack."""
+    for name in families:
+        if name not in TEXT_ATTACKS and name != WORD_HEAD:
+            lookup("attack", name, {**ATTACKS, **TEXT_ATTACKS})
+
+
+def batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """At most BATCH at a time, pictures of one size in each."""
+    part: list[Example] = []
+    for example in examples:
+        if part and (len(part) == BATCH or part[0].image.shape != example.image.shape):
+            yield part
+            part = []
+        part.append(example)
+    if part:
+        yield part
+
+
+def attack_examples(family: str, victim: Victim, task: Task, config: AttackConfig) -> Attacked:
+    """All examples of ``task`` under one family of attacks. Raises UserError for a gradient that ``victim`` lacks."""
+    images: list[Tensor] = []
+    prompts: list[str] = []
+    for number, part in enumerate(batches(task.examples)):
+        generator = make_generator(config.seed, "attack", task.name, family, number)
+        clean, asked = quantize8(torch.stack([e.image for e in part])), [e.prompt for e in part]
+        steps = config.cheap_steps if _cheap(family) else config.steps
+        budget = Budget(eps=config.eps / 255, steps=steps)
+        if family in TEXT_ATTACKS:
+            spec = TEXT_ATTACKS[family]
+            goal = asked_for(spec, victim, _answers(part), task.target)
+            spend = Budget(eps=budget.eps, steps=min(spec.steps, steps) if spec.changes == "both" else spec.steps)
+            raw, asked = spec.build(task.target)(goal, clean, asked, spend, generator=generator)
+            free = spec.changes == "image"  # words written into a picture keep to no ball
+            images += quantize8(raw) if free else quantize_in_budget(raw, clean, budget)
+        else:
+            attack = ATTACKS["pgd" if family == WORD_HEAD else family].build()
+            raw = attack(_objective(family, victim, part, clean, task), clean, budget, generator=generator)
+            images += quantize_in_budget(raw.detach(), clean, budget)
+        prompts += asked
+    return Attacked(images, prompts)
+
+
+def _cheap(family: str) -> bool:
+    return family == WORD_HEAD or (family in ATTACKS and ATTACKS[family].goal.startswith("feature"))
+
+
+def _objective(family: str, victim: Victim, part: Sequence[Example], clean: Tensor, task: Task) -> Objective:
+    if family == WORD_HEAD:
+        return _word_objective(victim, clean)
+    others = clean.roll(len(clean) // 2 or 1, 0)
+    prompts = [e.prompt for e in part]
+    return objective_for(ATTACKS[family], victim, prompts, _answers(part), task.target, clean, others)
+
+
+def _word_objective(victim: Any, clean: Tensor) -> Objective:
+    from codefend.pairs import word_objective
+
+    if not hasattr(victim, "word_scores"):
+        raise UserError(f"family {WORD_HEAD!r} needs a pocket victim, not {victim.name!r}; leave it out of bank.seen")
+    return word_objective(victim, clean)
+
+
+def _answers(examples: Sequence[Example]) -> list[str]:
+    return [e.references[0] for e in examples]
+
+
+def purify(purifier: Purifier | None, attacked: Attacked, seed: int, *names: object) -> Attacked:
+    """The pictures as the victim gets them: purified and rounded to 8 bits, as a gateway sends them."""
+    if purifier is None:
+        return attacked
+    found: list[Tensor] = []
+    with torch.no_grad():
+        for number, image in enumerate(attacked.images):
+            generator = make_generator(seed, "purify", *names, number)
+            found += quantize8(purifier(image[None], generator=generator))
+    return Attacked(found, attacked.prompts)
+
+
+def kept(path: Path, make: Callable[[], Attacked]) -> Attacked:
+    """What ``make`` returns, from the file where an earlier sitting left it."""
+    if path.exists():
+        tensors, state = load_checkpoint(path)
+        return Attacked([tensors[f"{i:05d}"].float() / 255 for i in range(len(tensors))], state["prompts"])
+    made = make()
+    levels = {f"{i:05d}": (image * 255).round().to("cpu", torch.uint8) for i, image in enumerate(made.images)}
+    save_checkpoint(path, levels, {"prompts": made.prompts})
+    return Attacked([level.float() / 255 for level in levels.values()], made.prompts)
+
+
+@dataclass(frozen=True)
+class Kitchen:
+    """Makes items: the victim that is attacked, the purifiers by label, and where attacked pictures are kept."""
+
+    victim: Victim
+    purifiers: dict[str, Purifier | None]
+    folder: Path
+    attack: AttackConfig
+
+    def items(self, part: str, task: Task, families: Sequence[str]) -> list[Item]:
+        """Clean and attacked items of every variant, and look-alikes behind each purifier."""
+        found = self._make(part, task, "clean")
+        for family in families:
+            found += self._make(part, task, family)
+        return found + self._make(part, task, "benign")
+
+    def _make(self, part: str, task: Task, family: str) -> list[Item]:
+        where = self.folder / part / task.name
+        attacked = self._shown(where / f"{family}.safetensors", task, family)
+        items = []
+        for label, purifier in self.purifiers.items():
+            path = where / f"{family}-{_file(label)}.safetensors"
+            make = partial(purify, purifier, attacked, self.attack.seed, part, task.name, family)
+            made = kept(path, make)
+            items += [
+                _item(part, task, example, family, label, image, prompt)
+                for example, image, prompt in zip(task.examples, made.images, made.prompts, strict=True)
+            ]
+        return items
+
+    def _shown(self, path: Path, task: Task, family: str) -> Attacked:
+        clean = [quantize8(example.image) for example in task.examples]
+        if family == "clean":
+            return Attacked(clean, [example.prompt for example in task.examples])
+        if family == "benign":
+            return Attacked(clean, [benign(example.prompt, i) for i, example in enumerate(task.examples)])
+        return kept(path, lambda: attack_examples(family, self.victim, task, self.attack))
+
+
+def _file(label: str) -> str:
+    return "".join(c if c.isalnum() or c in "=.-" else "_" for c in label)
+
+
+def _item(part: str, task: Task, example: Example, family: str, label: str, image: Tensor, prompt: str) -> Item:
+    metric = task.metrics[task.headline]
+
+    def judge(answer: str) -> float:
+        value = float(metric([answer], [example])[0])
+        return value if value == value else 0.0
+
+    group = family if family in ("clean", "benign") else "attacked"
+    name = f"{part}/{task.name}/{family}/{label}/{example.id}"
+    return Item(name, group, family, label, task.name, image, prompt, example.references[0], judge)  # type: ignore[arg-type]
+
+
+def white_box(victim: Victim, surrogate: str, sources: Sources) -> Victim:
+    """Whose gradients make the attacked pictures. Raises UserError when there is none."""
+    if surrogate:
+        victim = sources.victim(surrogate)
+    if not isinstance(victim, WhiteBox):
+        raise UserError(f"victim {victim.name!r} only answers text: name a white box to attack, --set surrogate=pocket")
+    return victim

@@ -1,0 +1,226 @@
+"""``codefend optimize-prompt``: examples, baseline, one of three optimizers, the Pareto front, the chosen policy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from codefend import prompts
+from codefend.prompt_search.bank import BARE, BankConfig, Kitchen, Sources, check_families, white_box
+from codefend.prompt_search.card import card
+from codefend.prompts.asking import Asker, Policy
+from codefend.prompts.generator import GeneratorConfig, train_generator
+from codefend.prompts.gepa_search import GepaConfig, search
+from codefend.prompts.items import Item, Score, choose, pareto
+from codefend.prompts.operators import EditOperators
+from codefend.prompts.proposers import Endpoint, ModelProposer, Proposer, Resilient
+from codefend.prompts.soft import SoftConfig, open_weight, train_soft
+from codefend.runs import Run, make_generator, open_run, plain, progress
+from codefend.types import UserError, Victim
+
+HAND_WRITTEN = "adashield-static"
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Everything that decides a search. ``clean_cost`` and ``more_refusals``: what the chosen policy may cost."""
+
+    victim: str = "pocket"
+    method: Literal["gepa", "soft", "generator"] = "gepa"
+    surrogate: str = ""  # white box that makes the attacked pictures; empty: the victim
+    seed: int = 0
+    batch: int = 8  # answers at a time
+    clean_cost: float = 0.01
+    more_refusals: float = 0.01
+    bank: BankConfig = field(default_factory=BankConfig)
+    gepa: GepaConfig = field(default_factory=GepaConfig)
+    soft: SoftConfig = field(default_factory=SoftConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The chosen policy's folder, its score and that of no policy; ``helps``: whether it is admissible and better."""
+
+    folder: Path
+    name: str
+    score: Score
+    baseline: Score
+    helps: bool
+
+
+def check(config: SearchConfig) -> None:
+    """Raise UserError for a setting that no search can have."""
+    bank, numbers = config.bank, {"batch": config.batch, "gepa.evaluations": config.gepa.evaluations}
+    numbers |= {"bank.search_scenes": bank.search_scenes, "bank.selection_scenes": bank.selection_scenes}
+    numbers |= {
+        "gepa.minibatch": config.gepa.minibatch,
+        "soft.batch": config.soft.batch,
+        "soft.steps": config.soft.steps,
+    }
+    numbers |= {"soft.check_every": config.soft.check_every, "generator.check_every": config.generator.check_every}
+    numbers |= {"generator.steps": config.generator.steps, "generator.tokens": config.generator.tokens}
+    for name, value in numbers.items():
+        if value < 1:
+            raise UserError(f"{name} must be 1 or more, not {value}")
+    if not bank.tasks or not bank.seen or not bank.held_out:
+        raise UserError("bank.tasks, bank.seen and bank.held_out must each name something")
+    both = set(bank.seen) & set(bank.held_out)
+    if both:
+        raise UserError(f"{sorted(both)[0]!r} is in bank.seen and in bank.held_out; selection needs other attacks")
+    unknown = set(config.gepa.components) - {"system", "prefix", "suffix"}
+    if unknown or not config.gepa.components:
+        raise UserError("gepa.components must name some of system, prefix, suffix")
+    check_families((*bank.seen, *bank.held_out))
+
+
+class Candidates:
+    """The policies judged so far on the selection set, in the run folder: rows, and a folder for each."""
+
+    def __init__(self, run: Run, asker: Asker, items: Sequence[Item]) -> None:
+        self.run, self.asker, self.items = run, asker, items
+        self.scored: dict[str, tuple[str, Score]] = {
+            row["policy"]: (row["name"], Score(**row["score"])) for row in run.rows() if row.get("kind") == "candidate"
+        }
+
+    def folder(self, key: str) -> Path:
+        return self.run.dir / "candidates" / key
+
+    def judge(self, policy: Any) -> None:
+        """Score a candidate and keep it. Called again with the same policy, does nothing."""
+        if policy.key in self.scored:
+            return
+        score = self.asker.score(policy, self.items)
+        prompts.save_folder(policy, self.folder(policy.key))
+        row = {"key": f"candidate|{policy.key}", "kind": "candidate", "policy": policy.key, "name": policy.name}
+        self.run.append({**row, "score": asdict(score)})
+        self.scored[policy.key] = (policy.name, score)
+
+    def reference(self, policy: Policy) -> Score:
+        """Score a policy that is only compared with."""
+        score = self.asker.score(policy, self.items)
+        row = {"key": f"reference|{policy.name}", "kind": "reference", "name": policy.name, "score": asdict(score)}
+        self.run.append(row)
+        return score
+
+    def front(self) -> list[tuple[str, Score]]:
+        return pareto([(name, score) for name, score in self.scored.values()])
+
+
+def run_search(config: SearchConfig, folder: Path, sources: Sources | None = None) -> Outcome:
+    """See ``codefend.prompt_search.optimize_prompt``."""
+    check(config)
+    sources = sources or Sources()
+    victim = sources.victim(config.victim)
+    if config.method == "soft":
+        open_weight(victim)  # fails now, not after the attacks
+    with open_run(folder, {"optimize": "prompt", **plain(config)}) as run:
+        search_items, selection = make_items(config, run, victim, sources)
+        asker = Asker(victim, run, batch=config.batch)
+        found = Candidates(run, asker, selection)
+        with progress("baselines", 2 * len(selection)) as advance:
+            asker.watch = advance
+            baseline = found.reference(prompts.PromptPolicy("none"))
+            found.reference(prompts.load(HAND_WRITTEN))
+        asker.watch = lambda count: None
+        METHODS[config.method](config, run, search_items, found, sources)
+        return conclude(config, run, found, baseline)
+
+
+def make_items(config: SearchConfig, run: Run, victim: Victim, sources: Sources) -> tuple[list[Item], list[Item]]:
+    """The items of search (with unpurified ones) and of selection, attacked now or in an earlier sitting."""
+    bank = config.bank
+    purifier = None if bank.purifier == BARE else sources.purifier(bank.purifier)
+    attacked = white_box(victim, config.surrogate, sources)
+    kitchens = {"search": {bank.purifier: purifier, BARE: None}, "selection": {bank.purifier: purifier}}
+    plans = {
+        "search": ("train", bank.search_scenes, bank.seen),
+        "selection": ("val", bank.selection_scenes, bank.held_out),
+    }
+    made: dict[str, list[Item]] = {}
+    with progress("examples", len(plans) * len(bank.tasks)) as advance:
+        for part, (split, limit, families) in plans.items():
+            kitchen = Kitchen(attacked, kitchens[part], run.dir / "bank", bank.attack)
+            made[part] = []
+            for name in bank.tasks:
+                made[part] += kitchen.items(part, sources.task(name, split, limit), families)
+                advance()
+    return made["search"], made["selection"]
+
+
+def _gepa(config: SearchConfig, run: Run, items: list[Item], found: Candidates, sources: Sources) -> None:
+    seed_policy = prompts.load_any(config.gepa.seed_policy)
+    if not isinstance(seed_policy, prompts.PromptPolicy):
+        raise UserError(f"gepa.seed_policy must be words, and {config.gepa.seed_policy!r} was learned")
+    with progress("gepa", config.gepa.evaluations) as advance:
+        found.asker.watch = lambda count: advance(count, _note(found))
+        search(
+            found.asker,
+            run,
+            items,
+            found.items,
+            seed_policy,
+            proposer(config, sources),
+            config.gepa,
+            found.judge,
+            seed=config.seed,
+        )
+
+
+def proposer(config: SearchConfig, sources: Sources) -> Proposer:
+    """Who proposes: edit operators, or the shipped small model or an endpoint with the operators to spare."""
+    spare = EditOperators(config.seed)
+    if config.gepa.proposer == "operators":
+        return spare
+    if config.gepa.proposer == "local":
+        writer, noise = sources.writer(), make_generator(config.seed, "proposals")
+        return Resilient(ModelProposer(lambda text: writer.complete(text, generator=noise), "local"), spare)
+    if not config.gepa.proposer.startswith(("http://", "https://")):
+        raise UserError(f"gepa.proposer is {config.gepa.proposer!r}: operators, local, or an address (http...)")
+    return Resilient(ModelProposer(Endpoint(config.gepa.proposer, config.gepa.model), "endpoint"), spare)
+
+
+def _soft(config: SearchConfig, run: Run, items: list[Item], found: Candidates, sources: Sources) -> None:
+    with progress("soft prefix", config.soft.steps) as advance:
+        path = run.dir / "checkpoint.safetensors"
+        train_soft(found.asker.victim, items, config.soft, path, found.judge, seed=config.seed, advance=advance)
+
+
+def _generator(config: SearchConfig, run: Run, items: list[Item], found: Candidates, sources: Sources) -> None:
+    writer, path = sources.writer(), run.dir / "checkpoint.safetensors"
+    with progress("generator", config.generator.steps) as advance:
+        settings = config.generator
+        train_generator(
+            found.asker.victim, writer, items, settings, path, found.judge, seed=config.seed, advance=advance
+        )
+
+
+METHODS: dict[str, Callable[[SearchConfig, Run, list[Item], Candidates, Sources], None]] = {
+    "gepa": _gepa,
+    "soft": _soft,
+    "generator": _generator,
+}
+
+
+def _note(found: Candidates) -> str:
+    front = found.front()
+    return f"{len(found.scored)} judged, best robust {front[0][1].robust:.2f}" if front else ""
+
+
+def conclude(config: SearchConfig, run: Run, found: Candidates, baseline: Score) -> Outcome:
+    """Choose, and write ``policy/`` and ``result.json``. Where nothing helps, the best in sum is kept, marked so."""
+    keyed = [(key, score) for key, (_, score) in found.scored.items()]
+    chosen = choose(keyed, baseline, clean_cost=config.clean_cost, more_refusals=config.more_refusals)
+    key, score = chosen or max(keyed, key=lambda pair: pair[1].clean + pair[1].robust - pair[1].refusal)
+    source, name = found.folder(key), found.scored[key][0]
+    settings = json.loads((source / "policy.json").read_text(encoding="utf-8"))
+    run.write("policy/README.md", card(config, settings, score, baseline, chosen is not None, found.front()))
+    for path in sorted(source.iterdir(), reverse=True):  # policy.json last: a folder that has one is whole
+        if not path.name.startswith("."):
+            run.write(f"policy/{path.name}", path.read_bytes())
+    outcome = Outcome(run.dir / "policy", name, score, baseline, chosen is not None)
+    run.write("result.json", json.dumps(plain(outcome), indent=2) + "\n")
+    return outcome

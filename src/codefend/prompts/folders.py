@@ -1,0 +1,93 @@
+"""A policy as a folder: ``policy.json``, ``model.safetensors`` where something was learned, and a card.
+
+A text policy's ``policy.json`` is what ``save_policy`` writes; the learned kinds say ``"kind"`` there.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from codefend.prompts.policy import PromptPolicy, load_policy, save_policy
+from codefend.runs import load_checkpoint, save_checkpoint, write_atomic
+from codefend.types import UserError
+
+if TYPE_CHECKING:
+    from codefend.prompts.generator import GeneratedPolicy
+    from codefend.prompts.soft import SoftPolicy
+    from codefend.prompts.writer import Writer
+
+    AnyPolicy = PromptPolicy | SoftPolicy | GeneratedPolicy
+
+
+def save_folder(policy: AnyPolicy, folder: Path, card: str = "") -> Path:
+    """Write ``policy`` into ``folder``; ``policy.json`` comes last, so a folder that has one is whole."""
+    if card:
+        write_atomic(folder / "README.md", card)
+    if isinstance(policy, PromptPolicy):
+        save_policy(policy, folder / "policy.json")
+        return folder
+    from codefend.prompts.generator import GeneratedPolicy
+
+    settings: dict[str, Any] = {"name": policy.name, "key": policy.key}
+    if isinstance(policy, GeneratedPolicy):
+        values = {name: p.detach().half() for name, p in policy.writer.adapters().items()}
+        rank = next(p.shape[0] for name, p in values.items() if "lora_A" in name)
+        settings |= {"kind": "generator", "rank": rank, "tokens": policy.tokens}
+        save_checkpoint(folder / "model.safetensors", values)
+    else:
+        settings |= {"kind": "soft", "victim": policy.victim}
+        save_checkpoint(folder / "model.safetensors", {"prefix": policy.prefix})
+    write_atomic(folder / "policy.json", json.dumps(settings, indent=2) + "\n")
+    return folder
+
+
+def load_folder(folder: Path, *, writer: Writer | None = None) -> AnyPolicy:
+    """Read what ``save_folder`` wrote. ``writer`` stands in for the shipped language model of a generator.
+
+    Raises UserError for a missing or damaged file, or an unknown kind.
+    """
+    path = folder / "policy.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder} holds no prompt policy: cannot read policy.json ({reason})") from error
+    kind = settings.get("kind") if isinstance(settings, dict) else None
+    if kind is None:
+        return load_policy(path)
+    if kind not in ("soft", "generator"):
+        raise UserError(f"{path}: unknown kind {kind!r}; known: soft, generator, or none for text")
+    tensors, _ = load_checkpoint(folder / "model.safetensors")
+    try:
+        if kind == "soft":
+            return _soft(settings, tensors)
+        return _generator(settings, tensors, writer or language_model())
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder} is damaged or was made by another version ({error})") from error
+
+
+def _soft(settings: Any, tensors: Any) -> SoftPolicy:
+    from codefend.prompts.soft import SoftPolicy
+
+    return SoftPolicy(settings["name"], tensors["prefix"].float(), settings["victim"])
+
+
+def _generator(settings: Any, tensors: Any, writer: Writer) -> GeneratedPolicy:
+    from codefend.prompts.generator import GeneratedPolicy
+
+    for name, parameter in writer.add_lora(int(settings["rank"])).items():
+        parameter.data.copy_(tensors[name])
+    for parameter in writer.adapters().values():
+        parameter.requires_grad_(False)
+    return GeneratedPolicy(settings["name"], writer, int(settings["tokens"]), settings["key"])
+
+
+def language_model() -> Writer:
+    """The shipped small language model. Raises UserError when its packages are missing."""
+    from codefend.prompts.writer import Writer
+
+    # By name: the loader of the weights lives with the victims, the only other user of them.
+    return Writer(*import_module("codefend.victims.smollm").load_smollm())

@@ -1,0 +1,61 @@
+"""Tables about attackers: how often they succeed, and whether a defense only stops what it was trained on."""
+
+from __future__ import annotations
+
+from codefend.report import Report
+from codefend.report.tables import Table, rate, with_interval
+from codefend.results import (
+    CLEAN,
+    difference,
+    eps_label,
+    grouped,
+    interval,
+    paired,
+    strongest,
+    success_rates,
+    worst_rows,
+)
+
+
+def success(report: Report) -> Table:
+    """Attack success in the worst case over attacks, with its denominator: what ``codefend eval --max-asr`` reads."""
+    rates = success_rates(report.rows)
+    judged = set(strongest(rates))
+    norm = report.rows[0]["norm"]
+    lines = [
+        (g.task, g.defense, g.threat, eps_label(g.eps, norm), rate(found), "yes" if g in judged else "")
+        for g, found in rates.items()
+    ]
+    columns = ("task", "defense", "threat", "eps", "attack success", "strongest")
+    notes = (
+        "images answered right when nobody attacks, on which any attack of the threat or of a weaker one, in any "
+        "submission, made the answer wrong or its target appear; no eps: attacks with a bound of their own. "
+        "--max-asr compares the strongest threat of each defense.",
+    )
+    return Table("Attack success, worst case over attacks", columns, tuple(lines), notes, frozenset(columns[:3]))
+
+
+def seen_and_unseen(report: Report) -> Table:
+    """Worst cases over the attacks that the defenses were trained on and over the others, on the same examples."""
+    seen = set(report.config.get("seen") or ())
+    groups = {
+        g: rows for g, rows in grouped(report.rows).items() if g.attack == CLEAN or rows[0]["access"] != "control"
+    }
+    parts = [
+        worst_rows({g: rows for g, rows in groups.items() if g.attack != CLEAN and (g.attack in seen) is wanted})
+        for wanted in (True, False)
+    ]
+    norm, lines = report.rows[0]["norm"], []
+    for group in parts[0]:
+        if group not in parts[1]:
+            continue
+        pairs = paired(parts[0][group], parts[1][group])
+        old, new = (list(side) for side in zip(*pairs, strict=True)) if pairs else ([], [])
+        found = [interval(rows, field="worst_scores") for rows in (old, new)]
+        gap = difference(old, new)
+        cells = (with_interval(found[0]), with_interval(found[1]), with_interval(gap), str(gap.n))
+        lines.append((group.task, group.defense, group.threat, eps_label(group.eps, norm), *cells))
+    columns = ("task", "defense", "threat", "eps", "seen", "unseen", "seen - unseen", "n")
+    others = sorted({g.attack for g in groups if g.attack not in seen and g.attack != CLEAN})
+    notes = (f"worst case over the attacks; seen in training: {', '.join(sorted(seen))}; unseen: {', '.join(others)}.",)
+    return Table("Seen and unseen attacks", columns, tuple(lines), notes, frozenset(columns[:3]))

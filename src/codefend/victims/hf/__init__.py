@@ -1,0 +1,35 @@
+"""Any Transformers image-text-to-text model as a white-box victim: ``hf:ID_OR_FOLDER[:key=value,...]``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from codefend.types import UserError
+
+if TYPE_CHECKING:
+    from codefend.victims.hf.victim import HFVictim
+
+PREFIX = "hf:"
+
+
+def load(spec: str) -> HFVictim:
+    """Load ``hf:Qwen/Qwen2.5-VL-3B-Instruct:dtype=bfloat16,device=cuda`` (options: `loading.HFOptions`).
+
+    Raises UserError for a missing package, an unknown model or option, or a model of another kind.
+    """
+    from codefend.settings import override, parse_settings
+
+    rest = spec.removeprefix(PREFIX)
+    name, colon, tail = rest.rpartition(":")
+    if not colon or "=" not in tail:
+        name, tail = rest, ""
+    if not name:
+        raise UserError("name a model, as in hf:HuggingFaceTB/SmolVLM-256M-Instruct or hf:./folder")
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UserError("hf: victims need Transformers; install it with `pip install codefend[hf]`") from error
+    from codefend.victims.hf.loading import HFOptions, load_victim
+
+    options = override(HFOptions(), parse_settings([item for item in tail.split(",") if item]))
+    return load_victim(name, options)

@@ -1,0 +1,125 @@
+"""From a model id or folder to a victim: dtype, device, quantization, and processors without torchvision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from codefend.types import UserError
+from codefend.victims.hf.pixels import family
+from codefend.victims.hf.victim import HFVictim
+
+
+@dataclass(frozen=True)
+class HFOptions:
+    """``device``: "cpu", "cuda:1", or "auto", which spreads the model over all that is there (accelerate)."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as saved; float32 on a CPU
+    device: str = "auto"
+    quantize: Literal["none", "8bit", "4bit"] = "none"  # bitsandbytes; gradients in the images stay
+    checkpoint: bool = False  # recompute layers in the backward pass: a third slower, a fraction of the memory
+    max_new_tokens: int = 48
+    revision: str | None = None
+
+
+def load_victim(name: str, options: HFOptions | None = None) -> HFVictim:
+    """The victim of a hub id or a folder. Only safetensors are read and no code of the repository is run.
+
+    Raises UserError when it cannot be had or is no image-text-to-text model.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    options = options or HFOptions()
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise UserError(f"no such model folder: {name}")
+    source = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    extra = {} if options.revision is None else {"revision": options.revision}
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **extra)
+        processor = load_processor(source, config, **extra)
+        family(processor.image_processor)  # an unknown one fails before gigabytes are read
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, config=config, use_safetensors=True, trust_remote_code=False, **_placement(options), **extra
+        )
+    except UserError:
+        raise
+    except Exception as error:  # the library raises OSError, ValueError, KeyError, RuntimeError and more
+        raise UserError(f"cannot load {name!r}: {str(error).strip().splitlines()[0]}") from error
+    victim = HFVictim(model, processor, name=f"hf:{name}", max_new_tokens=options.max_new_tokens)
+    victim.checkpointing = options.checkpoint
+    return victim
+
+
+def _placement(options: HFOptions) -> dict[str, Any]:
+    gpu = torch.cuda.is_available() and options.device != "cpu"
+    dtype: Any = getattr(torch, options.dtype) if options.dtype != "auto" else ("auto" if gpu else torch.float32)
+    placement: dict[str, Any] = {"dtype": dtype}
+    if options.device != "auto" or gpu:
+        placement["device_map"] = options.device
+    if options.quantize != "none":
+        if find_spec("bitsandbytes") is None:
+            raise UserError("quantized victims need bitsandbytes; install it with `pip install bitsandbytes`")
+        from transformers import BitsAndBytesConfig
+
+        if options.dtype == "auto":  # the kernels' own: 8-bit ones compute in float16
+            dtype = torch.float16 if options.quantize == "8bit" else torch.bfloat16
+            placement["dtype"] = dtype
+        placement["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=options.quantize == "8bit",
+            load_in_4bit=options.quantize == "4bit",
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_type="nf4",
+        )
+    return placement
+
+
+def load_processor(source: str, config: Any, **extra: Any) -> Any:
+    """The model's processor around its Pillow image processor, with or without torchvision.
+
+    Processors that also read videos insist on a video processor, and those on torchvision. Victims read pictures, so
+    one that reads nothing takes its place.
+    """
+    from transformers import AutoImageProcessor, AutoProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    # Looked up by the config's class; ids whose processor class is named in their files only go the library's way.
+    kind: Any = PROCESSOR_MAPPING.get(type(config), None)
+    if kind is None:
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False, **extra)
+        processor.image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", **extra)
+        return processor
+    saved, _ = kind.get_processor_dict(source, **extra)
+    parts = [_part(kind, name, source, **extra) for name in kind.get_attributes()]
+    return pictures_only(kind).from_args_and_dict(parts, saved)
+
+
+def _part(kind: Any, name: str, source: str, **extra: Any) -> Any:
+    from transformers import AutoImageProcessor
+
+    if "tokenizer" in name:
+        return kind._load_tokenizer_from_pretrained(name, source, **extra)
+    if name == "image_processor":
+        return AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False, **extra)
+    if name == "video_processor":
+        return no_videos()
+    raise UserError(f"{kind.__name__} needs a {name}, which pictures do not have")
+
+
+def pictures_only(kind: Any) -> Any:
+    """The processor class ``kind``, content with `no_videos` where it demands a video processor."""
+
+    def check(self: Any, name: str, part: Any) -> Any:
+        return type(part) if name == "video_processor" else kind.check_argument_for_proper_class(self, name, part)
+
+    return type(kind.__name__, (kind,), {"check_argument_for_proper_class": check, "__module__": kind.__module__})
+
+
+def no_videos() -> Any:
+    """A video processor that reads nothing."""
+    from transformers.video_processing_utils import VideoProcessorMixin
+
+    return VideoProcessorMixin()

@@ -1,0 +1,218 @@
+"""A Transformers image-text-to-text model as a white-box victim: loss, features and answers from [0, 1] pixels.
+
+The processor lays out the text (how many image tokens, grids, masks) from a blank picture of the same size; the pixels
+go past it through `pixels.pixel_values`, so that gradients reach them. Answers are generated from the processor's own
+8-bit arithmetic, which is what a user's upload would meet.
+
+Shape legend: B batch, T vision tokens, D their width, L text positions, A answer tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from codefend.types import UserError
+from codefend.victims.hf.pixels import pixel_values
+from codefend.victims.hf.prompts import answer_end, question
+
+NEUTRAL = "Describe the picture."  # the question that `features` asks of encoders that read it (InstructBLIP)
+LAYOUTS = 4096  # texts whose layout is kept; an attack asks for the same few hundreds of times
+TEXT_ROWS = ("input_ids", "attention_mask", "type_ids")  # endings of the keys whose rows are as long as the text
+Layout = Mapping[str, Tensor]  # what the processor gives for one example, without its pixels
+
+
+class HFVictim:
+    """``model`` and ``processor`` of one checkpoint. Frozen, in eval mode, on the device and in the dtype it has."""
+
+    def __init__(self, model: Any, processor: Any, *, name: str, max_new_tokens: int = 48) -> None:
+        self.model, self.processor, self.name = model, processor, name
+        self.max_new_tokens = max_new_tokens
+        self.checkpointing = False
+        model.requires_grad_(False).eval()
+        self.kind: str = model.config.model_type
+        self._end = answer_end(processor)
+        # Some processors overrule their image processor (InternVL's always cuts tiles): what counts is what they ask.
+        self._reader = copy.copy(processor.image_processor)
+        for key, value in getattr(processor, "images_kwargs", {}).items():
+            if hasattr(self._reader, key):
+                setattr(self._reader, key, value)
+        self._layouts: dict[tuple[int, int, str], Layout] = {}
+        self._encoder_decoder = _text_config(model).is_encoder_decoder
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    # What attacks and evaluation ask for
+
+    def loss(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
+        """Mean negative log-likelihood of each target and its end mark, ``[B]`` float32, differentiable in the images.
+
+        Pixels are resampled without the processor's rounding: smooth, and within about a level of what it gives.
+        """
+        logits, answers = self._read(images, prompts, targets)
+        flat = torch.tensor([token for answer in answers for token in answer], device=logits.device)
+        nll = F.cross_entropy(logits, flat, reduction="none").to(images.device)
+        return torch.stack([part.mean() for part in nll.split([len(answer) for answer in answers])])
+
+    def margins(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> list[Tensor]:
+        """For each image ``[A_i]``: the logit of each token of its target less the largest other logit there."""
+        logits, answers = self._read(images, prompts, targets)
+        flat = torch.tensor([token for answer in answers for token in answer], device=logits.device)[:, None]
+        others = logits.scatter(1, flat, -torch.inf).amax(1)
+        gaps = (logits.gather(1, flat)[:, 0] - others).to(images.device)
+        return list(gaps.split([len(answer) for answer in answers]))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Vision tokens as the language model receives them, ``[B, T, D]`` float32, differentiable in the images."""
+        batch = self._collate(self._lay_out(images, [NEUTRAL] * len(images)), left=False)
+        accepted = inspect.signature(self.model.get_image_features).parameters
+        batch = {key: value for key, value in batch.items() if key in accepted}
+        with self._recompute():
+            found = self.model.get_image_features(self._pixels(images), **batch, return_dict=True)
+        tokens: Any = found.pooler_output
+        if not isinstance(tokens, Tensor):  # one tensor for each picture
+            tokens = torch.cat([part.flatten(0, -2) for part in tokens])
+        merged: Tensor = tokens.reshape(len(images), -1, tokens.shape[-1])
+        return merged.float().to(images.device)
+
+    @torch.no_grad()
+    def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
+        """Greedy answers, one batch. The images are rounded to 8 bits, as an upload is."""
+        batch = self._collate(self._lay_out(images, prompts), left=True)
+        batch["pixel_values"] = self._pixels(images, exact=True)
+        out = self.model.generate(**batch, max_new_tokens=self.max_new_tokens, do_sample=False)
+        asked = batch["input_ids"]
+        if out.shape[1] >= asked.shape[1] and torch.equal(out[:, : asked.shape[1]], asked):
+            out = out[:, asked.shape[1] :]  # some families give the question back, others only the answer
+        return [text.strip() for text in self.processor.tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+    def save(self, folder: str | Path) -> None:
+        """Write model and processor so that ``hf:folder`` loads them again."""
+        from codefend.victims.hf.saving import save_victim
+
+        save_victim(self, Path(folder))
+
+    # Inside
+
+    def _read(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> tuple[Tensor, list[list[int]]]:
+        """Logits ``[sum of A, V]`` float32 where the answers' tokens are predicted, and those tokens."""
+        answers = [self._answer(target) for target in targets]
+        layouts = self._lay_out(images, prompts)
+        read = self._read_decoder if self._encoder_decoder else self._read_causal
+        with self._recompute():
+            return read(images, layouts, answers).float(), answers
+
+    def _pixels(self, images: Tensor, *, exact: bool = False) -> Tensor:
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"expected images [B,3,H,W], got {tuple(images.shape)}")
+        pixels = pixel_values(self._reader, images, exact=exact)
+        return pixels.to(self.model.device, self.model.dtype)
+
+    def _answer(self, target: str) -> list[int]:
+        ids: list[int] = self.processor.tokenizer(target, add_special_tokens=False)["input_ids"]
+        return [*ids, *self._end]
+
+    def _lay_out(self, images: Tensor, prompts: Sequence[str]) -> list[Layout]:
+        """The processor's view of each example, made once for each size and question."""
+        if len(prompts) != len(images):
+            raise UserError(f"{len(images)} images but {len(prompts)} prompts")
+        height, width = images.shape[-2:]
+        layouts = []
+        for prompt in prompts:
+            key = (height, width, prompt)
+            if key not in self._layouts:
+                if len(self._layouts) >= LAYOUTS:
+                    self._layouts.clear()
+                blank = np.zeros((height, width, 3), dtype=np.uint8)
+                text = question(self.processor, self.kind, prompt)
+                given = self.processor(images=[blank], text=[text], return_tensors="pt")
+                self._layouts[key] = {k: v for k, v in given.items() if k not in ("pixel_values", "labels")}
+            layouts.append(self._layouts[key])
+        return layouts
+
+    def _collate(self, layouts: Sequence[Layout], *, left: bool) -> dict[str, Tensor]:
+        """One batch on the model's device: rows of text padded (ids with the pad token), everything else stacked."""
+        tokenizer = self.processor.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        batch = {}
+        for key in layouts[0]:
+            parts = [layout[key] for layout in layouts]
+            if parts[0].ndim == 2 and key.endswith(TEXT_ROWS):
+                fill = (pad or 0) if key == "input_ids" else 0
+                longest = max(part.shape[1] for part in parts)
+                on_left = left and not key.startswith("qformer")
+                gaps = [longest - part.shape[1] for part in parts]
+                parts = [
+                    F.pad(part, (gap, 0) if on_left else (0, gap), value=fill)
+                    for part, gap in zip(parts, gaps, strict=True)
+                ]
+            batch[key] = torch.cat(parts).to(self.model.device)
+        return batch
+
+    def _with_answer(self, layout: Layout, answer: Sequence[int]) -> dict[str, Tensor]:
+        """The layout with the answer, less its last token, behind the question."""
+        given = torch.tensor([answer[:-1]], dtype=torch.long)
+        # PaliGemma's type 1 is the answer, which attends causally; elsewhere 0 is text and 1 a picture.
+        tails = {
+            "input_ids": given,
+            "attention_mask": torch.ones_like(given),
+            "token_type_ids": torch.full_like(given, int(self.kind == "paligemma")),
+            "mm_token_type_ids": torch.zeros_like(given),
+        }
+        return {key: torch.cat([value, tails[key]], 1) if key in tails else value for key, value in layout.items()}
+
+    def _read_causal(self, images: Tensor, layouts: Sequence[Layout], answers: Sequence[list[int]]) -> Tensor:
+        """Logits ``[sum of A, V]`` at the positions that predict the answers' tokens."""
+        # Right padding: attention is causal and padded positions are never read.
+        batch = self._collate([self._with_answer(*pair) for pair in zip(layouts, answers, strict=True)], left=False)
+        starts = [layout["input_ids"].shape[1] - 1 for layout in layouts]
+        places = [torch.arange(s, s + len(a)) for s, a in zip(starts, answers, strict=True)]
+        kept = torch.cat(places).unique()  # sorted; the head over the vocabulary is a large part of the memory
+        extra = {"logits_to_keep": kept.to(self.model.device)} if self._keeps else {}
+        out = self.model(**batch, pixel_values=self._pixels(images), use_cache=False, **extra)
+        if self._keeps:
+            places = [torch.searchsorted(kept, place) for place in places]
+        return torch.cat([row[place.to(row.device)] for row, place in zip(out.logits, places, strict=True)])
+
+    def _read_decoder(self, images: Tensor, layouts: Sequence[Layout], answers: Sequence[list[int]]) -> Tensor:
+        """The same for language models that read the question with an encoder (FlanT5 in BLIP-2)."""
+        batch = self._collate(layouts, left=False)
+        rows = [torch.tensor(answer) for answer in answers]
+        labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100).to(self.model.device)
+        out = self.model(**batch, pixel_values=self._pixels(images), labels=labels, use_cache=False)
+        return torch.cat([row[: len(answer)] for row, answer in zip(out.logits, answers, strict=True)])
+
+    @contextmanager
+    def _recompute(self) -> Iterator[None]:
+        """Checkpoint the layers inside, when asked to. Only they are told that they train: dropout stays off."""
+        if not self.checkpointing or not torch.is_grad_enabled():
+            yield
+            return
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        layers: list[Any] = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        for layer in layers:
+            layer.gradient_checkpointing = layer.training = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            if isinstance(getattr(layer, "dropout", None), float):  # OPT's layers drop by their own flag
+                layer.dropout = 0.0
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.gradient_checkpointing = layer.training = False
+
+
+def _text_config(model: Any) -> Any:
+    config = model.config
+    return config.get_text_config(decoder=False) if not config.is_encoder_decoder else config

@@ -1,0 +1,191 @@
+"""Any OpenAI-compatible endpoint as a black-box victim: ``openai:URL#model``, it answers text and nothing else.
+
+Options follow the model as in an address: ``openai:http://localhost:8000/v1#llava?rpm=60&concurrency=2``.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from torch import Tensor
+
+from codefend import images as pictures
+from codefend.settings import override
+from codefend.types import UserError
+from codefend.victims.answers import AnswerCache, content_key, default_cache
+
+PREFIX = "openai:"
+HOW = "write openai:URL#model, such as openai:http://localhost:8000/v1#llava"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may follow the model. ``rpm``: requests per minute, retries included; 0: no limit."""
+
+    rpm: float = 0.0
+    concurrency: int = 4
+    retries: int = 6  # with exponential backoff, or as long as the endpoint asks (Retry-After)
+    timeout: float = 120.0  # seconds, of one request
+    max_tokens: int = 128
+    key: str = "OPENAI_API_KEY"  # the environment variable that holds the key
+    cache: str = ""  # a file; default: the user's cache folder
+
+
+def parse(name: str) -> tuple[str, str, Options]:
+    """URL, model and options of ``openai:URL#model?...``. Raises UserError for anything else."""
+    url, mark, rest = name.removeprefix(PREFIX).partition("#")
+    model, _, query = rest.partition("?")
+    split = urlsplit(url)
+    if not mark or not model or split.scheme not in ("http", "https") or not split.hostname:
+        raise UserError(f"{name!r} names no endpoint and model; {HOW}")
+    if split.username or split.password:
+        raise UserError(
+            f"keep the key out of the address: put it into {Options.key}, or name a variable with ?key=NAME"
+        )
+    options = override(Options(), dict(parse_qsl(query, keep_blank_values=True)))
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if not isinstance(value, str) and value < (0 if field.name in ("rpm", "retries") else 1):
+            raise UserError(f"{field.name}={value:g} is too small")
+    return url.rstrip("/"), model, options
+
+
+class Pace:
+    """Spaces requests so that no more than ``rpm`` start in a minute, over all threads."""
+
+    def __init__(self, rpm: float) -> None:
+        self._gap = 60 / rpm if rpm else 0.0
+        self._lock, self._next = threading.Lock(), 0.0
+
+    def wait(self, _: object = None) -> None:
+        with self._lock:
+            now = time.monotonic()
+            start = max(now, self._next)
+            self._next = start + self._gap
+        if start > now:
+            time.sleep(start - now)
+
+
+class OpenAIVictim:
+    """A black box behind an OpenAI-compatible endpoint; pictures travel as PNG, so nothing is lost.
+
+    Answers come from the cache where the same model was asked the same before. Temperature 0 unless the model refuses.
+    ``generate`` raises UserError when the endpoint cannot be reached, refuses the key, lacks the model or gives up.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.url, self.model, self.options = parse(name)
+        self.name = f"{PREFIX}{self.url}#{self.model}"
+        _library()
+        self._pace = Pace(self.options.rpm)
+        self._cache = AnswerCache(Path(self.options.cache) if self.options.cache else default_cache())
+        self._limits: dict[str, Any] = {"max_tokens": self.options.max_tokens, "temperature": 0}
+
+    def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
+        """Answers ``[B]`` to ``images`` ``[B, 3, H, W]``; those that came before an error are kept in the cache."""
+        urls = [pictures.encode_data_url(image, "PNG") for image in images.detach().cpu()]
+        failed = threading.Event()
+
+        def answer(url: str, prompt: str) -> str:
+            if failed.is_set():  # what was still waiting is not sent
+                return ""
+            try:
+                return self._answer(client, url, prompt)
+            except UserError:
+                failed.set()
+                raise
+
+        with self._connect() as client, ThreadPoolExecutor(self.options.concurrency) as pool:
+            jobs = [pool.submit(answer, url, prompt) for url, prompt in zip(urls, prompts, strict=True)]
+            try:
+                return [job.result() for job in jobs]
+            finally:
+                failed.set()
+
+    def _connect(self) -> Any:
+        openai = _library()
+        return openai.OpenAI(
+            base_url=self.url,
+            api_key=os.environ.get(self.options.key) or "none",  # servers of one's own mostly want none
+            max_retries=self.options.retries,
+            timeout=self.options.timeout,
+            http_client=openai.DefaultHttpxClient(event_hooks={"request": [self._pace.wait]}),
+        )
+
+    def _answer(self, client: Any, picture: str, prompt: str) -> str:
+        key = content_key(self.url, self.model, self.options.max_tokens, prompt, picture)
+        known = self._cache.get(key)
+        if known is not None:
+            return known
+        answer = self._ask(client, picture, prompt)
+        self._cache.put(key, answer)
+        return answer
+
+    def _ask(self, client: Any, picture: str, prompt: str) -> str:
+        import openai
+
+        content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": prompt}]
+        message: Any = {"role": "user", "content": content}
+        for _ in range(3):
+            limits = dict(self._limits)
+            try:
+                reply = client.chat.completions.create(model=self.model, messages=[message], **limits)
+                return self._text(reply)
+            except openai.BadRequestError as error:
+                if not self._adapt(limits, str(error)):
+                    raise self._explained(error) from error
+            except openai.OpenAIError as error:
+                raise self._explained(error) from error
+        raise UserError(f"{self.url} refuses every way to limit the answer's length")
+
+    def _adapt(self, limits: dict[str, Any], message: str) -> bool:
+        """Some models take another name for the limit, or no temperature: whether the next try may fare better."""
+        wanted = dict(limits)
+        if "max_completion_tokens" in message and "max_tokens" in wanted:
+            wanted["max_completion_tokens"] = wanted.pop("max_tokens")
+        elif "temperature" in message:
+            wanted.pop("temperature", None)
+        self._limits = wanted
+        return wanted != limits
+
+    def _text(self, reply: Any) -> str:
+        try:
+            message = reply.choices[0].message
+            return str(message.content or getattr(message, "refusal", None) or "").strip()
+        except (AttributeError, IndexError, TypeError) as error:
+            raise UserError(
+                f"{self.url} answered something else than a chat completion; does it end in /v1?"
+            ) from error
+
+    def _explained(self, error: Exception) -> UserError:
+        """One line that says what to do."""
+        import openai
+
+        kept = "answers so far are kept, so run the same command again to go on"
+        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+            return UserError(f"{self.url} refused the key; set {self.options.key} to one that may use {self.model!r}")
+        if isinstance(error, openai.NotFoundError):
+            return UserError(f"{self.url} knows no model {self.model!r}, or isn't the API's address (most end in /v1)")
+        if isinstance(error, openai.RateLimitError):
+            return UserError(f"{self.url} kept refusing: too many requests, or no quota; lower ?rpm=; {kept}")
+        if isinstance(error, openai.APITimeoutError):
+            return UserError(f"{self.url} did not answer within {self.options.timeout:g} s; raise ?timeout=; {kept}")
+        if isinstance(error, openai.APIConnectionError):
+            return UserError(f"cannot reach {self.url} ({error.__cause__ or error}); is it running? {kept}")
+        return UserError(f"{self.url} failed: {str(error)[:300]}; {kept}")
+
+
+def _library() -> Any:
+    try:
+        import openai
+    except ModuleNotFoundError as error:
+        raise UserError("an openai: victim needs the openai package: pip install 'codefend[api]'") from error
+    return openai
