@@ -91,14 +91,14 @@ NOISE: dict[tuple[str, str], Outcome] = {}
 
 def run_image(spec: AttackSpec, victim: WhiteBox, task: Task, budget: Budget, size: int) -> Row:
     known = NOISE.get((spec.goal, spec.bound))
-    row, other = Row(budget.steps, known or Outcome()), [quantize8(e.image) for e in task.examples]
+    row, others = Row(budget.steps, known or Outcome()), tasks.load(task.name).examples
     for number, (examples, clean) in enumerate(batches(task, size)):
         prompts, answers = [e.prompt for e in examples], [e.references[0] for e in examples]
         if spec.goal == "answer":  # a victim that only answers: the attacker knows what it says
             answers = victim.generate(clean, prompts)
-        half = number * size + len(other) // 2
-        wanted = torch.stack([other[(half + i) % len(other)] for i in range(len(examples))])
-        objective = objective_for(spec, victim, prompts, answers, task.target, clean, wanted)
+        first = number * size + len(others) // 2  # half the whole set away
+        wanted = [quantize8(others[(first + i) % len(others)].image) for i in range(len(examples))]
+        objective = objective_for(spec, victim, prompts, answers, task.target, clean, torch.stack(wanted))
         attack = spec.build()
         start = time.perf_counter()
         raw = attack(objective, clean, budget, generator=make_generator(0, spec.name, number))

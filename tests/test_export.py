@@ -38,7 +38,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(weights: Path) -> Path:
     exported = export.export_onnx(weights, weights / "model.onnx")
     assert exported.difference < 1e-5
-    assert [path.name for path in weights.glob("model*")] == ["model.onnx"]  # weights inside
+    assert [path.name for path in weights.glob("model.onnx*")] == ["model.onnx"]  # weights inside
     return exported.path
 
 

@@ -57,7 +57,8 @@ def test_contract_and_independence_of_the_batch(name: str, images: Tensor) -> No
 @every_family
 def test_loss_is_the_models_own(name: str) -> None:
     """Against the library from end to end: its processor, its labels. The picture has the size that tiles keep."""
-    v, pixels = victim(name), torch.randint(0, 256, (56, 56, 3), dtype=torch.uint8)
+    draw = torch.Generator().manual_seed(3)
+    v, pixels = victim(name), torch.randint(0, 256, (56, 56, 3), dtype=torch.uint8, generator=draw)
     text = question(v.processor, v.kind, PROMPTS[0])
     inputs = v.processor(images=[pixels.numpy()], text=[text], return_tensors="pt")
     inputs.pop("labels", None)
@@ -73,7 +74,7 @@ def test_loss_is_the_models_own(name: str) -> None:
                 inputs[key] = torch.cat([inputs[key], tail], 1)
     expected = float(v.model(**inputs).loss)
     ours = v.loss(pixels.permute(2, 0, 1)[None] / 255, PROMPTS[:1], TARGETS[:1])
-    assert float(ours) == pytest.approx(expected, abs=5e-3)  # the smooth form of their resampling
+    assert float(ours) == pytest.approx(expected, abs=2e-2)  # theirs resamples in 8 bits: up to half a level a pixel
 
 
 @every_family

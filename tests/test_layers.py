@@ -16,7 +16,20 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(["diffusion", "nets"], 1),
     **dict.fromkeys(["purifiers", "prompts", "victims", "attacks", "tasks"], 2),
     **dict.fromkeys(["defense", "pairs", "results", "sanity"], 3),
-    **dict.fromkeys(["training", "evaluate", "report", "purify_files", "demo", "gateway"], 4),
+    **dict.fromkeys(
+        [
+            "training",
+            "evaluate",
+            "report",
+            "purify_files",
+            "demo",
+            "gateway",
+            "prompt_search",
+            "export",
+            "integrations",
+        ],
+        4,
+    ),
     **dict.fromkeys(["presets", "cli", "cli_pictures", "cli_runs"], 5),
 }
 STRANGERS = {"purifiers", "prompts", "victims", "attacks", "tasks"}  # L2: none may know another

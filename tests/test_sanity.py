@@ -107,7 +107,20 @@ class Slow:
         return torch.cat(rest, -1)
 
 
-FOOLERS: dict[str, Any] = {"gate": Gate, "cliff": Cliff, "slow": Slow}
+class Snap:
+    """Paints each half in the nearest clean colour; its gradient is a ripple's, so nobody learns how to get there."""
+
+    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+        known = torch.tensor(list(toys.COLOURS.values())).to(images)
+        halves = []
+        for half in images.detach().chunk(2, dim=-1):
+            nearest = torch.cdist(half.mean((-2, -1)), known).argmin(1)
+            halves.append(known[nearest][..., None, None].expand_as(half))
+        ripple = 1e-4 * torch.sin(1e6 * images)
+        return torch.cat(halves, -1) + (ripple - ripple.detach())
+
+
+FOOLERS: dict[str, Any] = {"gate": Gate, "cliff": Cliff, "slow": Slow, "snap": Snap}
 
 
 def fool(folder: Path, victim: Any = None, **changes: Any) -> list[Row]:
@@ -132,8 +145,10 @@ def test_cliff_explodes(tmp_path: Path) -> None:
 
 
 def test_unbounded_attack_stopped_by_a_shattered_gradient(tmp_path: Path) -> None:
-    found = fool(tmp_path, toys.ToyVictim(checker=0.0), defenses=("none", "shatter"), eps=(255.0,))
-    assert "unbounded survived" in names(found, defense="shatter", threat="T2")
+    found = fool(
+        tmp_path, toys.ToyVictim(checker=0.0), defenses=("none", "snap"), attacks=("mifgsm:steps=1",), eps=(255.0,)
+    )
+    assert "unbounded survived" in names(found, defense="snap", threat="T2")
     assert "unbounded survived" not in names(found, defense="none")
 
 
@@ -219,6 +234,7 @@ def test_oblivious_images_are_doubted_once_and_not_per_defense() -> None:
         ({"zero_share": 0.5}, "zero gradient"),
         ({"median": 1e-12, "max": 1e-12}, "zero gradient"),
         ({"max": 1e9}, "exploding gradient"),
+        ({"median": 1e12, "max": 2e12}, "exploding gradient"),
         ({"nonfinite": 3}, "exploding gradient"),
         ({"max": None}, "exploding gradient"),
     ],

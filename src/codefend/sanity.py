@@ -19,6 +19,7 @@ Groups = dict[Group, list[Row]]
 ZERO_SHARE = 0.1  # of the gradient steps exactly zero
 VANISHING = 1e-9  # median l2 norm of the gradient of a loss in nats
 EXPLODING = 1e5  # largest over median norm
+ABSURD = 1e8  # median l2 norm of the same gradient
 MEANINGFUL = 0.02  # differences of score below this share of the clean score are not worth a flag
 STANDARD_ERRORS = 2.0  # a paired difference counts from here on
 UNCONVERGED = 0.25  # share of examples whose loss still fell at the end
@@ -89,7 +90,7 @@ def gradient_zero(groups: Groups) -> list[Flag]:
 
 
 def gradient_exploding(groups: Groups) -> list[Flag]:
-    """Gradients that aren't finite or jump by orders of magnitude: directions without meaning."""
+    """Gradients that aren't finite, jump by orders of magnitude or are huge: directions without meaning."""
     flags = []
     for group, rows in _crafted(groups):
         found = [row["gradient"] for row in rows if row.get("gradient") and not _won(row)]
@@ -100,6 +101,9 @@ def gradient_exploding(groups: Groups) -> list[Flag]:
             flags.append(_craft_flag("exploding gradient", reason, group, rows))
         elif wild and statistics.median(wild) > EXPLODING:
             reason = f"the largest gradient is {statistics.median(wild):.0e} times the median one"
+            flags.append(_craft_flag("exploding gradient", reason, group, rows))
+        elif found and (median := statistics.median(g["median"] for g in found)) > ABSURD:
+            reason = f"the gradient is huge: median norm {median:.0e}"
             flags.append(_craft_flag("exploding gradient", reason, group, rows))
     return flags
 

@@ -47,7 +47,8 @@ class OnnxPurifier:
             images = np.pad(images, around, mode="reflect" if gap < side else "edge")
         whole = height * width <= grid.TILED_ABOVE
         purified = (self._run(images) if whole else self._tiles(images))[0, :, :height, :width]
-        return (purified.transpose(1, 2, 0).clip(0, 1) * 255 + 0.5).astype(np.uint8)
+        levels: Pixels = (purified.transpose(1, 2, 0).clip(0, 1) * 255 + 0.5).astype(np.uint8)
+        return levels
 
     def _run(self, images: Any) -> Any:
         return self._session.run(None, {"images": images})[0]
