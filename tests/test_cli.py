@@ -370,6 +370,62 @@ def test_run_verbs_hand_over_config_and_folder(presets: list[tuple[Any, ...]], t
     ]
 
 
+def attacked(hits: int, n: int, *, defense: str = "bridge", threat: str = "T2") -> list[dict[str, Any]]:
+    common = {"task": "vqa", "defense": defense, "threat": threat, "attack": "apgd", "eps": 8 / 255, "norm": "linf"}
+    return [common | {"example": str(i), "success_any": {"untargeted": int(i < hits)}} for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "code", "words"),
+    [
+        (attacked(1, 4), 0, "vqa bridge T2 8/255: 1/4 (25%) ok"),
+        (attacked(2, 4), 1, "vqa bridge T2 8/255: 2/4 (50%) above 25%"),
+        (attacked(0, 4, threat="T0") + attacked(3, 4), 1, "T2 8/255: 3/4"),  # the strongest threat counts
+        (attacked(4, 4, defense="none", threat="T0") + attacked(0, 4), 0, "0/4 (0%) ok"),  # of what defends
+        (attacked(4, 4, defense="none", threat="T0"), 1, "vqa none T0 8/255: 4/4"),  # unless nothing does
+        (attacked(0, 4) + attacked(4, 4, defense="jpeg"), 1, "vqa jpeg T2 8/255: 4/4"),  # every one of them
+        ([row | {"success_any": {"untargeted": None}} for row in attacked(0, 4)], 1, "no image is answered right"),
+    ],
+)
+def test_max_asr_decides_the_exit_code(
+    presets: list[tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    run: Run,
+    rows: list[dict[str, Any]],
+    code: int,
+    words: str,
+) -> None:
+    stand_in(monkeypatch, "evaluate", evaluate=lambda *_: rows, EvalConfig=Config)
+    found, out, err = run("eval", "--run", tmp_path, "--max-asr", 0.25)
+    assert (found, out) == (code, f"{tmp_path}\n")
+    assert words in err
+    assert run("eval", "--run", tmp_path)[0] == 0  # nobody asked
+
+
+def test_max_asr_wants_a_share_and_an_attack(
+    presets: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Run
+) -> None:
+    assert run("eval", "--run", tmp_path, "--max-asr", 25)[0] == 2
+    stand_in(monkeypatch, "evaluate", evaluate=lambda *_: [], EvalConfig=Config)
+    code, _, err = run("eval", "--run", tmp_path, "--max-asr", 0.25)
+    assert (code, "nothing was attacked" in err) == (2, True)
+
+
+def test_rows_and_leaderboard_verbs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Run) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def called(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return arguments[-1]
+
+    verbs = {"write_report": lambda *_: "r.html", "export_rows": called, "write_leaderboard": called}
+    stand_in(monkeypatch, "report", print_summary=lambda *_: None, **verbs)
+    assert run("report", tmp_path, "--rows", "r.parquet") == (0, "r.html\nr.parquet\n", "")
+    assert run("leaderboard", "a", "b", "-o", "x.html") == (0, "x.html\n", "")
+    assert calls == [(tmp_path, Path("r.parquet")), ([Path("a"), Path("b")], Path("x.html"))]
+
+
 def test_dry_run_prints_the_config_and_does_nothing(presets: list[tuple[Any, ...]], tmp_path: Path, run: Run) -> None:
     for verb in ("train", "pairs", "eval"):
         code, out, _ = run(verb, "tiny", "--run", tmp_path / "new", "--set", "eps=4/255", "--dry-run")

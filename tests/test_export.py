@@ -17,7 +17,6 @@ from codefend.purifiers import grid, load
 from codefend.types import UserError
 
 pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
 
 TINY = NetConfig(channels=(6, 8), blocks=(1, 1), embedding=16)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx2
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from codefend.gateway.app import create_app
 from codefend.gateway.pocket import pocket_transport
-from gateway_kit import Invert, b64, chat, gateway, picture, png, run, settings, url
+from gateway_kit import Invert, b64, chat, gateway, picture, png, run, served, settings, url, wait_for
 
 openai = pytest.importorskip("openai")
 anthropic = pytest.importorskip("anthropic")
@@ -164,29 +164,6 @@ def test_the_page_shows_both_answers() -> None:
 
 
 # --- over a real socket ----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def served(app: Starlette) -> Iterator[str]:
-    """The app behind a real server in a thread."""
-    import uvicorn
-
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    wait_for(lambda: server.started)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
-
-
-def wait_for(done: Callable[[], Any], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.01)
 
 
 def test_the_blocking_clients_over_a_socket() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from codefend.prompts import PROMPTS, PromptPolicy, load, load_policy, save_policy
+from codefend.prompts import PROMPTS, PromptPolicy, load, load_policy, save_folder, save_policy
 from codefend.types import UserError
 
 
@@ -20,9 +20,17 @@ def test_words_around_the_prompt() -> None:
     assert not policy.empty
 
 
-@pytest.mark.parametrize("name", PROMPTS)
+def test_what_stands_around_a_prompt_and_the_fingerprint() -> None:
+    policy = PromptPolicy("p", system="S", prefix="<", suffix=">")
+    assert policy.around("hi") == ("<", ">")
+    assert policy.key == PromptPolicy("other name", system="S", prefix="<", suffix=">").key
+    assert policy.key != PromptPolicy("p", system="S<", suffix=">").key
+
+
+@pytest.mark.parametrize("name", [name for name, spec in PROMPTS.items() if spec.policy])
 def test_built_in_policies_keep_the_users_words(name: str) -> None:
     spec = PROMPTS[name]
+    assert spec.policy is not None
     assert spec.summary
     assert spec.policy.name == name == spec.name
     assert "What is this?" in spec.policy("What is this?")
@@ -53,6 +61,18 @@ def test_bad_files_are_refused_with_the_reason(tmp_path: Path, content: str, mes
     file.write_text(content)
     with pytest.raises(UserError, match=message):
         load_policy(file)
+
+
+def test_a_folder_is_a_policy_too(tmp_path: Path) -> None:
+    policy = PromptPolicy("mine", prefix="look: ")
+    save_folder(policy, tmp_path / "mine", "# a card\n")
+    assert load(tmp_path / "mine") == policy
+    assert (tmp_path / "mine" / "README.md").read_text() == "# a card\n"
+    with pytest.raises(UserError, match=r"cannot read policy\.json"):
+        load(tmp_path)
+    (tmp_path / "policy.json").write_text('{"kind": "spell", "name": "x"}')
+    with pytest.raises(UserError, match="unknown kind 'spell'"):
+        load(tmp_path)
 
 
 def test_missing_file_and_unknown_name() -> None:

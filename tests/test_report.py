@@ -7,7 +7,9 @@ import io
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,7 +21,16 @@ import toys
 from codefend import images
 from codefend import results as results_module
 from codefend.evaluate import EvalConfig, evaluate
-from codefend.report import print_overview, print_summary, read_report, write_report
+from codefend.report import (
+    export_rows,
+    print_overview,
+    print_summary,
+    read_report,
+    write_leaderboard,
+    write_report,
+)
+from codefend.report.attacks import seen_and_unseen, success
+from codefend.report.board import merge
 from codefend.report.exports import csv_text, markdown_text
 from codefend.report.panels import panels
 from codefend.report.plots import score_against_eps
@@ -35,6 +46,8 @@ from codefend.results import (
     grouped,
     paired,
     scores,
+    strongest,
+    success_rates,
     summarize,
     worst_rows,
 )
@@ -151,6 +164,55 @@ def test_share_kept_is_of_the_undefended_clean_score() -> None:
     assert kept["ad"] == pytest.approx(0.25)
 
 
+def fell(example: int, untargeted: int | None, targeted: int | None = None, **changes: object) -> Row:
+    found = {"untargeted": untargeted} | ({} if targeted is None else {"targeted": targeted})
+    return made(example, 0.0, success_any=found, **changes)
+
+
+def test_success_rate_is_the_worst_case_over_attacks_and_weaker_threats() -> None:
+    oblivious = [fell(0, 1), fell(1, 0), fell(2, 0), fell(3, None)]
+    other = [fell(0, 0, attack="b"), fell(1, 0, 1, attack="b"), fell(2, 0, attack="b"), fell(3, None, 1, attack="b")]
+    adaptive = [fell(i, int(i == 2), threat="T2") for i in range(3)]
+    rates = {group.threat: rate for group, rate in success_rates(oblivious + other + adaptive).items()}
+    assert rates == {"T0": Rate(2, 3), "T2": Rate(3, 3)}  # the third answer was wrong before
+    assert [group.threat for group in strongest(success_rates(oblivious + adaptive))] == ["T2"]
+    assert success_rates([fell(0, 1), fell(1, 0), fell(0, 0, threat="T2")]) == {
+        Group("t", "d", "T0", WORST, 0.1): Rate(1, 2),
+        Group("t", "d", "T2", WORST, 0.1): Rate(1, 1),  # only what T2 reached
+    }
+
+
+def test_success_table_names_what_max_asr_reads(folder: Path) -> None:
+    table = success(read_report(folder))
+    cells = {line[:4]: line[4:] for line in table.lines}
+    assert cells["questions", "leaky", "T2", "8/255"] == ("6/6 (100%)", "yes")
+    assert cells["questions", "leaky", "T0", "8/255"][1] == ""
+    assert cells["questions", "jitter", "T0", "8/255"][1] == "yes"  # it was never attacked through itself
+
+
+def test_seen_and_unseen_attacks_are_compared_on_the_same_examples(folder: Path) -> None:
+    report = read_report(folder)
+    assert seen_and_unseen(report).lines == ()
+    marked = replace(report, config=report.config | {"seen": ["apgd-targeted"]})
+    table = seen_and_unseen(marked)
+    line = next(line for line in table.lines if line[:4] == ("questions", "leaky", "T2", "8/255"))
+    assert line[5].startswith("0.00")
+    assert line[7] == "6"
+    assert "seen in training: apgd-targeted; unseen: apgd" in table.notes[0]
+    rows = [made(0, 1.0, access="score"), made(1, 1.0, access="score")]
+    rows += [made(0, 0.0, attack="new", access="score"), made(2, 0.0, attack="new", access="score")]
+    lines = seen_and_unseen(replace(report, config={"seen": ["a"]}, rows=rows)).lines
+    assert [(line[4], line[5], line[6], line[7]) for line in lines] == [("1.00", "0.00", "1.00", "1")]
+
+
+def test_resubmissions_are_shown_with_worst_case_and_vote(folder: Path) -> None:
+    table = results(read_report(folder), "questions")
+    assert table.columns[7:9] == ("worst of 2", "vote of 2")
+    jitter = next(line for line in table.lines if line[:4] == ("jitter", "T0", "apgd", "8/255"))
+    assert all(cell.endswith(" n=6") for cell in jitter[7:9])
+    assert next(line for line in table.lines if line[0] == "leaky")[7:9] == ("–", "–")
+
+
 def test_paired_gap_to_the_best() -> None:
     rows = [made(i, 1.0, defense="good") for i in range(5)] + [made(i, float(i == 0)) for i in range(5)]
     ((group, gap),) = gaps(grouped(rows)).items()
@@ -244,6 +306,60 @@ def test_csv_has_unrounded_numbers(folder: Path) -> None:
     assert first["mean_cider_d"] == ""  # not a metric of this task
     attacked = next(line for line in lines if line["defense"] == "leaky" and line["threat"] == "T2")
     assert float(attacked["eps"]) == pytest.approx(2 / 255)
+
+
+def test_rows_as_flat_tables(folder: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = read_report(folder).rows
+    lines = list(csv.DictReader(io.StringIO(export_rows(folder, tmp_path / "r.csv").read_text())))
+    table = parquet.read_table(export_rows(folder, tmp_path / "r.parquet")).to_pylist()
+    assert len(lines) == len(table) == len(rows)
+    for line, cells, row in zip(lines, table, rows, strict=True):
+        assert line["key"] == cells["key"] == row["key"]
+        assert cells["scores.exact_match"] == row["scores"].get("exact_match")
+        assert json.loads(cells["references"]) == row["references"]
+        assert line["budget.steps"] == ("" if row["attack"] == CLEAN else "12")
+
+
+def test_rows_go_to_known_endings_only(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"written as .csv or .parquet"):
+        export_rows(folder, tmp_path / "r.xlsx")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"pip install 'codefend\[parquet\]'"):
+        export_rows(folder, tmp_path / "r.parquet")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leaderboard_page_ranks_several_runs_and_states_the_rules(folder: Path, tmp_path: Path) -> None:
+    other, unlike = copied(folder, tmp_path / "other"), copied(folder, tmp_path / "unlike")
+    config = json.loads((unlike / "config.json").read_text())
+    (unlike / "config.json").write_text(json.dumps(config | {"seed": 5}))
+    rewrite(other, {"defense": "newcomer"})
+    page = write_leaderboard([folder, folder, other, unlike], tmp_path / "board.html").read_text()
+    text = (tmp_path / "board.md").read_text()
+    read = Page(page)
+    assert read.open == []
+    assert read.addresses == []
+    assert text.count("\n## questions: vqa_accuracy at 8/255") == 2  # one for each set of conditions
+    first = text.split("\n## ")[1]
+    assert re.search(r"\| 1 \| (smooth|newcomer) \|", first)
+    assert "newcomer" in first
+    assert "newcomer" not in text.split("\n## ")[3]
+    assert "seed 5" in text
+    for rule in ("Ranked by the worst case", "other conditions make another table", "T2: white box"):
+        assert rule in read.text
+        assert rule in text
+    with pytest.raises(UserError, match="name the run folders"):
+        write_leaderboard([], tmp_path / "board.html")
+
+
+def test_runs_with_the_same_defense_keep_both(folder: Path, tmp_path: Path) -> None:
+    twin = copied(folder, tmp_path / "twin")
+    merged = merge([read_report(folder), read_report(twin)])
+    names = {row["defense"] for row in merged.rows}
+    assert {"leaky", "leaky (twin)", "none"} <= names
+    assert "none (twin)" not in names
+    assert len({(row["defense"], row["key"]) for row in merged.rows}) == len(merged.rows)
 
 
 def test_markdown_tables_are_rectangular(folder: Path) -> None:

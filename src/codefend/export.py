@@ -20,7 +20,6 @@ from codefend.types import UserError
 
 OPSET = 18
 TOLERANCE = 1e-4  # of a pixel in [0, 1]: a fortieth of a level
-LARGEST = 8192  # pixels a side; tiles are smaller
 CHECKED = ((1, 16, 16), (2, 48, 80), (1, 96, 32))  # batch, height, width in multiples of the network's multiple / 16
 
 
@@ -53,7 +52,7 @@ def export_onnx(name: str | Path, out: str | Path) -> Exported:
     path = Path(out)
     if path.suffix != ".onnx":
         raise UserError(f"name the output *.onnx, got {path.name!r}")
-    missing = [package for package in ("onnx", "onnxscript", "onnxruntime") if find_spec(package) is None]
+    missing = [package for package in ("onnx", "onnxruntime") if find_spec(package) is None]
     if missing:
         raise UserError(f"export needs {', '.join(missing)}; install with `pip install codefend[onnx]`")
     purifier = purifiers.load(name)
@@ -70,27 +69,26 @@ def export_onnx(name: str | Path, out: str | Path) -> Exported:
 
 
 def _write(purifier: NetPurifier, path: Path) -> None:
-    from torch.export import Dim
-
     multiple = purifier.multiple
-    height, width = (multiple * Dim(side, min=1, max=LARGEST // multiple) for side in ("rows", "columns"))
-    example = torch.rand(2, 3, 2 * multiple, 3 * multiple)
+    free = {0: "batch", 2: "height", 3: "width"}
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the exporter warns about its own insides
-        program = torch.onnx.export(
+        warnings.simplefilter("ignore")  # tracing warns that sizes are checked in Python; other sizes are run below
+        torch.onnx.export(
             _Served(purifier).eval(),
-            (example,),
-            dynamo=True,
+            (torch.rand(2, 3, 2 * multiple, 3 * multiple),),
+            str(path),
+            dynamo=False,  # the newer exporter takes minutes for this network, and needs onnxscript
             input_names=["images"],
             output_names=["purified"],
-            dynamic_shapes=({0: Dim("batch"), 2: height, 3: width},),
+            dynamic_axes={"images": free, "purified": free},
             opset_version=OPSET,
-            verbose=False,
         )
-    assert program is not None
+    import onnx
+
+    model = onnx.load(str(path))
     settings = {"multiple": multiple, "name": purifier.name, "evaluations": purifier.evaluations}
-    program.model.metadata_props["codefend"] = json.dumps(settings)
-    program.save(str(path), external_data=False)
+    onnx.helper.set_model_props(model, {"codefend": json.dumps(settings)})
+    onnx.save(model, str(path))
 
 
 def _largest_difference(purifier: NetPurifier, path: Path) -> float:
