@@ -61,6 +61,17 @@ def test_loss_does_not_depend_on_the_batch(bare_pocket: Pocket, images: torch.Te
 
 
 @pytest.mark.weights
+def test_margins_are_positive_where_the_model_says_so(bare_pocket: Pocket, images: torch.Tensor) -> None:
+    said = bare_pocket.generate(images, PROMPTS, max_new_tokens=3)
+    for answers, own in ((said, True), (TARGETS, False)):
+        margins = bare_pocket.margins(images, PROMPTS, answers)
+        lengths = [len(ids) + 1 for ids in bare_pocket.encode(answers)]  # and the end mark
+        assert [len(m) for m in margins] == lengths
+        # The model went on after three tokens, so the end mark's margin says nothing here.
+        assert [bool((m[:-1] > 0).all()) for m in margins] == [own] * 3
+
+
+@pytest.mark.weights
 def test_gradients_reach_every_image_and_agree_with_differences(bare_pocket: Pocket, images: torch.Tensor) -> None:
     x = images.clone().requires_grad_(True)
     grad = torch.autograd.grad(bare_pocket.loss(x, PROMPTS, TARGETS).sum(), x)[0]
@@ -75,7 +86,8 @@ def test_gradients_reach_every_image_and_agree_with_differences(bare_pocket: Poc
 def test_cached_batched_generation_equals_plain_greedy_decoding(bare_pocket: Pocket, images: torch.Tensor) -> None:
     answers = bare_pocket.generate(images, PROMPTS, max_new_tokens=5)
     for image, prompt, answer in zip(images, PROMPTS, answers, strict=True):
-        row, ids = bare_pocket._context(image[None], [prompt])[0], []
+        before, after = bare_pocket._context(image[None], [prompt])
+        row, ids = torch.cat([before, *after]), []
         for _ in range(5):
             hidden = bare_pocket.llm.model(inputs_embeds=row[None]).last_hidden_state[:, -1]
             ids.append(int(bare_pocket.llm.lm_head(hidden).argmax()))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from codefend.devices import default_device
 from codefend.types import UserError
 from codefend.victims.efficientnet_lite import EfficientNetLite
+from codefend.victims.packed import answer_logits
 from codefend.victims.smollm import load_smollm
 
 SIDE = 128  # pixels that the encoder sees
@@ -112,13 +113,14 @@ class Pocket(nn.Module):
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
-    def _context(self, images: Tensor, prompts: Sequence[str], prefix: Tensor | None = None) -> list[Tensor]:
-        """For each example ``[BEFORE, image, prefix, prompt, AFTER]`` as embeddings ``[L_i, D]``."""
+    def _context(
+        self, images: Tensor, prompts: Sequence[str], prefix: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Embeddings of BEFORE, and for each example what follows: ``[image, prefix, prompt, AFTER]``, ``[L_i, D]``."""
         vision = self.connector(self._tokens(images))
-        before = self.embed([BEFORE])[0]
-        asked = self.embed([f"\n{prompt}{AFTER}" for prompt in prompts])
+        before, *asked = self.embed([BEFORE, *(f"\n{prompt}{AFTER}" for prompt in prompts)])
         soft = [] if prefix is None else [prefix.to(self.device)]
-        return [torch.cat([before, v, *soft, q]) for v, q in zip(vision, asked, strict=True)]
+        return before, [torch.cat([v, *soft, q]) for v, q in zip(vision, asked, strict=True)]
 
     def word_scores(self, images: Tensor, words: Sequence[str]) -> Tensor:
         """Cosine of each projected vision token to the mean embedding of each word or phrase, ``[B, T, C]``.
@@ -139,17 +141,33 @@ class Pocket(nn.Module):
 
         ``prefix`` ``[K, D]``: a soft prefix, embeddings before every prompt; differentiable in it, too.
         """
-        contexts = self._context(images, prompts, prefix)
-        answers = self.encode([f"{target}{END}" for target in targets])
-        table = self.llm.get_input_embeddings().weight
-        given = [F.embedding(self._ids(ids[:-1]), table) for ids in answers]
-        rows = [torch.cat(pair) for pair in zip(contexts, given, strict=True)]
-        # Right padding needs no mask: attention is causal and padded positions are never read.
-        hidden = self.llm.model(inputs_embeds=nn.utils.rnn.pad_sequence(rows, batch_first=True)).last_hidden_state
-        read = [h[len(c) - 1 : len(c) - 1 + len(a)] for h, c, a in zip(hidden, contexts, answers, strict=True)]
-        logits = self.llm.lm_head(torch.cat(read))  # only answer positions: the head is a large part of the cost
+        logits, answers = self._answer_logits(images, prompts, targets, prefix)
         nll = F.cross_entropy(logits, self._ids([i for a in answers for i in a]), reduction="none")
         return torch.stack([part.mean() for part in nll.split([len(a) for a in answers])]).to(images.device)
+
+    def margins(
+        self, images: Tensor, prompts: Sequence[str], targets: Sequence[str], *, prefix: Tensor | None = None
+    ) -> list[Tensor]:
+        """For each image ``[L_i]``: the logit of each token of its target and end mark less the largest other one.
+
+        All positive: greedy decoding says the target. Differentiable as `loss` is.
+        """
+        logits, answers = self._answer_logits(images, prompts, targets, prefix)
+        wanted = self._ids([i for a in answers for i in a])[:, None]
+        others = logits.scatter(1, wanted, -torch.inf).amax(1)
+        margins = (logits.gather(1, wanted)[:, 0] - others).to(images.device)
+        return list(margins.split([len(a) for a in answers]))
+
+    def _answer_logits(
+        self, images: Tensor, prompts: Sequence[str], targets: Sequence[str], prefix: Tensor | None
+    ) -> tuple[Tensor, list[list[int]]]:
+        """Logits ``[sum L_i, V]`` that predict each token of the targets and their end marks, and those tokens."""
+        before, contexts = self._context(images, prompts, prefix)
+        answers = self.encode([f"{target}{END}" for target in targets])
+        table = self.llm.get_input_embeddings().weight
+        rows = [torch.cat([c, F.embedding(self._ids(a[:-1]), table)]) for c, a in zip(contexts, answers, strict=True)]
+        reads = [range(len(c) - 1, len(c) - 1 + len(a)) for c, a in zip(contexts, answers, strict=True)]
+        return answer_logits(self.llm, [before, *rows], [range(0), *reads]), answers
 
     @torch.no_grad()
     def generate(
@@ -158,7 +176,8 @@ class Pocket(nn.Module):
         """Greedy answers, batched with a key-value cache. ``prefix``: as for `loss`."""
         from transformers import DynamicCache
 
-        contexts = self._context(images, prompts, prefix)
+        before, after = self._context(images, prompts, prefix)
+        contexts = [torch.cat([before, c]) for c in after]
         lengths = self._ids([len(c) for c in contexts])
         longest = int(lengths.max())
         embeds = torch.stack([F.pad(c, (0, 0, longest - len(c), 0)) for c in contexts])  # left padding
