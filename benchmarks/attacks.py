@@ -1,7 +1,9 @@
 """Every attack against random noise of the same budget, on the undefended pocket, as Markdown.
 
-    python benchmarks/attacks.py [ATTACK ...] [--task caption] [--limit 64] [--steps 100] [--queries 1000] [--batch 16]
+    python benchmarks/attacks.py [ATTACK ...] --run DIR [--task caption] [--limit 64] [--steps 100] [--queries 1000]
+        [--batch 16] [--minutes M]
 
+Every finished attack is kept in the run folder: the same command goes on where it stopped and prints the whole table.
 Noise is the best of ten draws inside the attack's bound by the attack's own objective. Against text attacks stand one
 random edit without a search, or another sentence than the attacker's. A row says no where the attack's mean objective
 is not below the noise's.
@@ -10,9 +12,11 @@ is not below the noise's.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -28,7 +32,7 @@ from codefend.attacks.search import Best, score
 from codefend.attacks.stadv import StAdv, warp
 from codefend.attacks.text import Asked
 from codefend.images import quantize8
-from codefend.runs import make_generator
+from codefend.runs import make_generator, open_run
 from codefend.tasks.metrics import targeted_success
 from codefend.types import Budget, Example, Objective, Task, UserError, WhiteBox
 
@@ -52,10 +56,22 @@ class Row:
     """What one attack did and what noise does there."""
 
     steps: int
-    noise: Outcome
+    noise: Outcome = field(default_factory=Outcome)
     attacked: Outcome = field(default_factory=Outcome)
     seconds: float = 0.0
     broken: int = 0  # images outside the attack's bound
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the figures depend on: saved in the run folder, which takes no others."""
+
+    task: str
+    limit: int
+    steps: int
+    queries: int
+    batch: int
+    eps: float
 
 
 def batches(task: Task, size: int) -> Iterator[tuple[Sequence[Example], Tensor]]:
@@ -85,12 +101,8 @@ def control(attack: object, objective: Objective, clean: Tensor, budget: Budget,
     return best.images
 
 
-# By goal and bound: what noise does is the same for all attacks that share them.
-NOISE: dict[tuple[str, str], Outcome] = {}
-
-
-def run_image(spec: AttackSpec, victim: WhiteBox, task: Task, budget: Budget, size: int) -> Row:
-    known = NOISE.get((spec.goal, spec.bound))
+def run_image(spec: AttackSpec, victim: WhiteBox, task: Task, budget: Budget, size: int, known: Outcome | None) -> Row:
+    """One attack on every batch; ``known``: what noise does under the same goal and bound, where it was looked at."""
     row, others = Row(budget.steps, known or Outcome()), tasks.load(task.name).examples
     for number, (examples, clean) in enumerate(batches(task, size)):
         prompts, answers = [e.prompt for e in examples], [e.references[0] for e in examples]
@@ -110,12 +122,11 @@ def run_image(spec: AttackSpec, victim: WhiteBox, task: Task, budget: Budget, si
             noise = control(attack, objective, clean, budget, make_generator(0, "noise", number))
             noise = finished(attack, noise, clean, budget)
             row.noise.add(score(Noise(), objective, noise, 1), victim.generate(noise, prompts))
-    NOISE[spec.goal, spec.bound] = row.noise
     return row
 
 
 def run_text(spec: TextAttackSpec, victim: WhiteBox, task: Task, budget: Budget, size: int) -> Row:
-    row = Row(budget.steps, Outcome())
+    row = Row(budget.steps)
     for number, (examples, clean) in enumerate(batches(task, size)):
         prompts, answers = [e.prompt for e in examples], [e.references[0] for e in examples]
         asked, generator = asked_for(spec, victim, answers, task.target), make_generator(0, spec.name, number)
@@ -141,57 +152,96 @@ def text_control(
     return quantize8(images), said
 
 
-def line(spec: AttackSpec | TextAttackSpec, row: Row, task: Task, clean: list[str]) -> str:
+def line(name: str, found: dict[str, Any], task: Task, clean: list[str]) -> str:
+    """One attack of the table, from its row in the run folder."""
+    spec = EVERY[name]
+    if "error" in found:
+        return f"| {name} | | {spec.goal} | | | | | | | {found['error']} | |"
+    noise, attacked = found["noise"], found["attacked"]
     headline = task.metrics[task.headline]
-    before, after = (float(headline(a, task.examples).nanmean()) for a in (row.noise.answers, row.attacked.answers))
+    before, after = (float(headline(part["answers"], task.examples).nanmean()) for part in (noise, attacked))
     target = "-"
     if spec.goal in NEEDS_SENTENCE:
         reached = targeted_success(task.target, clean)
-        target = f"{float(reached(row.attacked.answers, task.examples).nanmean()):.2f}"
-    noisy, attacked = (sum(v) / len(v) for v in (row.noise.objective, row.attacked.objective))
-    cost = 1000 * row.seconds / len(row.attacked.answers) / row.steps
+        target = f"{float(reached(attacked['answers'], task.examples).nanmean()):.2f}"
+    there, here = (sum(part["objective"]) / len(part["objective"]) for part in (noise, attacked))
+    cost = 1000 * found["seconds"] / len(attacked["answers"]) / found["steps"]
     bound = getattr(spec, "bound", getattr(spec, "changes", ""))
-    verdict = "**outside**" if row.broken else "yes" if attacked < noisy else "**no**"
+    verdict = "**outside**" if found["broken"] else "yes" if here < there else "**no**"
     return (
-        f"| {spec.name} | {bound} | {spec.goal} | {row.steps} | {before:.2f} | {after:.2f} | {target} "
-        f"| {noisy:.3f} | {attacked:.3f} | {verdict} | {cost:.1f} |"
+        f"| {name} | {bound} | {spec.goal} | {found['steps']} | {before:.2f} | {after:.2f} | {target} "
+        f"| {there:.3f} | {here:.3f} | {verdict} | {cost:.1f} |"
     )
+
+
+def measure(name: str, victim: WhiteBox, task: Task, asked: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of one attack; ``rows`` are those that the run has."""
+    spec = EVERY[name]
+    wish = asked.steps if spec.threat == "white-box" else asked.queries if spec.threat == "score" else 0
+    # The templates and places of an attack that only plants a sentence are few, and all are tried.
+    steps = spec.steps if spec.threat == "score" and spec.steps < 10 else wish or spec.steps
+    budget = Budget("linf", asked.eps / 255, steps)
+    try:
+        if isinstance(spec, TextAttackSpec):
+            row = run_text(spec, victim, task, budget, asked.batch)
+        else:
+            alike = (r for r in rows if r.get("alike") == [spec.goal, spec.bound] and "noise" in r)
+            known = next((Outcome(**r["noise"]) for r in alike), None)
+            row = run_image(spec, victim, task, budget, asked.batch, known)
+    except UserError as error:
+        return {"key": name, "error": str(error)}
+    alike_key = None if isinstance(spec, TextAttackSpec) else [spec.goal, spec.bound]
+    return {"key": name, "alike": alike_key, **asdict(row)}
+
+
+EVERY: dict[str, AttackSpec | TextAttackSpec] = {**ATTACKS, **TEXT_ATTACKS}
+
+
+def table(asked: Settings, task: Task, rows: list[dict[str, Any]]) -> None:
+    """Print the whole table, and what it lacks."""
+    clean = next(row["answers"] for row in rows if row["key"] == "no attack")
+    plain, done = float(task.metrics[task.headline](clean, task.examples).nanmean()), {row["key"]: row for row in rows}
+    print(f"{asked.task}, n = {len(clean)}, {task.headline} without attack {plain:.2f}, l-inf {asked.eps:g}/255\n")
+    print(
+        f"| attack | bound | goal | steps | {task.headline}, noise | attacked | target | objective, noise | attacked "
+        "| beats noise | ms per image and step |\n" + "|---" * 11 + "|"
+    )
+    for name in EVERY:
+        if name in done:
+            print(line(name, done[name], task, clean))
+    missing = [name for name in EVERY if name not in done]
+    if missing:
+        print(f"\nNot measured: {', '.join(missing)}.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="attacks; all if left out")
+    parser.add_argument("--run", required=True, help="run folder")
     parser.add_argument("--task", default="caption")
     parser.add_argument("--limit", type=int, default=64)
     parser.add_argument("--steps", type=int, default=0, help="gradient steps; 0: each attack's usual number")
     parser.add_argument("--queries", type=int, default=0, help="of score attacks; 0: each attack's usual number")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--eps", type=float, default=8.0, help="l-inf radius in 1/255")
-    asked = parser.parse_args()
-    victim, task = victims.load("pocket"), tasks.load(asked.task, limit=asked.limit)
-    clean = [a for e, x in batches(task, asked.batch) for a in victim.generate(x, [example.prompt for example in e])]
-    plain = float(task.metrics[task.headline](clean, task.examples).nanmean())
-    print(f"{asked.task}, n = {len(clean)}, {task.headline} without attack {plain:.2f}, l-inf {asked.eps:g}/255\n")
-    print(
-        f"| attack | bound | goal | steps | {task.headline}, noise | attacked | target | objective, noise | attacked |",
-        end="",
-    )
-    print(" beats noise | ms per image and step |\n" + "|---" * 11 + "|")
-    every: dict[str, tuple[AttackSpec | TextAttackSpec, Callable[..., Row]]] = {
-        **{name: (spec, run_image) for name, spec in ATTACKS.items()},
-        **{name: (text, run_text) for name, text in TEXT_ATTACKS.items()},
-    }
-    for name in asked.names or every:
-        spec, run = every[name]
-        wish = asked.steps if spec.threat == "white-box" else asked.queries if spec.threat == "score" else 0
-        # The templates and places of an attack that only plants a sentence are few, and all are tried.
-        steps = spec.steps if spec.threat == "score" and spec.steps < 10 else wish or spec.steps
-        try:
-            row = run(spec, victim, task, Budget("linf", asked.eps / 255, steps), asked.batch)
-        except UserError as error:
-            print(f"| {name} | | {spec.goal} | | | | | | | {error} | |", flush=True)
-            continue
-        print(line(spec, row, task, clean), flush=True)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further attack after this long")
+    given = vars(parser.parse_args())
+    names, folder, limit = given.pop("names") or list(EVERY), given.pop("run"), time.monotonic() + 60 * given["minutes"]
+    given.pop("minutes")
+    asked = Settings(**given)
+    task = tasks.load(asked.task, limit=asked.limit)
+    with open_run(folder, asked) as run:
+        todo = [name for name in names if not run.has(name)]
+        victim = victims.load("pocket") if todo or not run.has("no attack") else None
+        if not run.has("no attack"):
+            shown = [victim.generate(x, [e.prompt for e in part]) for part, x in batches(task, asked.batch)]
+            run.append({"key": "no attack", "answers": [answer for answers in shown for answer in answers]})
+        for name in todo:
+            if time.monotonic() > limit:
+                break
+            run.append(measure(name, victim, task, asked, run.rows()))
+            print(f"{name} done", file=sys.stderr, flush=True)
+        table(asked, task, run.rows())
 
 
 if __name__ == "__main__":

@@ -75,6 +75,19 @@ class DefendedVictim:
         """``[B, T, D]``; raises TypeError when the victim is a black box."""
         return self._white_box().features(self.defense.images(images, generator=self.generator))
 
+    def margins(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> list[Tensor]:
+        """Of each image's target tokens, ``[L_i]``; raises AttributeError when the victim shows no logits."""
+        shown: Any = self.victim
+        purified = self.defense.images(images, generator=self.generator)
+        margins: list[Tensor] = shown.margins(purified, self.defense.prompts(prompts), targets)
+        return margins
+
+    def word_scores(self, images: Tensor, words: Sequence[str]) -> Tensor:
+        """``[B, T, C]``; raises AttributeError when the victim has no space that tokens and words share."""
+        shown: Any = self.victim
+        scores: Tensor = shown.word_scores(self.defense.images(images, generator=self.generator), words)
+        return scores
+
     def _white_box(self) -> WhiteBox:
         if not isinstance(self.victim, WhiteBox):
             raise TypeError(f"{self.victim.name} is a black box: it has no gradient to attack")
