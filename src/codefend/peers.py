@@ -1,12 +1,12 @@
 """What the peers train and how they walk, re-implemented from their papers on our network. Pure and differentiable.
 
 As in `diffusion`, everything lives in VE coordinates on [0, 1] pixels and the network predicts the clean image, here
-``D``; a velocity or a noise prediction is a linear function of it, so each paper's loss is a squared error of D with the
-weight that its own target implies. None of the peers had a bound on the residual.
+``D``; a velocity or a noise prediction is a linear function of it, so each paper's loss is a squared error of D with
+the weight that its own target implies. None of the peers had a bound on the residual.
 
-Sources: HGD (Liao et al. 2018, arXiv 1712.02976), FlowPure (Collaert et al. 2025, arXiv 2505.13280), ADBM (Li et al. 2025,
-arXiv 2408.00315), CoDefend (Zhu et al. 2025, arXiv 2510.11096: its code and its tables are not public, so what is here is
-our reconstruction, "CoDefend-R").
+Sources: HGD (Liao et al. 2018, arXiv 1712.02976), FlowPure (Collaert et al. 2025, arXiv 2505.13280), ADBM (Li et al.
+2025, arXiv 2408.00315), CoDefend (Zhu et al. 2025, arXiv 2510.11096; we know no public code or tables of it, so what is
+here is our reconstruction, "CoDefend-R").
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def adbm_state(clean: Tensor, attacked: Tensor, sigma: Tensor, end: float, noise
     """A point of ADBM's bridge, ``[B,3,H,W]``: x_c + (sigma/end)^2 (x_a - x_c) + sigma n.
 
     The paper's VP form on [-1, 1], x_t = sqrt(a_t) x_c + sqrt(1 - a_t) n + e a_T (1 - a_t) / ((1 - a_T) sqrt(a_t)),
-    divided by sqrt(a_t) and mapped to [0, 1]: sigma^2 = (1 - a_t) / (4 a_t). At sigma = ``end`` it is the attacked image
-    with the noise that a purifier adds; towards 0 the perturbation fades faster than the noise.
+    divided by sqrt(a_t) and mapped to [0, 1]: sigma^2 = (1 - a_t) / (4 a_t). At sigma = ``end`` it is the attacked
+    image with the noise that a purifier adds; towards 0 the perturbation fades faster than the noise.
     """
     return clean + _wide((sigma / end) ** 2) * (attacked - clean) + _wide(sigma) * noise
 

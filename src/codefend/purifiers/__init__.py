@@ -53,6 +53,7 @@ def _split(text: str) -> tuple[str, dict[str, object]]:
 def _from_folder(folder: Path, settings: Mapping[str, object], *, name: str | None = None) -> ImagePurifier:
     from codefend.nets import load_net
     from codefend.purifiers.base import configure, spelled
+    from codefend.purifiers.detection import Detector
 
     if not folder.is_dir():
         raise UserError(f"no such purifier folder: {folder}")
@@ -65,6 +66,8 @@ def _from_folder(folder: Path, settings: Mapping[str, object], *, name: str | No
     defaults = configure(fallback, meta.get("options", {}))
     options = configure(defaults, settings)
     purifier: ImagePurifier = make(net, options, name=spelled(name or folder.resolve().name, options, defaults))
+    if meta.get("detector") and options == defaults:  # other options leave other residuals: its rates wouldn't hold
+        purifier.detector = Detector.from_dict(meta["detector"])
     return purifier
 
 

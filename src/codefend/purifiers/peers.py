@@ -1,6 +1,6 @@
 """The peers at test time: HGD's one residual evaluation and FlowPure's Euler steps.
 
-ADBM and CoDefend-R change what is trained; at test time they noise and walk back by DDIM, which is `DiffPure` with eta 0.
+ADBM and CoDefend-R change what is trained; at test time they noise and walk back by DDIM: `DiffPure` with eta 0.
 """
 
 from __future__ import annotations

@@ -116,7 +116,9 @@ def train_peer(config: PeerConfig, folder: str | Path) -> Path:
                 save_training(checkpoint, parameters, optimizer, step, average)
                 net_now = PurifierNet(net.config)
                 net_now.load_state_dict(average.values)
-                save_net(run.dir / "weights", net_now, kind=config.method, options=_options(config), dtype=torch.float16)
+                save_net(
+                    run.dir / "weights", net_now, kind=config.method, options=_options(config), dtype=torch.float16
+                )
                 write_card(run, config.method)
     return run.dir / "weights"
 
