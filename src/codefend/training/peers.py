@@ -34,13 +34,18 @@ from codefend.types import UserError
 from codefend.victims.pocket import Pocket
 
 Method = Literal["hgd", "flowpure", "flowpure-gauss", "adbm", "codefend-r"]
-STATIC = ("hgd", "flowpure", "codefend-r")  # trained on the pairs of a bank
-WORDED = ("adbm", "codefend-r")  # guided by the pocket's words, as ADBM is by a classifier
+USES: dict[Method, tuple[str, ...]] = {  # the settings that a method has, beside those that all have
+    "hgd": ("pairs", "without", "clean", "encoders"),
+    "flowpure": ("pairs", "without", "clean"),
+    "flowpure-gauss": ("noise",),
+    "adbm": ("victim", "eps", "mining_steps", "times"),
+    "codefend-r": ("pairs", "without", "clean", "victim", "times", "w_alignment"),
+}
 
 
 @dataclass(frozen=True)
 class PeerConfig:
-    """Everything that decides a peer's weights. What a method has no use for is ignored."""
+    """Everything that decides a peer's weights. What a method has no use for (`USES`) is neither read nor recorded."""
 
     method: Method = "hgd"
     pairs: tuple[str, ...] = ()  # bank folders made by `codefend pairs`: hgd, flowpure, codefend-r
@@ -61,6 +66,14 @@ class PeerConfig:
     warmup: int = 50
     save_every: int = 50  # steps
 
+    def uses(self, setting: str) -> bool:
+        return setting in USES[self.method]
+
+    def recorded(self) -> dict[str, object]:
+        """What the run's config holds."""
+        foreign = {name for names in USES.values() for name in names} - set(USES[self.method])
+        return {name: value for name, value in asdict(self).items() if name not in foreign}
+
 
 @dataclass(frozen=True)
 class Frozen:
@@ -72,9 +85,9 @@ class Frozen:
     @classmethod
     def load(cls, config: PeerConfig) -> Frozen:
         """What ``config.method`` needs. Raises UserError for a victim that is no pocket."""
-        if config.method == "hgd":
+        if config.uses("encoders"):
             return cls(towers=tuple(Tower(name) for name in config.encoders))
-        if config.method not in WORDED:
+        if not config.uses("victim"):
             return cls()
         victim = victims.load(config.victim)
         if not isinstance(victim, Pocket):
@@ -87,8 +100,8 @@ def train_peer(config: PeerConfig, folder: str | Path) -> Path:
 
     Raises UserError when pairs, prior or victim are missing, or the folder was made with another config.
     """
-    run = open_run(folder, {"train": "peer", **asdict(config)})
-    bank = Bank(config.pairs, without=config.without) if config.method in STATIC else None
+    run = open_run(folder, {"train": "peer", **config.recorded()})
+    bank = Bank(config.pairs, without=config.without) if config.uses("pairs") else None
     frozen, device = Frozen.load(config), default_device()
     net = start(config).to(device).train()
     optimizer = torch.optim.AdamW([{"params": list(net.parameters()), "base": config.lr}], betas=(0.9, 0.99))
@@ -135,7 +148,7 @@ def start(config: PeerConfig) -> PurifierNet:
 
 def _options(config: PeerConfig) -> Mapping[str, float]:
     """What inference must know of the training."""
-    return {"noise": config.noise} if config.method == "flowpure-gauss" else {}
+    return {"noise": config.noise} if config.uses("noise") else {}
 
 
 def _images(config: PeerConfig, bank: Bank | None, step: int) -> tuple[Tensor, Tensor]:
