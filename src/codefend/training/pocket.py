@@ -29,6 +29,7 @@ from codefend.tasks.language import MIX, training_texts
 from codefend.tasks.objects import COLOURS, THINGS
 from codefend.tasks.readers import LazyExamples
 from codefend.tasks.scenes import PLACES, Scene, compose, load_photographs
+from codefend.training.card import write_card
 from codefend.training.feed import feed
 from codefend.training.state import Parameters, cosine_rate, restore_training, save_training, set_rate
 from codefend.victims.pocket import AFTER, BEFORE, END, SIDE, TOKENS, Pocket, fit_square, read_trained
@@ -97,6 +98,7 @@ def train_pocket(config: PocketConfig, folder: str | Path) -> Path:
             if step % config.save_every == 0 or step == config.steps:
                 save_training(checkpoint, parameters, optimizer, step)
                 export_pocket(pocket, run.dir / "weights")
+                write_card(run, "pocket")
     return run.dir / "weights"
 
 
