@@ -40,6 +40,27 @@ _PEERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 )
 
 
+# One switch each against "full", all for as many steps as a two-core machine does in a quarter of an hour or so.
+_ABLATIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("full", "the reference", {}),
+    ("static", "no pairs mined in the loop", {"mined": 0.0}),
+    ("no-features", "no feature loss", {"w_features": 0.0}),
+    ("no-words", "no task loss", {"w_words": 0.0}),
+    ("no-direction", "no directional loss", {"w_direction": 0.0}),
+    ("no-noise", "no noise mixed in", {"max_sigma": 0.0}),
+    ("one-encoder", "one encoder in bank, mining and guidance", {"encoders": ("lite0",), "without": ("lite2",)}),
+    ("unseen-features", "no attack on features in bank and mining", {"without": ("features", "towards")}),
+    ("unseen-language", "no attack on words and answers in bank and mining", {"without": ("words", "answers")}),
+    ("scratch", "not from the prior", {"prior": "none"}),
+)
+
+
+def _ablation(name: str, summary: str, values: Mapping[str, Any]) -> Preset:
+    return Preset(
+        f"ablation-{name}", f"bridge, {summary}", _config("training.bridge", "BridgeConfig", steps=300, **values)
+    )
+
+
 def _peer(name: str, summary: str, values: Mapping[str, Any]) -> Preset:
     return Preset(name, f"train a peer: {summary}", _config("training.peers", "PeerConfig", method=name, **values))
 
@@ -67,6 +88,7 @@ PRESETS: dict[str, Preset] = {
             "train a peer: a pocket with an adversarially fine-tuned image encoder, a victim of its own",
             _config("training.fare", "FareConfig"),
         ),
+        *(_ablation(name, summary, values) for name, summary, values in _ABLATIONS),
         Preset(
             "quick",
             "evaluate in minutes: 16 images a task, 8/255, APGD-20, oblivious and adaptive",

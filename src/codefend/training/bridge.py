@@ -44,7 +44,7 @@ class BridgeConfig:
     """Everything that decides a bridge's weights."""
 
     pairs: tuple[str, ...] = ()  # bank folders made by `codefend pairs`
-    prior: str = ""  # weights folder to fine-tune from, a prior's or a bridge's; empty: the shipped prior
+    prior: str = ""  # weights folder to fine-tune from, a prior's or a bridge's; empty: the shipped prior; "none"
     victim: str = "pocket"  # guides by its word scores; a name or a weights folder
     encoders: tuple[str, ...] = ("lite0", "lite2")  # guide by their features, one a step in turn
     residual_bound: float | None = 64 / 255  # most that a noise-free evaluation may change in a pixel
@@ -77,6 +77,10 @@ class BridgeConfig:
     answers: float = 0.0  # share of mined steps that attack the language-model loss, on scenes
     answers_batch: int = 4  # pictures in such a step: the language model is dear
     w_answers: float = 0.0  # in such a step: language-model loss of the true answers on the purified pictures
+
+    def __post_init__(self) -> None:
+        if self.mined and {"features", "words"} <= set(self.without):
+            raise UserError("without=features,words leaves nothing to mine: keep one, or set mined=0")
 
     def recorded(self) -> dict[str, object]:
         """The fields for the run's config: all of the first ones, of the later ones those that are set."""
@@ -144,9 +148,12 @@ def _attacks_average(config: BridgeConfig, step: int) -> bool:
 
 
 def start_from_prior(config: BridgeConfig) -> PurifierNet:
-    """The prior's weights in a network with the bridge's residual bound."""
+    """The prior's weights in a network with the bridge's residual bound; the identity where the prior is "none"."""
     from codefend.purifiers import WEIGHTS
 
+    if config.prior == "none":
+        torch.manual_seed(config.seed)  # the network's initial weights only
+        return PurifierNet(NetConfig(residual_bound=config.residual_bound))
     prior, _ = load_net(config.prior or WEIGHTS / "prior")
     net = PurifierNet(NetConfig(**{**prior.config.__dict__, "residual_bound": config.residual_bound}))
     net.load_state_dict(prior.state_dict())
