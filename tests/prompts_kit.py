@@ -107,7 +107,7 @@ BANK = BankConfig(
     tasks=("questions",),
     purifier="none",
     search_scenes=6,
-    selection_scenes=8,
+    selection_scenes=4,
     seen=("pgd",),
     held_out=("apgd", "mifgsm"),
     attack=AttackConfig(eps=8.0, steps=6, cheap_steps=6),
