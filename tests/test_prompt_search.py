@@ -24,7 +24,7 @@ from codefend.prompts.items import Item
 from codefend.prompts.soft import SoftConfig, SoftPolicy
 from codefend.runs import read_rows
 from codefend.types import UserError
-from prompts_kit import BANK, HELP, Suggestible, black_box, picture, sources, tiny_writer
+from prompts_kit import BANK, HELP, Killed, Suggestible, black_box, picture, sources, tiny_writer
 
 CONFIG = SearchConfig(
     victim="toy",
@@ -33,20 +33,6 @@ CONFIG = SearchConfig(
     soft=SoftConfig(steps=12, check_every=4, lr=0.2),
     generator=GeneratorConfig(tokens=6, steps=2, check_every=1, samples=1, bank=2),
 )
-
-
-class Killed(Suggestible):
-    """Answers ``left`` times, then the process is interrupted."""
-
-    def __init__(self, left: int) -> None:
-        super().__init__()
-        self.left = left
-
-    def generate(self, images: Tensor, prompts: Sequence[str], *, prefix: Tensor | None = None) -> list[str]:
-        if self.left < len(prompts):
-            raise KeyboardInterrupt
-        self.left -= len(prompts)
-        return super().generate(images, prompts, prefix=prefix)
 
 
 def kinds(run: Path) -> dict[str, int]:
