@@ -17,6 +17,7 @@ from codefend.prompts.soft import SoftPolicy
 from codefend.runs import read_rows
 from codefend.types import UserError
 from prompts_kit import HELP, Killed, Suggestible, sources
+from toys import purifier
 
 SET = ["bank.tasks=questions", "bank.purifier=none", "bank.search_scenes=4", "bank.selection_scenes=4"]
 SET += ["bank.seen=pgd", "bank.held_out=apgd", "bank.attack.steps=6", "gepa.evaluations=200"]
@@ -232,3 +233,21 @@ def test_a_prompt_that_scares_shows_as_refusals(run: Cli, toys: dict[str, Any], 
     cells = {cell["prompt"]: cell for cell in json.loads((tmp_path / "table.json").read_text())["cells"]}
     assert (cells["none"]["refusals"], cells["doubt"]["refusals"]) == (0, 1)
     assert (cells["none"]["clean_cost"], cells["doubt"]["clean_cost"]) == (0, 1)
+
+
+def test_a_table_at_t2_attacks_each_cell_through_its_own_defense(
+    run: Cli, toys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("codefend.purifiers.load", lambda name, **options: purifier(name))
+    save_policy(PromptPolicy("mine", prefix="Well: "), tmp_path / "mine.json")
+    arguments = ["--purifier", "leaky", "--prompt", tmp_path / "mine.json", "--set", "tasks=questions", "--set"]
+    found = {}
+    for threat in ("T0", "T2"):
+        code, _, err = table(run, tmp_path / threat, *arguments, f"threat={threat}")
+        assert code == 0, err
+        cells = json.loads((tmp_path / threat / "table.json").read_text())["cells"]
+        found |= {(threat, c["purifier"], c["prompt"] != "none"): c["scores"]["questions"] for c in cells}
+    for policy in (False, True):
+        assert found["T0", "leaky", policy]["seen"]["mean"] == 1
+        assert found["T2", "leaky", policy]["seen"]["mean"] < 0.5
+        assert found["T2", "leaky", policy]["clean"]["mean"] == 1
