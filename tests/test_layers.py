@@ -13,7 +13,7 @@ ROOT = Path(codefend.__file__).parent
 # Folders stand for all that is in them. Registries, types and helpers share L0 and may use one another there.
 LAYERS: dict[str, int] = {
     **dict.fromkeys(["__init__", "types", "registry", "settings", "runs", "images", "devices"], 0),
-    **dict.fromkeys(["diffusion", "nets"], 1),
+    **dict.fromkeys(["diffusion", "nets", "peers"], 1),
     **dict.fromkeys(["purifiers", "prompts", "victims", "attacks", "tasks"], 2),
     **dict.fromkeys(["defense", "pairs", "results", "sanity"], 3),
     **dict.fromkeys(

@@ -20,7 +20,7 @@ from codefend.attacks.norms import quantize_in_budget
 from codefend.attacks.pgd import PGD
 from codefend.devices import default_device
 from codefend.images import quantize8
-from codefend.runs import Run, load_checkpoint, make_generator, open_run, progress, save_checkpoint
+from codefend.runs import Run, load_checkpoint, make_generator, open_run, progress, read_rows, save_checkpoint
 from codefend.tasks.language import CAPTION_PROMPT, captions, training_texts
 from codefend.tasks.objects import COLOURS, THINGS
 from codefend.tasks.pictures import training_pictures
@@ -172,11 +172,18 @@ def _bytes(images: Tensor) -> Tensor:
     return (images * 255).round().to("cpu", torch.uint8)
 
 
-def read_pairs(folder: str | Path) -> Iterator[tuple[Tensor, Tensor, str]]:
-    """Yield ``(clean, attacked, kind)`` of each shard, 8-bit ``[n, 3, H, W]``. Raises UserError when there is none."""
+def read_pairs(folder: str | Path, *, without: Sequence[str] = ()) -> Iterator[tuple[Tensor, Tensor, str]]:
+    """Yield ``(clean, attacked, kind)`` of each shard, 8-bit ``[n, 3, H, W]``, leaving out what ``without`` names.
+
+    It may name kinds and targets: the attacked networks, such as "lite2". Raises UserError when there are no shards.
+    """
     paths = sorted(Path(folder).glob("pairs-*.safetensors"))
     if not paths:
         raise UserError(f"{folder} holds no pairs; make some with `codefend pairs --run {folder}`")
+    targets = {row["key"]: row["target"] for row in read_rows(folder)} if without else {}
     for path in paths:
+        if without and targets.get(f"shard-{int(path.stem.removeprefix('pairs-'))}") in without:
+            continue
         tensors, state = load_checkpoint(path)
-        yield tensors["clean"], tensors["attacked"], str(state["kind"])
+        if state["kind"] not in without:
+            yield tensors["clean"], tensors["attacked"], str(state["kind"])

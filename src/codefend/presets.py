@@ -30,6 +30,20 @@ def _config(module: str, name: str, **values: Any) -> Callable[[], Any]:
 # DiffPure at the t that loses the least with the shipped prior (LOG.md).
 _DEFENSES = ("none", "jpeg", "bitdepth", "diffpure:t=0.05,steps=5", "bridge")
 
+# The peers' own settings; steps, batch and learning rate are the bridge's.
+_PEERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("hgd", "static pairs, features kept", {"clean": 0.15}),
+    ("flowpure", "static pairs, velocity field", {"clean": 0.1}),
+    ("flowpure-gauss", "noise only, velocity field", {}),
+    ("adbm", "bridge at large noise, perturbations made in the loop", {}),
+    ("codefend-r", "static pairs, ADBM's shift, words aligned", {"times": (0.15, 0.15), "w_alignment": 0.1}),
+)
+
+
+def _peer(name: str, summary: str, values: Mapping[str, Any]) -> Preset:
+    return Preset(name, f"train a peer: {summary}", _config("training.peers", "PeerConfig", method=name, **values))
+
+
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
@@ -42,6 +56,17 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset("prior", "train the unconditional diffusion prior", _config("training.prior", "PriorConfig")),
         Preset("bridge", "train the bridge from a bank of pairs", _config("training.bridge", "BridgeConfig")),
+        Preset(
+            "calibrate",
+            "fit the detection score of trained weights on held-out pairs",
+            _config("training.calibrate", "CalibrateConfig"),
+        ),
+        *(_peer(name, summary, values) for name, summary, values in _PEERS),
+        Preset(
+            "fare",
+            "train a peer: a pocket with an adversarially fine-tuned image encoder, a victim of its own",
+            _config("training.fare", "FareConfig"),
+        ),
         Preset(
             "quick",
             "evaluate in minutes: 16 images a task, 8/255, APGD-20, oblivious and adaptive",

@@ -53,12 +53,11 @@ def _split(text: str) -> tuple[str, dict[str, object]]:
 def _from_folder(folder: Path, settings: Mapping[str, object], *, name: str | None = None) -> ImagePurifier:
     from codefend.nets import load_net
     from codefend.purifiers.base import configure, spelled
-    from codefend.purifiers.bridge import Bridge, BridgeOptions
-    from codefend.purifiers.diffpure import DiffPure, DiffPureOptions
+    from codefend.purifiers.detection import Detector
 
     if not folder.is_dir():
         raise UserError(f"no such purifier folder: {folder}")
-    kinds: dict[str, tuple[Any, Any]] = {"prior": (DiffPure, DiffPureOptions()), "bridge": (Bridge, BridgeOptions())}
+    kinds = _kinds()
     net, meta = load_net(folder)
     if meta.get("kind") not in kinds:
         raise UserError(f"{folder} holds a network of unknown kind {meta.get('kind')!r}; known: {', '.join(kinds)}")
@@ -67,7 +66,27 @@ def _from_folder(folder: Path, settings: Mapping[str, object], *, name: str | No
     defaults = configure(fallback, meta.get("options", {}))
     options = configure(defaults, settings)
     purifier: ImagePurifier = make(net, options, name=spelled(name or folder.resolve().name, options, defaults))
+    if meta.get("detector") and options == defaults:  # other options leave other residuals: its rates wouldn't hold
+        purifier.detector = Detector.from_dict(meta["detector"])
     return purifier
+
+
+def _kinds() -> dict[str, tuple[Any, Any]]:
+    """The purifier of each kind of weights, and its options where the folder and the user say nothing."""
+    from codefend.purifiers.bridge import Bridge, BridgeOptions
+    from codefend.purifiers.diffpure import DiffPure, DiffPureOptions
+    from codefend.purifiers.peers import FlowOptions, FlowPure, Hgd, HgdOptions
+
+    return {
+        "prior": (DiffPure, DiffPureOptions()),
+        "bridge": (Bridge, BridgeOptions()),
+        "hgd": (Hgd, HgdOptions()),
+        "flowpure": (FlowPure, FlowOptions()),
+        "flowpure-gauss": (FlowPure, FlowOptions(start=0.5, noise=0.3)),
+        # These two are DiffPure's walk with DDIM steps, from their papers' times, on a network trained otherwise.
+        "adbm": (DiffPure, DiffPureOptions(t=0.1, steps=5, eta=0.0)),
+        "codefend-r": (DiffPure, DiffPureOptions(t=0.15, steps=10, eta=0.0)),
+    }
 
 
 def _shipped(weights: str, name: str) -> Build:
@@ -139,6 +158,36 @@ PURIFIERS: dict[str, PurifierSpec] = {
             "supervised diffusion bridge from adversarial to clean, 1 to 4 evaluations (evaluations, sigma)",
             "CoDefend; bridge after arXiv 2302.05872, 2408.00315 and 2505.13280",
             _shipped("bridge", "bridge"),
+        ),
+        PurifierSpec(
+            "hgd",
+            "peer: one residual evaluation, trained on static pairs to keep a model's features",
+            "HGD, Liao et al. 2018, arXiv 1712.02976",
+            _shipped("hgd", "hgd"),
+        ),
+        PurifierSpec(
+            "flowpure",
+            "peer: Euler steps along a flow from static attacks to clean (steps)",
+            "FlowPure-PGD, Collaert et al. 2025, arXiv 2505.13280",
+            _shipped("flowpure", "flowpure"),
+        ),
+        PurifierSpec(
+            "flowpure-gauss",
+            "peer: noise, then Euler steps along a flow from noise to clean (steps, start, noise)",
+            "FlowPure-Gauss, Collaert et al. 2025, arXiv 2505.13280",
+            _shipped("flowpure-gauss", "flowpure-gauss"),
+        ),
+        PurifierSpec(
+            "adbm",
+            "peer: noise, then DDIM steps of a bridge trained on in-loop perturbations (t, steps)",
+            "ADBM, Li et al. 2025, arXiv 2408.00315",
+            _shipped("adbm", "adbm"),
+        ),
+        PurifierSpec(
+            "codefend-r",
+            "peer: noise, then DDIM steps of a network trained on static pairs, directionally (t, steps)",
+            "our reconstruction, in pixels, of CoDefend, Zhu et al. 2025, arXiv 2510.11096",
+            _shipped("codefend-r", "codefend-r"),
         ),
     )
 }
