@@ -194,7 +194,7 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Dialogue | None:
 def training_texts(
     scene: Scene, rng: np.random.Generator, *, questions: int = 5, mix: Sequence[str] = MIX
 ) -> list[tuple[str, str]]:
-    """Varied (prompt, answer) pairs for one scene: one caption and ``questions`` questions of kinds drawn from ``mix``."""
+    """Varied (prompt, answer) pairs for one scene: a caption and ``questions`` questions of the kinds of ``mix``."""
     texts = [_caption_text(scene, rng)]
     kinds = [mix[int(i)] for i in rng.permutation(len(mix))]
     for kind in kinds:
