@@ -23,8 +23,11 @@ from codefend.types import UserError
 
 TINY = NetConfig(channels=(6, 8, 8), blocks=(1, 1, 1), embedding=16)
 SIZES = [(8, 8), (9, 31), (64, 48), (130, 257)]
-QUICK = {"diffpure": {"steps": 2}}  # options that keep the registry's table fast
-NAMES = [name for name in PURIFIERS if name != "oidn" or find_spec("pyoidn")]
+QUICK = {
+    name: {"steps": 2} for name in ("diffpure", "flowpure", "flowpure-gauss", "adbm", "codefend-r")
+}  # options that keep the registry's table fast
+# Names with a colon stand for models of other libraries: tests/test_diffusers.py.
+NAMES = [name for name in PURIFIERS if ":" not in name and (name != "oidn" or find_spec("pyoidn"))]
 
 
 def gen(seed: int = 0) -> torch.Generator:
@@ -43,7 +46,7 @@ def random_net(config: NetConfig = TINY, scale: float = 0.05, seed: int = 0) -> 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
-    for kind in ("prior", "bridge"):
+    for kind in ("prior", "bridge", "hgd", "flowpure", "flowpure-gauss", "adbm", "codefend-r"):
         save_net(folder / kind, random_net(), kind=kind)
     return folder
 
@@ -161,6 +164,10 @@ def test_diffpure_takes_the_papers_step_count_by_default() -> None:
         ("diffpure:t=0.9", "at most 0.3"),
         ("bridge:evaluations=9", "1 to 4"),
         ("bridge:sigma=-1", "0 to 0.5"),
+        ("flowpure:steps=0", "1 to 1000"),
+        ("flowpure:start=0", "above 0"),
+        ("flowpure-gauss:noise=2", "0 to 0.6"),
+        ("hgd:steps=2", "unknown setting"),
         ("bitdepth:bits=9", "1 to 8"),
         ("median:size=4", "1, 3, 5 or 7"),
         ("blur:sigma=0", "above 0"),

@@ -50,6 +50,41 @@ def train(
         print(training.train(config, run))
 
 
+@app.command()
+def calibrate(
+    weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="Folder of purifier weights.", show_default=False)],
+    settings: Settings = [],  # noqa: B006
+    dry_run: DryRun = False,
+) -> None:
+    """Fit a purifier's detection score on held-out pairs and save it, with its threshold, in the weights' config.
+
+    Give --set pairs=BANK, a bank of another seed than those of the training; rate is the wanted share of clean pictures
+    above the threshold. What is printed was measured on pictures that neither the fit nor the threshold has seen.
+    """
+    from codefend.training.calibrate import CalibrateConfig
+    from codefend.training.calibrate import calibrate as fit
+
+    config = _config("calibrate", settings, CalibrateConfig)
+    if _shown(config, dry_run):
+        return
+    detector = fit(weights, config)
+    found = detector.calibration["found"]
+    shares = ", ".join(f"{share['share']:.0%} at {eps} (n {share['n']:.0f})" for eps, share in found.items())
+    print(f"threshold {detector.threshold:.4f}, false positives {detector.false_positive_rate:.2%}; found: {shares}")
+
+
+@app.command()
+def card(
+    weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="Folder of trained weights.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder of codefend eval.", show_default=False)],
+    defense: Annotated[str, typer.Option("--defense", help="The row's name in that run; the folder if left out.")] = "",
+) -> None:
+    """Put a defense's results from an evaluation into the model card of its weights."""
+    from codefend.training.card import add_results, results_table
+
+    print(add_results(weights, results_table(run, defense or str(weights)), str(run)))
+
+
 @app.command("eval")
 def eval_(
     run: RunFolder,

@@ -188,11 +188,11 @@ def sample_bridge_times(count: int, *, at_one: float = 0.5, generator: Generator
 
 
 def sample_bridge_sigmas(
-    count: int, *, clean: float = 0.4, high: float = 0.25, generator: Generator | None = None
+    count: int, *, clean: float = 0.4, low: float = 0.0, high: float = 0.25, generator: Generator | None = None
 ) -> Tensor:
-    """Noise added to attacked training images, ``[count]``: none with probability ``clean``, else U(0, ``high``)."""
+    """Noise added to attacked training images, ``[count]``: none with probability ``clean``, else U(low, high)."""
     uniform, coin = torch.rand(2, count, generator=generator)
-    return torch.where(coin < clean, torch.zeros(count), uniform * high)
+    return torch.where(coin < clean, torch.zeros(count), low + uniform * (high - low))
 
 
 def bridge_state(

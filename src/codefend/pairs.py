@@ -20,7 +20,7 @@ from codefend.attacks.norms import quantize_in_budget
 from codefend.attacks.pgd import PGD
 from codefend.devices import default_device
 from codefend.images import quantize8
-from codefend.runs import Run, load_checkpoint, make_generator, open_run, progress, save_checkpoint
+from codefend.runs import Run, load_checkpoint, make_generator, open_run, progress, read_rows, save_checkpoint
 from codefend.tasks.language import CAPTION_PROMPT, captions, training_texts
 from codefend.tasks.objects import COLOURS, THINGS
 from codefend.tasks.pictures import training_pictures
@@ -32,6 +32,7 @@ from codefend.victims.pocket import Pocket, fit_square
 WORDS = tuple(f" {c} {t.name}" for t in THINGS if t.tinted for c in COLOURS) + tuple(
     f" {t.name}" for t in THINGS if not t.tinted
 )
+KINDS = ("features", "towards", "words", "answers")
 SHARD = 32  # pairs a file, made and written together
 
 
@@ -150,7 +151,7 @@ def _objective(
                 victim, prompts[part], (answers[2:] + answers[:2])[part]
             )
         return clean, lambda part, images: objectives.untargeted(victim, prompts[part], answers[part])
-    raise UserError(f"unknown kind of pairs {kind!r}; known: features, towards, words, answers")
+    raise UserError(f"unknown kind of pairs {kind!r}; known: {', '.join(KINDS)}")
 
 
 def word_objective(pocket: Pocket, clean: Tensor, target: Tensor | None = None) -> Objective:
@@ -172,11 +173,23 @@ def _bytes(images: Tensor) -> Tensor:
     return (images * 255).round().to("cpu", torch.uint8)
 
 
-def read_pairs(folder: str | Path) -> Iterator[tuple[Tensor, Tensor, str]]:
-    """Yield ``(clean, attacked, kind)`` of each shard, 8-bit ``[n, 3, H, W]``. Raises UserError when there is none."""
+def read_pairs(folder: str | Path, *, without: Sequence[str] = ()) -> Iterator[tuple[Tensor, Tensor, str]]:
+    """Yield ``(clean, attacked, kind)`` of each shard, 8-bit ``[n, 3, H, W]``, leaving out what ``without`` names.
+
+    It may name kinds and targets: the attacked networks, such as "lite2". Raises UserError when there are no shards, or
+    for a name that is no kind and no target of this bank.
+    """
     paths = sorted(Path(folder).glob("pairs-*.safetensors"))
     if not paths:
         raise UserError(f"{folder} holds no pairs; make some with `codefend pairs --run {folder}`")
+    targets = {row["key"]: row["target"] for row in read_rows(folder)} if without else {}
+    unknown = set(without) - {*KINDS, *targets.values()}
+    if unknown:
+        known = ", ".join([*KINDS, *sorted(set(targets.values()))])
+        raise UserError(f"{folder} knows no {sorted(unknown)[0]!r} to leave out; known: {known}")
     for path in paths:
+        if without and targets.get(f"shard-{int(path.stem.removeprefix('pairs-'))}") in without:
+            continue
         tensors, state = load_checkpoint(path)
-        yield tensors["clean"], tensors["attacked"], str(state["kind"])
+        if state["kind"] not in without:
+            yield tensors["clean"], tensors["attacked"], str(state["kind"])

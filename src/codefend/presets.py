@@ -30,6 +30,41 @@ def _config(module: str, name: str, **values: Any) -> Callable[[], Any]:
 # DiffPure at the t that loses the least with the shipped prior (LOG.md).
 _DEFENSES = ("none", "jpeg", "bitdepth", "diffpure:t=0.05,steps=5", "bridge")
 
+# The peers' own settings; steps, batch and learning rate are the bridge's.
+_PEERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("hgd", "static pairs, features kept", {"clean": 0.15}),
+    ("flowpure", "static pairs, velocity field", {"clean": 0.1}),
+    ("flowpure-gauss", "noise only, velocity field", {}),
+    ("adbm", "bridge at large noise, perturbations made in the loop", {}),
+    ("codefend-r", "static pairs, ADBM's shift, words aligned", {"times": (0.15, 0.15), "w_alignment": 0.1}),
+)
+
+
+# One switch each against "full", all for as many steps as a two-core machine does in a quarter of an hour or so.
+_ABLATIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("full", "the reference", {}),
+    ("static", "no pairs mined in the loop", {"mined": 0.0}),
+    ("no-features", "no feature loss", {"w_features": 0.0}),
+    ("no-words", "no task loss", {"w_words": 0.0}),
+    ("no-direction", "no directional loss", {"w_direction": 0.0}),
+    ("no-noise", "no noise mixed in", {"max_sigma": 0.0}),
+    ("one-encoder", "one encoder in bank, mining and guidance", {"encoders": ("lite0",), "without": ("lite2",)}),
+    ("unseen-features", "no attack on features in bank and mining", {"without": ("features", "towards")}),
+    ("unseen-language", "no attack on words and answers in bank and mining", {"without": ("words", "answers")}),
+    ("scratch", "not from the prior", {"prior": "none"}),
+)
+
+
+def _ablation(name: str, summary: str, values: Mapping[str, Any]) -> Preset:
+    return Preset(
+        f"ablation-{name}", f"bridge, {summary}", _config("training.bridge", "BridgeConfig", steps=300, **values)
+    )
+
+
+def _peer(name: str, summary: str, values: Mapping[str, Any]) -> Preset:
+    return Preset(name, f"train a peer: {summary}", _config("training.peers", "PeerConfig", method=name, **values))
+
+
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
@@ -42,6 +77,18 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset("prior", "train the unconditional diffusion prior", _config("training.prior", "PriorConfig")),
         Preset("bridge", "train the bridge from a bank of pairs", _config("training.bridge", "BridgeConfig")),
+        Preset(
+            "calibrate",
+            "fit the detection score of trained weights on held-out pairs",
+            _config("training.calibrate", "CalibrateConfig"),
+        ),
+        *(_peer(name, summary, values) for name, summary, values in _PEERS),
+        Preset(
+            "fare",
+            "train a peer: a pocket with an adversarially fine-tuned image encoder, a victim of its own",
+            _config("training.fare", "FareConfig"),
+        ),
+        *(_ablation(name, summary, values) for name, summary, values in _ABLATIONS),
         Preset(
             "quick",
             "evaluate in minutes: 16 images a task, 8/255, APGD-20, oblivious and adaptive",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from codefend import images
+from codefend.purifiers.base import ImagePurifier
 from codefend.runs import Run, make_generator, open_run, progress, read_config, write_atomic
 from codefend.types import Purifier, UserError
 
@@ -203,17 +204,38 @@ def _purify_chunk(
         except UserError as error:
             outcome.failed += [(job.name, str(error)) for job, _ in group if job in todo]
             continue
-        for (job, loaded), pixels in zip(group, results, strict=True):
+        scores = _scores(purifier, group, results)
+        for (job, loaded), pixels, score in zip(group, results, scores, strict=True):
             if job in todo:
-                _write(job, loaded, pixels, run, options, outcome)
+                _write(job, loaded, pixels, score, run, options, outcome)
 
 
-def _write(job: Job, loaded: images.LoadedImage, pixels: Tensor, run: Run, options: Options, outcome: Outcome) -> None:
+def _scores(
+    purifier: Purifier, group: Sequence[tuple[Job, images.LoadedImage]], results: Tensor
+) -> Sequence[float | None]:
+    """The detection score of each picture, where the purifier has one."""
+    if not isinstance(purifier, ImagePurifier):
+        return [None] * len(group)
+    with torch.no_grad():
+        found: list[float] = purifier.judge(torch.stack([loaded.pixels for _, loaded in group]), results).tolist()
+    return found
+
+
+def _write(
+    job: Job,
+    loaded: images.LoadedImage,
+    pixels: Tensor,
+    score: float | None,
+    run: Run,
+    options: Options,
+    outcome: Outcome,
+) -> None:
     try:
         data = _encoded(job, loaded, pixels, options)
         source, digest = job.stamp(), _digest(data)
         # The row goes first: a kill in between leaves a promise to make the file, not a file that nobody knows.
-        run.append({"key": f"{source} {digest}", "source": source, "name": job.name, "digest": digest})
+        row = {"key": f"{source} {digest}", "source": source, "name": job.name, "digest": digest}
+        run.append(row if score is None else {**row, "score": score})
         write_atomic(job.target, data)
         outcome.done += 1
     except UserError as error:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from codefend.nets import PurifierNet
+    from codefend.purifiers.detection import Detector
 
 Options = TypeVar("Options")
 
@@ -34,6 +35,7 @@ class ImagePurifier:
     evaluations: int = 0  # of a network, per picture
     multiple: int = 1  # pixels
     tiled: bool = True  # False when pixels far apart depend on each other's place
+    detector: Detector | None = None  # calibrated for these weights with these options
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
         raise NotImplementedError
@@ -58,11 +60,18 @@ class ImagePurifier:
         return clip(purified[..., :height, :width].to(images.dtype))
 
     def score(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
-        """Detection score per image ``[B]``: root mean square of what purification removed, in [0, 1] units.
+        """Detection score per image ``[B]``, see `judge`; costs one purification."""
+        return self.judge(images, self(images, generator=generator))
 
-        A picture that needs no repair scores low (the deterministic form of FlowPure's ||v||^2, arXiv 2505.13280).
+    def judge(self, images: Tensor, purified: Tensor) -> Tensor:
+        """Detection score ``[B]`` of images whose purified form is at hand, without another evaluation.
+
+        High is suspicious: the calibrated probability of an attack where the weights have a ``detector``; without one
+        the root mean square of what was removed, in [0, 1] pixels (FlowPure's ||v||^2, arXiv 2505.13280, at s = 1).
         """
-        return (images - self(images, generator=generator)).square().flatten(1).mean(1).sqrt()
+        if self.detector is not None:
+            return self.detector(images, purified)
+        return (images - purified).square().flatten(1).mean(1).sqrt()
 
     def purify(self, image: Image, *, seed: int = 0, max_side: int | None = None) -> Image:
         """Purify one PIL image of any mode; it comes back in its size and alpha, or shrunk to ``max_side`` pixels.

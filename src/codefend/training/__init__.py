@@ -14,6 +14,8 @@ def train(config: Any, folder: str | Path) -> Path:
     Raises UserError when the config is not a training's, or as the loop does.
     """
     from codefend.training.bridge import BridgeConfig, train_bridge
+    from codefend.training.fare import FareConfig, train_fare
+    from codefend.training.peers import PeerConfig, train_peer
     from codefend.training.pocket import PocketConfig, train_pocket
     from codefend.training.prior import PriorConfig, train_prior
 
@@ -24,4 +26,8 @@ def train(config: Any, folder: str | Path) -> Path:
             return train_prior(config, folder)
         case BridgeConfig():
             return train_bridge(config, folder)
+        case PeerConfig():
+            return train_peer(config, folder)
+        case FareConfig():
+            return train_fare(config, folder)
     raise UserError(f"{type(config).__name__} is not a training; `codefend list presets` says which are")

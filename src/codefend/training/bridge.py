@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -24,12 +24,19 @@ from codefend.devices import default_device, training_precision
 from codefend.diffusion import bridge_predict, charbonnier, noise_like, sample_bridge_sigmas, sample_bridge_times
 from codefend.nets import NetConfig, PurifierNet, load_net, save_net
 from codefend.pairs import WORDS, Tower, read_pairs, word_objective
+from codefend.purifiers.base import clip
 from codefend.runs import make_generator, open_run, progress
+from codefend.tasks.language import training_texts
 from codefend.tasks.pictures import training_pictures
+from codefend.tasks.scenes import compose, load_photographs
+from codefend.training.card import write_card
 from codefend.training.feed import feed
+from codefend.training.mining import sign_steps
 from codefend.training.state import Average, cosine_rate, restore_training, save_training, set_rate
 from codefend.types import Budget, Objective, UserError
 from codefend.victims.pocket import Pocket
+
+Text = tuple[str, str]  # prompt, answer
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class BridgeConfig:
     """Everything that decides a bridge's weights."""
 
     pairs: tuple[str, ...] = ()  # bank folders made by `codefend pairs`
-    prior: str = ""  # weights folder to fine-tune from, a prior's or a bridge's; empty: the shipped prior
+    prior: str = ""  # weights folder to fine-tune from, a prior's or a bridge's; empty: the shipped prior; "none"
     victim: str = "pocket"  # guides by its word scores; a name or a weights folder
     encoders: tuple[str, ...] = ("lite0", "lite2")  # guide by their features, one a step in turn
     residual_bound: float | None = 64 / 255  # most that a noise-free evaluation may change in a pixel
@@ -58,11 +65,29 @@ class BridgeConfig:
     lr: float = 8e-4
     warmup: int = 50
     save_every: int = 50  # steps
+    # What follows is off unless set, and left out of the saved config while it is: runs from before it existed go on.
+    without: tuple[str, ...] = ()  # kinds of attack and target networks that banks and mining leave out
+    noise_free: float = 0.5  # share of pictures, and of mined steps, without noise
+    min_sigma: float = 0.0  # least noise of the others
+    sigma: float = 0.0  # noise that the finished purifier adds unless told otherwise
+    at_one: float = 0.6  # share of pictures at s = 1, where one evaluation starts
+    eps_ramp: int = 0  # steps in which the budget of mining grows evenly from 1/255 to max_eps
+    lean: bool = False  # mine by `sign_steps`: a third cheaper, and each picture has its own eps
+    mined_average: float = 0.0  # share of mined steps that attack the averaged network
+    answers: float = 0.0  # share of mined steps that attack the language-model loss, on scenes
+    answers_batch: int = 4  # pictures in such a step: the language model is dear
+    w_answers: float = 0.0  # in such a step: language-model loss of the true answers on the purified pictures
 
-    @property
-    def untouched(self) -> int:
-        """How many of a batch are left clean, the first ones."""
-        return round(self.clean * self.batch)
+    def __post_init__(self) -> None:
+        if self.mined and {"features", "words"} <= set(self.without):
+            raise UserError("without=features,words leaves nothing to mine: keep one, or set mined=0")
+
+    def recorded(self) -> dict[str, object]:
+        """The fields for the run's config: all of the first ones, of the later ones those that are set."""
+        names = [f.name for f in fields(self)]
+        later = fields(self)[names.index("without") :]
+        unset = {f.name for f in later if getattr(self, f.name) == f.default}
+        return {name: value for name, value in asdict(self).items() if name not in unset}
 
 
 def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
@@ -70,8 +95,8 @@ def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
 
     Raises UserError when pairs, prior or victim are missing, or the folder was made with another config.
     """
-    run = open_run(folder, {"train": "bridge", **asdict(config)})
-    bank = Bank(config.pairs)
+    run = open_run(folder, {"train": "bridge", **config.recorded()})
+    bank = Bank(config.pairs, without=config.without)
     victim = victims.load(config.victim)
     if not isinstance(victim, Pocket):
         raise UserError(f"bridge training is guided by a pocket victim, not {victim.name}")
@@ -83,13 +108,14 @@ def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
     average, checkpoint = Average(parameters), run.dir / "checkpoint.safetensors"
     step = restore_training(checkpoint, parameters, optimizer, average)
     with progress("bridge", config.steps, done=step) as advance:
-        for clean, attacked in feed(partial(_images, config, bank), step, config.steps, device):
+        for clean, attacked, texts in feed(partial(_images, config, bank), step, config.steps, device):
             started = time.perf_counter()
             set_rate(optimizer, cosine_rate(step, config.steps, warmup=config.warmup))
             draw = make_generator(config.seed, "bridge", step)
             with training_precision(device):
-                pair = training_pair(config, net, guide, clean.to(device), attacked.to(device), step, draw)
-                terms = bridge_terms(config, net, guide, *pair, step, draw)
+                target = averaged(net, average) if _attacks_average(config, step) else net
+                pair = training_pair(config, target, guide, clean.to(device), attacked.to(device), step, draw, texts)
+                terms = bridge_terms(config, net, guide, *pair, step, draw, texts)
             loss = torch.stack(list(terms.values())).sum()
             optimizer.zero_grad()
             loss.backward()
@@ -102,16 +128,32 @@ def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
             advance(1, f"loss {loss.item():.3f}")
             if step % config.save_every == 0 or step == config.steps:
                 save_training(checkpoint, parameters, optimizer, step, average)
-                averaged = PurifierNet(net.config)
-                averaged.load_state_dict(average.values)
-                save_net(run.dir / "weights", averaged, kind="bridge", dtype=torch.float16)
+                options = {"sigma": config.sigma} if config.sigma else {}
+                save_net(
+                    run.dir / "weights", averaged(net, average), kind="bridge", options=options, dtype=torch.float16
+                )
+                write_card(run, "bridge")
     return run.dir / "weights"
 
 
+def averaged(net: PurifierNet, average: Average) -> PurifierNet:
+    """A copy of the network with the averaged weights."""
+    copy = PurifierNet(net.config).to(next(net.parameters()).device)
+    copy.load_state_dict(average.values)
+    return copy
+
+
+def _attacks_average(config: BridgeConfig, step: int) -> bool:
+    return bool(config.mined_average) and np.random.default_rng([config.seed, 10, step]).random() < config.mined_average
+
+
 def start_from_prior(config: BridgeConfig) -> PurifierNet:
-    """The prior's weights in a network with the bridge's residual bound."""
+    """The prior's weights in a network with the bridge's residual bound; the identity where the prior is "none"."""
     from codefend.purifiers import WEIGHTS
 
+    if config.prior == "none":
+        torch.manual_seed(config.seed)  # the network's initial weights only
+        return PurifierNet(NetConfig(residual_bound=config.residual_bound))
     prior, _ = load_net(config.prior or WEIGHTS / "prior")
     net = PurifierNet(NetConfig(**{**prior.config.__dict__, "residual_bound": config.residual_bound}))
     net.load_state_dict(prior.state_dict())
@@ -121,10 +163,12 @@ def start_from_prior(config: BridgeConfig) -> PurifierNet:
 class Bank:
     """The pairs of some folders in memory, 8 bits. Raises UserError when a folder, or all of them, hold none."""
 
-    def __init__(self, folders: Sequence[str]) -> None:
+    def __init__(self, folders: Sequence[str], *, without: Sequence[str] = ()) -> None:
         if not folders:
-            raise UserError("a bridge is trained on pairs: make some with `codefend pairs`, then --set pairs=FOLDER")
-        shards = [shard for folder in folders for shard in read_pairs(folder)]
+            raise UserError("this is trained on pairs: make some with `codefend pairs`, then --set pairs=FOLDER")
+        shards = [shard for folder in folders for shard in read_pairs(folder, without=without)]
+        if not shards:
+            raise UserError(f"no pairs are left in {', '.join(folders)} without {', '.join(without)}")
         self.clean = torch.cat([clean for clean, _, _ in shards])
         self.attacked = torch.cat([attacked for _, attacked, _ in shards])
 
@@ -145,21 +189,40 @@ class Guide:
         return self.towers[step % len(self.towers)]
 
 
-def _images(config: BridgeConfig, bank: Bank, step: int) -> tuple[Tensor, Tensor]:
-    """A step's pictures ``[batch, 3, H, W]`` and their attacked forms, which are empty where they are to be mined."""
+def _images(config: BridgeConfig, bank: Bank, step: int) -> tuple[Tensor, Tensor, list[Text]]:
+    """A step's pictures ``[B, 3, H, W]``, their attacked forms, and a (prompt, answer) each.
+
+    Attacked forms are empty where they are to be mined; texts are, but where the language model is to be attacked.
+    """
     rng = np.random.default_rng([config.seed, 7, step])
-    if rng.random() < config.mined:
-        return training_pictures(rng, config.batch, first_scene=3_000_000 + step * config.batch), torch.empty(0)
-    return bank.draw(rng, config.batch)
+    first = 3_000_000 + step * config.batch
+    if rng.random() >= config.mined:
+        return *bank.draw(rng, config.batch), []
+    if config.answers and rng.random() < config.answers:
+        scenes = [compose("train", first + i, photographs=load_photographs()) for i in range(config.answers_batch)]
+        said = [training_texts(scene, rng) for scene in scenes]
+        chosen = [texts[int(rng.integers(len(texts)))] for texts in said]
+        return torch.stack([scene.image for scene in scenes]), torch.empty(0), chosen
+    return training_pictures(rng, config.batch, first_scene=first), torch.empty(0), []
 
 
 def training_pair(
-    config: BridgeConfig, net: PurifierNet, guide: Guide, clean: Tensor, attacked: Tensor, step: int, draw: Generator
+    config: BridgeConfig,
+    net: PurifierNet,
+    guide: Guide,
+    clean: Tensor,
+    attacked: Tensor,
+    step: int,
+    draw: Generator,
+    texts: Sequence[Text] = (),
 ) -> tuple[Tensor, Tensor]:
     """Clean and attacked pictures of one step, mined now where ``attacked`` is empty. The first few stay clean."""
-    if not attacked.numel():
-        attacked = mine(config, net, guide, clean, np.random.default_rng([config.seed, 8, step]), step, draw)
-    return clean, torch.cat([clean[: config.untouched], attacked[config.untouched :]])
+    untouched = round(config.clean * len(clean))
+    if attacked.numel():
+        return clean, torch.cat([clean[:untouched], attacked[untouched:]])
+    rng = np.random.default_rng([config.seed, 8, step])
+    mined = mine(config, net, guide, clean[untouched:], rng, step, draw, texts[untouched:])
+    return clean, torch.cat([clean[:untouched], mined])
 
 
 def mine(
@@ -170,39 +233,68 @@ def mine(
     rng: np.random.Generator,
     step: int,
     draw: Generator,
+    texts: Sequence[Text] = (),
 ) -> Tensor:
     """Attack through the purifier: exact gradients, fresh noise at each step (ADBM, arXiv 2408.00315, fixes it)."""
-    sigma = float(rng.uniform(0, config.max_sigma)) if rng.random() < 0.5 else 0.0
+    noisy = rng.random() < 1 - config.noise_free
+    sigma = float(rng.uniform(config.min_sigma, config.max_sigma)) if noisy else 0.0
     ones = clean.new_ones(len(clean))
+    inner = _inner(config, guide, clean, rng, step, texts)
 
-    def purified(images: Tensor) -> Tensor:
-        noisy = images + sigma * noise_like(images, draw) if sigma else images
-        restored: Tensor = net(noisy, ones, ones * sigma).clamp(0, 1)
-        return restored
+    def objective(images: Tensor) -> Tensor:
+        noised = images + sigma * noise_like(images, draw) if sigma else images
+        return inner(clip(net(noised, ones, ones * sigma)))  # a judged attack, too, passes clipping straight through
 
-    inner: Objective
-    if rng.random() < 0.5:
-        inner = word_objective(guide.pocket, clean)
-    else:
-        inner = objectives.features_away(guide.tower(step), clean)
-    budget = Budget(eps=float(rng.uniform(1 / 255, config.max_eps)), steps=config.mining_steps)
+    grown = min(1.0, (step + 1) / config.eps_ramp) if config.eps_ramp else 1.0
+    top = 1 / 255 + grown * (config.max_eps - 1 / 255)
     net.requires_grad_(False)  # only the pictures' gradient is wanted
-    attacked = PGD(rel_step=1.5)(lambda images: inner(purified(images)), clean, budget, generator=draw)
+    if config.lean:
+        eps = torch.from_numpy(rng.uniform(1 / 255, top, len(clean))).to(clean)
+        rel_step = 1.25 if config.mining_steps == 1 else 1.5 / config.mining_steps
+        mined = sign_steps(objective, clean, eps=eps, steps=config.mining_steps, rel_step=rel_step, generator=draw)
+    else:
+        budget = Budget(eps=float(rng.uniform(1 / 255, top)), steps=config.mining_steps)
+        mined = PGD(rel_step=1.5)(objective, clean, budget, generator=draw)
     net.requires_grad_(True)
-    return attacked.detach()
+    return mined.detach()
+
+
+def _inner(
+    config: BridgeConfig, guide: Guide, clean: Tensor, rng: np.random.Generator, step: int, texts: Sequence[Text]
+) -> Objective:
+    """What mining lowers, of the purified pictures: features or words, evenly; the answers where there are texts."""
+    worded = rng.random() < 0.5
+    if texts:
+        prompts, answers = [t[0] for t in texts], [t[1] for t in texts]
+        if worded:
+            return objectives.untargeted(guide.pocket, prompts, answers)
+        return objectives.targeted(guide.pocket, prompts, answers[1:] + answers[:1])  # another picture's answer
+    if "features" in config.without or (worded and "words" not in config.without):
+        return word_objective(guide.pocket, clean)
+    return objectives.features_away(guide.tower(step), clean)
 
 
 def bridge_terms(
-    config: BridgeConfig, net: PurifierNet, guide: Guide, clean: Tensor, attacked: Tensor, step: int, draw: Generator
+    config: BridgeConfig,
+    net: PurifierNet,
+    guide: Guide,
+    clean: Tensor,
+    attacked: Tensor,
+    step: int,
+    draw: Generator,
+    texts: Sequence[Text] = (),
 ) -> dict[str, Tensor]:
     """The weighted terms of the loss, each a scalar."""
-    s = sample_bridge_times(len(clean), at_one=0.6, generator=draw).to(clean)
-    sigma = sample_bridge_sigmas(len(clean), clean=0.5, high=config.max_sigma, generator=draw).to(clean)
+    s = sample_bridge_times(len(clean), at_one=config.at_one, generator=draw).to(clean)
+    sigma = sample_bridge_sigmas(
+        len(clean), clean=config.noise_free, low=config.min_sigma, high=config.max_sigma, generator=draw
+    ).to(clean)
     restored = bridge_predict(net, clean, attacked, s, sigma, gamma=config.gamma, generator=draw)
     distance = charbonnier(restored, clean)
     terms = {"bridge": config.w_bridge * distance.mean()}
     if config.w_identity:
-        terms["identity"] = config.w_identity * distance[: config.untouched].sum() / config.batch
+        untouched = round(config.clean * len(clean))
+        terms["identity"] = config.w_identity * distance[:untouched].sum() / len(clean)
     seen = restored.clamp(0, 1)
     if config.w_features or config.w_direction:
         tower = guide.tower(step)
@@ -214,12 +306,19 @@ def bridge_terms(
         terms["features"] = config.w_features * (1 - closeness + 0.1 * error).mean()
         terms["direction"] = config.w_direction * _direction(tokens, right, wrong).mean()
     if config.w_words:
-        with torch.no_grad():
-            wanted = (guide.pocket.word_scores(clean, WORDS) / 0.05).log_softmax(-1)
-        said = (guide.pocket.word_scores(seen, WORDS) / 0.05).log_softmax(-1)
-        divergence = F.kl_div(said, wanted, log_target=True, reduction="none").sum(-1)
-        terms["words"] = config.w_words * divergence.mean()
+        terms["words"] = config.w_words * _word_divergence(guide.pocket, clean, seen).mean()
+    if config.w_answers and texts:
+        loss = guide.pocket.loss(seen, [t[0] for t in texts], [t[1] for t in texts])
+        terms["answers"] = config.w_answers * loss.mean()
     return terms
+
+
+def _word_divergence(pocket: Pocket, clean: Tensor, seen: Tensor) -> Tensor:
+    """KL divergence of the words that each token is near, clean from purified, ``[B, T]``."""
+    with torch.no_grad():
+        wanted = (pocket.word_scores(clean, WORDS) / 0.05).log_softmax(-1)
+    said = (pocket.word_scores(seen, WORDS) / 0.05).log_softmax(-1)
+    return F.kl_div(said, wanted, log_target=True, reduction="none").sum(-1)
 
 
 def _direction(tokens: Tensor, right: Tensor, wrong: Tensor, *, margin: float = 0.1) -> Tensor:

@@ -15,6 +15,7 @@ from codefend.diffusion import prior_loss, sample_sigmas
 from codefend.nets import NetConfig, PurifierNet, save_net
 from codefend.runs import make_generator, open_run, progress
 from codefend.tasks.pictures import training_pictures
+from codefend.training.card import write_card
 from codefend.training.feed import feed
 from codefend.training.state import Average, cosine_rate, restore_training, save_training, set_rate
 
@@ -69,6 +70,7 @@ def train_prior(config: PriorConfig, folder: str | Path) -> Path:
                 averaged = PurifierNet(config.net)
                 averaged.load_state_dict(average.values)
                 save_net(run.dir / "weights", averaged, kind="prior", dtype=torch.float16)
+                write_card(run, "prior")
     return run.dir / "weights"
 
 

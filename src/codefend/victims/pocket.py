@@ -9,7 +9,7 @@ Shape legend: B batch, T vision tokens (16), L text positions, D the language mo
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +242,10 @@ _NO_WEIGHTS = "{folder} holds no pocket weights ({error}); train some with `code
 
 
 def read_trained(victim: Pocket, folder: Path) -> None:
-    """Set the trained part of an unmerged pocket. Raises UserError when the folder's weights don't fit it."""
+    """Set the trained part of an unmerged pocket, and the encoder's where the folder has one.
+
+    Raises UserError when the folder's weights don't fit it.
+    """
     try:
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -254,3 +257,18 @@ def read_trained(victim: Pocket, folder: Path) -> None:
         if state[name].shape != parameter.shape:
             raise UserError(f"{folder}/model.safetensors has another encoder or rank than this pocket ({name!r})")
         parameter.data.copy_(state[name])
+    read_encoder(victim.encoder, state, folder)
+
+
+def read_encoder(encoder: nn.Module, state: Mapping[str, Tensor], folder: Path) -> bool:
+    """Set an encoder that was trained, too (FARE): ``encoder.*`` of the state, if there; whether it was.
+
+    Raises UserError when it isn't this encoder's.
+    """
+    tuned = {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")}
+    parameters = dict(encoder.named_parameters())
+    for name, value in tuned.items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            raise UserError(f"{folder}/model.safetensors has another encoder than this pocket ({name!r})")
+        parameters[name].data.copy_(value)
+    return bool(tuned)

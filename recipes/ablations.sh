@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# One switch of the bridge's training at a time, each variant for the same few steps, all in one table. Needs pairs.sh.
+source "$(dirname "$0")/common.sh"
+names="full static no-features no-words no-direction no-noise one-encoder unseen-features unseen-language scratch"
+defenses=none
+for name in $names; do
+  start="$PRIOR"
+  [ "$name" != scratch ] || start=none
+  stage codefend train "ablation-$name" --run "$RUNS/ablations/$name" \
+    --set "pairs=$RUNS/pairs" --set "victim=$POCKET" --set "prior=$start"
+  defenses="$defenses,$RUNS/ablations/$name/weights"
+done
+for count in 2 4; do
+  defenses="$defenses,$RUNS/ablations/full/weights:evaluations=$count"
+done
+stage codefend eval quick --run "$RUNS/ablations/table" --victim "$POCKET" --set "defenses=$defenses" --set adaptive= \
+  --set attacks=apgd,feature --set limit=32 --set adaptive_limit=8
+codefend report "$RUNS/ablations/table"

@@ -1,0 +1,110 @@
+"""How suspicious a picture is, from what purification took out of it: calibrated, free, and differentiable.
+
+The size of the residual is FlowPure's detector in its deterministic form (||v||^2, arXiv 2505.13280). But a busy
+picture loses more than a plain one when nobody attacks, a perturbation is finer than what else is lost, and a patch
+sits in one place: a logistic regression over the four tells them apart. It needs no evaluation beside the
+purification's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from codefend.types import UserError
+
+FLOOR = 1e-4  # a fortieth of an 8-bit level: keeps logarithms and their gradients finite
+BLOCK = 8  # pixels
+
+
+def features(images: Tensor, purified: Tensor) -> Tensor:
+    """``[B, 4]``: log RMS, in [0, 1] pixels, of the residual, its fine part, its worst block, and of the texture.
+
+    ``images`` and ``purified`` are ``[B,3,H,W]``; the texture is the fine part of the purified picture.
+    """
+    wide = torch.promote_types(images.dtype, torch.float32)  # squares of a fine residual vanish in half precision
+    images, purified = images.to(wide), purified.to(wide)
+    residual = images - purified
+    block = min(BLOCK, *images.shape[-2:])
+    worst = F.avg_pool2d(residual.square().mean(1, keepdim=True), block).flatten(1).amax(1)
+    squares = (_power(residual), _power(_fine(residual)), worst, _power(_fine(purified)))
+    return 0.5 * (torch.stack(squares, 1) + FLOOR**2).log()
+
+
+def _fine(images: Tensor) -> Tensor:
+    return images - F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
+
+
+def _power(images: Tensor) -> Tensor:
+    return images.square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A fitted score and the threshold above which a picture counts as attacked; lives in the weights' config.json."""
+
+    weights: tuple[float, ...]
+    bias: float
+    threshold: float  # of the score
+    false_positive_rate: float  # share of clean pictures above it, measured on pictures that no fit has seen
+    calibration: Mapping[str, Any] = field(default_factory=dict)  # on what, and what it detects
+
+    def __call__(self, images: Tensor, purified: Tensor) -> Tensor:
+        """Score in (0, 1), ``[B]``: the probability of an attack if as many pictures were attacked as not."""
+        return self.logit(images, purified).sigmoid()
+
+    def logit(self, images: Tensor, purified: Tensor) -> Tensor:
+        """The score before the sigmoid, ``[B]``: an attacker descends this one, whose gradient doesn't fade."""
+        found = features(images, purified)
+        return found @ found.new_tensor(self.weights) + self.bias
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Detector:
+        """Inverse of `to_dict` through JSON. Raises UserError when a field is missing or unknown."""
+        try:
+            found = cls(**{**values, "weights": tuple(float(w) for w in values["weights"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the weights' detector is not readable ({error}); run `codefend calibrate` again"
+            ) from error
+        if len(found.weights) != 4:
+            raise UserError(f"the weights' detector has {len(found.weights)} features, not 4; calibrate it again")
+        return found
+
+
+def fit(clean: Tensor, attacked: Tensor, *, ridge: float = 1e-3) -> tuple[tuple[float, ...], float]:
+    """Logistic regression on features ``[N, 4]`` and ``[M, 4]``, both classes weighing alike: weights and bias.
+
+    Newton's method on standardized features, with a small ridge so that separable classes have a finite answer.
+    """
+    both = torch.cat([clean, attacked]).double()
+    mean, std = both.mean(0), both.std(0).clamp_min(1e-6)
+    inputs = torch.cat([(both - mean) / std, both.new_ones(len(both), 1)], 1)
+    labels = torch.cat([both.new_zeros(len(clean)), both.new_ones(len(attacked))])
+    share = torch.cat([both.new_full((len(part),), 0.5 / len(part)) for part in (clean, attacked)])
+    penalty = ridge * torch.eye(5, dtype=both.dtype)
+    solution = both.new_zeros(5)
+    for _ in range(50):
+        said = (inputs @ solution).sigmoid()
+        slope = inputs.T @ (share * (said - labels)) + penalty @ solution
+        curvature = (inputs * (share * said * (1 - said)).unsqueeze(1)).T @ inputs + penalty
+        step = torch.linalg.solve(curvature, slope)
+        solution = solution - step
+        if float(step.abs().max()) < 1e-9:
+            break
+    weights = solution[:4] / std
+    return tuple(weights.tolist()), float(solution[4] - (weights * mean).sum())
+
+
+def threshold_at(clean_scores: Tensor, rate: float) -> float:
+    """The lowest threshold that at most ``rate`` of the clean scores ``[N]`` exceed."""
+    ordered = clean_scores.sort(descending=True).values
+    return float(ordered[int(rate * len(ordered))])

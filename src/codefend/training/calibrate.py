@@ -1,0 +1,133 @@
+"""Fit the detection score of a purifier on held-out pairs and write it into the weights' config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from codefend import purifiers
+from codefend.nets import CONFIG_FILE
+from codefend.pairs import read_pairs
+from codefend.purifiers.base import NetPurifier
+from codefend.purifiers.detection import Detector, features, fit, threshold_at
+from codefend.runs import make_generator, progress, read_config, read_rows, write_atomic
+from codefend.tasks.pictures import training_pictures
+from codefend.types import UserError
+
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """On what a detector is calibrated."""
+
+    pairs: tuple[str, ...] = ()  # banks that the weights were not trained on: another seed of `codefend pairs`
+    clean: int = 2000  # further clean pictures, which cost no attack: half for the threshold, half to measure its rate
+    rate: float = 0.01  # wanted share of clean pictures above the threshold
+    seed: int = 0
+
+
+def calibrate(folder: str | Path, config: CalibrateConfig) -> Detector:
+    """Fit, set the threshold, measure, and write ``detector`` into ``folder``'s config.json; returns it.
+
+    Half of the pairs fit the score, the other half measures how many attacked pictures are found at the threshold;
+    clean pictures drawn anew set the threshold and measure its false-positive rate. Training's own banks are refused:
+    their residuals are smaller than those of pictures never seen. Raises UserError for that, too few pictures, or a
+    folder that is no purifier's.
+    """
+    purifier = purifiers.load(Path(folder))
+    if not isinstance(purifier, NetPurifier):
+        raise UserError(f"{folder} holds no network to calibrate")
+    _refuse_training_banks(Path(folder), config.pairs)
+    if not 0 < config.rate < 0.5 or config.clean * config.rate < 2:
+        raise UserError(f"a rate of {config.rate:g} can't be set on {config.clean} clean pictures: draw more")
+    clean, attacked, eps = _bank_features(purifier, config)
+    if len(clean) < 32:
+        raise UserError(f"{len(clean)} pairs are too few to calibrate on: make some hundred")
+    weights, bias = fit(clean[::2], attacked[::2])
+    fresh = _scores(_fresh_features(purifier, config), weights, bias)
+    threshold = threshold_at(fresh[::2], config.rate)
+    rate = float((fresh[1::2] > threshold).float().mean())
+    found = _scores(attacked[1::2], weights, bias) > threshold
+    report = {
+        "pairs": list(config.pairs),
+        "pairs_fitted": len(clean[::2]),
+        "clean_measured": len(fresh[1::2]),
+        "found": _found_by_strength(found, eps[1::2]),
+        "seed": config.seed,
+    }
+    detector = Detector(weights, bias, threshold, rate, report)
+    path = Path(folder) / CONFIG_FILE
+    meta: dict[str, Any] = {**json.loads(path.read_text(encoding="utf-8")), "detector": detector.to_dict()}
+    write_atomic(path, json.dumps(meta, indent=2) + "\n")
+    return detector
+
+
+def _refuse_training_banks(folder: Path, pairs: Iterable[str]) -> None:
+    training = folder / "training.json"
+    if not training.is_file():
+        return
+    trained = [bank["config"] for bank in json.loads(training.read_text(encoding="utf-8"))["pairs"]]
+    for place in pairs:
+        if read_config(place) in trained:
+            raise UserError(f"{folder} was trained on {place}: calibrate on a bank made with another seed")
+
+
+def _bank_features(purifier: NetPurifier, config: CalibrateConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of all clean and all attacked pictures of the banks, ``[N, 4]`` each, and each pair's eps ``[N]``."""
+    if not config.pairs:
+        raise UserError("calibration needs held-out pairs: `codefend pairs --set seed=1`, then --set pairs=FOLDER")
+    shards = [shard for place in config.pairs for shard in read_pairs(place)]
+    rows = [row for place in config.pairs for row in sorted(read_rows(place), key=lambda row: int(row["key"][6:]))]
+    eps = torch.tensor([pair["eps"] for row in rows for pair in row["pairs"]])
+    with progress("calibrate", 2 * len(shards)) as advance:
+        halves = []
+        for half in (0, 1):
+            parts = []
+            for number, (clean, attacked, _) in enumerate(shards):
+                images = (attacked if half else clean).float() / 255
+                parts.append(_features(purifier, images, config.seed, half, number))
+                advance()
+            halves.append(torch.cat(parts))
+    known = min(len(eps), len(halves[0]))  # a bank that was cut short has a shard without its row
+    return halves[0][:known], halves[1][:known], eps[:known]
+
+
+def _fresh_features(purifier: NetPurifier, config: CalibrateConfig) -> Tensor:
+    """Features of clean pictures that no bank and no training has, ``[clean, 4]``."""
+    parts = []
+    with progress("clean pictures", config.clean) as advance:
+        for start in range(0, config.clean, BATCH):
+            rng = np.random.default_rng([config.seed, 12, start])
+            count = min(BATCH, config.clean - start)
+            images = (training_pictures(rng, count, first_scene=9_000_000 + start) * 255).round() / 255
+            parts.append(_features(purifier, images, config.seed, "clean", start))
+            advance(count)
+    return torch.cat(parts)
+
+
+def _features(purifier: NetPurifier, images: Tensor, seed: int, *names: object) -> Tensor:
+    with torch.no_grad():
+        draw = make_generator(seed, "calibrate", *names)
+        return torch.cat([features(part, purifier(part, generator=draw)) for part in images.split(BATCH)])
+
+
+def _scores(found: Tensor, weights: tuple[float, ...], bias: float) -> Tensor:
+    return (found @ found.new_tensor(weights) + bias).sigmoid()
+
+
+def _found_by_strength(found: Tensor, eps: Tensor) -> dict[str, dict[str, float]]:
+    """Share of attacked pictures above the threshold, by budget: ``{"1-2/255": {"share": ..., "n": ...}}``."""
+    table = {}
+    for low, high in ((0, 2), (2, 4), (4, 8), (8, 16), (16, 255)):
+        inside = (eps * 255 > low) & (eps * 255 <= high)
+        if bool(inside.any()):
+            table[f"{low}-{high}/255"] = {"share": float(found[inside].float().mean()), "n": int(inside.sum())}
+    return table

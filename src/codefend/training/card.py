@@ -1,0 +1,155 @@
+"""What a weights folder says about itself: ``training.json`` (config, data, curve) and a model card, ``README.md``.
+
+Both are views of the run that made the weights, written anew whenever these are saved. Results are none of them: they
+come from an evaluation, and `codefend card` adds them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from codefend.results import eps_label, summarize
+from codefend.runs import Row, Run, read_config, read_rows, write_atomic
+from codefend.types import UserError
+
+TRAINING_FILE, CARD_FILE = "training.json", "README.md"
+POINTS = 40  # of the curve that travels with the weights; the run folder's rows.jsonl has every step
+
+WHAT = {
+    "pocket": "Pocket victim: connector and LoRA adapters between an EfficientNet-Lite and SmolLM2-135M-Instruct.",
+    "fare": "Pocket victim whose image encoder was fine-tuned adversarially (FARE, Schlarmann 2024, arXiv 2402.12336).",
+    "prior": "Unconditional diffusion prior in EDM form; `diffpure` uses it, and the other purifiers start from it.",
+    "bridge": "Purifier from adversarial to clean: a supervised diffusion bridge, one to four evaluations.",
+    "hgd": "Purifier, a peer: HGD (Liao et al. 2018, arXiv 1712.02976), re-implemented on the project's network.",
+    "flowpure": "Purifier, a peer: FlowPure-PGD (Collaert et al. 2025, arXiv 2505.13280), re-implemented.",
+    "flowpure-gauss": "Purifier, a peer: FlowPure-Gauss (Collaert et al. 2025, arXiv 2505.13280), re-implemented.",
+    "adbm": "Purifier, a peer: ADBM (Li et al. 2025, arXiv 2408.00315), re-implemented on the project's network.",
+    "codefend-r": "Purifier, a peer: our reconstruction of CoDefend (Zhu et al. 2025, arXiv 2510.11096), in pixels.",
+}
+PICTURES = (
+    "composed scenes (Fluent Emoji, MIT; backgrounds procedural or from scikit-image), scikit-image's photographs "
+    "(public domain or CC0; astronaut, chelsea, coffee and rocket are held out), scikit-learn's two photographs "
+    "(CC-BY), dead leaves (procedural)"
+)
+SCENES = (
+    "composed scenes (Fluent Emoji, MIT; backgrounds procedural or from scikit-image, public domain or CC0), "
+    "easy-vqa's training split (MIT)"
+)
+
+
+def write_card(run: Run, kind: str) -> None:
+    """Write both files into the run's ``weights``. Raises UserError when the place cannot be written."""
+    rows, folder = run.rows(), run.dir / "weights"
+    banks = [_bank(place) for place in run.config.get("pairs", ())]
+    done = max((row["step"] for row in rows if "step" in row), default=0)
+    training = {"kind": kind, "config": run.config, "steps": done, "pairs": banks, "curve": curve(rows)}
+    write_atomic(folder / TRAINING_FILE, json.dumps(training, indent=1) + "\n")
+    write_atomic(folder / CARD_FILE, _text(kind, training, rows))
+
+
+def _bank(place: str) -> Row:
+    """What a bank of pairs was made of: its config, and how many pairs of each kind, target and strength."""
+    groups: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row in read_rows(place):
+        groups[row["kind"], row["target"]] += [pair["eps"] for pair in row["pairs"]]
+    made = [
+        {"kind": kind, "target": target, "pairs": len(eps), "eps": [min(eps), max(eps)]}
+        for (kind, target), eps in sorted(groups.items())
+    ]
+    return {"config": read_config(place), "made": made}
+
+
+def curve(rows: Sequence[Row], points: int = POINTS) -> list[Row]:
+    """The steps' figures, averaged over at most ``points`` stretches of equal length."""
+    steps = [row for row in rows if "step" in row]
+    size = max(1, -(-len(steps) // points))
+    stretches = []
+    for start in range(0, len(steps), size):
+        part = steps[start : start + size]
+        names = {name: None for row in part for name, value in row.items() if isinstance(value, float)}
+        means = {name: fmean(row[name] for row in part if isinstance(row.get(name), float)) for name in names}
+        stretches.append({"step": part[-1]["step"], **{name: round(value, 6) for name, value in means.items()}})
+    return stretches
+
+
+def _text(kind: str, training: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    config = training["config"]
+    total, hours = config.get("steps", training["steps"]), sum(row.get("seconds", 0.0) for row in rows) / 3600
+    lines = [f"# {kind}", "", WHAT[kind], ""]
+    lines += [f"- Training: {training['steps']} of {total} steps, {hours:.1f} hours in them; {_settings(config)}."]
+    seen = [_attacks(bank) for bank in training["pairs"]]
+    if config.get("mined") or kind in ("adbm", "fare"):
+        seen.append(_mined(kind, config))
+    if config.get("train") in ("bridge", "peer", "fare"):
+        lines += [f"- Attacks seen in training: {'; '.join(seen) or 'none'}."]
+    if config.get("without"):
+        lines += [f"- Left out of what the banks hold: {', '.join(config['without'])}."]
+    if "encoders" in config or "encoder" in config:
+        encoders = config.get("encoders") or (config["encoder"],)
+        lines += [f"- Encoders that guide: {', '.join(encoders)}; no other was used outside the banks."]
+    lines += [f"- Data: {SCENES if kind == 'pocket' else PICTURES}."]
+    lines += ["- Weights: Apache-2.0 as the code; float16. Curve, settings and banks: training.json.", ""]
+    return "\n".join(lines)
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    """The scalar settings, as ``--set`` takes them."""
+    told = {
+        k: v for k, v in config.items() if isinstance(v, int | float | str) and v != "" and k not in ("train", "steps")
+    }
+    return ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in told.items())
+
+
+def _attacks(bank: Row) -> str:
+    kinds = [
+        f"{made['kind']} on {made['target']} ({made['pairs']} pairs, {255 * made['eps'][0]:.1f} to "
+        f"{255 * made['eps'][1]:.1f}/255)"
+        for made in bank["made"]
+    ]
+    return f"PGD-{bank['config'].get('steps')} on {', '.join(kinds)}"
+
+
+def _mined(kind: str, config: Mapping[str, Any]) -> str:
+    if kind == "fare":
+        return f"PGD-{config['mining_steps']} on the encoder's tokens in the loop, {255 * config['eps']:g}/255"
+    if kind == "adbm":
+        return f"{config['mining_steps']} steps in the loop through the network, {255 * config['eps']:g}/255"
+    share, steps, top = config["mined"], config["mining_steps"], 255 * config["max_eps"]
+    return f"{share:.0%} of the steps mined through the purifier, {steps} steps at 1 to {top:g}/255"
+
+
+def results_table(run: str | Path, defense: str) -> str:
+    """A Markdown table of what ``defense`` reached in a run of `codefend eval`: clean, oblivious and adaptive lines.
+
+    Raises UserError when the run has no such defense.
+    """
+    entries = [entry for entry in summarize(read_rows(run)) if entry.group.defense == defense]
+    if not entries:
+        raise UserError(f"{run} has no rows of defense {defense!r}; --defense takes the name that the run gives it")
+    lines = ["| task | threat | attack | eps | score, 95% interval | of clean | n |", "|---|---|---|---|---|---|---|"]
+    for entry in entries:
+        group, score = entry.group, entry.score
+        kept = "" if math.isnan(entry.kept) else f"{entry.kept:.0%}"
+        cells = (group.task, group.threat, group.attack, eps_label(group.eps, entry.norm))
+        figure = f"{score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]"
+        lines.append(f"| {' | '.join(cells)} | {entry.metric} {figure} | {kept} | {score.n} |")
+    return "\n".join(lines)
+
+
+def add_results(folder: str | Path, table: str, source: str) -> Path:
+    """Put a Markdown ``table`` of results into the folder's card, in place of an earlier one, and return the card.
+
+    Raises UserError when the folder has no card.
+    """
+    path = Path(folder) / CARD_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} has no {CARD_FILE}: it isn't the weights folder of a training")
+    head = path.read_text(encoding="utf-8").partition("\n## Results")[0].rstrip()
+    write_atomic(path, f"{head}\n\n## Results\n\n`{source}`\n\n{table.strip()}\n")
+    return path
