@@ -58,11 +58,18 @@ def _places(prompt: str) -> list[int]:
     return [0] if "left?" in prompt else [1] if "right?" in prompt else [0, 1]
 
 
-class BlackToy(Suggestible):
-    """The same victim, answering text only."""
+class Killed(Suggestible):
+    """Answers ``left`` times, then the process is interrupted."""
 
-    name = "black-toy"
-    loss = features = embed = None  # type: ignore[assignment]
+    def __init__(self, left: int) -> None:
+        super().__init__()
+        self.left = left
+
+    def generate(self, images: Tensor, prompts: Sequence[str], *, prefix: Tensor | None = None) -> list[str]:
+        if self.left < len(prompts):
+            raise KeyboardInterrupt
+        self.left -= len(prompts)
+        return super().generate(images, prompts, prefix=prefix)
 
 
 def black_box() -> Any:
@@ -107,7 +114,7 @@ BANK = BankConfig(
     tasks=("questions",),
     purifier="none",
     search_scenes=6,
-    selection_scenes=8,
+    selection_scenes=4,
     seen=("pgd",),
     held_out=("apgd", "mifgsm"),
     attack=AttackConfig(eps=8.0, steps=6, cheap_steps=6),

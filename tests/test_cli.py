@@ -116,7 +116,7 @@ def test_help_version_and_no_arguments(run: Run) -> None:
         code, out, err = run(*arguments)
         assert (code, err) == (0, "")
         assert all(f"  {verb} " in out for verb in ("list", "purify", "ask", "caption", "attack", "pairs", "train"))
-        assert all(f"  {verb} " in out for verb in ("eval", "report", "demo"))
+        assert all(f"  {verb} " in out for verb in ("eval", "report", "demo", "optimize-prompt", "prompts"))
     assert run("--version") == (0, f"codefend {codefend.__version__}\n", "")
 
 

@@ -30,7 +30,7 @@ LAYERS: dict[str, int] = {
         ],
         4,
     ),
-    **dict.fromkeys(["presets", "cli", "cli_pictures", "cli_runs"], 5),
+    **dict.fromkeys(["presets", "cli", "cli_pictures", "cli_prompts", "cli_runs"], 5),
 }
 STRANGERS = {"purifiers", "prompts", "victims", "attacks", "tasks"}  # L2: none may know another
 GATEWAY_NEVER = {"victims", "attacks", "tasks", "training"}  # serving must not load Transformers
@@ -40,9 +40,10 @@ OWNERS = {  # library -> where it may be imported
     "gguf": {"victims"},
     "starlette": {"gateway"},
     "uvicorn": {"gateway"},
-    "typer": {"cli", "cli_pictures", "cli_runs", "gateway"},
+    "typer": {"cli", "cli_pictures", "cli_prompts", "cli_runs", "gateway"},
 }
-NOT_TORCH_ON_IMPORT = {"__init__", "types", "registry", "settings", "runs", "cli", "cli_pictures", "cli_runs"}
+NOT_TORCH_ON_IMPORT = {"__init__", "types", "registry", "settings", "runs"}
+NOT_TORCH_ON_IMPORT |= {"cli", "cli_pictures", "cli_prompts", "cli_runs"}
 
 Import = tuple[str, str]  # dotted name; "now" when the module is imported, "later" in a function, "types" for checkers
 

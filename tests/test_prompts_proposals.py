@@ -74,7 +74,7 @@ def test_operators_make_small_edits_and_play_back() -> None:
 
 
 def test_operators_draw_what_the_mistakes_ask_for() -> None:
-    for family, need in (("joint", "firm"), ("clean", "helpful"), ("apgd", "doubt")):
+    for family, need in (("joint", "firm"), ("joint-targeted", "firm"), ("clean", "helpful"), ("apgd", "doubt")):
         drawn = {EditOperators()("prefix", "", [{"family": family}], turn) for turn in range(30)}
         assert drawn <= set(SENTENCES[need])  # type: ignore[index]
         assert len(drawn) > 2

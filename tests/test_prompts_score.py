@@ -131,7 +131,7 @@ def test_a_victim_that_keeps_failing_is_named_and_answers_stay(tmp_path: Path) -
     with open_run(tmp_path, {}) as run:
         Asker(victim, run, batch=1).answers(PromptPolicy("p"), items[:2])
         victim.failures = 99
-        with pytest.raises(UserError, match="'flaky' failed 3 times.*no route.*run the same command again"):
+        with pytest.raises(UserError, match=r"'flaky' failed 3 times.*no route.*run the same command again"):
             Asker(victim, run, batch=1, waits=(0.0, 0.0)).answers(PromptPolicy("p"), items)
         victim.failures = 0
         Asker(victim, run, batch=1).answers(PromptPolicy("p"), items)

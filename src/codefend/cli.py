@@ -1,4 +1,4 @@
-"""The ``codefend`` command: its front, ``list``, and the verbs of ``cli_pictures`` and ``cli_runs``.
+"""The ``codefend`` command: its front, ``list``, and the verbs of ``cli_pictures``, ``cli_runs`` and ``cli_prompts``.
 
 Every verb is a thin shell that imports what it needs when it runs, so that ``--help`` stays fast.
 Answers and results go to standard output, everything else to standard error. Exit codes: 0 done, 1 some pictures
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from codefend import __version__, cli_pictures, cli_runs
+from codefend import __version__, cli_pictures, cli_prompts, cli_runs
 from codefend.gateway import command as gateway
 from codefend.types import UserError
 
@@ -49,6 +49,8 @@ EXTRAS = {  # module that may be missing -> the extra that brings it
     "peft": "pocket",
     "sklearn": "train",
     "sacrebleu": "bench",
+    "tokenizers": "pocket",
+    "gepa": "prompts",
 }
 
 
@@ -132,6 +134,7 @@ def summary(entry: Any) -> str:
 
 app.add_typer(cli_pictures.app)  # nameless: their verbs stand beside this file's
 app.add_typer(cli_runs.app)
+app.add_typer(cli_prompts.app)
 app.add_typer(gateway.app)
 
 if __name__ == "__main__":

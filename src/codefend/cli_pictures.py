@@ -22,7 +22,7 @@ app = typer.Typer()
 MAX_PIXELS = 64_000_000  # as images.MAX_PIXELS, which would bring torch along
 
 Picture = Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture file.", show_default=False)]
-DefenseName = Annotated[str, typer.Option("--defense", help="none, a purifier's name, or a folder with its weights.")]
+DefenseName = Annotated[str, typer.Option("--defense", help="none, a purifier or its folder; add +prompt=POLICY.")]
 VictimName = Annotated[str, typer.Option("--victim", help="The multimodal model that answers.")]
 Seed = Annotated[int, typer.Option("--seed", help="Randomness of the purifier and the attack.")]
 MaxPixels = Annotated[int, typer.Option("--max-pixels", min=1, help="Refuse larger pictures.")]
@@ -191,15 +191,25 @@ def _pixels(path: Path, max_pixels: int, first_frame: bool) -> Tensor:
 
 
 def _defense(name: str) -> Defense:
+    """What ``codefend eval`` calls by the same name. Raises UserError for unknown names and options."""
     from codefend.defense import Defense, StraightThrough
+    from codefend.evaluate.config import DefenseChoice
 
-    if name == "none":
-        return Defense()
+    choice = DefenseChoice.parse(name)
+    policy = _policy(choice.prompt) if choice.prompt else None
+    if choice.name == "none":
+        return Defense(None, policy)
     from codefend import purifiers
 
-    purifier: Purifier = purifiers.load(name)
+    purifier: Purifier = purifiers.load(choice.name, **choice.options)
     exact = getattr(purifier, "differentiable", True)  # else attacks take the gradient past it (BPDA)
-    return Defense(purifier if exact else StraightThrough(purifier), name=getattr(purifier, "name", name))
+    return Defense(purifier if exact else StraightThrough(purifier), policy, getattr(purifier, "name", name))
+
+
+def _policy(name: str) -> Any:
+    from codefend.prompts import load_any
+
+    return load_any(name)
 
 
 def _defended(victim: str, defense: str, seed: int) -> DefendedVictim:

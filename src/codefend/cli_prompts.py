@@ -40,7 +40,7 @@ def optimize_prompt(
     robust one that costs at most 1% of the clean score and 1% more refusals.
     """
     from codefend import prompt_search
-    from codefend.prompt_search.search import SearchConfig
+    from codefend.prompt_search.config import SearchConfig
 
     config = _config(SearchConfig(), [f"victim={victim}", f"method={method}", *settings])
     if _shown(config, dry_run):

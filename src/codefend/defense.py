@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from codefend.prompts.asking import prompted
 from codefend.types import Purifier, Victim, WhiteBox
 
 
@@ -20,7 +21,7 @@ class Defense:
     """A purifier, a prompt policy, or both. ``None`` leaves that side alone."""
 
     purifier: Purifier | None = None
-    policy: Callable[[str], str] | None = None  # such as prompts.PromptPolicy
+    policy: Callable[[str], str] | None = None  # of codefend.prompts: words around words, or a soft prefix
     name: str = "none"
 
     def images(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
@@ -54,10 +55,13 @@ class StraightThrough:
 
 
 class DefendedVictim:
-    """``victim`` behind ``defense``. Each call draws fresh purifier noise unless ``generator`` is given."""
+    """``victim`` behind ``defense``. Each call draws fresh purifier noise unless ``generator`` is given.
+
+    Raises UserError for a soft prefix that was learned for another victim.
+    """
 
     def __init__(self, victim: Victim, defense: Defense, *, generator: Generator | None = None) -> None:
-        self.victim, self.defense, self.generator = victim, defense, generator
+        self.victim, self.defense, self.generator = prompted(victim, defense.policy), defense, generator
         self.name = f"{victim.name}+{defense.name}"
 
     def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ from codefend.attacks import ATTACKS, NEEDS_SENTENCE
 from codefend.defense import Defense, StraightThrough
 from codefend.evaluate.config import AttackChoice, DefenseChoice, EvalConfig, check
 from codefend.images import quantize8
+from codefend.prompts.asking import Policy, prompted
 from codefend.results import BARE
 from codefend.runs import make_generator
 from codefend.tasks.metrics import attack_success, cider_d, document_frequencies
@@ -46,9 +47,9 @@ def _purifier(name: str, **options: Any) -> Purifier:
 
 
 def _policy(name: str) -> Callable[[str], str]:
-    from codefend.prompts import load
+    from codefend.prompts import load_any
 
-    return load(name)
+    return load_any(name)
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,13 @@ class Bench:
             "tasks": tasks,
             "costs": costs,
             "attacks": attacks,
+            "prompts": self.prompts(),
         }
+
+    def prompts(self) -> dict[str, str]:
+        """Fingerprints of the defenses' prompt policies: what is evaluated must not change on the way."""
+        policies = {label: known.defense.policy for label, known in self.contenders.items()}
+        return {label: policy.key for label, policy in policies.items() if isinstance(policy, Policy)}
 
 
 def _spec(choice: AttackChoice) -> dict[str, str]:
@@ -202,6 +209,8 @@ def open_bench(config: EvalConfig, loaders: Loaders | None = None) -> Bench:
     victim = loaders.victim(config.victim)
     crafter = loaders.victim(config.craft_victim) if config.craft_victim else victim
     check_access(crafter, attacks)
+    for policy in [known.defense.policy for known in (*contenders.values(), *([surrogate] if surrogate else []))]:
+        prompted(crafter, policy), prompted(victim, policy)  # a soft prefix of another victim fails now
     return Bench(config, victim, crafter, tasks, contenders, surrogate, attacks)
 
 

@@ -17,6 +17,7 @@ from codefend.evaluate.judge import attacked_rows, clean_rows, row_key
 from codefend.evaluate.reuse import check_donor, take_over
 from codefend.results import BARE, CLEAN, eps_label, score
 from codefend.runs import Row, Run, open_run, progress
+from codefend.types import UserError
 
 CleanRows = dict[tuple[str, str, str], Row]  # by task, defense, example
 
@@ -80,8 +81,7 @@ def run_grid(
     work = [cell for cell in cells(config) if _possible(bench, cell)]
     total = sum(len(batch) for cell in work for batch in batches(bench, cell))
     with open_run(run_dir, config) as run:
-        if not (run.dir / "bench.json").exists():  # costs are measured once
-            run.write("bench.json", json.dumps({**bench.describe(), "rows": total}, indent=2) + "\n")
+        _describe(bench, run, total)
         rows = run.rows()
         clean: CleanRows = {_place(row): row for row in rows if row["attack"] == CLEAN}
         with progress("evaluate", total, done=len(rows)) as advance:
@@ -89,6 +89,18 @@ def run_grid(
                 for number, indices in enumerate(batches(bench, cell)):
                     advance(_fill(bench, run, cell, number, indices, clean, donor), f"{cell.defense} {cell.attack}")
         return run.rows()
+
+
+def _describe(bench: Bench, run: Run, total: int) -> None:
+    """Write ``bench.json``, once: costs are measured once. Raises UserError for a prompt policy that has changed."""
+    path = run.dir / "bench.json"
+    if not path.exists():
+        run.write("bench.json", json.dumps({**bench.describe(), "rows": total}, indent=2) + "\n")
+        return
+    frozen = json.loads(path.read_text(encoding="utf-8")).get("prompts", {})
+    changed = [label for label, key in bench.prompts().items() if frozen.get(label, key) != key]
+    if changed:
+        raise UserError(f"the prompt policy of {changed[0]!r} has changed since {run.dir} began; use another folder")
 
 
 def _possible(bench: Bench, cell: Cell) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
 from starlette.applications import Starlette
@@ -30,8 +30,11 @@ from codefend.gateway.pool import Pool, PoolOptions
 from codefend.gateway.proxy import Proxy
 from codefend.gateway.telemetry import Meters
 from codefend.gateway.worker import Runner, Worker
-from codefend.prompts import load as load_prompt
+from codefend.prompts import TextPolicy, load_any
 from codefend.types import Purifier, UserError
+
+if TYPE_CHECKING:
+    from codefend.prompts.folders import AnyPolicy
 
 _PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
 _PAGE_POLICY += "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -49,13 +52,14 @@ def create_app(
 
     Raises UserError for an unknown purifier or prompt policy, and for a policy whose purifier cannot score.
     """
-    engine = build_engine(settings, purifier=purifier)
+    prompt = load_any(settings.prompt)
+    engine = build_engine(settings, purifier=purifier, prompt=prompt)
     lane = Lane(engine.worker, _lane_options(settings))
     meters = Meters(depth=lambda: lane.depth)
     lane.on_batch, engine.on_bypass, engine.lane = meters.batch, meters.bypassed, lane
     fetcher = _fetcher(settings, fetch_transport, resolver)
     engine.fetch = fetcher
-    upstream, base_url = _upstream(settings, transport)
+    upstream, base_url = _upstream(settings, transport, prompt)
     proxy = Proxy(engine, settings, meters, transport=upstream, base_url=base_url)
 
     @asynccontextmanager
@@ -75,9 +79,10 @@ def create_app(
             for runner in runners:
                 runner.close()
 
+    demo = settings.with_demo and isinstance(prompt, TextPolicy)  # a soft prefix is in the model: none is undefended
     keys = [key.get_secret_value() for key in settings.api_keys]
     app = Starlette(
-        routes=[Mount("/v1", app=proxy), *_operations(meters, lane), *_page(settings, engine, proxy)],
+        routes=[Mount("/v1", app=proxy), *_operations(meters, lane), *_page(settings, engine, proxy, demo)],
         exception_handlers={HTTPException: _plain_error},
         middleware=[Middleware(Auth, keys=keys)],
         lifespan=lifespan,
@@ -87,7 +92,7 @@ def create_app(
     return app
 
 
-def build_engine(settings: Settings, *, purifier: Purifier | None = None) -> Engine:
+def build_engine(settings: Settings, *, purifier: Purifier | None = None, prompt: AnyPolicy | None = None) -> Engine:
     """The engine without its lane. Raises UserError as ``create_app`` does."""
     limits = Limits(
         settings.max_body_bytes,
@@ -116,16 +121,24 @@ def build_engine(settings: Settings, *, purifier: Purifier | None = None) -> Eng
     main = runner(settings.purifier, purifier)
     if not main.can_score and (settings.policy != "purify" or settings.allow_override):
         raise UserError(f"purifier {main.name} has no score: policy {settings.policy} cannot use it")
-    prompt = load_prompt(settings.prompt)
     return Engine(
         main,
         limits=limits,
         terms=Terms(settings.policy, settings.threshold or 0.0),
-        policy=None if prompt.empty else prompt,
+        policy=_words(prompt or load_any(settings.prompt), settings),
         everywhere=settings.prompt_everywhere,
         on_error=settings.on_error,
         fallback=runner(settings.fallback) if settings.on_error == "fallback" else None,
     )
+
+
+def _words(prompt: AnyPolicy, settings: Settings) -> TextPolicy | None:
+    """What is written into requests; a soft prefix goes into the embedded model. Raises UserError for another one."""
+    if isinstance(prompt, TextPolicy):
+        return None if prompt.empty else prompt
+    if settings.upstream != "pocket":
+        raise UserError(f"{prompt.name!r} is a soft prefix: it works in front of the embedded pocket, not of a server")
+    return None
 
 
 def build_worker(name: str, purifier: Purifier | None = None, **options: Any) -> Worker:
@@ -144,11 +157,13 @@ def _lane_options(settings: Settings) -> LaneOptions:
     )
 
 
-def _upstream(settings: Settings, transport: httpx2.AsyncBaseTransport | None) -> tuple[httpx2.AsyncBaseTransport, str]:
+def _upstream(
+    settings: Settings, transport: httpx2.AsyncBaseTransport | None, prompt: AnyPolicy
+) -> tuple[httpx2.AsyncBaseTransport, str]:
     if settings.upstream == "pocket":
         from codefend.gateway.pocket import pocket_transport
 
-        return transport or pocket_transport(), "http://pocket/v1"
+        return transport or pocket_transport(policy=prompt), "http://pocket/v1"
     # The transport itself, not a client: no cookie jar, no redirects, no headers of its own.
     limits = httpx2.Limits(max_connections=1000, max_keepalive_connections=200, keepalive_expiry=30.0)
     return transport or httpx2.AsyncHTTPTransport(trust_env=False, limits=limits), settings.upstream
@@ -175,7 +190,7 @@ def _operations(meters: Meters, lane: Lane) -> list[BaseRoute]:
     return [Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", metrics)]
 
 
-def _page(settings: Settings, engine: Engine, proxy: Proxy) -> list[BaseRoute]:
+def _page(settings: Settings, engine: Engine, proxy: Proxy, demo: bool) -> list[BaseRoute]:
     if not settings.page:
         return []
     html = resources.files("codefend.gateway").joinpath("page.html").read_bytes()
@@ -184,7 +199,7 @@ def _page(settings: Settings, engine: Engine, proxy: Proxy) -> list[BaseRoute]:
     async def index(request: Request) -> Response:
         return Response(html, media_type="text/html; charset=utf-8", headers=headers)
 
-    page = Page(engine, proxy, demo=settings.with_demo)
+    page = Page(engine, proxy, demo=demo)
     return [
         Route("/", index),
         Route("/page/info", page.info),

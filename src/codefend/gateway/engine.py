@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from codefend.gateway.errors import Api, Refused
@@ -127,7 +128,8 @@ class Engine:
     async def _purified(self, reading: Reading, terms: Terms, start: float, *, spliced: bool = False) -> Outcome:
         done = await _all([self._one(slot, terms, reading.cuts) for slot in reading.found.slots])
         seconds = time.perf_counter() - start
-        return self._finish(reading.body, reading.found, done, terms, seconds, spliced=spliced)
+        finish = partial(self._finish, reading.body, reading.found, done, terms, seconds, spliced=spliced)
+        return await self._aside(_LITTLE + 1 if getattr(self.policy, "slow", False) else 0, finish)
 
     async def _aside(self, size: int, work: Callable[..., Done], *arguments: Any) -> Done:
         """In a thread when it is much: the event loop can go on between two of Python's own steps."""

@@ -26,15 +26,19 @@ from codefend.gateway.errors import Api, Refused, error_body
 from codefend.gateway.limits import Limits, payload
 from codefend.gateway.shapes import survey
 from codefend.gateway.wire import form_of, parse
+from codefend.prompts.asking import prompted
 from codefend.types import UserError, Victim
 
 MODEL = "pocket"
 
 
-def pocket_transport(victim: Victim | None = None) -> httpx2.AsyncBaseTransport:
-    """The embedded model behind a transport. Raises UserError when its packages or weights are missing."""
+def pocket_transport(victim: Victim | None = None, *, policy: object = None) -> httpx2.AsyncBaseTransport:
+    """The embedded model behind a transport; a soft prefix among policies is put into it, words are not its business.
+
+    Raises UserError when its packages or weights are missing, or the prefix was learned for another model.
+    """
     loaded: Victim = import_module("codefend.victims").load("pocket") if victim is None else victim
-    return httpx2.ASGITransport(app=create_pocket(loaded), raise_app_exceptions=False)
+    return httpx2.ASGITransport(app=create_pocket(prompted(loaded, policy)), raise_app_exceptions=False)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Policy(Protocol):
 
     @property
     def system(self) -> str: ...
-    def wrap(self, prompt: str) -> str: ...
+    def around(self, prompt: str) -> tuple[str, str]: ...
 
 
 def rebuild(
@@ -76,11 +76,11 @@ def _replace(body: Any, place: Place, value: Any) -> Any:
 
 def _wrapped(content: Any, policy: Policy, kind: str) -> Any:
     if isinstance(content, str):
-        return policy.wrap(content)
+        return content.join(policy.around(content))
     texts = [i for i, part in enumerate(content) if part["type"] == kind]
+    before, after = policy.around("\n".join(content[i]["text"] for i in texts))
     if not texts:
-        return [*content, {"type": kind, "text": policy.wrap("")}] if policy.wrap("") else content
-    before, _, after = policy.wrap("\0").partition("\0")
+        return [*content, {"type": kind, "text": before + after}] if before + after else content
     parts = list(content)
     parts[texts[0]] = parts[texts[0]] | {"text": before + parts[texts[0]]["text"]}
     parts[texts[-1]] = parts[texts[-1]] | {"text": parts[texts[-1]]["text"] + after}

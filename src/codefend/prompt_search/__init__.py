@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from codefend.prompt_search.bank import Sources
-    from codefend.prompt_search.search import Outcome, SearchConfig
+    from codefend.prompt_search.config import SearchConfig
+    from codefend.prompt_search.search import Outcome
 
 __all__ = ["optimize_prompt"]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +16,10 @@ from torch import Tensor
 
 from codefend.attacks import ATTACKS, TEXT_ATTACKS, asked_for, objective_for
 from codefend.attacks.norms import quantize_in_budget
+from codefend.defense import DefendedVictim, Defense, StraightThrough
 from codefend.evaluate.config import DefenseChoice
 from codefend.images import quantize8
+from codefend.prompts.asking import Policy
 from codefend.prompts.folders import language_model
 from codefend.prompts.items import Item, benign
 from codefend.prompts.writer import Writer
@@ -182,12 +183,16 @@ def kept(path: Path, make: Callable[[], Attacked]) -> Attacked:
 
 @dataclass(frozen=True)
 class Kitchen:
-    """Makes items: the victim that is attacked, the purifiers by label, and where attacked pictures are kept."""
+    """Makes items: the victim that is attacked, the purifiers by label, and where attacked pictures are kept.
+
+    Attacks go through the bare victim (T0), or with ``policy`` through each purifier and that policy (T2).
+    """
 
     victim: Victim
     purifiers: dict[str, Purifier | None]
     folder: Path
     attack: AttackConfig
+    policy: Policy | None = None
 
     def items(self, part: str, task: Task, families: Sequence[str]) -> list[Item]:
         """Clean and attacked items of every variant, and look-alikes behind each purifier."""
@@ -197,26 +202,48 @@ class Kitchen:
         return found + self._make(part, task, "benign")
 
     def _make(self, part: str, task: Task, family: str) -> list[Item]:
-        where = self.folder / part / task.name
-        attacked = self._shown(where / f"{family}.safetensors", task, family)
         items = []
-        for label, purifier in self.purifiers.items():
-            path = where / f"{family}-{_file(label)}.safetensors"
-            make = partial(purify, purifier, attacked, self.attack.seed, part, task.name, family)
-            made = kept(path, make)
+        for label in self.purifiers:
+            served = self._served(part, task, family, label)
             items += [
                 _item(part, task, example, family, label, image, prompt)
-                for example, image, prompt in zip(task.examples, made.images, made.prompts, strict=True)
+                for example, image, prompt in zip(task.examples, served.images, served.prompts, strict=True)
             ]
         return items
 
-    def _shown(self, path: Path, task: Task, family: str) -> Attacked:
+    def _served(self, part: str, task: Task, family: str, label: str) -> Attacked:
+        """What reaches the victim from behind the purifier ``label``."""
+        where, names = self.folder / part / task.name, (part, task.name, family)
+
+        def make() -> Attacked:
+            return purify(self.purifiers[label], self._shown(where, task, family, label), self.attack.seed, *names)
+
+        return kept(where / f"{self._name(family, label)}-{_file(label)}.safetensors", make)
+
+    def _name(self, family: str, label: str) -> str:
+        """The file of a family's pictures: one for all purifiers, unless attacks go through them."""
+        if self.policy is None or family in ("clean", "benign"):
+            return family
+        return f"{family}-through-{_file(label)}-{self.policy.key}"
+
+    def _shown(self, where: Path, task: Task, family: str, label: str) -> Attacked:
         clean = [quantize8(example.image) for example in task.examples]
         if family == "clean":
             return Attacked(clean, [example.prompt for example in task.examples])
         if family == "benign":
             return Attacked(clean, [benign(example.prompt, i) for i, example in enumerate(task.examples)])
-        return kept(path, lambda: attack_examples(family, self.victim, task, self.attack))
+        path = where / f"{self._name(family, label)}.safetensors"
+        return kept(path, lambda: attack_examples(family, self._attacked(task, family, label), task, self.attack))
+
+    def _attacked(self, task: Task, family: str, label: str) -> Victim:
+        """Whose objective the attack lowers; a purifier without a gradient is passed straight through (BPDA)."""
+        if self.policy is None:
+            return self.victim
+        purifier = self.purifiers[label]
+        if purifier is not None and not getattr(purifier, "differentiable", True):
+            purifier = StraightThrough(purifier)
+        noise = make_generator(self.attack.seed, "through", task.name, family, label)
+        return DefendedVictim(self.victim, Defense(purifier, self.policy, label), generator=noise)
 
 
 def _file(label: str) -> str:

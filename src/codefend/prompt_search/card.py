@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from codefend.prompts.items import Score
 
 if TYPE_CHECKING:
-    from codefend.prompt_search.search import SearchConfig
+    from codefend.prompt_search.config import SearchConfig
 
 HEADER = "| policy | clean | robust | refusals | look-alikes |"
 RULE = "|---|---|---|---|---|"

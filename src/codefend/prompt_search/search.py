@@ -4,41 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from codefend import prompts
-from codefend.prompt_search.bank import BARE, BankConfig, Kitchen, Sources, check_families, white_box
+from codefend.prompt_search.bank import BARE, Kitchen, Sources, white_box
 from codefend.prompt_search.card import card
+from codefend.prompt_search.config import SearchConfig, check, seed_policy
 from codefend.prompts.asking import Asker, Policy
-from codefend.prompts.generator import GeneratorConfig, train_generator
-from codefend.prompts.gepa_search import GepaConfig, search
+from codefend.prompts.generator import train_generator
+from codefend.prompts.gepa_search import search
 from codefend.prompts.items import Item, Score, choose, pareto
 from codefend.prompts.operators import EditOperators
 from codefend.prompts.proposers import Endpoint, ModelProposer, Proposer, Resilient
-from codefend.prompts.soft import SoftConfig, open_weight, train_soft
+from codefend.prompts.soft import open_weight, train_soft
 from codefend.runs import Run, make_generator, open_run, plain, progress
-from codefend.types import UserError, Victim
+from codefend.types import Victim
 
 HAND_WRITTEN = "adashield-static"
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """Everything that decides a search. ``clean_cost`` and ``more_refusals``: what the chosen policy may cost."""
-
-    victim: str = "pocket"
-    method: Literal["gepa", "soft", "generator"] = "gepa"
-    surrogate: str = ""  # white box that makes the attacked pictures; empty: the victim
-    seed: int = 0
-    batch: int = 8  # answers at a time
-    clean_cost: float = 0.01
-    more_refusals: float = 0.01
-    bank: BankConfig = field(default_factory=BankConfig)
-    gepa: GepaConfig = field(default_factory=GepaConfig)
-    soft: SoftConfig = field(default_factory=SoftConfig)
-    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
 
 
 @dataclass(frozen=True)
@@ -50,31 +34,6 @@ class Outcome:
     score: Score
     baseline: Score
     helps: bool
-
-
-def check(config: SearchConfig) -> None:
-    """Raise UserError for a setting that no search can have."""
-    bank, numbers = config.bank, {"batch": config.batch, "gepa.evaluations": config.gepa.evaluations}
-    numbers |= {"bank.search_scenes": bank.search_scenes, "bank.selection_scenes": bank.selection_scenes}
-    numbers |= {
-        "gepa.minibatch": config.gepa.minibatch,
-        "soft.batch": config.soft.batch,
-        "soft.steps": config.soft.steps,
-    }
-    numbers |= {"soft.check_every": config.soft.check_every, "generator.check_every": config.generator.check_every}
-    numbers |= {"generator.steps": config.generator.steps, "generator.tokens": config.generator.tokens}
-    for name, value in numbers.items():
-        if value < 1:
-            raise UserError(f"{name} must be 1 or more, not {value}")
-    if not bank.tasks or not bank.seen or not bank.held_out:
-        raise UserError("bank.tasks, bank.seen and bank.held_out must each name something")
-    both = set(bank.seen) & set(bank.held_out)
-    if both:
-        raise UserError(f"{sorted(both)[0]!r} is in bank.seen and in bank.held_out; selection needs other attacks")
-    unknown = set(config.gepa.components) - {"system", "prefix", "suffix"}
-    if unknown or not config.gepa.components:
-        raise UserError("gepa.components must name some of system, prefix, suffix")
-    check_families((*bank.seen, *bank.held_out))
 
 
 class Candidates:
@@ -152,9 +111,6 @@ def make_items(config: SearchConfig, run: Run, victim: Victim, sources: Sources)
 
 
 def _gepa(config: SearchConfig, run: Run, items: list[Item], found: Candidates, sources: Sources) -> None:
-    seed_policy = prompts.load_any(config.gepa.seed_policy)
-    if not isinstance(seed_policy, prompts.PromptPolicy):
-        raise UserError(f"gepa.seed_policy must be words, and {config.gepa.seed_policy!r} was learned")
     with progress("gepa", config.gepa.evaluations) as advance:
         found.asker.watch = lambda count: advance(count, _note(found))
         search(
@@ -162,7 +118,7 @@ def _gepa(config: SearchConfig, run: Run, items: list[Item], found: Candidates, 
             run,
             items,
             found.items,
-            seed_policy,
+            seed_policy(config),
             proposer(config, sources),
             config.gepa,
             found.judge,
@@ -178,8 +134,6 @@ def proposer(config: SearchConfig, sources: Sources) -> Proposer:
     if config.gepa.proposer == "local":
         writer, noise = sources.writer(), make_generator(config.seed, "proposals")
         return Resilient(ModelProposer(lambda text: writer.complete(text, generator=noise), "local"), spare)
-    if not config.gepa.proposer.startswith(("http://", "https://")):
-        raise UserError(f"gepa.proposer is {config.gepa.proposer!r}: operators, local, or an address (http...)")
     return Resilient(ModelProposer(Endpoint(config.gepa.proposer, config.gepa.model), "endpoint"), spare)
 
 

@@ -1,7 +1,7 @@
 """The collaboration table: purifiers x prompt policies x attacks x tasks, and whether the pair beats each alone.
 
-Attacks go through the bare victim (T0), so every cell meets the very same pictures; for attackers who see purifier and
-policy use ``codefend eval`` with defenses spelled ``bridge+prompt=NAME``. Policies are frozen before they come here.
+Attacks go through the bare victim (T0), so that every cell meets the very same pictures, or through each cell's own
+purifier and policy (T2). Policies are frozen before they come here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class TableConfig:
     joint: tuple[str, ...] = ("planted", "joint-targeted")
     split: str = "test"
     scenes: int = 32  # per task, the first ones
+    threat: Literal["T0", "T2"] = "T0"
     batch: int = 8
     attack: AttackConfig = field(default_factory=AttackConfig)
 
@@ -69,27 +70,34 @@ def make_table(config: TableConfig, folder: Path, *, sources: Sources | None = N
     victim = sources.victim(config.victim)
     frozen = {name: policy.key for name, policy in policies.items()}
     with open_run(folder, {"table": "prompts", **plain(config), "frozen": frozen}) as run:
-        items = _items(config, run, victim, sources)
+        items = _items(config, run, victim, sources, policies)
         asker = Asker(victim, run, batch=config.batch)
-        with progress("answers", len(items) * len(policies)) as advance:
+        with progress("answers", sum(map(len, items.values()))) as advance:
             asker.watch = advance
-            answers = {name: asker.answers(policy, items) for name, policy in policies.items()}
-        seconds = {name: _latency(run, victim, name, policy, items) for name, policy in policies.items()}
+            answers = {name: asker.answers(policy, items[name]) for name, policy in policies.items()}
+        seconds = {name: _latency(run, victim, name, policy, items[name]) for name, policy in policies.items()}
         table = summarize(config, items, answers, seconds)
         run.write("table.json", json.dumps(plain(table), indent=2) + "\n")
         return table
 
 
-def _items(config: TableConfig, run: Run, victim: Victim, sources: Sources) -> list[Item]:
+def _items(
+    config: TableConfig, run: Run, victim: Victim, sources: Sources, policies: Mapping[str, Policy]
+) -> dict[str, list[Item]]:
+    """What each policy is asked: at T0 the same for all."""
     purifiers = {name: None if name == BARE else sources.purifier(name) for name in config.purifiers}
     attacked = white_box(victim, config.surrogate, sources)
-    kitchen = Kitchen(attacked, purifiers, run.dir / "bank", config.attack)
-    families, items = [*config.seen, *config.unseen, *config.joint], []
-    with progress("examples", len(config.tasks)) as advance:
-        for name in config.tasks:
-            items += kitchen.items(config.split, sources.task(name, config.split, config.scenes), families)
-            advance()
-    return items
+    families = [*config.seen, *config.unseen, *config.joint]
+    tasks = [sources.task(name, config.split, config.scenes) for name in config.tasks]
+    seen = policies if config.threat == "T2" else {"": None}
+    made: dict[str, list[Item]] = {name: [] for name in seen}
+    with progress("examples", len(tasks) * len(seen)) as advance:
+        for name, policy in seen.items():
+            kitchen = Kitchen(attacked, purifiers, run.dir / "bank", config.attack, policy)
+            for task in tasks:
+                made[name] += kitchen.items(config.split, task, families)
+                advance()
+    return {name: made.get(name, made.get("", [])) for name in policies}
 
 
 def _latency(run: Run, victim: Victim, name: str, policy: Policy, items: Sequence[Item]) -> float:
@@ -108,7 +116,10 @@ def _latency(run: Run, victim: Victim, name: str, policy: Policy, items: Sequenc
 
 
 def summarize(
-    config: TableConfig, items: Sequence[Item], answers: Mapping[str, Sequence[str]], seconds: Mapping[str, float]
+    config: TableConfig,
+    items: Mapping[str, Sequence[Item]],
+    answers: Mapping[str, Sequence[str]],
+    seconds: Mapping[str, float],
 ) -> Row:
     """Cells (mean and interval per group and task), refusals, latency, and the interaction of every pair."""
     scores = _scores(config, items, answers)
@@ -117,7 +128,7 @@ def summarize(
         for prompt in config.prompts:
             asked = [
                 is_refusal(answer)
-                for item, answer in zip(items, answers[prompt], strict=True)
+                for item, answer in zip(items[prompt], answers[prompt], strict=True)
                 if item.variant == purifier and item.group != "attacked"
             ]
             found = {
@@ -137,11 +148,11 @@ def summarize(
     return {"cells": cells, "interaction": interactions(config, scores)}
 
 
-def _scores(config: TableConfig, items: Sequence[Item], answers: Mapping[str, Sequence[str]]) -> Scores:
+def _scores(config: TableConfig, items: Mapping[str, Sequence[Item]], answers: Mapping[str, Sequence[str]]) -> Scores:
     sums: dict[tuple[str, str, str, str], dict[str, list[float]]] = {}
     homes = {family: group for group, families in config.groups().items() for family in families}
     for prompt, given in answers.items():
-        for item, answer in zip(items, given, strict=True):
+        for item, answer in zip(items[prompt], given, strict=True):
             cell = sums.setdefault((item.variant, prompt, item.task, homes[item.family]), {})
             cell.setdefault(item.id.rpartition("/")[2], []).append(item.judge(answer))
     return {

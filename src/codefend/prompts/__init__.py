@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from codefend.prompts.folders import load_folder, save_folder
 from codefend.prompts.policy import PromptPolicy, load_policy, save_policy
@@ -29,6 +29,7 @@ __all__ = [
 SHIPPED = Path(__file__).parent / "shipped"  # folders of learned policies
 
 
+@runtime_checkable
 class TextPolicy(Protocol):
     """A policy that is words around words: fixed ones, or written for each query. Any model can have it."""
 
@@ -119,9 +120,9 @@ def load(name_or_file: str | Path) -> TextPolicy:
     Raises UserError for an unknown name, a bad file, or a soft prefix: only ``load_any`` returns those.
     """
     policy = load_any(name_or_file)
-    if hasattr(policy, "attach"):
+    if not isinstance(policy, TextPolicy):
         raise UserError(f"{policy.name!r} is a soft prefix: it works only with the victim it was learned for, not here")
-    return cast(TextPolicy, policy)
+    return policy
 
 
 def load_any(name_or_file: str | Path) -> AnyPolicy:

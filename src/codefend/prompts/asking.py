@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from codefend.prompts.items import Item, Score, score_answers
 from codefend.types import UserError, Victim
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _OURS = (UserError, TypeError, AttributeError, NameError, AssertionError, NotImplementedError)
 
 
+@runtime_checkable
 class Policy(Protocol):
     """What every kind of policy has: text in, text out, and a fingerprint. Soft ones also ``attach`` to a victim."""
 
@@ -27,7 +28,7 @@ class Policy(Protocol):
 
 
 def prompted(victim: Victim, policy: object) -> Victim:
-    """The victim that a policy needs: itself, or with a soft prefix. Raises UserError when it cannot take one."""
+    """The victim as ``policy`` needs it: itself, or behind a soft prefix. Raises UserError when it cannot take one."""
     attach = getattr(policy, "attach", None)
     attached: Victim = victim if attach is None else attach(victim)
     return attached

@@ -62,6 +62,7 @@ class GeneratedPolicy:
     _kept: dict[str, str] = field(default_factory=dict, repr=False)
 
     empty = False
+    slow = True  # a model writes: not on an event loop
 
     def prefix(self, query: str) -> str:
         """The prefix for a query; empty when what was written cannot be used."""

@@ -43,6 +43,7 @@ SENTENCES: dict[Need, tuple[str, ...]] = {
     ),
 }
 MOST = 4  # sentences in one field
+_WORDS = ("planted", "joint", "typographic", "words", "characters")  # attacks that put words in
 
 
 def split(text: str) -> list[str]:
@@ -91,4 +92,4 @@ def _moves(sentences: Sequence[str]) -> list[str]:
 def _need(family: str) -> Need:
     if family in ("clean", "benign"):
         return "helpful"
-    return "firm" if family in ("planted", "joint") else "doubt"
+    return "firm" if family.startswith(_WORDS) else "doubt"

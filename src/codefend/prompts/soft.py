@@ -102,9 +102,7 @@ class SoftConfig:
 
 
 def start_prefix(victim: Any, config: SoftConfig) -> Tensor:
-    """``[K, D]`` from the words of ``config.start``. Raises UserError for a length that no prefix can have."""
-    if not 1 <= config.tokens <= MAX_TOKENS:
-        raise UserError(f"soft.tokens must be 1 to {MAX_TOKENS}, not {config.tokens}")
+    """``[K, D]`` from the words of ``config.start``, cut or repeated."""
     words: Tensor = victim.embed([config.start or "."])[0].detach()
     turns = -(-config.tokens // len(words))
     return words.repeat(turns, 1)[: config.tokens].clone()

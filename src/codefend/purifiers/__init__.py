@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from codefend.settings import parse_settings
 from codefend.types import UserError
 
 if TYPE_CHECKING:
+    from codefend.nets import PurifierNet
     from codefend.purifiers.base import ImagePurifier
 
 Build = Callable[[Mapping[str, object]], "ImagePurifier"]
@@ -33,10 +35,15 @@ class PurifierSpec:
 def load(name_or_folder: str | Path, **options: Any) -> ImagePurifier:
     """Load ``"bridge"``, ``"jpeg:quality=75"``, ``"diffpure:t=0.15,steps=15"`` or a folder of trained weights.
 
+    ``"hf-diffpure:ID_OR_FOLDER:t=0.1"`` and the other entries with a colon load models of `diffusers`.
+
     Keywords win over options in the name. Raises UserError for an unknown name or option and for a bad folder.
     """
     name, settings = _split(str(name_or_folder))
     settings |= options
+    prefix, colon, _ = name.partition(":")
+    if colon and name not in PURIFIERS and prefix in FOREIGN:
+        return FOREIGN[prefix](name, settings)
     by_place = name not in PURIFIERS and ("/" in name or "\\" in name or Path(name).is_dir())
     if isinstance(name_or_folder, Path) or by_place:
         return _from_folder(Path(name), settings)
@@ -52,20 +59,29 @@ def _split(text: str) -> tuple[str, dict[str, object]]:
 
 def _from_folder(folder: Path, settings: Mapping[str, object], *, name: str | None = None) -> ImagePurifier:
     from codefend.nets import load_net
-    from codefend.purifiers.base import configure, spelled
-    from codefend.purifiers.detection import Detector
 
     if not folder.is_dir():
         raise UserError(f"no such purifier folder: {folder}")
-    kinds = _kinds()
+    for file, prefix in MARKS.items():
+        if (folder / file).is_file():
+            return FOREIGN[prefix](f"{prefix}:{folder}", settings)
     net, meta = load_net(folder)
-    if meta.get("kind") not in kinds:
-        raise UserError(f"{folder} holds a network of unknown kind {meta.get('kind')!r}; known: {', '.join(kinds)}")
-    make, fallback = kinds[meta["kind"]]
     net.requires_grad_(False)  # attacks differentiate in the images; a trainer builds its purifier itself
+    return wrap_net(net, meta, settings, name=name or folder.resolve().name)
+
+
+def wrap_net(net: PurifierNet, meta: Mapping[str, Any], settings: Mapping[str, object], *, name: str) -> ImagePurifier:
+    """The purifier that ``meta`` (kind, options) says ``net`` is. Raises UserError for another kind or option."""
+    from codefend.purifiers.base import configure, spelled
+    from codefend.purifiers.detection import Detector
+
+    kinds = _kinds()
+    if meta.get("kind") not in kinds:
+        raise UserError(f"{name} holds a network of unknown kind {meta.get('kind')!r}; known: {', '.join(kinds)}")
+    make, fallback = kinds[meta["kind"]]
     defaults = configure(fallback, meta.get("options", {}))
     options = configure(defaults, settings)
-    purifier: ImagePurifier = make(net, options, name=spelled(name or folder.resolve().name, options, defaults))
+    purifier: ImagePurifier = make(net, options, name=spelled(name, options, defaults))
     if meta.get("detector") and options == defaults:  # other options leave other residuals: its rates wouldn't hold
         purifier.detector = Detector.from_dict(meta["detector"])
     return purifier
@@ -100,6 +116,27 @@ def _shipped(weights: str, name: str) -> Build:
         return _from_folder(folder, settings, name=name)
 
     return build
+
+
+def _foreign(module: str, function: str) -> Callable[[str, Mapping[str, object]], ImagePurifier]:
+    def build(name: str, settings: Mapping[str, object]) -> ImagePurifier:
+        made: ImagePurifier = getattr(import_module(f"codefend.purifiers.{module}"), function)(name, settings)
+        return made
+
+    return build
+
+
+FOREIGN = {  # what stands before a colon and a model's id or folder -> what loads it
+    "hf-diffpure": _foreign("hf_pixels", "build_diffpure"),
+    "hf-bridge": _foreign("hf_pixels", "build_bridge"),
+    "hf-latent": _foreign("hf_latent", "build_latent"),
+    "hub": _foreign("hub", "build_hub"),
+}
+MARKS = {  # a file by which a folder of theirs is known -> the same
+    "adapters.safetensors": "hf-latent",
+    "model_index.json": "hf-bridge",
+    "diffusion_pytorch_model.safetensors": "hub",
+}
 
 
 def _plain(module: str, class_name: str, options_name: str | None = None) -> Build:
@@ -188,6 +225,30 @@ PURIFIERS: dict[str, PurifierSpec] = {
             "peer: noise, then DDIM steps of a network trained on static pairs, directionally (t, steps)",
             "our reconstruction, in pixels, of CoDefend, Zhu et al. 2025, arXiv 2510.11096",
             _shipped("codefend-r", "codefend-r"),
+        ),
+        PurifierSpec(
+            "hf-diffpure:ID_OR_FOLDER",
+            "DiffPure with an unconditional pixel model of diffusers (t, steps, eta)",
+            "Nie et al. 2022, arXiv 2205.07460",
+            partial(FOREIGN["hf-diffpure"], ""),  # asked for by this very name, it says what is missing
+        ),
+        PurifierSpec(
+            "hf-bridge:ID_OR_FOLDER",
+            "such a model walked as a bridge; fine-tune it first, `codefend train hf-bridge` (evaluations, sigma)",
+            "CoDefend",
+            partial(FOREIGN["hf-bridge"], ""),
+        ),
+        PurifierSpec(
+            "hf-latent:ID_OR_FOLDER",
+            "Stable Diffusion in latents (t, steps, eta, consistency); t=0 is its autoencoder alone",
+            "CoDefend, arXiv 2510.11096; OSCP, arXiv 2408.17064",
+            partial(FOREIGN["hf-latent"], ""),
+        ),
+        PurifierSpec(
+            "hub:ID_OR_FOLDER",
+            "one of this project's networks in diffusers' own format, from the hub or a folder",
+            "",
+            partial(FOREIGN["hub"], ""),
         ),
     )
 }

@@ -25,7 +25,7 @@ from codefend import images as pictures
 from codefend.devices import default_device, training_precision
 from codefend.runs import Run, open_run, progress, save_checkpoint, write_atomic
 from codefend.tasks.easyvqa import load_easyvqa
-from codefend.tasks.language import training_texts
+from codefend.tasks.language import MIX, training_texts
 from codefend.tasks.objects import COLOURS, THINGS
 from codefend.tasks.readers import LazyExamples
 from codefend.tasks.scenes import PLACES, Scene, compose, load_photographs
@@ -47,11 +47,12 @@ class PocketConfig:
     seed: int = 0
     grounding_scenes: int = 6000
     grounding_shapes: int = 2000  # pictures of easy-vqa's training split
-    grounding_epochs: int = 10
+    grounding_epochs: int = 10  # 0: none, the connector of ``init`` stays as it is at first
     lr_grounding: float = 2e-3
     steps: int = 900
     batch: int = 4  # images a step
     questions: int = 5  # texts an image, beside its caption
+    mix: tuple[str, ...] = MIX  # kinds that a scene's questions are drawn from
     easyvqa: float = 0.3  # share of images from easy-vqa's training split
     lr_connector: float = 1e-3
     lr_lora: float = 8e-4
@@ -72,7 +73,7 @@ def train_pocket(config: PocketConfig, folder: str | Path) -> Path:
     parameters = pocket.trainable
     shapes = _easyvqa_dialogues()
     checkpoint = run.dir / "checkpoint.safetensors"
-    if not checkpoint.exists():
+    if config.grounding_epochs and not checkpoint.exists():
         _ground(pocket, config, run, shapes)
     optimizer = _optimizer(parameters, config)
     step = restore_training(checkpoint, parameters, optimizer)
@@ -269,7 +270,7 @@ def _batch(config: PocketConfig, shapes: Sequence[Dialogues], step: int) -> tupl
             number = config.seed * 100_000 + step * config.batch + i
             scene = compose("train", number, photographs=load_photographs())
             batch.append(scene.image)
-            texts.append(training_texts(scene, rng, questions=config.questions))
+            texts.append(training_texts(scene, rng, questions=config.questions, mix=config.mix))
     return augment(torch.stack(batch), rng), texts
 
 

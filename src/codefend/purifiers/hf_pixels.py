@@ -1,0 +1,103 @@
+"""Unconditional pixel diffusion models of `diffusers` (DDPMPipeline, UNet2DModel) as DiffPure and as bridges.
+
+Memory and work of the full models, from their shapes alone: `python benchmarks/backbones.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codefend.diffusion import SHIFT_DATA
+from codefend.purifiers.base import configure, spelled
+from codefend.purifiers.bridge import Bridge, BridgeOptions
+from codefend.purifiers.diffpure import DiffPure, DiffPureOptions
+from codefend.purifiers.vp import VPDenoiser, load_part, require, table_of
+from codefend.types import UserError
+
+DIFFPURE, BRIDGE = "hf-diffpure:", "hf-bridge:"
+
+
+@dataclass(frozen=True)
+class HFDiffPureOptions(DiffPureOptions):
+    """As `DiffPureOptions`; a model of the whole range takes any ``t`` (0.15: the paper's ImageNet setting)."""
+
+    t: float = 0.15
+    steps: int | None = 15
+
+    def __post_init__(self) -> None:
+        if not 0 < self.t <= 1:
+            raise UserError(f"hf-diffpure time t must be above 0 and at most 1, got {self.t:g}")
+        if self.steps is not None and not 1 <= self.steps <= 1000:
+            raise UserError(f"hf-diffpure steps must be 1 to 1000, got {self.steps}")
+        if not 0 <= self.eta <= 1:
+            raise UserError(f"hf-diffpure eta must be 0 to 1, got {self.eta:g}")
+
+
+def load_denoiser(source: str, *, shift: float = SHIFT_DATA) -> VPDenoiser:
+    """The model of a DDPM pipeline or UNet2DModel, id or folder, float32, eval mode; only safetensors are read.
+
+    Raises UserError when it cannot be had, is conditional on a class, or is no variance-preserving pixel model.
+    """
+    diffusers = require()
+    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
+        raise UserError(f"no such model folder: {source}")
+    source = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
+    try:
+        model = load_part(diffusers.UNet2DModel, source, "unet", use_safetensors=True)
+        scheduler = diffusers.DDPMScheduler()
+        if not _bare(source):
+            scheduler = load_part(diffusers.DDPMScheduler, source, "scheduler")
+    except UserError:
+        raise
+    except Exception as error:  # the library raises ValueError, RuntimeError, SafetensorError and more
+        raise UserError(f"cannot load {source!r}: {str(error).strip().splitlines()[0]}") from error
+    config = model.config
+    if config.in_channels != 3 or config.num_class_embeds:
+        raise UserError(f"{source!r} is no unconditional model of colour pictures")
+    net = VPDenoiser(model, scheduler.config, table_of(scheduler, source), pixels=True, shift=shift)
+    return net.requires_grad_(False).eval()
+
+
+def _bare(source: str) -> bool:
+    """A folder with a UNet2DModel alone, such as `save_pretrained` of the model writes: the usual table is meant."""
+    folder = Path(source)
+    return folder.is_dir() and not any(folder.glob("*model_index.json")) and not any(folder.rglob("scheduler_config*"))
+
+
+def build_diffpure(name: str, settings: Mapping[str, object]) -> DiffPure:
+    """``hf-diffpure:ID_OR_FOLDER``. Raises UserError for a wrong option before anything is loaded."""
+    options = configure(HFDiffPureOptions(), settings)
+    net: Any = load_denoiser(_source(name, DIFFPURE))
+    return DiffPure(net, options, name=spelled(name, options, HFDiffPureOptions()))
+
+
+def build_bridge(name: str, settings: Mapping[str, object]) -> Bridge:
+    """``hf-bridge:ID_OR_FOLDER``: the model asked at s = 1, one evaluation, no noise; meant to be fine-tuned first."""
+    options = configure(BridgeOptions(), settings)
+    net: Any = load_denoiser(_source(name, BRIDGE))
+    return Bridge(net, options, name=spelled(name, options, BridgeOptions()))
+
+
+def _source(name: str, prefix: str) -> str:
+    source = name.removeprefix(prefix)
+    if not source:
+        raise UserError(f"name a model, as in {prefix}google/ddpm-ema-church-256 or {prefix}./folder")
+    return source
+
+
+def save_denoiser(net: VPDenoiser, folder: str | Path, *, scheduler: Any = None) -> None:
+    """Write the model as a DDPMPipeline, for ``hf-bridge:FOLDER`` and for diffusers alike."""
+    diffusers = require()
+    table = net.get_buffer("sigmas").double().cpu()
+    if scheduler is None:
+        abar = 1 / (1 + (net.gain * table) ** 2)
+        betas = 1 - abar / torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+        scheduler = diffusers.DDPMScheduler(
+            num_train_timesteps=len(table), trained_betas=betas.tolist(), prediction_type=net.prediction
+        )
+    diffusers.DDPMPipeline(net.model, scheduler).save_pretrained(folder)

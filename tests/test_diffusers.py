@@ -1,0 +1,235 @@
+"""Models of diffusers as purifiers: schedules against its own schedulers, gradients, folders, the hub's format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+
+import diffusers_tiny
+from codefend import purifiers
+from codefend.diffusion import denoise_from, vp_sigma
+from codefend.nets import NetConfig, PurifierNet, save_net
+from codefend.purifiers.hf_latent import boundary, load_latents
+from codefend.purifiers.hf_pixels import load_denoiser, save_denoiser
+from codefend.purifiers.vp import VPDenoiser
+from codefend.types import UserError
+
+lib = diffusers_tiny.lib
+
+
+@pytest.fixture(scope="module")
+def ddpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return diffusers_tiny.ddpm(tmp_path_factory.mktemp("ddpm"))
+
+
+@pytest.fixture(scope="module")
+def stable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return diffusers_tiny.stable_diffusion(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(2, 3, 18, 24, generator=torch.Generator().manual_seed(0))
+
+
+class Fixed(torch.nn.Module):
+    """Answers with a constant, and keeps what it was asked."""
+
+    def __init__(self, answer: Tensor) -> None:
+        super().__init__()
+        self.weight, self.answer, self.asked = torch.nn.Parameter(torch.zeros(1)), answer, []
+        self.config = MagicMock(block_out_channels=(1, 1), in_channels=3)
+
+    def forward(self, x: Tensor, steps: Tensor) -> Any:
+        self.asked.append((x, steps))
+        return MagicMock(sample=self.answer)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_a_model_that_knows_the_noise_gives_the_clean_picture(prediction: str, images: Tensor) -> None:
+    scheduler = lib.DDPMScheduler(prediction_type=prediction)
+    noise, step = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)), torch.tensor([100, 700])
+    clean = 2 * images - 1
+    right = {"epsilon": noise, "sample": clean, "v_prediction": scheduler.get_velocity(clean, noise, step)}
+    model = Fixed(right[prediction])
+    net = VPDenoiser(model, scheduler.config, scheduler.alphas_cumprod, pixels=True)
+    sigma = net.get_buffer("sigmas")[step]
+    found = net(images + sigma.view(-1, 1, 1, 1) * noise, torch.zeros(2), sigma)
+    assert torch.allclose(found, images, atol=1e-4)
+    seen, steps = model.asked[0]
+    assert torch.allclose(seen, scheduler.add_noise(clean, noise, step), atol=1e-5)
+    assert torch.allclose(steps, step.float(), atol=1e-2)
+
+
+def test_steps_of_the_usual_table_are_our_times(ddpm: Path) -> None:
+    net = load_denoiser(str(ddpm))
+    times = torch.tensor([0.01, 0.05, 0.15, 0.3, 0.9])
+    assert torch.allclose(net.steps(vp_sigma(times)), 1000 * times - 0.6, atol=0.3, rtol=4e-3)  # betas in steps
+    edges = torch.tensor([1e-6, 1e6])
+    assert net.steps(edges).tolist() == [0, 999]
+    levels = net.levels(0.1, 4)
+    assert torch.allclose(levels[:4], net.get_buffer("sigmas").double()[[99, 74, 49, 24]], rtol=1e-5)
+    assert levels[-1] == 0
+
+
+def test_reverse_steps_are_ddims(ddpm: Path, images: Tensor) -> None:
+    """Against the library's own loop, from the same noisy picture, at whole steps."""
+    net, scheduler = load_denoiser(str(ddpm)), lib.DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
+    steps = [400, 200, 0]
+    levels = torch.cat([net.get_buffer("sigmas")[steps].double(), torch.zeros(1)])
+    noisy = images + float(levels[0]) * torch.randn(images.shape, generator=torch.Generator().manual_seed(2))
+    ours = denoise_from(net, noisy, levels, eta=0.0)
+    scheduler.num_inference_steps = 5  # its steps are 200 apart
+    x = (2 * noisy - 1) * scheduler.alphas_cumprod[400] ** 0.5
+    for step in steps[:2]:
+        x = scheduler.step(net.model(x, step).sample, step, x).prev_sample
+    last = net.model(x, 0).sample
+    x = (x - (1 - scheduler.alphas_cumprod[0]) ** 0.5 * last) / scheduler.alphas_cumprod[0] ** 0.5
+    assert torch.allclose(ours, x / 2 + 0.5, atol=1e-4)
+
+
+def test_consistency_steps_are_lcms(tmp_path: Path) -> None:
+    purifier: Any = purifiers.load(
+        f"hf-latent:{diffusers_tiny.stable_diffusion(tmp_path, consistency=True)}", t=0.5, steps=1, consistency=True
+    )
+    net, scheduler = (
+        purifier.latents.denoiser,
+        lib.LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+    )
+    assert set(net.given) == {"encoder_hidden_states", "timestep_cond"}
+    skip, out = (float(value) for value in boundary(torch.tensor(499.0)))
+    theirs = scheduler.get_scalings_for_boundary_condition_discrete(499)
+    assert (skip, out) == pytest.approx([float(value) for value in theirs])
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = purifier.denoise(z, torch.Generator().manual_seed(5))
+    level = net.get_buffer("sigmas")[499]
+    noisy = (z + level * torch.randn(z.shape, generator=torch.Generator().manual_seed(5))) / (1 + level**2).sqrt()
+    scheduler.set_timesteps(timesteps=[499])
+    expected = scheduler.step(net.predict(noisy, torch.tensor([499.0])), scheduler.timesteps[0], noisy).prev_sample
+    assert torch.allclose(found, expected, atol=1e-3)
+    assert purifier.evaluations == 1
+
+
+@pytest.mark.parametrize("name", ["hf-diffpure:{ddpm}:t=0.1,steps=2", "hf-bridge:{ddpm}", "hf-latent:{stable}:steps=2"])
+def test_contract(name: str, ddpm: Path, stable: Path, images: Tensor) -> None:
+    purifier = purifiers.load(name.format(ddpm=ddpm, stable=stable))
+    x = images.clone().requires_grad_()
+    purified = purifier(x, generator=torch.Generator().manual_seed(0))
+    assert purified.shape == images.shape
+    assert ((purified >= 0) & (purified <= 1)).all()
+    (grad,) = torch.autograd.grad(purified.sum(), x)
+    assert (grad.flatten(1).abs().amax(1) > 0).all()
+    again = purifier(images, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(purified, again, atol=1e-5)
+    assert torch.equal(again, purifier(images, generator=torch.Generator().manual_seed(1))) is not purifier.stochastic
+    assert purifier.multiply_adds(18, 24) > 0
+    assert ":" in purifier.name
+
+
+def test_the_autoencoder_alone_has_no_noise_and_no_denoiser(stable: Path, images: Tensor) -> None:
+    purifier: Any = purifiers.load(f"hf-latent:{stable}:t=0")
+    assert not purifier.stochastic
+    assert purifier.evaluations == 0
+    vae = purifier.latents.vae
+    padded = torch.nn.functional.pad(images, (0, 0, 0, 2), mode="reflect")
+    expected = vae(2 * padded - 1, sample_posterior=False).sample[..., :18, :] / 2 + 0.5
+    assert torch.allclose(purifier(images), expected.clamp(0, 1), atol=1e-5)
+    latents = load_latents(str(stable))
+    assert not any(p.requires_grad for p in latents.parameters())
+
+
+def test_a_bridge_starts_as_the_models_denoiser_at_the_shifts_size(ddpm: Path, images: Tensor) -> None:
+    net = load_denoiser(str(ddpm))
+    as_noise = net(images, torch.zeros(2), torch.full((2,), net.shift))
+    assert torch.allclose(net(images, torch.ones(2), torch.zeros(2)), as_noise, atol=1e-6)
+    assert torch.allclose(purifiers.load(f"hf-bridge:{ddpm}")(images), as_noise.clamp(0, 1), atol=1e-6)
+
+
+def test_a_denoiser_saved_is_a_pipeline_again(ddpm: Path, images: Tensor, tmp_path: Path) -> None:
+    net = load_denoiser(str(ddpm))
+    save_denoiser(net, tmp_path)
+    again: Any = purifiers.load(tmp_path)
+    assert torch.allclose(again.net.get_buffer("sigmas"), net.get_buffer("sigmas"), rtol=1e-4)
+    assert torch.allclose(again(images), purifiers.load(f"hf-bridge:{ddpm}")(images), atol=1e-5)
+    net.model.save_pretrained(tmp_path / "bare")  # a UNet2DModel alone
+    alone = load_denoiser(str(tmp_path / "bare"))
+    assert torch.allclose(alone(images, torch.zeros(2), torch.ones(2)), net(images, torch.zeros(2), torch.ones(2)))
+
+
+def test_half_precision_stays_near(stable: Path, images: Tensor) -> None:
+    full, half = (purifiers.load(f"hf-latent:{stable}:t=0.1,steps=1,dtype={d}") for d in ("float32", "bfloat16"))
+    first, second = (p(images, generator=torch.Generator().manual_seed(0)) for p in (full, half))
+    assert first.dtype == second.dtype == torch.float32
+    assert float((first - second).abs().max()) < 0.05
+
+
+def test_our_network_is_a_diffusers_model(images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from codefend.purifiers import hub
+
+    net = PurifierNet(NetConfig(channels=(6, 8), blocks=(1, 1), embedding=16, residual_bound=0.2))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(std=0.1)
+    save_net(tmp_path / "ours", net, kind="bridge", options={"evaluations": 2})
+    model = hub.PurifierModel.from_weights(tmp_path / "ours")
+    assert isinstance(model, lib.ModelMixin)
+    model.save_pretrained(tmp_path / "theirs")
+    names = {path.name for path in (tmp_path / "theirs").iterdir()}
+    assert names == {"config.json", "diffusion_pytorch_model.safetensors", "README.md"}
+    card = lib.utils.hub_utils.ModelCard.load(tmp_path / "theirs" / "README.md")
+    assert (card.data.library_name, card.data.license) == ("diffusers", "apache-2.0")
+    expected = purifiers.load(tmp_path / "ours")(images)
+    for spelling in (tmp_path / "theirs", f"hub:{tmp_path / 'theirs'}"):
+        again = purifiers.load(spelling)
+        assert again.evaluations == 2
+        assert torch.allclose(again(images), expected, atol=1e-6)
+    assert purifiers.load(f"hub:{tmp_path / 'theirs'}:evaluations=1").evaluations == 1
+
+    sent: dict[str, bytes] = {}
+    home = "diffusers.utils.hub_utils"
+    monkeypatch.setattr(f"{home}.create_repo", lambda repo, **_: MagicMock(repo_id=repo))
+    monkeypatch.setattr(f"{home}.load_or_create_model_card", lambda *_, **__: card)
+    monkeypatch.setattr(
+        f"{home}.upload_folder",
+        lambda folder_path, **_: sent.update({p.name: p.read_bytes() for p in Path(folder_path).iterdir()}),
+    )
+    model.push_to_hub("somebody/bridge")
+    assert set(sent) == names
+    assert b"CoDefend bridge" in sent["README.md"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("hf-diffpure:", "name a model"),
+        ("hf-latent:ID_OR_FOLDER", "name a model"),
+        ("hub:", "name a repository"),
+        ("hf-diffpure:./nowhere", "no such model folder"),
+        ("hf-latent:./nowhere", "no such model folder"),
+        ("hub:./nowhere", "no such model folder"),
+        ("hf-diffpure:{empty}", "cannot load"),
+        ("hf-latent:{empty}", "cannot load"),
+        ("hub:{empty}", "cannot load"),
+        ("hf-latent:{ddpm}", "a Stable Diffusion text-to-image model is needed"),
+        ("hf-diffpure:{ddpm}:t=0", "above 0"),
+        ("hf-diffpure:{ddpm}:step=3", "did you mean 'steps'"),
+        ("hf-latent:{stable}:t=2", "0 to 1"),
+    ],
+)
+def test_mistakes_are_named(name: str, words: str, ddpm: Path, stable: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        purifiers.load(name.format(ddpm=ddpm, stable=stable, empty=tmp_path))
+
+
+def test_conditional_models_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no unconditional model"):
+        load_denoiser(str(diffusers_tiny.ddpm(tmp_path / "classes", num_class_embeds=3)))
+    with pytest.raises(UserError, match="predicts 'flow'"):
+        VPDenoiser(Fixed(torch.zeros(1)), {"prediction_type": "flow"}, torch.ones(2) / 2, pixels=True)
