@@ -87,9 +87,9 @@ def smoothing_net() -> PurifierNet:
     """A tiny network trained for a moment to remove fine noise, so that residuals follow the attack."""
     torch.manual_seed(0)
     net = PurifierNet(NetConfig(channels=(6, 8), blocks=(1, 1), embedding=16))
-    optimizer, ones, zeros = torch.optim.Adam(net.parameters(), lr=0.02), torch.ones(8), torch.zeros(8)
-    for step in range(40):
-        clean = smooth(step, 8)
+    optimizer, ones, zeros = torch.optim.Adam(net.parameters(), lr=0.02), torch.ones(4), torch.zeros(4)
+    for step in range(25):
+        clean = smooth(step, 4)
         loss = (net(clean + 0.03 * torch.randn(clean.shape, generator=gen(step)).sign(), ones, zeros) - clean).abs()
         optimizer.zero_grad()
         loss.mean().backward()

@@ -169,7 +169,7 @@ def test_fare_trains_an_encoder_that_a_pocket_reads(base: Path, tmp_path: Path) 
     from codefend.victims.efficientnet_lite import EfficientNetLite
     from codefend.victims.pocket import read_encoder
 
-    fare = FareConfig(victim=str(base), steps=3, batch=2, mining_steps=1, warmup=1, save_every=1, lr=1e-3)
+    fare = FareConfig(victim=str(base), steps=2, batch=2, mining_steps=1, warmup=1, save_every=1, lr=1e-3)
     folder = train(fare, tmp_path / "fare")
     assert json.loads((folder / "config.json").read_text()) == {"encoder": "lite0", "rank": 4}
     state, _ = load_checkpoint(folder / "model.safetensors")
@@ -196,9 +196,9 @@ def test_fares_loss_falls_on_the_same_pictures() -> None:
         FareConfig(mining_steps=2, eps=8 / 255, mining_step=4 / 255),
         torch.rand(2, 3, 64, 64, generator=gen()),
     )
-    optimizer = torch.optim.Adam(encoder.parameters(), lr=3e-4)
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=5e-4)
     losses = []
-    for _ in range(6):
+    for _ in range(4):
         loss, drift = fare_loss(fare, encoder, original, images, 0)
         losses.append(loss.item())
         assert drift < losses[-1]  # the attack finds more than the drift

@@ -32,11 +32,12 @@ from codefend.tasks.scenes import compose, load_photographs
 from codefend.training.card import write_card
 from codefend.training.feed import feed
 from codefend.training.mining import sign_steps
-from codefend.training.state import Average, cosine_rate, restore_training, save_training, set_rate
+from codefend.training.state import Average, cosine_rate, descend, restore_training, save_training, set_rate
 from codefend.types import Budget, Objective, UserError
 from codefend.victims.pocket import Pocket
 
 Text = tuple[str, str]  # prompt, answer
+HALF = torch.float16
 
 
 @dataclass(frozen=True)
@@ -117,21 +118,16 @@ def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
                 pair = training_pair(config, target, guide, clean.to(device), attacked.to(device), step, draw, texts)
                 terms = bridge_terms(config, net, guide, *pair, step, draw, texts)
             loss = torch.stack(list(terms.values())).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
+            norm = descend(optimizer, loss)
             average.update(parameters)
             step += 1
-            row = {"mined": not attacked.numel(), "grad_norm": float(norm), "seconds": time.perf_counter() - started}
+            row = {"mined": not attacked.numel(), "grad_norm": norm, "seconds": time.perf_counter() - started}
             run.append({"key": f"step-{step}", "step": step, **{k: v.item() for k, v in terms.items()}, **row})
             advance(1, f"loss {loss.item():.3f}")
             if step % config.save_every == 0 or step == config.steps:
                 save_training(checkpoint, parameters, optimizer, step, average)
                 options = {"sigma": config.sigma} if config.sigma else {}
-                save_net(
-                    run.dir / "weights", averaged(net, average), kind="bridge", options=options, dtype=torch.float16
-                )
+                save_net(run.dir / "weights", averaged(net, average), kind="bridge", options=options, dtype=HALF)
                 write_card(run, "bridge")
     return run.dir / "weights"
 

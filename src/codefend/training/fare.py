@@ -24,7 +24,7 @@ from codefend.tasks.pictures import training_pictures
 from codefend.training.card import write_card
 from codefend.training.feed import feed
 from codefend.training.mining import sign_steps
-from codefend.training.state import cosine_rate, restore_training, save_training, set_rate
+from codefend.training.state import cosine_rate, descend, restore_training, save_training, set_rate
 from codefend.types import UserError
 from codefend.victims import WEIGHTS
 from codefend.victims.efficientnet_lite import EfficientNetLite
@@ -70,12 +70,9 @@ def train_fare(config: FareConfig, folder: str | Path) -> Path:
             set_rate(optimizer, cosine_rate(step, config.steps, warmup=config.warmup))
             with training_precision(device):
                 loss, before = fare_loss(config, encoder, original, clean.to(device), step)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-            optimizer.step()
+            norm = descend(optimizer, loss)
             step += 1
-            row = {"loss": loss.item(), "clean": before, "grad_norm": float(norm)}
+            row = {"loss": loss.item(), "clean": before, "grad_norm": norm}
             run.append({"key": f"step-{step}", "step": step, **row, "seconds": time.perf_counter() - started})
             advance(1, f"loss {loss.item():.3f}")
             if step % config.save_every == 0 or step == config.steps:

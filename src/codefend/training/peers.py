@@ -25,11 +25,11 @@ from codefend.pairs import WORDS, Tower, word_objective
 from codefend.purifiers.base import clip
 from codefend.runs import make_generator, open_run, progress
 from codefend.tasks.pictures import training_pictures
-from codefend.training.bridge import Bank
+from codefend.training.bridge import HALF, Bank, averaged
 from codefend.training.card import write_card
 from codefend.training.feed import feed
 from codefend.training.mining import sign_steps
-from codefend.training.state import Average, cosine_rate, restore_training, save_training, set_rate
+from codefend.training.state import Average, cosine_rate, descend, restore_training, save_training, set_rate
 from codefend.types import UserError
 from codefend.victims.pocket import Pocket
 
@@ -116,22 +116,16 @@ def train_peer(config: PeerConfig, folder: str | Path) -> Path:
             with training_precision(device):
                 terms = peer_terms(config, net, frozen, clean.to(device), attacked.to(device), step, draw)
             loss = torch.stack(list(terms.values())).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
+            norm = descend(optimizer, loss)
             average.update(parameters)
             step += 1
-            row = {"grad_norm": float(norm), "seconds": time.perf_counter() - started}
+            row = {"grad_norm": norm, "seconds": time.perf_counter() - started}
             run.append({"key": f"step-{step}", "step": step, **{k: v.item() for k, v in terms.items()}, **row})
             advance(1, f"loss {loss.item():.3f}")
             if step % config.save_every == 0 or step == config.steps:
                 save_training(checkpoint, parameters, optimizer, step, average)
-                net_now = PurifierNet(net.config)
-                net_now.load_state_dict(average.values)
-                save_net(
-                    run.dir / "weights", net_now, kind=config.method, options=_options(config), dtype=torch.float16
-                )
+                finished = averaged(net, average)
+                save_net(run.dir / "weights", finished, kind=config.method, options=_options(config), dtype=HALF)
                 write_card(run, config.method)
     return run.dir / "weights"
 

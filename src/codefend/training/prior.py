@@ -17,7 +17,7 @@ from codefend.runs import make_generator, open_run, progress
 from codefend.tasks.pictures import training_pictures
 from codefend.training.card import write_card
 from codefend.training.feed import feed
-from codefend.training.state import Average, cosine_rate, restore_training, save_training, set_rate
+from codefend.training.state import Average, cosine_rate, descend, restore_training, save_training, set_rate
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,10 @@ def train_prior(config: PriorConfig, folder: str | Path) -> Path:
             sigma = sample_sigmas(config.batch, generator=draw).to(device)
             with training_precision(device):
                 loss = prior_loss(net, clean.to(device), sigma, generator=draw).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
+            norm = descend(optimizer, loss)
             average.update(parameters)
             step += 1
-            row = {"loss": loss.item(), "grad_norm": float(norm), "seconds": time.perf_counter() - started}
+            row = {"loss": loss.item(), "grad_norm": norm, "seconds": time.perf_counter() - started}
             run.append({"key": f"step-{step}", "step": step, **row})
             advance(1, f"loss {loss.item():.3f}")
             if step % config.save_every == 0 or step == config.steps:

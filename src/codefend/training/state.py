@@ -28,6 +28,16 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = group["base"] * rate
 
 
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
+    """One step down a scalar loss, the gradient clipped to norm 1; returns its norm before that."""
+    optimizer.zero_grad()
+    loss.backward()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    return float(norm)
+
+
 class Average:
     """Exponential moving average of parameters, with the usual short memory at the start."""
 
