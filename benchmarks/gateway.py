@@ -40,7 +40,7 @@ from gateway_common import (
     get_json,
     image_body,
     load,
-    rss_mb,
+    memory_mb,
     run_gateway,
     run_upstream,
     spread,
@@ -150,7 +150,7 @@ def with_images(options: argparse.Namespace) -> dict[str, Any]:
             return target, cached, through, lags, spent
 
         target, cached, through, lags, spent = asyncio.run(measure())
-        resident = rss_mb(pid)
+        resident = memory_mb(pid)
     count = len(bodies)
     rates = {"purifier_alone": purified, "one_worker": alone, "all_workers": pooled, "gateway": through}
     return {
@@ -163,7 +163,7 @@ def with_images(options: argparse.Namespace) -> dict[str, Any]:
         "cache_hit": cached.summary(),
         "gateway_loop": lags[0],
         "upstream_loop": lags[1],
-        "rss_mb": resident,
+        "memory_mb": resident,
         "side": options.side,
     }
 
@@ -212,14 +212,14 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
                 bodies = [image_body(number, options.side) for number in numbers]
                 await asyncio.gather(*(target.post(body, time.perf_counter()) for body in bodies))
                 if start // options.parallel % max(1, options.requests // options.parallel // 20) == 0:
-                    points.append([start, rss_mb(gate.pid)])
-            points.append([options.requests, rss_mb(gate.pid)])
+                    points.append([start, memory_mb(gate.pid)])
+            points.append([options.requests, memory_mb(gate.pid)])
             return target
 
         target = asyncio.run(measure())
     middle, last = points[len(points) // 2][1], points[-1][1]
     growth = {name: round(last[name] - middle[name], 1) for name in last}
-    return {"rss_mb": points, "growth_mb_in_second_half": growth, "failed": target.failed, "side": options.side}
+    return {"memory_mb": points, "growth_mb_in_second_half": growth, "failed": target.failed, "side": options.side}
 
 
 def main() -> None:

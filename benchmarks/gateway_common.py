@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 CHAT = "/v1/chat/completions"
+KEEP: dict[str, Any] = {"timeout_keep_alive": 75}  # as `codefend serve`: the load may pause longer than uvicorn's 5 s
 UPSTREAM_PORT = 9917  # fixed, so that a peer can be started in front of it beforehand
 TEXT = "Tell me about the weather in the mountains. " * 40
 
@@ -80,7 +81,7 @@ def watched(inner: Any) -> Any:
 def run_upstream(port: int) -> None:
     import uvicorn
 
-    uvicorn.run(watched(upstream_app), port=port, log_level="error", access_log=False, lifespan="off")
+    uvicorn.run(watched(upstream_app), port=port, log_level="error", access_log=False, lifespan="off", **KEEP)
 
 
 def run_gateway(port: int, flags: dict[str, Any]) -> None:
@@ -92,7 +93,8 @@ def run_gateway(port: int, flags: dict[str, Any]) -> None:
 
     app = watched(create_app(load_settings(**flags)))
     keep_loop_free()
-    uvicorn.run(app, port=port, log_level="error", access_log=False, server_header=False, date_header=False, ws="none")
+    quiet: dict[str, Any] = {"log_level": "error", "access_log": False, "server_header": False, "date_header": False}
+    uvicorn.run(app, port=port, ws="none", **quiet, **KEEP)
 
 
 def await_port(port: int, alive: Callable[[], bool], name: str, seconds: float = 60) -> None:
@@ -124,17 +126,21 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def rss_mb(pid: int) -> dict[str, float]:
-    """Resident memory of the gateway and, summed up, of its worker processes."""
+def memory_mb(pid: int) -> dict[str, float]:
+    """Memory of the gateway and of its worker processes. Pages that several share count once (Linux's PSS)."""
     import psutil
 
     process = psutil.Process(pid)
-    workers = 0.0
+    found = {"gateway": _own_mb(process), "workers": 0.0}
     for child in process.children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            workers += child.memory_info().rss
-    found = {"gateway": process.memory_info().rss, "workers": workers}
-    return {name: round(size / 2**20, 1) for name, size in found.items()}
+            found["workers"] += _own_mb(child)
+    return {name: round(size, 1) for name, size in found.items()}
+
+
+def _own_mb(process: Any) -> float:
+    info = process.memory_full_info()
+    return float(getattr(info, "pss", info.rss)) / 2**20
 
 
 def cpu_seconds(pid: int) -> dict[str, float]:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from gateway_common import await_port, free_port, rss_mb
+from gateway_common import await_port, free_port, memory_mb
 from gateway_hostile import PATHS, Request, good, hostile, survived
 
 BUSY = frozenset({429, 502, 503, 504})  # of a gateway whose upstream or workers are killed on purpose
@@ -225,7 +225,7 @@ async def watching(soak: Soak, gateway: psutil.Process, points: list[dict[str, f
     while time.monotonic() < soak.until:
         await asyncio.sleep(max(1.0, min(15.0, (soak.until - time.monotonic()) / 4)))
         with contextlib.suppress(psutil.Error):
-            points.append({"s": round(time.monotonic()), **rss_mb(gateway.pid), "files": gateway.num_fds()})
+            points.append({"s": round(time.monotonic()), **memory_mb(gateway.pid), "files": gateway.num_fds()})
 
 
 async def metrics(port: int) -> dict[str, float]:

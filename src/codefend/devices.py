@@ -23,12 +23,17 @@ def default_device() -> torch.device:
     name = os.environ.get(VARIABLE, "")
     if not name:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device_named(name, f"{VARIABLE}={name}")
+
+
+def device_named(name: str, said: str) -> torch.device:
+    """The device ``name``, tried out. Raises UserError, which begins with ``said``, when this machine hasn't it."""
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device it wasn't built for
         reason = str(error).splitlines()[0]
-        raise UserError(f"{VARIABLE}={name} is no device of this machine ({reason}); try cpu") from error
+        raise UserError(f"{said} is no device of this machine ({reason}); try cpu") from error
     return device
 
 

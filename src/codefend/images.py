@@ -242,7 +242,8 @@ def _from_decoded(image: Image.Image, name: str, kind: str, background: tuple[in
 def _eight_bits(image: Image.Image) -> tuple[Tensor, Tensor | None]:
     transparent = image.has_transparency_data
     array = np.array(image.convert("RGBA" if transparent else "RGB"))
-    values = torch.from_numpy(array).permute(2, 0, 1).to(torch.float32).div_(255)
+    planes = torch.from_numpy(array).permute(2, 0, 1).contiguous()  # while a value is one byte and not four
+    values = planes.to(torch.float32).div_(255)
     return (values[:3], values[3:]) if transparent else (values, None)
 
 
@@ -284,8 +285,8 @@ def to_pil(pixels: Tensor) -> Image.Image:
     """Turn ``[3, H, W]`` or ``[4, H, W]`` in ``[0, 1]`` into an 8-bit RGB or RGBA image."""
     if pixels.ndim != 3 or pixels.shape[0] not in (3, 4):
         raise ValueError(f"expected [3, H, W] or [4, H, W], got {tuple(pixels.shape)}")
-    levels = (pixels.detach().to("cpu", torch.float32).clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+    levels = pixels.detach().to("cpu", torch.float32).clamp(0, 1).mul_(255).round_().to(torch.uint8)
+    return Image.merge("RGBA"[: len(levels)], [Image.fromarray(plane.numpy()) for plane in levels])
 
 
 def format_of(path: str | Path) -> str:

@@ -205,6 +205,8 @@ def _page(settings: Settings, engine: Engine, proxy: Proxy, demo: bool) -> list[
         Route("/page/info", page.info),
         Route("/page/purify", page.purify, methods=["POST"]),
         Route("/page/undefended", page.undefended, methods=["POST"]),
+        Route("/page/sample", page.sample, methods=["POST"]),
+        Route("/page/attack", page.attack, methods=["POST"]),
     ]
 
 

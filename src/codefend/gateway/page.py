@@ -21,7 +21,7 @@ _CHAT = "/v1/chat/completions"
 
 
 class Page:
-    """Three small routes. ``demo`` allows the one that sends an image without purifying it."""
+    """A few small routes. ``demo`` allows those that send an image without purifying it."""
 
     def __init__(self, engine: Engine, proxy: Proxy, *, demo: bool) -> None:
         self.engine, self.proxy, self.demo = engine, proxy, demo
@@ -29,7 +29,30 @@ class Page:
     async def info(self, request: Request) -> Response:
         terms = self.engine.terms
         facts = {"purifier": self.engine.worker.name, "policy": terms.mode, "threshold": terms.threshold}
-        return JSONResponse(facts | {"demo": self.demo, "max_image_bytes": self.engine.limits.max_image_bytes})
+        limit = self.engine.limits.max_image_bytes
+        return JSONResponse(facts | {"demo": self.demo, "attack": self._pocket, "max_image_bytes": limit})
+
+    @property
+    def _pocket(self) -> bool:
+        """Whether there is an embedded model to play with."""
+        return self.demo and self.proxy.settings.upstream == "pocket"
+
+    async def sample(self, request: Request) -> Response:
+        """``{"number": n}`` -> a picture that the embedded model knows, what to ask, and the right answer."""
+        return await self._shown(request, "/v1/demo/sample")
+
+    async def attack(self, request: Request) -> Response:
+        """``{"image": data URL, "question": text}`` -> the picture attacked so that the model's answer changes."""
+        return await self._shown(request, "/v1/demo/attack")
+
+    async def _shown(self, request: Request, path: str) -> Response:
+        try:
+            if not self._pocket:
+                raise Refused(403, "demo_off", "only with --upstream pocket can the page attack pictures")
+            response = await self.proxy.ask(path, await self._body(request))
+        except Refused as refusal:
+            return _refusal(refusal)
+        return Response(response.content, status_code=response.status_code, media_type="application/json")
 
     async def purify(self, request: Request) -> Response:
         """``{"image": data URL}`` -> the purified one, its score, milliseconds, and whether it came from the cache."""

@@ -6,21 +6,22 @@ The only place of the gateway that reaches for a victim, and only when that opti
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 import torch
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from codefend import images
-from codefend.gateway import dialects
+from codefend.gateway import dialects, showcase
 from codefend.gateway.dialects import Answer
 from codefend.gateway.errors import Api, Refused, error_body
 from codefend.gateway.limits import Limits, payload
@@ -29,6 +30,7 @@ from codefend.gateway.wire import form_of, parse
 from codefend.prompts.asking import prompted
 from codefend.types import UserError, Victim
 
+Done = TypeVar("Done")
 MODEL = "pocket"
 
 
@@ -55,19 +57,46 @@ class _Server:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pocket")
 
     async def answer(self, request: Request) -> Response:
-        api = form_of(request.url.path)
-        try:
-            body = parse(await request.body())
-            loop = asyncio.get_running_loop()
-            answer = await loop.run_in_executor(self._thread, self._generate, api, body)
-        except (Refused, UserError) as error:
-            status, code = (error.status, error.code) if isinstance(error, Refused) else (400, "invalid_request")
-            raw = error_body(api, status, code, str(error))
-            return Response(raw, status_code=status, media_type="application/json")
-        if body.get("stream"):
-            usage = bool((body.get("stream_options") or {}).get("include_usage"))
-            return Response(dialects.events(api, answer, usage=usage), media_type="text/event-stream")
-        return JSONResponse(dialects.whole(api, answer))
+        async def work(api: Api, body: Any) -> Response:
+            answer = await self._aside(self._generate, api, body)
+            if body.get("stream"):
+                usage = bool((body.get("stream_options") or {}).get("include_usage"))
+                return Response(dialects.events(api, answer, usage=usage), media_type="text/event-stream")
+            return JSONResponse(dialects.whole(api, answer))
+
+        return await _answered(request, work)
+
+    async def count(self, request: Request) -> Response:
+        async def work(api: Api, body: Any) -> Response:
+            kind = {} if api == "messages" else {"object": "response.input_tokens"}
+            return JSONResponse(kind | {"input_tokens": self._count(_question(api, body).prompt)})
+
+        return await _answered(request, work)
+
+    async def sample(self, request: Request) -> Response:
+        async def work(api: Api, body: Any) -> Response:
+            number = body.get("number")
+            if not isinstance(number, int):
+                raise Refused(400, "invalid_request", 'expected {"number": 0}')
+            return JSONResponse(await self._aside(showcase.sample, number))
+
+        return await _answered(request, work)
+
+    async def attack(self, request: Request) -> Response:
+        async def work(api: Api, body: Any) -> Response:
+            question = body.get("question")
+            if not isinstance(body.get("image"), str) or not isinstance(question, str) or not question.strip():
+                raise Refused(400, "invalid_request", 'expected {"image": data URL, "question": text}')
+            return JSONResponse(await self._aside(self._attacked, body["image"], question))
+
+        return await _answered(request, work)
+
+    def _attacked(self, image: str, question: str) -> dict[str, Any]:
+        pixels = images.load(payload(image, Limits())).pixels
+        return showcase.attacked(self.victim, pixels, question)
+
+    async def _aside(self, work: Callable[..., Done], *arguments: Any) -> Done:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
     def _generate(self, api: Api, body: Any) -> Answer:
         question = _question(api, body)
@@ -80,16 +109,57 @@ class _Server:
         return len(encode([text])[0]) if callable(encode) else len(text.split())
 
 
+async def _answered(request: Request, work: Callable[[Api, Any], Awaitable[Response]]) -> Response:
+    """What ``work`` makes of the body, which is an object; or its refusal in the API's own form."""
+    api = form_of(request.url.path)
+    try:
+        body = parse(await request.body())
+        if not isinstance(body, dict):
+            raise Refused(400, "invalid_request", "the body must be a JSON object")
+        return await work(api, body)
+    except (Refused, UserError) as error:
+        status, code = (error.status, error.code) if isinstance(error, Refused) else (400, "invalid_request")
+        raw = error_body(api, status, code, str(error))
+        return Response(raw, status_code=status, media_type="application/json")
+
+
 def create_pocket(victim: Victim) -> Starlette:
-    """Chat completions, responses and Anthropic messages for a victim that sees one image and one prompt."""
+    """Chat completions, responses and Anthropic messages for a victim that sees one image and one prompt.
+
+    ``/v1/demo/*`` is the page's: through the gateway's own door no image reaches it.
+    """
     server = _Server(victim)
+    card = {"id": MODEL, "object": "model", "created": 0, "owned_by": "codefend"}
 
     async def models(request: Request) -> Response:
-        card = {"id": MODEL, "object": "model", "created": 0, "owned_by": "codefend"}
         return JSONResponse({"object": "list", "data": [card]})
 
-    paths = ("/v1/chat/completions", "/v1/responses", "/v1/messages")
-    return Starlette(routes=[Route("/v1/models", models), *(Route(p, server.answer, methods=["POST"]) for p in paths)])
+    async def model(request: Request) -> Response:
+        return JSONResponse(card)
+
+    async def missing(request: Request, error: Exception) -> Response:
+        status = getattr(error, "status_code", 500)
+        message = f"the pocket model has no {request.method} {request.url.path[:100]}"
+        raw = error_body(form_of(request.url.path), status, "not_found", message)
+        return Response(raw, status_code=status, media_type="application/json")
+
+    posts = {
+        "chat/completions": server.answer,
+        "responses": server.answer,
+        "messages": server.answer,
+        "messages/count_tokens": server.count,
+        "responses/input_tokens": server.count,
+        "demo/sample": server.sample,
+        "demo/attack": server.attack,
+    }
+    return Starlette(
+        routes=[
+            Route("/v1/models", models),
+            Route(f"/v1/models/{MODEL}", model),
+            *(Route(f"/v1/{path}", endpoint, methods=["POST"]) for path, endpoint in posts.items()),
+        ],
+        exception_handlers={HTTPException: missing},
+    )
 
 
 def _question(api: Api, body: Any) -> _Question:

@@ -34,6 +34,8 @@ def serve(settings: Settings) -> int:
     configure_logging(settings.log_level)
     listener = _listen(settings.host, settings.port)
     with listener:
+        named = {"upstream": settings.upstream, "purifier": settings.purifier}
+        log.info("starting", extra={"fields": named})  # loading a model can take its time
         app = create_app(settings)
         keep_loop_free()
         config = uvicorn.Config(
@@ -49,8 +51,7 @@ def serve(settings: Settings) -> int:
         )
         server = _Server(config, app)
         host, port = listener.getsockname()[:2]
-        fields = {"url": f"http://{host}:{port}", "upstream": settings.upstream, "purifier": settings.purifier}
-        log.info("listening", extra={"fields": fields})
+        log.info("listening", extra={"fields": {"url": f"http://{host}:{port}", **named}})
         if settings.on_error != "block":
             log.warning(
                 "images may pass unpurified when the purifier fails", extra={"fields": {"on_error": settings.on_error}}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from codefend import images
+from codefend.devices import device_named
 from codefend.gateway.errors import Refused
 from codefend.gateway.limits import Limits
 from codefend.gateway.rewrite import Picture
@@ -88,7 +89,7 @@ class Worker:
         batch_pixels: int = 1_000_000,  # decoded at a time; one image may have more
     ) -> None:
         self.purifier, self.limits, self.encoding = purifier, limits or Limits(), encoding
-        self.device, self.batch_pixels = torch.device(device), batch_pixels
+        self.device, self.batch_pixels = device_named(device, f"device {device}"), batch_pixels
         self.name = str(getattr(purifier, "name", type(purifier).__name__))
         self.can_score = callable(getattr(purifier, "score", None))
         self._generator = torch.Generator(self.device).manual_seed(int.from_bytes(os.urandom(7), "big"))
