@@ -6,10 +6,11 @@ RUN python -m venv /venv
 # On Linux the usual PyTorch brings gigabytes of CUDA; name its CPU index here to leave them out:
 # --build-arg TORCH_OPTIONS="--index-url ..."
 ARG TORCH_OPTIONS=""
-RUN /venv/bin/pip install --no-cache-dir torch $TORCH_OPTIONS
+COPY constraints.txt ./
+RUN /venv/bin/pip install --no-cache-dir -c constraints.txt torch $TORCH_OPTIONS
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY src ./src
-RUN /venv/bin/pip install --no-cache-dir ".[gateway]"
+RUN /venv/bin/pip install --no-cache-dir -c constraints.txt ".[gateway]"
 
 FROM python:3.11-slim
 RUN useradd --system --uid 10001 codefend
