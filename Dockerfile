@@ -13,7 +13,7 @@ COPY src ./src
 RUN /venv/bin/pip install --no-cache-dir -c constraints.txt ".[gateway]"
 
 FROM python:3.11-slim
-RUN useradd --system --uid 10001 codefend
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin codefend
 COPY --from=build /venv /venv
 # Two arenas: with more, glibc keeps the memory of every large picture once per thread.
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MALLOC_ARENA_MAX=2 CODEFEND_HOST=0.0.0.0
