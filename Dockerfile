@@ -6,13 +6,14 @@ RUN python -m venv /venv
 # On Linux the usual PyTorch brings gigabytes of CUDA; name its CPU index here to leave them out:
 # --build-arg TORCH_OPTIONS="--index-url ..."
 ARG TORCH_OPTIONS=""
-RUN /venv/bin/pip install --no-cache-dir torch $TORCH_OPTIONS
+COPY constraints.txt ./
+RUN /venv/bin/pip install --no-cache-dir -c constraints.txt torch $TORCH_OPTIONS
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY src ./src
-RUN /venv/bin/pip install --no-cache-dir ".[gateway]"
+RUN /venv/bin/pip install --no-cache-dir -c constraints.txt ".[gateway]"
 
 FROM python:3.11-slim
-RUN useradd --system --uid 10001 codefend
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin codefend
 COPY --from=build /venv /venv
 # Two arenas: with more, glibc keeps the memory of every large picture once per thread.
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MALLOC_ARENA_MAX=2 CODEFEND_HOST=0.0.0.0

@@ -277,7 +277,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     port, options.upstream_port = free_port(), free_port()
-    command = [sys.executable, "-c", "from codefend.cli import main; main()", "serve", "--port", str(port)]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from codefend.cli import main; sys.exit(main())",
+        "serve",
+        "--port",
+        str(port),
+    ]
     command += ["--upstream", f"http://127.0.0.1:{options.upstream_port}"]
     for name, value in FLAGS.items():
         command += [f"--{name}", str(value)]

@@ -111,6 +111,25 @@ def test_a_body_of_millions_of_values_is_refused() -> None:
     assert refusal.value.code == "body_too_complex"
 
 
+def test_a_long_text_beside_images_is_put_back_and_read_and_the_images_stay_cut_out() -> None:
+    words = "all work and no play " * 5000
+    body = chat(LARGE, text=words) | {"user": words}
+    reading = ENGINE._read("chat", json.dumps(body).encode())
+    assert len(reading.cuts) == 1
+    assert reading.body["user"] == reading.body["messages"][0]["content"][0]["text"] == words
+    assert [payload(slot.reference, Limits(), cuts=reading.cuts) for slot in reading.found.slots] == [LARGE]
+
+
+def test_a_body_of_much_that_is_no_image_is_refused() -> None:
+    for raw in (
+        b'{"messages":[],"user":"' + b"x" * (17 << 20) + b'"}',
+        b'{"messages":[],"user":[' + b'"x",' * (5 << 20),
+    ):
+        with pytest.raises(Refused) as refusal:
+            ENGINE._read("chat", raw)
+        assert refusal.value.code == "body_too_complex"
+
+
 def test_a_large_image_does_not_stop_the_event_loop() -> None:
     """Timed in CPU seconds of this thread, so that a busy machine cannot fail it."""
     noise = base64.b64encode(random.Random(1).randbytes(15 << 20)).decode()

@@ -133,7 +133,7 @@ def test_traces_carry_on_where_an_sdk_is_configured() -> None:
         onward = upstream.requests[-1].headers["traceparent"]
         assert onward.split("-")[1] == given.split("-")[1]
         assert onward != given
-        assert [span.name for span in memory.get_finished_spans()] == ["codefend.upstream"]
+        assert [span.name for span in memory.get_finished_spans()] == ["codefend.purify", "codefend.upstream"]
 
     run(work())
 

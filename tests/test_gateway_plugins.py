@@ -281,7 +281,7 @@ class Registry(dict):  # type: ignore[type-arg]
 
 @pytest.fixture
 def vllm_media(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A stand-in with the methods of vLLM's connector, which does not install here."""
+    """A stand-in with the methods of vLLM's connector; `test_gateway_vllm.py` takes the real one."""
 
     class MediaConnector:
         allowed_media_domains: tuple[str, ...] = ()
@@ -299,6 +299,9 @@ def vllm_media(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
             return url
 
         def fetch_image_embedding(self, data: str) -> str:
+            return data
+
+        def fetch_video_embedding(self, data: str) -> str:
             return data
 
     media = types.ModuleType("vllm.multimodal.media")
@@ -322,6 +325,6 @@ def test_vllm_connector(vllm_media: types.ModuleType) -> None:
         with pytest.raises(ValueError, match=r".{10}"):
             connector.fetch_image(bad)
     assert connector.fetch_audio("a") == "a"
-    for method in (connector.fetch_video, connector.fetch_image_embedding):
+    for method in (connector.fetch_video, connector.fetch_image_embedding, connector.fetch_video_embedding):
         with pytest.raises(ValueError, match="cannot inspect"):
             method("x")

@@ -14,6 +14,7 @@ import pytest
 from starlette.applications import Starlette
 from torch import Tensor
 
+from codefend import images
 from codefend.gateway.app import create_app
 from codefend.gateway.pocket import pocket_transport
 from gateway_kit import Invert, b64, chat, gateway, picture, png, run, served, settings, url, wait_for
@@ -148,6 +149,43 @@ def test_refusals_are_the_clients_own_exceptions() -> None:
     run(work())
 
 
+def test_what_else_the_official_clients_ask_for() -> None:
+    async def work() -> None:
+        async with clients(Painter()) as (ours, theirs):
+            assert (await ours.models.retrieve("pocket")).id == "pocket"
+            assert (await theirs.messages.count_tokens(model="m", messages=BLOCKS)).input_tokens == 3
+            assert (await ours.responses.input_tokens.count(model="m", input=ITEMS)).input_tokens == 3
+            with pytest.raises(openai.NotFoundError, match="pocket model has no POST /v1/embeddings") as caught:
+                await ours.embeddings.create(model="m", input="x")
+            assert caught.value.code == "not_found"
+
+    run(work())
+
+
+def test_samples_and_attacks_are_the_pages_and_need_the_embedded_model() -> None:
+    async def work() -> None:
+        ask = {"image": url(BRIGHT), "question": "What?"}
+        async with gateway(None, app=pocket_app(Painter())) as client:  # type: ignore[arg-type]
+            info = (await client.get("/page/info")).json()
+            shown = (await client.post("/page/sample", json={"number": 3})).json()
+            black_box = await client.post("/page/attack", json=ask)
+            around = await client.post("/v1/demo/attack", json=ask)
+            wrong = await client.post("/page/attack", json={"image": url(BRIGHT)})
+        assert info["attack"] is True
+        assert images.load(shown["image"]).pixels.shape == (3, 128, 128)
+        assert shown["question"].endswith("?")
+        assert shown["answer"]
+        assert "black box" in black_box.json()["error"]["message"]
+        assert around.status_code == wrong.status_code == 400
+        for app in (pocket_app(Painter(), demo=False), create_app(settings(demo=True), purifier=Invert())):
+            async with gateway(None, app=app) as client:  # type: ignore[arg-type]
+                assert (await client.get("/page/info")).json()["attack"] is False
+                for path in ("sample", "attack"):
+                    assert (await client.post(f"/page/{path}", json=ask)).json()["error"]["code"] == "demo_off"
+
+    run(work())
+
+
 def test_the_page_shows_both_answers() -> None:
     async def work() -> None:
         async with gateway(None, app=pocket_app(Painter())) as client:  # type: ignore[arg-type]
@@ -245,8 +283,11 @@ def test_serve_drains_and_returns(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match="cannot listen"):
             module.serve(settings(port=taken.getsockname()[1]))
 
+    began = threading.Event()
+
     class Late(Painter):
         def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
+            began.set()
             time.sleep(0.5)
             return super().generate(images, prompts)
 
@@ -272,10 +313,10 @@ def test_serve_drains_and_returns(monkeypatch: pytest.MonkeyPatch) -> None:
         target=lambda: answers.append(httpx2.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=chat(BRIGHT)))
     )
     ask.start()
-    time.sleep(0.25)
+    assert began.wait(30)
     servers[0].handle_exit(signal.SIGTERM, None)
-    ask.join(10)
-    thread.join(10)
+    ask.join(30)
+    thread.join(30)
     assert answers[0].status_code == 200
     assert results == [0]
 

@@ -26,6 +26,7 @@ Fetch = Callable[[str], Awaitable[bytes]]
 Done = TypeVar("Done")
 
 _LITTLE = 1 << 16  # bytes of JSON that are read on the event loop: well under a millisecond
+_MAX_WHOLE = 16 << 20  # bytes parsed in one go: some 2.5 ms each MB, in which the event loop stands still
 _MAX_COMMAS = 1_000_000  # a list of a million numbers holds the interpreter for some 30 ms
 
 
@@ -139,24 +140,30 @@ class Engine:
 
     def _read(self, api: Api, raw: bytes) -> Reading:
         excised = excise(raw)
-        reading = self._spared(api, excised) if excised.cuts else None
-        if reading is not None:
-            return reading
+        for _ in range(2):  # the second time only what stands in images is cut out
+            if not excised.cuts:
+                break
+            reading = self._spared(api, excised)
+            if isinstance(reading, Reading):
+                return reading
+            excised = excised.put_back(keep=reading)
+        if len(excised.raw) > _MAX_WHOLE:
+            raise Refused(413, "body_too_complex", f"the body has more than {_MAX_WHOLE:,} bytes that are no images")
         if raw.count(b",") > _MAX_COMMAS:
             raise Refused(413, "body_too_complex", f"the body has more than {_MAX_COMMAS:,} values")
         body = parse(raw)
         return Reading(body, self._survey(api, body))
 
-    def _spared(self, api: Api, excised: Excised) -> Reading | None:
-        """The reading, if every mark stands in an image; else the body must be read whole."""
+    def _spared(self, api: Api, excised: Excised) -> Reading | frozenset[str]:
+        """The reading, if every mark stands in an image; else those marks that do: the rest must be put back."""
         try:
             body = parse(excised.raw)
             found = self._survey(api, body)
         except Refused:  # perhaps for a mark's sake
-            return None
+            return frozenset()
         references = [slot.reference for slot in found.slots if not _is_remote(slot)]
         claimed = [mark for reference in references for mark in marks(reference) if mark in excised.cuts]
-        return Reading(body, found, excised.cuts) if len(claimed) == len(excised.cuts) else None
+        return Reading(body, found, excised.cuts) if len(claimed) == len(excised.cuts) else frozenset(claimed)
 
     def _survey(self, api: Api, body: Any) -> Survey:
         try:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 
 LONG = 1 << 16  # bytes between two quotes that are worth cutting out
 KEPT = 1024  # at either end stay: what `suspicion` looks at, and a data URL's head
 _STEP = LONG // 2  # every string of that length covers a multiple of it
+_MARK_BYTES = re.compile(rb"~[0-9a-f]{32}\.[0-9]+~")
 _MARK = re.compile(r"~[0-9a-f]{32}\.\d+~")  # "~" is neither base64 nor JSON's own
 
 
@@ -24,13 +25,21 @@ class Excised:
     raw: bytes
     cuts: Mapping[str, memoryview] = field(default_factory=dict)
 
+    def put_back(self, *, keep: Container[str]) -> Excised:
+        """The same with only the marks in ``keep`` left, and what the others stand for in its place again."""
+        raw = _MARK_BYTES.sub(
+            lambda found: found[0] if (mark := found[0].decode()) in keep else bytes(self.cuts.get(mark, found[0])),
+            self.raw,
+        )
+        return Excised(raw, {mark: cut for mark, cut in self.cuts.items() if mark in keep})
+
 
 def excise(raw: bytes) -> Excised:
     """Cut out what lies between quotes far apart, unless it holds a backslash. Linear, at the speed of memchr.
 
     This is no parser: two quotes may also be the end of one string and the start of another, with numbers between.
     A mark there makes the body invalid, as it does wherever a body was so before. Inside a string it stands for text
-    that must be put back or looked at: callers parse the whole body when they find a mark where no image is.
+    that must be put back and looked at, as callers do with a mark that is not in an image.
     """
     cuts: dict[str, memoryview] = {}
     pieces: list[bytes | memoryview] = []

@@ -58,6 +58,12 @@ class Exchange:
     def route(self) -> str:
         return self.path if self.path in ROUTES else "/v1/*"
 
+    @property
+    def trace(self) -> dict[str, str]:
+        """The caller's ``traceparent`` and ``tracestate``."""
+        pairs = self.scope["headers"]
+        return {key.decode("latin-1"): value.decode("latin-1") for key, value in pairs if key.startswith(b"trace")}
+
 
 class Proxy:
     """The ASGI application behind ``/v1``."""
@@ -153,8 +159,7 @@ class Proxy:
         headers = to_upstream(
             scope["headers"], key_header=scope.get("codefend.key_header"), upstream_key=self._upstream_key
         )
-        given = {key.decode("latin-1"): value.decode("latin-1") for key, value in headers if key.startswith(b"trace")}
-        with self.tracer.span("codefend.upstream", given, route=exchange.route) as onward:
+        with self.tracer.span("codefend.upstream", exchange.trace, route=exchange.route) as onward:
             if onward:
                 headers = [pair for pair in headers if pair[0].decode("latin-1") not in onward]
                 headers += [(key.encode(), value.encode()) for key, value in onward.items()]
@@ -182,7 +187,7 @@ class Proxy:
         self._check_content(scope, raw)
         if find(scope["headers"], b"content-type") is None or _is_json(scope):
             terms = self._terms(scope)
-            with self._share(scope):
+            with self._share(scope), self.tracer.span("codefend.purify", exchange.trace, route=exchange.route):
                 body, exchange.outcome = await self.engine.rewrite_bytes(api_of(scope["path"]), raw, terms)
             return body
         return raw

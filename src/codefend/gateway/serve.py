@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 
 from codefend.gateway.app import create_app
 from codefend.gateway.config import Settings
-from codefend.gateway.telemetry import configure_logging, log
+from codefend.gateway.telemetry import configure_logging, configure_tracing, log
 from codefend.types import UserError
 
 
@@ -32,6 +32,7 @@ class _Server(uvicorn.Server):
 def serve(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM; 0 after a clean stop. Raises UserError for what is wrong before the start."""
     configure_logging(settings.log_level)
+    configure_tracing()
     listener = _listen(settings.host, settings.port)
     with listener:
         named = {"upstream": settings.upstream, "purifier": settings.purifier}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from importlib import import_module
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from codefend.types import UserError
 
 log = logging.getLogger("codefend.gateway")
 
@@ -31,7 +34,7 @@ class Meters:
 
         self.requests = counter("requests", "Requests answered", "route", "status")
         self.seconds = histogram("request_seconds", "Until the end of the answer", _SECONDS, "route")
-        self.images = counter("images", "Images by what was done: purified, cached, reencoded, bypassed", "result")
+        self.images = counter("images", "Images by what was done: purified, cached, reencoded", "result")
         self.bypass = counter("bypass", "Images that went on without the purifier because it failed", "reason")
         self.refused = counter("refused", "Requests refused by the gateway itself", "code")
         self.upstream_errors = counter("upstream_errors", "Failed exchanges with the upstream", "kind")
@@ -78,6 +81,47 @@ def configure_logging(level: str) -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level.upper())
+
+
+def configure_tracing() -> None:
+    """Send traces where OpenTelemetry's own variables say, unless its SDK is set up already.
+
+    ``OTEL_TRACES_EXPORTER`` is ``console``, ``otlp`` or ``none``; an ``OTEL_EXPORTER_OTLP_*ENDPOINT`` alone means otlp.
+    Raises UserError when what they ask for is not installed.
+    """
+    endpoints = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    default = "otlp" if any(os.environ.get(name) for name in endpoints) else "none"
+    kind = os.environ.get("OTEL_TRACES_EXPORTER") or default
+    if kind == "none" or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return
+    if kind not in _EXPORTERS:
+        raise UserError(f"OTEL_TRACES_EXPORTER={kind} is not known here; choose {', '.join(_EXPORTERS)} or none")
+    module, name, package = _EXPORTERS[kind]
+    try:
+        api, sdk = import_module("opentelemetry.trace"), import_module("opentelemetry.sdk.trace")
+        export, resources = (
+            import_module("opentelemetry.sdk.trace.export"),
+            import_module("opentelemetry.sdk.resources"),
+        )
+        exporter = getattr(import_module(module), name)()
+    except ModuleNotFoundError as error:
+        raise UserError(f"traces by {kind} need another package: pip install {package}") from error
+    if type(api.get_tracer_provider()).__name__ != "ProxyTracerProvider":  # `opentelemetry-instrument` was before us
+        return
+    named = {"service.name": os.environ.get("OTEL_SERVICE_NAME") or "codefend"}
+    provider = sdk.TracerProvider(resource=resources.Resource.create(named))
+    provider.add_span_processor(export.BatchSpanProcessor(exporter))
+    api.set_tracer_provider(provider)
+
+
+_EXPORTERS = {  # module, class, package
+    "console": ("opentelemetry.sdk.trace.export", "ConsoleSpanExporter", "opentelemetry-sdk"),
+    "otlp": (
+        "opentelemetry.exporter.otlp.proto.http.trace_exporter",
+        "OTLPSpanExporter",
+        "opentelemetry-sdk opentelemetry-exporter-otlp-proto-http",
+    ),
+}
 
 
 class Tracer:

@@ -53,8 +53,9 @@ def register(purifier: str | Purifier | None = None) -> Any:
         async def _refused_async(self, *args: Any, **kwargs: Any) -> Any:
             raise ValueError(_WHY)
 
-        fetch_video = fetch_video_and_audio = fetch_image_embedding = _refused
-        fetch_video_async = fetch_video_and_audio_async = fetch_image_embedding_async = _refused_async
+        fetch_video = fetch_video_and_audio = fetch_image_embedding = fetch_video_embedding = _refused
+        fetch_video_async = fetch_video_and_audio_async = _refused_async
+        fetch_image_embedding_async = fetch_video_embedding_async = _refused_async
 
     media.MEDIA_CONNECTOR_REGISTRY.register(NAME)(CodefendMediaConnector)
     return CodefendMediaConnector
