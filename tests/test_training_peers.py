@@ -14,7 +14,7 @@ from codefend import purifiers, runs
 from codefend.nets import NetConfig, PurifierNet, load_net, save_net
 from codefend.presets import PRESETS
 from codefend.training import train
-from codefend.training.card import add_results, curve
+from codefend.training.card import add_results, curve, refresh
 from codefend.training.fare import FareConfig, fare_loss
 from codefend.training.mining import sign_steps
 from codefend.training.peers import PeerConfig
@@ -224,6 +224,36 @@ def test_a_curve_is_the_means_of_its_stretches() -> None:
     rows = [{"step": i, "loss": float(i), "mined": True} for i in range(1, 11)] + [{"key": "ground-0", "loss": 9.0}]
     assert curve(rows, points=2) == [{"step": 5, "loss": 3.0}, {"step": 10, "loss": 8.0}]
     assert curve([], points=2) == []
+
+
+def test_a_card_names_no_folders_of_the_machine(prior: Path, bank: Path, tmp_path: Path) -> None:
+    folder = train(config("flowpure", prior, f"{bank},{bank}", steps=1), tmp_path / "run")  # type: ignore[arg-type]
+    told = (folder / "training.json").read_text() + (folder / "README.md").read_text()
+    assert str(tmp_path) not in told
+    assert f"prior={tmp_path.name}/prior" in told
+    assert "drawn 2 times as often" in told
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text("lost")
+    assert refresh(folder).read_text() == card
+    with pytest.raises(UserError, match=r"training\.json"):
+        refresh(bank)
+
+
+def test_results_are_those_of_the_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import toys
+    from codefend.cli import main
+    from codefend.evaluate import EvalConfig, evaluate
+
+    tasks = EvalConfig(tasks=("questions",), defenses=("none", "smooth"), attacks=("pgd",), steps=3, limit=6, panels=0)
+    evaluate(tasks, tmp_path / "eval", loaders=toys.loaders())
+    (tmp_path / "README.md").write_text("# smooth\n")
+    assert main(["card", str(tmp_path), str(tmp_path / "eval"), "--defense", "smooth"]) == 0
+    card = (tmp_path / "README.md").read_text()
+    assert "| questions | clean | none |  | vqa_accuracy 1.000" in card
+    assert "| questions | T2 | pgd | 8/255 | vqa_accuracy 1.000 [1.000, 1.000] | 100% | 6 |" in card
+    assert "none |  | vqa_accuracy 0" not in card  # the bare victim's lines stay out
+    assert main(["card", str(tmp_path), str(tmp_path / "eval")]) == 2
+    assert "no rows of defense" in capsys.readouterr().err
 
 
 def test_results_replace_earlier_ones(tmp_path: Path) -> None:

@@ -76,13 +76,18 @@ def calibrate(
 @app.command()
 def card(
     weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="Folder of trained weights.", show_default=False)],
-    run: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder of codefend eval.", show_default=False)],
+    run: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="A run folder of codefend eval.", show_default=False)
+    ] = None,
     defense: Annotated[str, typer.Option("--defense", help="The row's name in that run; the folder if left out.")] = "",
 ) -> None:
-    """Put a defense's results from an evaluation into the model card of its weights."""
-    from codefend.training.card import add_results, results_table
+    """Write the model card of weights anew, with a defense's results from an evaluation if one is named."""
+    from codefend.training.card import add_results, refresh, results_table
 
-    print(add_results(weights, results_table(run, defense or str(weights)), str(run)))
+    if run is None:
+        print(refresh(weights))
+    else:
+        print(add_results(weights, results_table(run, defense or str(weights)), str(run)))
 
 
 @app.command("eval")

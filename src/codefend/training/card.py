@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -45,12 +45,42 @@ SCENES = (
 
 def write_card(run: Run, kind: str) -> None:
     """Write both files into the run's ``weights``. Raises UserError when the place cannot be written."""
-    rows, folder = run.rows(), run.dir / "weights"
-    banks = [_bank(place) for place in run.config.get("pairs", ())]
-    done = max((row["step"] for row in rows if "step" in row), default=0)
-    training = {"kind": kind, "config": run.config, "steps": done, "pairs": banks, "curve": curve(rows)}
-    write_atomic(folder / TRAINING_FILE, json.dumps(training, indent=1) + "\n")
-    write_atomic(folder / CARD_FILE, _text(kind, training, rows))
+    rows = run.rows()
+    banks = [{**_bank(place), "times": times} for place, times in Counter(run.config.get("pairs", ())).items()]
+    training = {
+        "kind": kind,
+        "config": run.config,
+        "steps": max((row["step"] for row in rows if "step" in row), default=0),
+        "hours": sum(row.get("seconds", 0.0) for row in rows) / 3600,
+        "pairs": banks,
+        "curve": curve(rows),
+    }
+    _write(run.dir / "weights", training)
+
+
+def refresh(folder: str | Path) -> Path:
+    """Write the card anew from the folder's training.json and return it. Raises UserError when there is none."""
+    path = Path(folder) / TRAINING_FILE
+    try:
+        _write(Path(folder), json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} has no readable {TRAINING_FILE} ({error}): a training writes it") from error
+    return Path(folder) / CARD_FILE
+
+
+def _write(folder: Path, training: Mapping[str, Any]) -> None:
+    told = _portable(training)
+    write_atomic(folder / TRAINING_FILE, json.dumps(told, indent=1) + "\n")
+    write_atomic(folder / CARD_FILE, _text(told))
+
+
+def _portable(value: Any) -> Any:
+    """The same without folders of the machine that it was made on: of an absolute path its last two names."""
+    if isinstance(value, Mapping):
+        return {key: _portable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_portable(item) for item in value]
+    return "/".join(Path(value).parts[-2:]) if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _bank(place: str) -> Row:
@@ -78,11 +108,11 @@ def curve(rows: Sequence[Row], points: int = POINTS) -> list[Row]:
     return stretches
 
 
-def _text(kind: str, training: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    config = training["config"]
-    total, hours = config.get("steps", training["steps"]), sum(row.get("seconds", 0.0) for row in rows) / 3600
+def _text(training: Mapping[str, Any]) -> str:
+    kind, config, done = training["kind"], training["config"], training["steps"]
     lines = [f"# {kind}", "", WHAT[kind], ""]
-    lines += [f"- Training: {training['steps']} of {total} steps, {hours:.1f} hours in them; {_settings(config)}."]
+    lines += [f"- Training: {done} of {config.get('steps', done)} steps, {training['hours']:.1f} hours in them; "]
+    lines[-1] += f"{_settings(config)}."
     seen = [_attacks(bank) for bank in training["pairs"]]
     if config.get("mined") or kind in ("adbm", "fare"):
         seen.append(_mined(kind, config))
@@ -112,7 +142,8 @@ def _attacks(bank: Row) -> str:
         f"{255 * made['eps'][1]:.1f}/255)"
         for made in bank["made"]
     ]
-    return f"PGD-{bank['config'].get('steps')} on {', '.join(kinds)}"
+    often = f", drawn {bank['times']} times as often" if bank["times"] > 1 else ""
+    return f"PGD-{bank['config'].get('steps')} on {', '.join(kinds)}{often}"
 
 
 def _mined(kind: str, config: Mapping[str, Any]) -> str:
