@@ -61,6 +61,17 @@ class ToyVictim:
             losses.append(-torch.stack([logs[i, p, w] for p, w in zip(places, words, strict=False)]).mean())
         return torch.stack(losses)
 
+    def margins(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> list[Tensor]:
+        logits, found = self.logits(images), []
+        for i, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+            words = [WORDS.index(w) for w in target.split() if w in WORDS]
+            places = [0] if "left" in prompt else [1] if "right" in prompt else [0, 1]
+            own = torch.tensor(words[: len(places)])
+            rows = logits[i, places[: len(own)]]
+            others = rows.scatter(1, own[:, None], -torch.inf).amax(1)
+            found.append(rows.gather(1, own[:, None])[:, 0] - others)
+        return found
+
     def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
         self.calls += 1
         answers = []

@@ -29,7 +29,7 @@ app = typer.Typer(
 
 REGISTRIES = {
     "purifiers": ("codefend.purifiers", "PURIFIERS"),
-    "attacks": ("codefend.attacks", "ATTACKS"),
+    "attacks": ("codefend.attacks", "EVERY_ATTACK"),
     "victims": ("codefend.victims", "VICTIMS"),
     "tasks": ("codefend.tasks", "TASKS"),
     "prompts": ("codefend.prompts", "PROMPTS"),

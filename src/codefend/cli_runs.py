@@ -105,6 +105,11 @@ def eval_(
 ) -> None:
     """Attack and judge every defense on every task; results are rows in the run folder.
 
+    Attackers who see the purifier (T2), by --set: exact gradients threats=T2, averaged over its noise eot=20, through
+    the identity attacks=apgd:bpda=true, through fewer evaluations attacks=apgd:process=1, under its detection score
+    attacks=apgd:evade=10, on features attacks=feature, from a copy threats=T1 surrogate=FOLDER, knowing the seed
+    threats=T2d. Options combine; see the class EvalConfig for all settings.
+
     --max-asr looks at every defense but the bare victim, on every task and eps, under the strongest threat that the run
     has for it (T2 where it was attacked through itself): the share of images answered right when nobody attacks on
     which any attack, in any submission, made the answer wrong or its target appear.

@@ -65,6 +65,15 @@ def _peer(name: str, summary: str, values: Mapping[str, Any]) -> Preset:
     return Preset(name, f"train a peer: {summary}", _config("training.peers", "PeerConfig", method=name, **values))
 
 
+# What `pairs` and the bridge's own mining lower: losses, words and features of the victim, by gradients.
+_SEEN = ("pgd", "apgd", "apgd-targeted", "feature", "feature-target")
+_UNSEEN = (
+    *("apgd-margin", "cw", "mifgsm", "dim", "ssa-cwa:steps=50", "pureproof:steps=30"),
+    *("square:steps=1000", "universal", "patch", "stadv", "perc-al"),
+)
+_ADAPTIVE = ("apgd:bpda=true", "apgd:process=1", "apgd:evade=10")
+_TEXT = ("characters", "words", "planted", "typographic", "joint", "joint-targeted")
+
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
@@ -101,13 +110,41 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "full",
-            "evaluate for as long as it takes: all 512 images, 2, 4 and 8/255, every attack family",
+            "evaluate for as long as it takes: all 512 images, 2, 4 and 8/255, every attack family, every adaptive means",
             _config(
                 "evaluate",
                 "EvalConfig",
                 defenses=_DEFENSES,
-                attacks=("apgd", "apgd-targeted", "feature", "mifgsm", "square", "noise"),
+                attacks=(*_SEEN, *_UNSEEN, "corruption", "noise", *_ADAPTIVE, *_TEXT),
                 eps=(2.0, 4.0, 8.0),
+                eot=20,
+                resubmissions=10,
+                threats=("T0", "T2", "T2d"),
+            ),
+        ),
+        Preset(
+            "seen-unseen",
+            "oblivious attacks of the kinds the bridge was trained on against all others, 32 images a task",
+            _config(
+                "evaluate",
+                "EvalConfig",
+                defenses=_DEFENSES,
+                attacks=(*_SEEN, *_UNSEEN),
+                seen=_SEEN,
+                threats=("T0",),
+                limit=32,
+            ),
+        ),
+        Preset(
+            "transfer",
+            "attacks made on each of --set crafters=A,B judged on all of them and on --set judges=openai:URL#model",
+            _config(
+                "evaluate",
+                "TransferConfig",
+                defenses=("none", "bridge"),
+                attacks=("apgd", "mifgsm", "dim", "feature", "ssa-cwa:steps=50"),
+                eps=(16.0,),
+                limit=32,
             ),
         ),
     )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from codefend.attacks.specs import NEEDS_SENTENCE, AttackSpec, Bound, Goal, TextAttackSpec, Threat
-from codefend.attacks.table import ATTACKS, TEXT_ATTACKS
+from codefend.attacks.table import ATTACKS, EVERY_ATTACK, TEXT_ATTACKS
 from codefend.types import Objective, UserError, Victim, WhiteBox
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ATTACKS",
+    "EVERY_ATTACK",
     "NEEDS_SENTENCE",
     "TEXT_ATTACKS",
     "AttackSpec",
@@ -32,7 +33,7 @@ __all__ = [
 
 
 def objective_for(
-    spec: AttackSpec,
+    spec: AttackSpec | TextAttackSpec,
     victim: Victim,
     prompts: Sequence[str],
     answers: Sequence[str],

@@ -218,11 +218,14 @@ def worst_branch(branches: Sequence[Objective]) -> Objective:
     return objective
 
 
-def evading(objective: Objective, detector: Callable[[Tensor], Tensor], limit: float, *, weight: float) -> Objective:
+def evading(
+    objective: Objective, detector: Callable[[Tensor], Tensor], limit: float | Tensor, *, weight: float
+) -> Objective:
     """``objective`` plus ``weight * max(detector - limit, 0)``: succeed and stay under a detector's threshold.
 
-    ``detector`` maps images to scores ``[B]``, higher is more suspicious. A feasible image pays nothing, so ``weight``
-    only has to be large beside the objective's own range (Carlini & Wagner 2017, arXiv 1705.07263).
+    ``detector`` maps images to scores ``[B]``, higher is more suspicious; ``limit`` is one number or ``[B]``. A
+    feasible image pays nothing, so ``weight`` only has to be large beside the objective's own range (Carlini & Wagner 2017,
+    arXiv 1705.07263).
     """
 
     def evasive(images: Tensor) -> Tensor:

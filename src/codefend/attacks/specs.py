@@ -58,3 +58,8 @@ class TextAttackSpec:
     goal: Goal = "untargeted"
     steps: int = 100  # usual ``Budget.steps``: looks at the objective, or gradient steps of a joint attack
     changes: Literal["prompt", "image", "both"] = "prompt"
+
+    @property
+    def bound(self) -> Bound:
+        """Pictures stay in the ball where a gradient moves them; words written over them have no bound."""
+        return "ball" if self.changes == "both" else "none"

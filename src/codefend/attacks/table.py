@@ -325,3 +325,5 @@ TEXT_ATTACKS: dict[str, TextAttackSpec] = _by_name(
         changes="both",
     ),
 )
+
+EVERY_ATTACK: dict[str, AttackSpec | TextAttackSpec] = {**ATTACKS, **TEXT_ATTACKS}

@@ -131,3 +131,7 @@ class Typographic:
                 best.update(last, score(self, objective, last, budget.eot, number))
                 number += 1
         return best.settle(self, objective, last, budget), list(prompts)
+
+    def outside(self, images: Tensor, clean: Tensor) -> Tensor:
+        """0 for each image: words may be written over anything."""
+        return torch.zeros(len(clean), dtype=clean.dtype, device=clean.device)

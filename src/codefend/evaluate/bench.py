@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from codefend.attacks import ATTACKS, NEEDS_SENTENCE
+from codefend.attacks import EVERY_ATTACK, NEEDS_SENTENCE, AttackSpec, TextAttackSpec
 from codefend.defense import Defense, StraightThrough
 from codefend.evaluate.config import AttackChoice, DefenseChoice, EvalConfig, check
 from codefend.images import quantize8
@@ -153,6 +153,7 @@ class Bench:
     contenders: dict[str, Contender]
     surrogate: Contender | None
     attacks: dict[str, AttackChoice]
+    shorter: dict[tuple[str, int], Purifier]  # defense and evaluations: what an attack with ``process`` goes through
 
     def describe(self) -> dict[str, Any]:
         """What the report needs and the rows don't say."""
@@ -211,18 +212,42 @@ def open_bench(config: EvalConfig, loaders: Loaders | None = None) -> Bench:
     check_access(crafter, attacks)
     for policy in [known.defense.policy for known in (*contenders.values(), *([surrogate] if surrogate else []))]:
         prompted(crafter, policy), prompted(victim, policy)  # a soft prefix of another victim fails now
-    return Bench(config, victim, crafter, tasks, contenders, surrogate, attacks)
+    return Bench(
+        config, victim, crafter, tasks, contenders, surrogate, attacks, shortened(contenders, attacks, loaders)
+    )
 
 
 def check_access(crafter: Victim, attacks: dict[str, AttackChoice]) -> None:
     """Raise UserError naming the attacks that ``crafter`` shows too little for: it only answers text."""
-    blind = [label for label, choice in attacks.items() if choice.spec.goal not in TEXT_ONLY]
+    blind = [label for label, choice in attacks.items() if not _needs_answers_only(choice.spec)]
     if blind and not isinstance(crafter, WhiteBox):
-        able = ", ".join(sorted(name for name, spec in ATTACKS.items() if spec.goal in TEXT_ONLY))
+        able = ", ".join(sorted(name for name, spec in EVERY_ATTACK.items() if _needs_answers_only(spec)))
         raise UserError(
             f"victim {crafter.name!r} only answers text, and {', '.join(blind)} need{'s' * (len(blind) == 1)} a white "
             f"box: set craft_victim=pocket to transfer from another victim, or use {able}"
         )
+
+
+def _needs_answers_only(spec: AttackSpec | TextAttackSpec) -> bool:
+    return spec.goal in TEXT_ONLY or (isinstance(spec, TextAttackSpec) and spec.threat == "score")
+
+
+def shortened(
+    contenders: Mapping[str, Contender], attacks: Mapping[str, AttackChoice], loaders: Loaders
+) -> dict[tuple[str, int], Purifier]:
+    """The purifiers that take fewer evaluations when told so (bridge, diffpure), as attacks with ``process`` ask."""
+    found: dict[tuple[str, int], Purifier] = {}
+    wanted = {choice.means.process for choice in attacks.values()} - {0}
+    for label, evaluations in product(contenders, wanted):
+        choice, own = DefenseChoice.parse(label), contenders[label].cost.get("evaluations") or 0
+        for key in ("evaluations", "steps") if own > evaluations else ():
+            try:
+                shorter = loaders.purifier(choice.name, **{**choice.options, key: evaluations})
+            except (UserError, TypeError):
+                continue
+            if getattr(shorter, "evaluations", own) == evaluations:
+                found[label, evaluations] = shorter
+    return found
 
 
 def _picture(known: Examined) -> Tensor:

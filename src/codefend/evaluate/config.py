@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from codefend.attacks import ATTACKS, AttackSpec
+from codefend.attacks import EVERY_ATTACK, AttackSpec, TextAttackSpec
 from codefend.registry import lookup
 from codefend.settings import override, parse_settings
-from codefend.types import Attack, Budget, UserError
+from codefend.types import Budget, UserError
 
 Threat = Literal["T0", "T1", "T2", "T2d"]
 # T0 oblivious: the attack sees the bare victim. T1 transfer: it goes through a surrogate defense.
@@ -27,6 +27,20 @@ class EvalConfig:
     both. With ``craft_victim`` every attack is a transfer (T1), whatever ``threats`` says: the images are made on that
     victim, behind ``surrogate`` if one is set, and judged on ``victim``, which may then be a black box. The defense
     ``none`` is the bare victim; all its rows are T0, as there is nothing to adapt to.
+
+    Attackers who adapt to a purifier, and how to ask for them:
+
+    - exact gradient through every network evaluation, fp32: ``threats=T2``; ``diffpure:checkpoint=true`` as the defense
+      keeps the memory of one evaluation
+    - expectation over its noise: ``eot=20``, or ``apgd:eot=20`` for one attack
+    - BPDA, exact forward and identity backward: ``attacks=apgd:bpda=true``; by itself where there is no gradient
+    - surrogate process with fewer evaluations: ``attacks=apgd:process=1``
+    - aware of the gate, staying under the purifier's detection score: ``attacks=apgd:evade=10``
+    - features through the purifier: ``attacks=feature,feature-target``
+    - transfer from an independently trained copy: ``threats=T1 surrogate=FOLDER``
+    - the seed is known: ``threats=T2d``
+
+    Options combine (``apgd:bpda=true,evade=10``); the worst case over attacks takes each example's worst.
     """
 
     victim: str = "pocket"
@@ -104,31 +118,42 @@ class DefenseChoice:
 
 
 @dataclass(frozen=True)
+class Means:
+    """How an attack looks through a defense (T2, T2d) when it doesn't just follow the exact gradient."""
+
+    bpda: bool = False  # exact forward, identity backward (Athalye et al. 2018), also where a gradient could be had
+    process: int = 0  # purifier evaluations that the attack goes through, fewer than the defense's (Lee & Kim 2023)
+    evade: float = 0.0  # weight of the purifier's detection score above its threshold, or above the clean picture's
+
+
+@dataclass(frozen=True)
 class AttackChoice:
     """An attack as spelled in the config, with the budget's and its own options."""
 
     label: str
-    spec: AttackSpec
+    spec: AttackSpec | TextAttackSpec
     options: dict[str, str]  # fields of the attack, as text
     steps: int
     eot: int
+    means: Means = Means()
 
     @classmethod
     def parse(cls, text: str, config: EvalConfig) -> AttackChoice:
         """Read ``name`` or ``name:steps=50,...``. Raises UserError for an unknown attack or option."""
         name, options = _split(text)
-        spec = lookup("attack", name, ATTACKS)
-        if hasattr(spec.build(), "restarts"):
+        spec = lookup("attack", name, EVERY_ATTACK)
+        if hasattr(_built(spec), "restarts"):
             options = {"restarts": str(config.restarts), **options}
+        means = override(Means(), {key: options.pop(key) for key in ("bpda", "process", "evade") if key in options})
         steps = _whole(options.pop("steps", str(config.steps or spec.steps)), f"{name}:steps")
         eot = _whole(options.pop("eot", str(config.eot)), f"{name}:eot")
-        choice = cls(text, spec, options, steps, eot)
+        choice = cls(text, spec, options, steps, eot, means)
         choice.build()  # a wrong option fails now, not hours later
         return choice
 
-    def build(self) -> Attack:
-        """A fresh attack with its options set."""
-        attack = self.spec.build()
+    def build(self, say: str = "") -> Any:
+        """A fresh `Attack` or `TextAttack` with its options set; ``say`` is the sentence that a text attack plants."""
+        attack = _built(self.spec, say)
         return override(attack, self.options) if self.options else attack
 
     def budget(self, config: EvalConfig, eps: float, *, randomized: bool) -> Budget:
@@ -137,6 +162,10 @@ class AttackChoice:
         An attack with a bound of its own has ``eps`` 0 in the rows, and looks at no budget's.
         """
         return Budget(config.norm, config.radius(eps or config.eps[0]), self.steps, self.eot if randomized else 1)
+
+
+def _built(spec: AttackSpec | TextAttackSpec, say: str = "") -> Any:
+    return spec.build(say) if isinstance(spec, TextAttackSpec) else spec.build()
 
 
 def check(config: EvalConfig) -> None:

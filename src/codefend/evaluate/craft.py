@@ -10,7 +10,7 @@ import hashlib
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from codefend.attacks import objective_for
+from codefend.attacks import TextAttackSpec, asked_for, objective_for
 from codefend.attacks.bounds import OwnBound, finished
 from codefend.attacks.norms import distance
 from codefend.attacks.search import Trace
 from codefend.defense import DefendedVictim, Defense
+from codefend.evaluate.adaptive import seen_through, unsuspected
 from codefend.evaluate.bench import Bench
 from codefend.images import quantize8
 from codefend.results import BARE, eps_label
@@ -89,7 +90,7 @@ def source_victim(bench: Bench, source: Cell, batch: int, use: str = "attack noi
     contender = bench.surrogate if source.threat == "T1" else bench.contenders.get(source.defense)
     if source.threat == "T0" or contender is None:
         return victim, False
-    defense, seed = contender.adaptive, bench.config.seed
+    defense, seed = seen_through(bench, contender, bench.attacks[source.attack]), bench.config.seed
     if source.threat == "T2d" and defense.purifier is not None:
         known = KnownSeed(defense.purifier, seed, *judge_names(source, batch), 0)
         return DefendedVictim(victim, Defense(known, defense.policy, defense.name)), False
@@ -164,19 +165,25 @@ def _attack(
     choice = bench.attacks[source.attack]
     victim, randomized = source_victim(bench, source, batch)
     budget = choice.budget(bench.config, source.eps, randomized=randomized)
-    objective = make_objective(bench, source, victim, examples, clean)
-    attack, trace = choice.build(), Trace()
+    attack, trace = choice.build(bench.tasks[source.task].task.target), Trace()
     trace.attach(attack)
     generator = make_generator(bench.config.seed, "attack", *source, batch)
-    start = time.perf_counter()
-    raw = attack(objective, clean, budget, generator=generator).detach()
-    seconds = (time.perf_counter() - start) / len(examples)
+    start, prompts = time.perf_counter(), [example.prompt for example in examples]
+    if isinstance(choice.spec, TextAttackSpec):
+        asked = asked_for(choice.spec, victim, *_answers_and_target(bench, source, examples))
+        raw, prompts = attack(asked, clean, prompts, budget, generator=generator)
+    else:
+        objective = make_objective(bench, source, victim, examples, clean)
+        raw = attack(objective, clean, budget, generator=generator)
+    seconds, raw = (time.perf_counter() - start) / len(examples), raw.detach()
+    examples = [replace(example, prompt=prompt) for example, prompt in zip(examples, prompts, strict=True)]
     attacked = finished(attack, raw.nan_to_num(0.5), clean, budget)
     bare = evaluate_objective(make_objective(bench, source, bench.crafter, examples, clean), attacked)
     seen = bare if source.threat == "T0" else source_objective(bench, source, batch, examples, clean, attacked)
     return attacked, [
         {
             "skipped": False,
+            "asked": prompt,
             "perturbation": size,
             "violation": problem,
             "objective": {"bare": value, "source": through},
@@ -186,7 +193,8 @@ def _attack(
             "budget": {"steps": budget.steps, "eot": budget.eot, "restarts": getattr(attack, "restarts", 1)},
             "seeds": {"config": bench.config.seed, "attack": generator.initial_seed()},
         }
-        for size, problem, value, through, curve, slope in zip(
+        for prompt, size, problem, value, through, curve, slope in zip(
+            prompts,
             perturbations(attacked, clean),
             violations(raw, attacked, clean, budget, attack),
             bare,
@@ -208,13 +216,26 @@ def source_objective(
 
 def make_objective(bench: Bench, cell: Cell, victim: Victim, examples: Sequence[Example], clean: Tensor) -> Objective:
     """What the attack of ``cell`` lowers, seen through ``victim``."""
-    choice = bench.attacks[cell.attack]
+    choice, wanted = bench.attacks[cell.attack], None
     prompts = [example.prompt for example in examples]
-    answers = [true_answer(example) for example in examples]
-    target, wanted = bench.tasks[cell.task].task.target, None
+    answers, target = _answers_and_target(bench, cell, examples)
+    if isinstance(choice.spec, TextAttackSpec):
+        return asked_for(choice.spec, victim, answers, target)(prompts)
     if choice.spec.goal == "feature-target":
         wanted = _other_images(bench, cell.task, examples, clean)
-    return objective_for(choice.spec, victim, prompts, answers, target, clean, wanted)
+    objective = objective_for(choice.spec, victim, prompts, answers, target, clean, wanted)
+    if choice.means.evade and isinstance(victim, DefendedVictim) and victim.defense.purifier is not None:
+        objective = unsuspected(objective, victim.defense.purifier, clean, choice.means.evade, victim.generator)
+    return objective
+
+
+def _answers_and_target(bench: Bench, cell: Cell, examples: Sequence[Example]) -> tuple[list[str], str]:
+    return [true_answer(example) for example in examples], bench.tasks[cell.task].task.target
+
+
+def as_asked(examples: Sequence[Example], notes: Sequence[Row]) -> list[Example]:
+    """The examples with the prompts that a text attack left them."""
+    return [replace(e, prompt=note.get("asked", e.prompt)) for e, note in zip(examples, notes, strict=True)]
 
 
 def true_answer(example: Example) -> str:

@@ -16,11 +16,13 @@ from torch import Generator, Tensor
 from codefend import images as pictures
 from codefend.attacks import NEEDS_SENTENCE
 from codefend.defense import DefendedVictim, Defense
+from codefend.evaluate.adaptive import suspicion
 from codefend.evaluate.bench import Bench
 from codefend.evaluate.craft import (
     Cell,
     Crafted,
     KnownSeed,
+    as_asked,
     clean_images,
     evaluate_objective,
     judge_names,
@@ -157,6 +159,8 @@ def common_columns(
     clean = clean_images(examples)
     scored = score_all(bench, cell.task, found.answers, examples)
     restored = psnr(found.purified, clean).tolist()
+    purifier = contender.defense.purifier
+    doubted = [None] * len(examples) if purifier is None else suspicion(purifier, images, found.purified).tolist()
     label = eps_label(config.radius(cell.eps), config.norm)
     return [
         {
@@ -182,6 +186,7 @@ def common_columns(
             **scored[i],
             "randomized": contender.randomized,
             "purified_psnr": restored[i],  # of what the victim saw, against the clean picture
+            "suspicion": doubted[i],  # the purifier's detection score before the sigmoid, or levels removed
             "judge_seed": found.seed,
             "purify_seconds": found.purify_seconds,
             "generate_seconds": found.generate_seconds,
@@ -206,7 +211,7 @@ def attacked_rows(
     bench: Bench, folder: Path, cell: Cell, batch: int, indices: Sequence[int], crafted: Crafted, clean: list[Row]
 ) -> list[Row]:
     """Rows of one batch under attack. ``clean`` are the same defense's clean rows of the same examples."""
-    examples = bench.tasks[cell.task].examples(indices)
+    examples = as_asked(bench.tasks[cell.task].examples(indices), crafted.notes)
     images, spec = crafted.images, bench.attacks[cell.attack].spec
     found = submit(bench, cell, batch, images, examples)
     rows = common_columns(bench, cell, batch, found, images, examples)

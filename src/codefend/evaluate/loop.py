@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from codefend.attacks import NEEDS_SENTENCE
+from codefend.evaluate.adaptive import makes_sense
 from codefend.evaluate.bench import Bench, Loaders, open_bench
-from codefend.evaluate.config import AttackChoice, EvalConfig
+from codefend.evaluate.config import AttackChoice, EvalConfig, Means
 from codefend.evaluate.craft import Cell, craft
 from codefend.evaluate.judge import attacked_rows, clean_rows, row_key
 from codefend.evaluate.reuse import check_donor, take_over
@@ -32,7 +33,7 @@ def cells(config: EvalConfig) -> Iterator[Cell]:
             for eps in _radii(config, attack):
                 for threat in _threats(config):
                     for defense in config.defenses:
-                        if _makes_sense(config, threat, defense):
+                        if _makes_sense(config, threat, defense) and _looks_through(config, threat, attack):
                             yield Cell(task, attack, eps, threat, defense)
 
 
@@ -58,6 +59,11 @@ def _makes_sense(config: EvalConfig, threat: str, defense: str) -> bool:
         return False
     wanted = not config.adaptive or defense in config.adaptive
     return threat in config.threats and (wanted or threat in ("T0", "T1"))
+
+
+def _looks_through(config: EvalConfig, threat: str, attack: str) -> bool:
+    """Means to look through a defense change nothing for who doesn't see it."""
+    return threat in ("T2", "T2d") or AttackChoice.parse(attack, config).means == Means()
 
 
 def batches(bench: Bench, cell: Cell) -> list[list[int]]:
@@ -104,7 +110,9 @@ def _describe(bench: Bench, run: Run, total: int) -> None:
 
 
 def _possible(bench: Bench, cell: Cell) -> bool:
-    """Whoever knows the seed of a defense without randomness knows nothing new."""
+    """Whoever knows the seed of a defense without randomness knows nothing new; nor do means that change nothing."""
+    if cell.attack != CLEAN and not makes_sense(bench, cell.defense, bench.attacks[cell.attack]):
+        return False
     return cell.threat != "T2d" or bench.contenders[cell.defense].randomized
 
 

@@ -18,6 +18,7 @@ from codefend.evaluate.config import EvalConfig
 from codefend.evaluate.craft import (
     Cell,
     Crafted,
+    as_asked,
     attacked_path,
     clean_images,
     keep_attacked,
@@ -115,7 +116,7 @@ def _other_model(
         return "a picture that was left alone differs from this run's"
     if not todo:
         return ""
-    chosen = [examples[i] for i in todo]
+    chosen = as_asked([examples[i] for i in todo], [found.notes[i] for i in todo])
     now = source_objective(bench, source, batch, chosen, clean[todo], found.images[todo])
     for i, value in zip(todo, now, strict=True):
         then = float(found.notes[i]["objective"]["source"])

@@ -59,6 +59,14 @@ class SoftPrompted:
         features: Tensor = self.victim.features(images)
         return features
 
+    def margins(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> list[Tensor]:
+        margins: list[Tensor] = self.victim.margins(images, prompts, targets, prefix=self.prefix)
+        return margins
+
+    def word_scores(self, images: Tensor, words: Sequence[str]) -> Tensor:
+        scores: Tensor = self.victim.word_scores(images, words)
+        return scores
+
 
 @dataclass(frozen=True)
 class SoftPolicy:

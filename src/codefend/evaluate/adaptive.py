@@ -1,0 +1,77 @@
+"""Adaptive means: what an attacker who sees the defense puts in place of its exact gradient, or adds to the goal."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from codefend.attacks.objectives import evading
+from codefend.defense import Defense, StraightThrough
+from codefend.evaluate.bench import Bench, Contender
+from codefend.evaluate.config import AttackChoice
+from codefend.types import Objective, Purifier
+
+
+def seen_through(bench: Bench, contender: Contender, choice: AttackChoice) -> Defense:
+    """The defense as this attack differentiates it."""
+    defense = contender.adaptive
+    if choice.means.process:
+        defense = replace(defense, purifier=bench.shorter[contender.label, choice.means.process])
+    if choice.means.bpda and defense.purifier is not None and contender.gradient == "exact":
+        defense = replace(defense, purifier=StraightThrough(defense.purifier))
+    return defense
+
+
+def makes_sense(bench: Bench, defense: str, choice: AttackChoice) -> bool:
+    """Whether the attack's means change anything about this defense."""
+    contender, means = bench.contenders[defense], choice.means
+    if contender.defense.purifier is None:
+        return not (means.bpda or means.process or means.evade)
+    if means.process and (defense, means.process) not in bench.shorter:
+        return False
+    return not means.bpda or contender.gradient == "exact"
+
+
+def unwrapped(purifier: Purifier) -> Any:
+    """The purifier inside the wrappers that fix its noise or its gradient."""
+    inner: Any = purifier
+    while hasattr(inner, "purifier"):
+        inner = inner.purifier
+    return inner
+
+
+def suspicion(purifier: Purifier, images: Tensor, purified: Tensor) -> Tensor:
+    """How suspicious ``purifier`` finds each picture, ``[B]``, in units that an attacker can descend.
+
+    The logit of a calibrated detector, else the root mean square of what was removed in 8-bit levels.
+    """
+    detector = getattr(unwrapped(purifier), "detector", None)
+    if detector is not None:
+        logits: Tensor = detector.logit(images, purified)
+        return logits
+    return 255 * ((images - purified).square().flatten(1).mean(1) + 1e-12).sqrt()
+
+
+def unsuspected(
+    objective: Objective, purifier: Purifier, clean: Tensor, weight: float, generator: Generator | None
+) -> Objective:
+    """``objective`` with a fine on pictures more suspicious than the detector's threshold or, without one, than clean.
+
+    Costs another purification per look. Carlini & Wagner 2017 (arXiv 1705.07263): detectors fall to whoever aims at
+    them, too.
+    """
+
+    def score(images: Tensor) -> Tensor:
+        return suspicion(purifier, images, purifier(images, generator=generator))
+
+    detector = getattr(unwrapped(purifier), "detector", None)
+    if detector is not None:
+        share = min(max(float(detector.threshold), 1e-6), 1 - 1e-6)
+        return evading(objective, score, math.log(share / (1 - share)), weight=weight)
+    with torch.no_grad():
+        limit = score(clean)
+    return evading(objective, score, limit, weight=weight)
