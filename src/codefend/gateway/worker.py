@@ -171,7 +171,7 @@ class Worker:
             raise PurifyFailed("wrong_output", f"purifier {self.name} returned nan or {tuple(purified.shape)}")
         scores: Tensor | None = None
         if isinstance(self.purifier, ImagePurifier) and type(self.purifier).score is ImagePurifier.score:
-            scores = _rms(images_in - purified)  # its score, without purifying twice
+            scores = self.purifier.judge(images_in, purified)  # its score, without purifying twice
         elif self.can_score:
             scores = self.purifier.score(images_in)  # type: ignore[attr-defined]
         return purified.cpu(), None if scores is None else scores.cpu()
@@ -194,9 +194,3 @@ def _finite(images: Tensor) -> bool:
     # nan and infinity both reach an extreme; isfinite would write four tensors of this size on the way.
     low, high = torch.aminmax(images)
     return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def _rms(images: Tensor) -> Tensor:
-    flat = images.flatten(1)
-    scaled: Tensor = torch.linalg.vector_norm(flat, dim=1) / flat.shape[1] ** 0.5
-    return scaled
