@@ -1,18 +1,21 @@
 """Our attacks against Foolbox's and ART's on the same objective, budget and steps, on the undefended pocket.
 
-    python benchmarks/crosscheck.py [--task caption] [--limit 32] [--steps 50] [--norm linf] [--eps 8/255]
-        [--objectives likelihood features]
+    python benchmarks/crosscheck.py --run DIR [--task caption] [--limit 32] [--steps 50] [--norm linf] [--eps 8/255]
+        [--objectives likelihood features] [--minutes M]
 
-Theirs get what ours have: of all images that they looked at inside the ball, the lowest objective counts. Exits 1 when
-one of theirs is below its counterpart, or below our APGD, by more than two standard errors of the paired difference.
-Needs `foolbox` and `adversarial-robustness-toolbox`.
+Every finished attack is kept in the run folder: the same command goes on where it stopped. Theirs get what ours have:
+of all images that they looked at inside the ball, the lowest objective counts. Exits 1 when one of theirs is below its
+counterpart, or below our APGD, by more than two standard errors of the paired difference. Needs `foolbox` and
+`adversarial-robustness-toolbox`.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import eagerpy as ep
@@ -29,7 +32,7 @@ from codefend.attacks import ATTACKS, objective_for
 from codefend.attacks.norms import distance
 from codefend.attacks.search import Best
 from codefend.images import quantize8
-from codefend.runs import make_generator
+from codefend.runs import Run, make_generator, open_run
 from codefend.settings import number
 from codefend.types import Budget, Objective
 
@@ -149,30 +152,72 @@ def beaten(their: Tensor, our: Tensor) -> tuple[str, bool]:
     return f"{float(gap.mean()):+.4f} ± {error:.4f}", float(gap.mean()) < -error
 
 
-def compare(victim: Any, examples: Any, goal: str, budget: Budget) -> dict[str, Tensor]:
-    """The lowest objective ``[B]`` of each attack, ours and theirs, on one batch."""
-    clean = quantize8(torch.stack([example.image for example in examples]))
-    prompts, answers = [e.prompt for e in examples], [e.references[0] for e in examples]
-    objective = objective_for(ATTACKS[goal], victim, prompts, answers, "", clean)
-    found = {name: ours(name, Record(objective, clean, budget)) for name in ("pgd", "mifgsm", "apgd")}
-    return found | {name: attack(Record(objective, clean, budget)) for name, (_, attack) in theirs(budget).items()}
+@dataclass(frozen=True)
+class Settings:
+    """What the figures depend on: saved in the run folder, which takes no others."""
+
+    task: str
+    limit: int
+    steps: int
+    norm: str
+    eps: str
+    batch: int
+
+    @property
+    def budget(self) -> Budget:
+        return Budget("linf" if self.norm == "linf" else "l2", number(self.eps), self.steps)
 
 
-def table(goal: str, values: dict[str, Tensor], budget: Budget) -> bool:
-    """Print the rows of one objective; whether ours were beaten."""
-    failed, pairs = False, {name: pair for name, (pair, _) in theirs(budget).items()}
+def contestants(budget: Budget) -> dict[str, Callable[[Record], Tensor]]:
+    """Ours first, then theirs."""
+    own = {name: lambda record, name=name: ours(name, record) for name in ("pgd", "mifgsm", "apgd")}
+    return own | {name: attack for name, (_, attack) in theirs(budget).items()}
+
+
+def fill(run: Run, asked: Settings, goals: list[str], deadline: float) -> None:
+    """Attack whatever the run lacks, until the deadline: a row per objective, attack and batch."""
+    victim, task = None, tasks.load(asked.task, limit=asked.limit)
+    for goal in goals:
+        for start in range(0, len(task.examples), asked.batch):
+            examples = task.examples[start : start + asked.batch]
+            for name, attack in contestants(asked.budget).items():
+                key = f"{goal} | {name} | {start}"
+                if run.has(key):
+                    continue
+                if time.monotonic() > deadline:
+                    return
+                victim = victim or victims.load("pocket")
+                clean = quantize8(torch.stack([example.image for example in examples]))
+                prompts, answers = [e.prompt for e in examples], [e.references[0] for e in examples]
+                objective = objective_for(ATTACKS[OBJECTIVES[goal]], victim, prompts, answers, "", clean)
+                lowest = attack(Record(objective, clean, asked.budget))
+                run.append({"key": key, "goal": goal, "attack": name, "start": start, "lowest": lowest.tolist()})
+                print(key, "done", file=sys.stderr, flush=True)
+
+
+def table(goal: str, rows: list[dict[str, Any]], asked: Settings) -> bool:
+    """Print the rows of one objective, on the batches that every attack has seen; whether ours were beaten."""
+    names, failed = list(contestants(asked.budget)), False
+    pairs = {name: pair for name, (pair, _) in theirs(asked.budget).items()}
+    found = {(row["attack"], row["start"]): row["lowest"] for row in rows if row["goal"] == goal}
+    starts = sorted({start for _, start in found if all((name, start) in found for name in names)})
+    if not starts:
+        print(f"| {goal} | not all attacks measured yet | | | | |")
+        return False
+    values = {name: torch.tensor([v for start in starts for v in found[name, start]]) for name in names}
     for name, value in values.items():
         cells = ["", "", ""]
         if name in pairs:
             (near, worse), (best, worst) = (beaten(value, values[other]) for other in (pairs[name], "apgd"))
             failed |= worse or worst
             cells = [pairs[name], near + " **beaten**" * worse, best + " **beaten**" * worst]
-        print(f"| {goal} | {name} | {float(value.mean()):.4f} | {' | '.join(cells)} |", flush=True)
+        print(f"| {goal} | {name} (n = {len(value)}) | {float(value.mean()):.4f} | {' | '.join(cells)} |")
     return failed
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="run folder")
     parser.add_argument("--task", default="caption")
     parser.add_argument("--limit", type=int, default=32)
     parser.add_argument("--steps", type=int, default=50)
@@ -180,20 +225,18 @@ def main() -> int:
     parser.add_argument("--eps", default="8/255")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
-    asked = parser.parse_args()
-    budget = Budget(asked.norm, number(asked.eps), asked.steps)
-    victim, task = victims.load("pocket"), tasks.load(asked.task, limit=asked.limit)
-    print(f"{asked.task}, n = {asked.limit}, {asked.norm} {asked.eps}, {asked.steps} steps; lower is better\n")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further attack after this long")
+    given = vars(parser.parse_args())
+    folder, goals, minutes = given.pop("run"), given.pop("objectives"), given.pop("minutes")
+    asked = Settings(**given)
+    with open_run(folder, asked) as run:
+        fill(run, asked, goals, time.monotonic() + 60 * minutes)
+        rows = run.rows()
+    print(f"{asked.task}, {asked.norm} {asked.eps}, {asked.steps} steps; lower is better\n")
     print("| objective | attack | mean | our counterpart | theirs less it | theirs less our APGD |")
     print("|---" * 6 + "|")
-    failed = False
-    for label in asked.objectives:
-        parts = [
-            compare(victim, task.examples[start : start + asked.batch], OBJECTIVES[label], budget)
-            for start in range(0, len(task.examples), asked.batch)
-        ]
-        failed |= table(label, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, budget)
-    return int(failed)
+    beaten_somewhere = [table(goal, rows, asked) for goal in goals]
+    return int(any(beaten_somewhere))
 
 
 if __name__ == "__main__":

@@ -345,7 +345,7 @@ def test_violation_is_flagged_and_the_judged_image_is_inside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, reason: str
 ) -> None:
     spec = AttackSpec("cheat", "", "", "white-box", lambda: Cheat(kind))
-    monkeypatch.setitem(attacks.ATTACKS, "cheat", spec)
+    monkeypatch.setitem(attacks.EVERY_ATTACK, "cheat", spec)
     found = run(tmp_path, replace(SMALL, attacks=("cheat",), defenses=("none",), threats=("T0",)))
     attacked = [row for row in found if row["attack"] == "cheat"]
     assert all(reason in row["violation"] for row in attacked)

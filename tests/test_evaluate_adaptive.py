@@ -150,3 +150,21 @@ def test_detector_of_the_weights_sets_the_limit() -> None:
     assert suspicion(judged, images, judged(images)).tolist() == [-0.25, 0.25]
     fined = unsuspected(lambda x: torch.zeros(len(x)), judged, images, 8.0, None)
     assert fined(images).tolist() == [0.0, 2.0]  # logit(0.5) = 0
+
+
+@pytest.mark.parametrize("name", ["quick", "standard", "full", "seen-unseen", "transfer"])
+def test_presets_name_attacks_that_there_are(name: str) -> None:
+    from codefend.evaluate.config import AttackChoice, check
+    from codefend.evaluate.transfer import check_matrix
+    from codefend.presets import PRESETS
+
+    config = PRESETS[name].build({"judges": "another"} if name == "transfer" else {})
+    if name == "transfer":
+        check_matrix(config)
+    check(config)
+    choices = [AttackChoice.parse(label, config) for label in config.attacks]
+    if name == "full":
+        families = {type(choice.build()).__name__ for choice in choices}
+        assert len(families) >= 15
+        means = {(c.means.bpda, c.means.process > 0, c.means.evade > 0) for c in choices}
+        assert len(means) == 4  # each alone, and none

@@ -42,6 +42,7 @@ from codefend.results import (
     Rate,
     eps_label,
     gaps,
+    gate,
     group_of,
     grouped,
     paired,
@@ -185,9 +186,27 @@ def test_success_rate_is_the_worst_case_over_attacks_and_weaker_threats() -> Non
 def test_success_table_names_what_max_asr_reads(folder: Path) -> None:
     table = success(read_report(folder))
     cells = {line[:4]: line[4:] for line in table.lines}
-    assert cells["questions", "leaky", "T2", "8/255"] == ("6/6 (100%)", "yes")
-    assert cells["questions", "leaky", "T0", "8/255"][1] == ""
-    assert cells["questions", "jitter", "T0", "8/255"][1] == "yes"  # it was never attacked through itself
+    assert cells["questions", "leaky", "T2", "8/255"][::2] == ("6/6 (100%)", "yes")
+    assert cells["questions", "leaky", "T0", "8/255"][2] == ""
+    assert cells["questions", "jitter", "T0", "8/255"][2] == "yes"  # it was never attacked through itself
+    assert cells["questions", "none", "T0", "8/255"][1] == "–"  # nothing there that could be suspicious
+
+
+def test_a_gate_refuses_what_is_more_suspicious_than_clean_pictures() -> None:
+    clean = [made(i, 1.0, attack=CLEAN, threat="clean", suspicion=float(i)) for i in range(40)]
+    seen, unseen = (fell(i, 1, suspicion=value) for i, value in enumerate((37.5, 36.0)))
+    unknown = fell(2, 1)
+    rows = [*clean, seen, unseen, unknown]
+    assert [gate(rows)(row) for row in (seen, unseen, unknown)] == [True, False, False]  # 2 of 40 are above the limit
+    assert list(success_rates(rows, refused=gate(rows)).values()) == [Rate(2, 3)]
+    assert not gate([seen])(seen)
+
+
+def test_attacks_with_a_bound_of_their_own_are_no_point_of_the_curve() -> None:
+    rows = [made(0, 1.0, attack=CLEAN, threat="clean", eps=0.0), made(0, 0.0, attack="patch", eps=0.0)]
+    assert score_against_eps(summarize(rows), "t") == ""
+    rows += [made(0, 0.5, eps=0.1)]
+    assert score_against_eps(summarize(rows), "t") != ""
 
 
 def test_seen_and_unseen_attacks_are_compared_on_the_same_examples(folder: Path) -> None:

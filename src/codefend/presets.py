@@ -110,7 +110,7 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "full",
-            "evaluate for as long as it takes: all 512 images, 2, 4 and 8/255, every attack family, every adaptive means",
+            "evaluate for as long as it takes: all 512 images, 2, 4 and 8/255, every attack family and means",
             _config(
                 "evaluate",
                 "EvalConfig",

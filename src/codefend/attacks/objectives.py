@@ -224,8 +224,8 @@ def evading(
     """``objective`` plus ``weight * max(detector - limit, 0)``: succeed and stay under a detector's threshold.
 
     ``detector`` maps images to scores ``[B]``, higher is more suspicious; ``limit`` is one number or ``[B]``. A
-    feasible image pays nothing, so ``weight`` only has to be large beside the objective's own range (Carlini & Wagner 2017,
-    arXiv 1705.07263).
+    feasible image pays nothing, so ``weight`` only has to be large beside the objective's own range (Carlini & Wagner
+    2017, arXiv 1705.07263).
     """
 
     def evasive(images: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from codefend.results import (
     CLEAN,
     difference,
     eps_label,
+    gate,
     grouped,
     interval,
     paired,
@@ -19,17 +20,21 @@ from codefend.results import (
 
 def success(report: Report) -> Table:
     """Attack success in the worst case over attacks, with its denominator: what ``codefend eval --max-asr`` reads."""
-    rates = success_rates(report.rows)
+    rates, unseen = success_rates(report.rows), success_rates(report.rows, refused=gate(report.rows))
     judged = set(strongest(rates))
-    norm = report.rows[0]["norm"]
+    norm, watched = report.rows[0]["norm"], {r["defense"] for r in report.rows if r.get("suspicion") is not None}
     lines = [
-        (g.task, g.defense, g.threat, eps_label(g.eps, norm), rate(found), "yes" if g in judged else "")
-        for g, found in rates.items()
+        (
+            *(g.task, g.defense, g.threat, eps_label(g.eps, norm) or "own bound", rate(found)),
+            *(rate(unseen[g]) if g.defense in watched else "–", "yes" if g in judged else ""),
+        )
+        for g, found in sorted(rates.items(), key=lambda pair: pair[0]._replace(threat="", attack=""))
     ]
-    columns = ("task", "defense", "threat", "eps", "attack success", "strongest")
+    columns = ("task", "defense", "threat", "eps", "attack success", "past a gate", "strongest")
     notes = (
         "images answered right when nobody attacks, on which any attack of the threat or of a weaker one, in any "
-        "submission, made the answer wrong or its target appear; no eps: attacks with a bound of their own. "
+        "submission, made the answer wrong or its target appear. Past a gate: likewise, if the pictures that the "
+        "purifier finds more suspicious than 95% of the clean ones were refused; an attack with evade= aims at that. "
         "--max-asr compares the strongest threat of each defense.",
     )
     return Table("Attack success, worst case over attacks", columns, tuple(lines), notes, frozenset(columns[:3]))

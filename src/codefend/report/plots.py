@@ -33,7 +33,8 @@ STYLE: dict[Any, Any] = {
 def score_against_eps(entries: Sequence[Entry], task: str) -> str:
     """Worst case over attacks against eps, one line per defense, one panel per threat; "" when nothing was attacked."""
     mine = [entry for entry in entries if entry.group.task == task]
-    worst = [entry for entry in mine if entry.group.attack == WORST]
+    # An attack with a bound of its own has no eps: its worst case is no point of the curve.
+    worst = [entry for entry in mine if entry.group.attack == WORST and entry.group.eps > 0]
     threats = [threat for threat in THREATS if any(entry.group.threat == threat for entry in worst)]
     defenses = list(dict.fromkeys(entry.group.defense for entry in mine))
     if not threats:
