@@ -31,9 +31,12 @@ from codefend.types import UserError, Victim
 MODEL = "pocket"
 
 
-def pocket_transport(victim: Victim | None = None) -> httpx2.AsyncBaseTransport:
-    """The embedded model behind a transport. Raises UserError when its packages or weights are missing."""
-    loaded: Victim = import_module("codefend.victims").load("pocket") if victim is None else victim
+def pocket_transport(victim: Victim | None = None, *, name: str = MODEL) -> httpx2.AsyncBaseTransport:
+    """The embedded model, the pocket or ``hf:ID_OR_FOLDER``, behind a transport.
+
+    Raises UserError when its packages or weights are missing.
+    """
+    loaded: Victim = import_module("codefend.victims").load(name) if victim is None else victim
     return httpx2.ASGITransport(app=create_pocket(loaded), raise_app_exceptions=False)
 
 

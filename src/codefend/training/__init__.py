@@ -13,6 +13,7 @@ def train(config: Any, folder: str | Path) -> Path:
 
     Raises UserError when the config is not a training's, or as the loop does.
     """
+    from codefend.training.backbones import TuneConfig, train_backbone
     from codefend.training.bridge import BridgeConfig, train_bridge
     from codefend.training.pocket import PocketConfig, train_pocket
     from codefend.training.prior import PriorConfig, train_prior
@@ -24,4 +25,6 @@ def train(config: Any, folder: str | Path) -> Path:
             return train_prior(config, folder)
         case BridgeConfig():
             return train_bridge(config, folder)
+        case TuneConfig():
+            return train_backbone(config, folder)
     raise UserError(f"{type(config).__name__} is not a training; `codefend list presets` says which are")

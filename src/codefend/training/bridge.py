@@ -17,16 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from codefend import victims
 from codefend.attacks import objectives
 from codefend.attacks.pgd import PGD
 from codefend.devices import default_device, training_precision
 from codefend.diffusion import bridge_predict, charbonnier, noise_like, sample_bridge_sigmas, sample_bridge_times
 from codefend.nets import NetConfig, PurifierNet, load_net, save_net
 from codefend.pairs import WORDS, Tower, read_pairs, word_objective
-from codefend.runs import make_generator, open_run, progress
+from codefend.runs import make_generator
 from codefend.tasks.pictures import training_pictures
+from codefend.training.banks import StreamedBank
 from codefend.training.feed import feed
+from codefend.training.guides import OwnGuide, find_guide
+from codefend.training.parallel import Workers
 from codefend.training.state import Average, cosine_rate, restore_training, save_training, set_rate
 from codefend.types import Budget, Objective, UserError
 from codefend.victims.pocket import Pocket
@@ -36,14 +38,16 @@ from codefend.victims.pocket import Pocket
 class BridgeConfig:
     """Everything that decides a bridge's weights."""
 
-    pairs: tuple[str, ...] = ()  # bank folders made by `codefend pairs`
+    pairs: tuple[str, ...] = ()  # bank folders made by `codefend pairs`, Parquet ones too
+    stream: bool = False  # read shards as they are drawn instead of holding all in memory
     prior: str = ""  # weights folder to fine-tune from, a prior's or a bridge's; empty: the shipped prior
-    victim: str = "pocket"  # guides by its word scores; a name or a weights folder
-    encoders: tuple[str, ...] = ("lite0", "lite2")  # guide by their features, one a step in turn
+    victim: str = "pocket"  # guides by its word scores, any other by its own words; a name or a weights folder
+    encoders: tuple[str, ...] = ("lite0", "lite2")  # guide by their features, one a step in turn; "victim": its own
     residual_bound: float | None = 64 / 255  # most that a noise-free evaluation may change in a pixel
     seed: int = 0
     steps: int = 1200
     batch: int = 16
+    micro: int = 1  # batches a step, shared out by the processes of `accelerate launch`, else one after another
     mined: float = 0.4  # share of steps whose pairs are mined through the purifier
     mining_steps: int = 2
     max_eps: float = 12 / 255  # of mined pairs
@@ -70,42 +74,50 @@ def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
 
     Raises UserError when pairs, prior or victim are missing, or the folder was made with another config.
     """
-    run = open_run(folder, {"train": "bridge", **asdict(config)})
-    bank = Bank(config.pairs)
-    victim = victims.load(config.victim)
-    if not isinstance(victim, Pocket):
-        raise UserError(f"bridge training is guided by a pocket victim, not {victim.name}")
+    workers = Workers.join(config.micro)
+    run = workers.open_run(folder, {"train": "bridge", **asdict(config)})
+    bank = StreamedBank(config.pairs) if config.stream else Bank(config.pairs)
     device = default_device()
-    guide = Guide(victim, [Tower(name) for name in config.encoders])
+    guide = find_guide(config.victim, config.encoders)
     net = start_from_prior(config).to(device).train()
     optimizer = torch.optim.AdamW([{"params": list(net.parameters()), "base": config.lr}], betas=(0.9, 0.99))
     parameters = dict(net.named_parameters())
     average, checkpoint = Average(parameters), run.dir / "checkpoint.safetensors"
     step = restore_training(checkpoint, parameters, optimizer, average)
-    with progress("bridge", config.steps, done=step) as advance:
-        for clean, attacked in feed(partial(_images, config, bank), step, config.steps, device):
+    with workers.progress("bridge", config.steps, done=step) as advance:
+        for batches in feed(partial(workers.share, partial(_images, config, bank)), step, config.steps, device):
             started = time.perf_counter()
             set_rate(optimizer, cosine_rate(step, config.steps, warmup=config.warmup))
-            draw = make_generator(config.seed, "bridge", step)
-            with training_precision(device):
-                pair = training_pair(config, net, guide, clean.to(device), attacked.to(device), step, draw)
-                terms = bridge_terms(config, net, guide, *pair, step, draw)
-            loss = torch.stack(list(terms.values())).sum()
             optimizer.zero_grad()
-            loss.backward()
+            found = [_descend(config, net, guide, *images, number) for number, images in batches]
+            workers.sum_gradients(list(net.parameters()))
+            terms = workers.mean_terms(found)
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
             average.update(parameters)
             step += 1
-            row = {"mined": not attacked.numel(), "grad_norm": float(norm), "seconds": time.perf_counter() - started}
-            run.append({"key": f"step-{step}", "step": step, **{k: v.item() for k, v in terms.items()}, **row})
-            advance(1, f"loss {loss.item():.3f}")
-            if step % config.save_every == 0 or step == config.steps:
+            mined = any(not attacked.numel() for _, (_, attacked) in batches)
+            row = {"mined": mined, "grad_norm": float(norm), "seconds": time.perf_counter() - started}
+            run.append({"key": f"step-{step}", "step": step, **terms, **row})
+            advance(1, f"loss {sum(terms.values()):.3f}")
+            if workers.main and (step % config.save_every == 0 or step == config.steps):
                 save_training(checkpoint, parameters, optimizer, step, average)
                 averaged = PurifierNet(net.config)
                 averaged.load_state_dict(average.values)
                 save_net(run.dir / "weights", averaged, kind="bridge", dtype=torch.float16)
     return run.dir / "weights"
+
+
+def _descend(
+    config: BridgeConfig, net: PurifierNet, guide: Guide | OwnGuide, clean: Tensor, attacked: Tensor, number: int
+) -> dict[str, Tensor]:
+    """Add the gradients of micro-batch ``number`` to the network's; its weighted terms."""
+    device, draw = default_device(), make_generator(config.seed, "bridge", number)
+    with training_precision(device):
+        pair = training_pair(config, net, guide, clean.to(device), attacked.to(device), number, draw)
+        terms = bridge_terms(config, net, guide, *pair, number, draw)
+    (torch.stack(list(terms.values())).sum() / config.micro).backward()
+    return terms
 
 
 def start_from_prior(config: BridgeConfig) -> PurifierNet:
@@ -144,8 +156,19 @@ class Guide:
     def tower(self, step: int) -> Tower:
         return self.towers[step % len(self.towers)]
 
+    def away(self, clean: Tensor) -> Objective:
+        """What mining lowers beside the features' objective."""
+        return word_objective(self.pocket, clean)
 
-def _images(config: BridgeConfig, bank: Bank, step: int) -> tuple[Tensor, Tensor]:
+    def divergence(self, clean: Tensor, seen: Tensor) -> Tensor:
+        """How far the words for the seen pictures are from those for the clean ones, ``[B, T]``."""
+        with torch.no_grad():
+            wanted = (self.pocket.word_scores(clean, WORDS) / 0.05).log_softmax(-1)
+        said = (self.pocket.word_scores(seen, WORDS) / 0.05).log_softmax(-1)
+        return F.kl_div(said, wanted, log_target=True, reduction="none").sum(-1)
+
+
+def _images(config: BridgeConfig, bank: Bank | StreamedBank, step: int) -> tuple[Tensor, Tensor]:
     """A step's pictures ``[batch, 3, H, W]`` and their attacked forms, which are empty where they are to be mined."""
     rng = np.random.default_rng([config.seed, 7, step])
     if rng.random() < config.mined:
@@ -154,7 +177,13 @@ def _images(config: BridgeConfig, bank: Bank, step: int) -> tuple[Tensor, Tensor
 
 
 def training_pair(
-    config: BridgeConfig, net: PurifierNet, guide: Guide, clean: Tensor, attacked: Tensor, step: int, draw: Generator
+    config: BridgeConfig,
+    net: PurifierNet,
+    guide: Guide | OwnGuide,
+    clean: Tensor,
+    attacked: Tensor,
+    step: int,
+    draw: Generator,
 ) -> tuple[Tensor, Tensor]:
     """Clean and attacked pictures of one step, mined now where ``attacked`` is empty. The first few stay clean."""
     if not attacked.numel():
@@ -165,7 +194,7 @@ def training_pair(
 def mine(
     config: BridgeConfig,
     net: PurifierNet,
-    guide: Guide,
+    guide: Guide | OwnGuide,
     clean: Tensor,
     rng: np.random.Generator,
     step: int,
@@ -180,11 +209,7 @@ def mine(
         restored: Tensor = net(noisy, ones, ones * sigma).clamp(0, 1)
         return restored
 
-    inner: Objective
-    if rng.random() < 0.5:
-        inner = word_objective(guide.pocket, clean)
-    else:
-        inner = objectives.features_away(guide.tower(step), clean)
+    inner = guide.away(clean) if rng.random() < 0.5 else objectives.features_away(guide.tower(step), clean)
     budget = Budget(eps=float(rng.uniform(1 / 255, config.max_eps)), steps=config.mining_steps)
     net.requires_grad_(False)  # only the pictures' gradient is wanted
     attacked = PGD(rel_step=1.5)(lambda images: inner(purified(images)), clean, budget, generator=draw)
@@ -193,7 +218,13 @@ def mine(
 
 
 def bridge_terms(
-    config: BridgeConfig, net: PurifierNet, guide: Guide, clean: Tensor, attacked: Tensor, step: int, draw: Generator
+    config: BridgeConfig,
+    net: PurifierNet,
+    guide: Guide | OwnGuide,
+    clean: Tensor,
+    attacked: Tensor,
+    step: int,
+    draw: Generator,
 ) -> dict[str, Tensor]:
     """The weighted terms of the loss, each a scalar."""
     s = sample_bridge_times(len(clean), at_one=0.6, generator=draw).to(clean)
@@ -214,11 +245,7 @@ def bridge_terms(
         terms["features"] = config.w_features * (1 - closeness + 0.1 * error).mean()
         terms["direction"] = config.w_direction * _direction(tokens, right, wrong).mean()
     if config.w_words:
-        with torch.no_grad():
-            wanted = (guide.pocket.word_scores(clean, WORDS) / 0.05).log_softmax(-1)
-        said = (guide.pocket.word_scores(seen, WORDS) / 0.05).log_softmax(-1)
-        divergence = F.kl_div(said, wanted, log_target=True, reduction="none").sum(-1)
-        terms["words"] = config.w_words * divergence.mean()
+        terms["words"] = config.w_words * guide.divergence(clean, seen).mean()
     return terms
 
 
