@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import toys
 from PIL import Image
 from torch import Tensor
 
+import toys
 from codefend.types import UserError
 
 REAL = find_spec("lmms_eval") is not None
