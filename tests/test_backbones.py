@@ -52,7 +52,7 @@ def image() -> Tensor:
     return torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("kind", ["hf-bridge", "latent"])
+@pytest.mark.parametrize("kind", ["hf-bridge", pytest.param("latent", marks=pytest.mark.slow)])
 def test_an_interrupted_training_equals_an_uninterrupted_one(
     kind: str, places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,6 +74,7 @@ def test_an_interrupted_training_equals_an_uninterrupted_one(
     assert [row["step"] for row in curve(tmp_path / "cut")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_pixel_model_learns_to_remove_what_the_pairs_show(places: dict[str, str], tmp_path: Path) -> None:
     folder = train(config("hf-bridge", places, steps=24, batch=4, micro=1, lr=4e-3, save_every=24), tmp_path)
     losses = [row["pairs"] for row in curve(tmp_path)]
@@ -108,6 +109,7 @@ def test_adapters_carry_their_options(places: dict[str, str], tmp_path: Path) ->
     assert torch.allclose(alone(image()), purifiers.load(f"hf-latent:{places['stable']}:t=0")(image()), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.weights
 def test_features_can_guide(places: dict[str, str], tmp_path: Path) -> None:
     for kind in ("hf-bridge", "latent"):

@@ -21,7 +21,7 @@ pytest.importorskip("sacrebleu")
 
 import gateway_kit
 import hf_tiny
-from codefend import purifiers
+from codefend import pairs, purifiers
 from codefend.cli import main
 from codefend.gateway.app import create_app
 from codefend.nets import NetConfig, PurifierNet, save_net
@@ -43,7 +43,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     save_net(root / "prior", PurifierNet(TINY), kind="prior")
     own = f"--set victim=hf:{victim}:max_new_tokens=4,device=cpu".split()
     made = ["pairs", "own-pairs", "--run", str(root / "pairs"), "--parquet", str(root / "table"), *own]
-    assert main([*made, *settings(["count=96", "steps=1", "answer_steps=1"])]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pairs, "SHARD", 8)
+        assert main([*made, *settings(["count=24", "steps=1", "answer_steps=1"])]) == 0
     return {"root": root, "victim": victim, "prior": root / "prior", "pairs": root / "pairs", "table": root / "table"}
 
 
@@ -83,9 +85,9 @@ def test_four_commands(folders: dict[str, Path], tmp_path: Path, capsys: pytest.
 
 
 def test_parquet_is_the_same_bank(folders: dict[str, Path]) -> None:
-    pairs, table = (list(read_pairs(folders[name])) for name in ("pairs", "table"))
-    assert [kind for *_, kind in pairs] == [kind for *_, kind in table]
-    for first, second in zip(pairs, table, strict=True):
+    bank, table = (list(read_pairs(folders[name])) for name in ("pairs", "table"))
+    assert [kind for *_, kind in bank] == [kind for *_, kind in table]
+    for first, second in zip(bank, table, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(first[:2], second[:2], strict=True))
     parquet = pytest.importorskip("pyarrow.parquet")
     file = parquet.ParquetFile(folders["table"] / "train-00000.parquet")
@@ -101,9 +103,9 @@ def test_parquet_is_the_same_bank(folders: dict[str, Path]) -> None:
 def test_datasets_streams_the_parquet(folders: dict[str, Path]) -> None:
     datasets = pytest.importorskip("datasets")
     stream = datasets.load_dataset("parquet", data_dir=str(folders["table"]), split="train", streaming=True)
-    pairs = next(iter(read_pairs(folders["pairs"])))
+    shard = next(iter(read_pairs(folders["pairs"])))
     for index, row in zip(range(3), stream, strict=False):
-        for side, expected in zip(("clean", "attacked"), pairs[:2], strict=True):
+        for side, expected in zip(("clean", "attacked"), shard[:2], strict=True):
             assert np.array_equal(np.asarray(row[side]), expected[index].permute(1, 2, 0).numpy())
 
 
@@ -119,7 +121,7 @@ def test_a_streamed_training_resumes_exactly(
 ) -> None:
     from codefend import runs
 
-    whole = train_bridge(bridge(folders, mined=0.0), tmp_path / "whole")
+    whole = train_bridge(bridge(folders, mined=0.0, w_words=0.0), tmp_path / "whole")
     append = runs.Run.append
 
     def interrupt(self: runs.Run, row: dict[str, Any]) -> bool:
@@ -129,9 +131,9 @@ def test_a_streamed_training_resumes_exactly(
 
     monkeypatch.setattr(runs.Run, "append", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        train_bridge(bridge(folders, mined=0.0), tmp_path / "cut")
+        train_bridge(bridge(folders, mined=0.0, w_words=0.0), tmp_path / "cut")
     monkeypatch.undo()
-    cut = train_bridge(bridge(folders, mined=0.0), tmp_path / "cut")
+    cut = train_bridge(bridge(folders, mined=0.0, w_words=0.0), tmp_path / "cut")
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(purifiers.load(whole)(image), purifiers.load(cut)(image))
 

@@ -15,7 +15,7 @@ from codefend.evaluate.photographs import PhotographsConfig, crops
 from codefend.tasks.pictures import HELD_OUT
 from codefend.types import UserError
 
-TINY = {"encoders": ("lite1",), "limit": 1, "side": 96, "steps": 3}
+TINY = {"encoders": ("lite1",), "limit": 1, "side": 64, "steps": 3}
 
 
 def test_crops_are_8_bit_windows_from_the_seed() -> None:
