@@ -88,3 +88,15 @@ def test_a_model_that_differs_is_not_written(weights: Path, tmp_path: Path, monk
     with pytest.raises(UserError, match="differs from torch"):
         export.export_onnx(weights, tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_the_verb_says_how_far_from_torch(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from codefend.cli import main
+
+    out = tmp_path / "bridge.onnx"
+    assert main(["export", "--purifier", str(weights), "-o", str(out)]) == 0
+    assert "from torch" in capsys.readouterr().out
+    pixels = np.zeros((20, 20, 3), np.uint8)
+    assert OnnxPurifier(out)(pixels).shape == pixels.shape
+    assert main(["export", "--purifier", str(weights), "-o", str(out)]) == 2
+    assert "--overwrite" in capsys.readouterr().err

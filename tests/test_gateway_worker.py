@@ -226,3 +226,10 @@ def test_animations() -> None:
 def test_digests_name_content() -> None:
     assert digest_of(b"a") != digest_of(b"b")
     assert len(digest_of(b"")) == 64
+
+
+def test_large_pictures_are_shrunk_where_that_is_asked_for() -> None:
+    worker = Worker(Invert(), limits=Limits(max_side=8))
+    large, small = worker.run([Job(png(1, height=12, width=16)), Job(png(2, height=4, width=8))])
+    assert pixels(large).shape == (3, 6, 8)
+    torch.testing.assert_close(pixels(small), 1 - picture(2, height=4, width=8))

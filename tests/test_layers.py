@@ -15,7 +15,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(["__init__", "types", "registry", "settings", "runs", "images", "devices"], 0),
     **dict.fromkeys(["diffusion", "nets", "peers"], 1),
     **dict.fromkeys(["purifiers", "prompts", "victims", "attacks", "tasks"], 2),
-    **dict.fromkeys(["defense", "pairs", "results", "sanity"], 3),
+    **dict.fromkeys(["defense", "pairs", "pair_tables", "results", "sanity"], 3),
     **dict.fromkeys(
         [
             "training",
@@ -38,6 +38,7 @@ OWNERS = {  # library -> where it may be imported
     "PIL": {"images"},
     "transformers": {"victims", "prompts"},
     "gguf": {"victims"},
+    "diffusers": {"purifiers"},
     "starlette": {"gateway"},
     "uvicorn": {"gateway"},
     "typer": {"cli", "cli_pictures", "cli_prompts", "cli_runs", "gateway"},

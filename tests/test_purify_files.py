@@ -291,3 +291,12 @@ def test_plans_that_cannot_work(build: Callable[[Path], tuple[list[Path], Path]]
     sources, out = build(tmp_path)
     with pytest.raises(UserError, match=text):
         purify_paths(never, sources, out, Options())
+
+
+def test_large_pictures_are_shrunk_first_and_stay_so(tmp_path: Path) -> None:
+    source, small = picture(tmp_path / "a" / "large.png", size=(40, 20)), picture(tmp_path / "a" / "small.png")
+    run([source.parent], tmp_path / "out", max_side=16)
+    assert images.load(tmp_path / "out" / "large.png").pixels.shape == (3, 16, 8)
+    assert images.load(tmp_path / "out" / "small.png").pixels.shape == images.load(small).pixels.shape
+    with pytest.raises(UserError, match="max_side"):
+        run([source.parent], tmp_path / "out", max_side=8)

@@ -1,4 +1,4 @@
-"""The verbs that take pictures: purify, ask, caption, attack."""
+"""The verbs that take pictures: purify, ask, caption, attack; and export, which makes what purifies elsewhere."""
 
 from __future__ import annotations
 
@@ -42,6 +42,9 @@ def purify(
     flatten: Annotated[bool, typer.Option("--flatten", help="Drop transparency, onto white.")] = False,
     ending: Annotated[str | None, typer.Option("--format", help="File type in a folder job, such as png.")] = None,
     quality: Annotated[int | None, typer.Option("--quality", min=1, max=100, help="JPEG, lossy WebP.")] = None,
+    max_side: Annotated[
+        int | None, typer.Option("--max-side", min=1, help="Shrink larger pictures to this longer side first.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Purify pictures and folders of pictures; the same command goes on after an interruption."""
@@ -58,6 +61,7 @@ def purify(
         format=ending,
         quality=quality,
         overwrite=overwrite,
+        max_side=max_side,
     )
     outcome = purify_paths(lambda: purifiers.load(purifier), paths, out, options)
     skipped = f", {outcome.skipped} done before" if outcome.skipped else ""
@@ -70,6 +74,21 @@ def purify(
         more = f" and {len(names) - 20} more" if len(names) > 20 else ""
         print(f"error: {len(names)} of {total} failed: {', '.join(names[:20])}{more}", file=sys.stderr)
         raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The model file, *.onnx.")],
+    purifier: Annotated[str, typer.Option("--purifier", help="A name, or a folder with its weights.")] = "bridge",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a purifier as an ONNX model, checked against torch; it serves without torch."""
+    from codefend.export import export_onnx
+
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists already; use --overwrite to replace it")
+    written = export_onnx(purifier, out)
+    print(f"{written.path}: at most {written.difference:.1e} of a pixel from torch")
 
 
 @app.command()

@@ -25,14 +25,22 @@ def pairs(
     preset: Annotated[str, typer.Argument(help="See codefend list presets.")] = "pairs",
     run: RunFolder = Path("runs/pairs"),
     settings: Settings = [],  # noqa: B006  (Typer copies it)
+    parquet: Annotated[
+        Path | None, typer.Option("--parquet", help="Also write them as a data set into this folder.")
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Make (adversarial, clean) pairs to train a purifier on."""
     from codefend.pairs import PairsConfig, make_pairs
 
     config = _config(preset, settings, PairsConfig)
-    if not _shown(config, dry_run):
-        print(make_pairs(config, run))
+    if _shown(config, dry_run):
+        return
+    print(make_pairs(config, run))
+    if parquet is not None:
+        from codefend.pair_tables import write_table
+
+        print(write_table(run, parquet))
 
 
 @app.command()
@@ -115,9 +123,12 @@ def eval_(
     which any attack, in any submission, made the answer wrong or its target appear.
     """
     from codefend.evaluate import EvalConfig, evaluate
+    from codefend.evaluate.photographs import PhotographsConfig
 
     changes = [*([f"limit={limit}"] if limit else []), *([f"victim={victim}"] if victim else [])]
-    config = _config(preset, [*settings, *changes], EvalConfig)
+    config = _config(preset, [*settings, *changes], (EvalConfig, PhotographsConfig))
+    if max_asr is not None and not hasattr(config, "victim"):
+        raise UserError("--max-asr is for one victim, and photographs are judged by encoders")
     if max_asr is not None and hasattr(config, "crafters"):
         raise UserError("--max-asr is for one victim; a transfer matrix has several")
     if _shown(config, dry_run):
@@ -161,7 +172,11 @@ def report(
     from rich.console import Console
 
     from codefend import report as reports
+    from codefend.runs import read_config
 
+    if read_config(run).get("photographs"):
+        print((run / "table.md").read_text(encoding="utf-8"), end="")
+        return
     reports.print_summary(run, Console())
     print(reports.write_report(run, out))
     if rows is not None:
@@ -187,7 +202,7 @@ def demo(run: RunFolder = Path("runs/demo")) -> None:
     raise typer.Exit(run_demo(run))
 
 
-def _config(name: str, items: Sequence[str], kind: type | None = None) -> Any:
+def _config(name: str, items: Sequence[str], kind: type | tuple[type, ...] | None = None) -> Any:
     """Build a preset's config with ``key=value`` settings. Raises UserError for unknown names, nearest one named."""
     from codefend.presets import PRESETS
     from codefend.settings import check_keys, parse_settings

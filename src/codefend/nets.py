@@ -197,7 +197,9 @@ def count_multiply_adds(config: NetConfig, height: int, width: int) -> int:
         total += weight.numel() * (places[0, 0].numel() if places.dim() == 4 else 1)
 
     with torch.device("meta"):
-        net = PurifierNet(config)
+        # Moved as well: Transformers replaces torch.linspace while it loads, and a device context that was first used
+        # then no longer knows the true one.
+        net = PurifierNet(config).to("meta")
         for module in net.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                 module.register_forward_hook(add)

@@ -33,6 +33,7 @@ WORDS = tuple(f" {c} {t.name}" for t in THINGS if t.tinted for c in COLOURS) + t
     f" {t.name}" for t in THINGS if not t.tinted
 )
 KINDS = ("features", "towards", "words", "answers")
+OWN = "victim"  # among the encoders: the victim's own
 SHARD = 32  # pairs a file, made and written together
 
 
@@ -58,7 +59,7 @@ class PairsConfig:
     """Everything that decides a bank. The shares of the attack kinds are relative."""
 
     victim: str = "pocket"  # a name or a weights folder; must be a pocket for the kinds "words" and "answers"
-    encoders: tuple[str, ...] = ("lite0", "lite2")  # whose features are attacked; the victim's own belongs here
+    encoders: tuple[str, ...] = ("lite0", "lite2")  # whose features are attacked; "victim" is the victim's own
     count: int = 2560
     kinds: tuple[str, ...] = ("features", "towards", "words", "words", "answers")  # one a shard, in turn
     max_eps: float = 16 / 255
@@ -75,12 +76,12 @@ def make_pairs(config: PairsConfig, folder: str | Path) -> Path:
     """
     from codefend import victims
 
-    unknown = [name for name in config.encoders if name not in NAMES]
+    unknown = [name for name in config.encoders if name not in (*NAMES, OWN)]
     if unknown:
-        raise UserError(f"unknown encoder {unknown[0]!r}; known: {', '.join(NAMES)}")
+        raise UserError(f"unknown encoder {unknown[0]!r}; known: {', '.join((*NAMES, OWN))}")
     run = open_run(folder, {"pairs": True, **config.__dict__})
     victim = victims.load_white_box(config.victim)
-    towers = [Tower(name) for name in config.encoders]
+    towers: list[Tower | WhiteBox] = [victim if name == OWN else Tower(name) for name in config.encoders]
     shards = -(-config.count // SHARD)
     with progress("pairs", shards * SHARD) as advance:
         for shard in range(shards):
@@ -90,7 +91,9 @@ def make_pairs(config: PairsConfig, folder: str | Path) -> Path:
     return run.dir
 
 
-def _make_shard(config: PairsConfig, run: Run, victim: WhiteBox, towers: Sequence[Tower], shard: int) -> None:
+def _make_shard(
+    config: PairsConfig, run: Run, victim: WhiteBox, towers: Sequence[Tower | WhiteBox], shard: int
+) -> None:
     rng = np.random.default_rng([config.seed, 5, shard])
     kind = config.kinds[shard % len(config.kinds)]
     if kind == "answers" and shard // len(config.kinds) >= config.answer_shards:
@@ -120,7 +123,7 @@ def _make_shard(config: PairsConfig, run: Run, victim: WhiteBox, towers: Sequenc
 
 
 def _objective(
-    kind: str, victim: WhiteBox, tower: Tower, rng: np.random.Generator, *, first_scene: int
+    kind: str, victim: WhiteBox, tower: Tower | WhiteBox, rng: np.random.Generator, *, first_scene: int
 ) -> tuple[Tensor, Callable[[slice, Tensor], Objective]]:
     """The clean pictures of a shard and a function from a part of them to the attack's objective."""
     if kind in ("features", "towards"):
@@ -176,10 +179,16 @@ def _bytes(images: Tensor) -> Tensor:
 def read_pairs(folder: str | Path, *, without: Sequence[str] = ()) -> Iterator[tuple[Tensor, Tensor, str]]:
     """Yield ``(clean, attacked, kind)`` of each shard, 8-bit ``[n, 3, H, W]``, leaving out what ``without`` names.
 
-    It may name kinds and targets: the attacked networks, such as "lite2". Raises UserError when there are no shards, or
-    for a name that is no kind and no target of this bank.
+    It may name kinds and, of banks that `codefend pairs` made, targets: the attacked networks, such as "lite2". Raises
+    UserError when there are no shards, or for a name that is no kind and no target of this bank.
     """
-    paths = sorted(Path(folder).glob("pairs-*.safetensors"))
+    paths, tables = (sorted(Path(folder).glob(name)) for name in ("pairs-*.safetensors", "*.parquet"))
+    if not paths and tables:
+        from codefend import pair_tables
+
+        groups = (pair_tables.read_group(table, n) for table in tables for n in range(len(pair_tables.groups(table))))
+        yield from (group for group in groups if group[2] not in without)
+        return
     if not paths:
         raise UserError(f"{folder} holds no pairs; make some with `codefend pairs --run {folder}`")
     targets = {row["key"]: row["target"] for row in read_rows(folder)} if without else {}

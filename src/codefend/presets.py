@@ -78,6 +78,11 @@ PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
         Preset("pairs", "a bank of adversarial and clean pairs to train a bridge on", _config("pairs", "PairsConfig")),
+        Preset(
+            "own-pairs",
+            "a bank made on a victim of your own, any white box: --set victim=hf:ID_OR_FOLDER",
+            _config("pairs", "PairsConfig", encoders=("victim",), kinds=("features", "towards", "answers")),
+        ),
         Preset("pocket", "train the pocket victim", _config("training.pocket", "PocketConfig")),
         Preset(
             "pocket-lite2",
@@ -99,9 +104,29 @@ PRESETS: dict[str, Preset] = {
         ),
         *(_ablation(name, summary, values) for name, summary, values in _ABLATIONS),
         Preset(
+            "own-bridge",
+            "train the bridge for a victim of your own, guided by its tokens and words: --set victim=hf:ID_OR_FOLDER",
+            _config("training.bridge", "BridgeConfig", encoders=("victim",)),
+        ),
+        Preset(
+            "hf-bridge",
+            "fine-tune an unconditional diffusers model on pairs, as a bridge: --set model=ID_OR_FOLDER",
+            _config("training.backbones", "HFBridgeConfig"),
+        ),
+        Preset(
+            "latent",
+            "fine-tune Stable Diffusion on pairs with LoRA, in latents (the paper's form): --set model=ID_OR_FOLDER",
+            _config("training.backbones", "LatentConfig"),
+        ),
+        Preset(
             "quick",
             "evaluate in minutes: 16 images a task, 8/255, APGD-20, oblivious and adaptive",
             _config("evaluate", "EvalConfig", defenses=_DEFENSES, limit=16, steps=20, adaptive=("jpeg", "bridge")),
+        ),
+        Preset(
+            "photographs",
+            "held-out photographs under ImageNet encoders, seen and unseen: features, classes, dB; minutes",
+            _config("evaluate.photographs", "PhotographsConfig"),
         ),
         Preset(
             "standard",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from codefend import images
 from codefend.purifiers.base import ImagePurifier
+from codefend.purifiers.tiling import limit_side
 from codefend.runs import Run, make_generator, open_run, progress, read_config, write_atomic
 from codefend.types import Purifier, UserError
 
@@ -32,11 +33,19 @@ class Options:
     format: str | None = None  # file name ending such as "png"; None keeps each one's own
     quality: int | None = None  # 1-100 for JPEG and WebP
     overwrite: bool = False
+    max_side: int | None = None  # longer side, pixels: larger pictures are shrunk first, and stay so
 
     def fingerprint(self) -> dict[str, object]:
         """What the written pixels depend on."""
         names = ("purifier", "seed", "batch", "flatten", "format", "quality")
-        return {name: getattr(self, name) for name in names}
+        shrunk = {} if self.max_side is None else {"max_side": self.max_side}
+        return {**{name: getattr(self, name) for name in names}, **shrunk}
+
+    def load(self, source: Path) -> images.LoadedImage:
+        """Read a picture as these options say. Raises UserError as `images.load` does."""
+        loaded = images.load(source, max_pixels=self.max_pixels, first_frame=self.first_frame)
+        alpha = None if loaded.alpha is None else limit_side(loaded.alpha, self.max_side)
+        return replace(loaded, pixels=limit_side(loaded.pixels, self.max_side), alpha=alpha)
 
 
 @dataclass(frozen=True)
@@ -147,7 +156,7 @@ def _purify_one(load_purifier: Callable[[], Purifier], source: Path, target: Pat
     images.format_of(target)
     if target.exists() and not options.overwrite:
         raise UserError(f"{target} exists already; use --overwrite to replace it")
-    loaded = images.load(source, max_pixels=options.max_pixels, first_frame=options.first_frame)
+    loaded = options.load(source)
     job = Job(source, target, source.name)
     pixels = _purified(load_purifier(), [(job, loaded)], options)[0]
     write_atomic(target, _encoded(job, loaded, pixels, options))
@@ -193,7 +202,7 @@ def _purify_chunk(
     groups: dict[tuple[int, ...], list[tuple[Job, images.LoadedImage]]] = {}
     for job in chunk:
         try:
-            loaded = images.load(job.source, max_pixels=options.max_pixels, first_frame=options.first_frame)
+            loaded = options.load(job.source)
         except UserError as error:
             outcome.failed.append((job.name, str(error)))
         else:

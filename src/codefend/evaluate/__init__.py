@@ -14,15 +14,19 @@ from codefend.evaluate.config import AttackChoice, DefenseChoice, EvalConfig, Tr
 
 if TYPE_CHECKING:
     from codefend.evaluate.bench import Loaders
+    from codefend.evaluate.photographs import PhotographsConfig
     from codefend.runs import Row
 
 __all__ = ["AttackChoice", "DefenseChoice", "EvalConfig", "TransferConfig", "evaluate"]
 
 
-def evaluate(config: EvalConfig, run_dir: str | Path, *, loaders: Loaders | None = None) -> list[Row]:
+def evaluate(
+    config: EvalConfig | PhotographsConfig, run_dir: str | Path, *, loaders: Loaders | None = None
+) -> list[Row]:
     """Evaluate what ``config`` names into ``run_dir`` and return all rows; the same call resumes after a kill.
 
-    A ``TransferConfig`` fills a folder with one run for each pair of victims.
+    A ``TransferConfig`` fills a folder with one run for each pair of victims, a ``PhotographsConfig`` with rows of its
+    own kind and a table.
     ``loaders`` replaces the look-up of victims, tasks and purifiers by name, for your own objects.
     Raises UserError for unknown names, a setting out of range, or a folder made with another config.
     """
@@ -30,6 +34,10 @@ def evaluate(config: EvalConfig, run_dir: str | Path, *, loaders: Loaders | None
         from codefend.evaluate.transfer import run_matrix
 
         return run_matrix(config, run_dir, loaders)
+    if not isinstance(config, EvalConfig):
+        from codefend.evaluate.photographs import run_photographs
+
+        return run_photographs(config, run_dir)
     from codefend.evaluate.loop import run_grid
 
     return run_grid(config, run_dir, loaders)

@@ -74,7 +74,7 @@ class EvalConfig:
             "adaptive",
             "seen",
         ):  # `--set attacks=apgd:steps=9,restarts=2` arrives in pieces
-            object.__setattr__(self, name, _rejoin(getattr(self, name)))
+            object.__setattr__(self, name, rejoin(getattr(self, name)))
 
     def radius(self, eps: float) -> float:
         """``eps`` of the list in pixel units."""
@@ -196,7 +196,8 @@ def check(config: EvalConfig) -> None:
         raise UserError(f"seen names {sorted(unknown)[0]!r}, which is not among the attacks")
 
 
-def _rejoin(items: Sequence[str]) -> tuple[str, ...]:
+def rejoin(items: Sequence[str]) -> tuple[str, ...]:
+    """Names whose options were split at their commas, whole again."""
     joined: list[str] = []
     for item in items:
         key, equals, _ = item.partition("=")

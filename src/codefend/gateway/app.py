@@ -19,7 +19,7 @@ from starlette.routing import BaseRoute, Mount, Route
 
 from codefend import purifiers
 from codefend.gateway.auth import Auth
-from codefend.gateway.config import Settings
+from codefend.gateway.config import Settings, embedded
 from codefend.gateway.engine import Engine, Terms
 from codefend.gateway.errors import error_body
 from codefend.gateway.fetch import Fetcher, FetchOptions, Resolve, resolve
@@ -101,6 +101,7 @@ def build_engine(settings: Settings, *, purifier: Purifier | None = None, prompt
         settings.max_ratio,
         settings.max_images,
         settings.first_frame,
+        settings.max_side,
     )
 
     def runner(name: str, given: Purifier | None = None) -> Runner:
@@ -160,10 +161,10 @@ def _lane_options(settings: Settings) -> LaneOptions:
 def _upstream(
     settings: Settings, transport: httpx2.AsyncBaseTransport | None, prompt: AnyPolicy
 ) -> tuple[httpx2.AsyncBaseTransport, str]:
-    if settings.upstream == "pocket":
+    if embedded(settings.upstream):
         from codefend.gateway.pocket import pocket_transport
 
-        return transport or pocket_transport(policy=prompt), "http://pocket/v1"
+        return transport or pocket_transport(name=settings.upstream, policy=prompt), "http://pocket/v1"
     # The transport itself, not a client: no cookie jar, no redirects, no headers of its own.
     limits = httpx2.Limits(max_connections=1000, max_keepalive_connections=200, keepalive_expiry=30.0)
     return transport or httpx2.AsyncHTTPTransport(trust_env=False, limits=limits), settings.upstream

@@ -19,7 +19,7 @@ def _option(help_: str, panel: str | None = None, name: str | None = None, **mor
 
 @app.command()
 def serve(
-    upstream: Annotated[str | None, _option("URL of the model's server, or 'pocket' for the embedded one.")] = None,
+    upstream: Annotated[str | None, _option("URL of the model's server; or, served here, pocket or hf:ID.")] = None,
     config: Annotated[Path | None, _option("Settings as TOML or YAML; flags and CODEFEND_* come first.")] = None,
     host: Annotated[str | None, _option("Address to listen on (127.0.0.1).")] = None,
     port: Annotated[int | None, _option("Port to listen on (8800).")] = None,
@@ -38,6 +38,7 @@ def serve(
     max_image_bytes: Annotated[int | None, _option("Bytes of an image file (20 MiB).", _LIMITS)] = None,
     max_pixels: Annotated[int | None, _option("Pixels of an image (64,000,000).", _LIMITS)] = None,
     max_ratio: Annotated[float | None, _option("Longer side over shorter side (100).", _LIMITS)] = None,
+    max_side: Annotated[int | None, _option("Longer side that larger images are shrunk to (never).", _LIMITS)] = None,
     max_images: Annotated[int | None, _option("Images of a request (20).", _LIMITS)] = None,
     first_frame: Annotated[bool | None, _option("Take an animation's first frame.", _LIMITS)] = None,
     allow_remote_images: Annotated[bool | None, _option("Fetch https image URLs.", _LIMITS)] = None,

@@ -24,12 +24,17 @@ from codefend.types import UserError
 PREFIX = "CODEFEND_"
 
 
+def embedded(upstream: str) -> bool:
+    """Whether the upstream is a victim in this process and no server's address."""
+    return upstream == "pocket" or upstream.startswith("hf:")
+
+
 class Settings(BaseSettings):
     """Everything that ``codefend serve`` can be told. Sizes and times say their units in their names."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
 
-    upstream: str = Field(description="URL of an OpenAI- or Anthropic-compatible server, or 'pocket'")
+    upstream: str = Field(description="URL of an OpenAI- or Anthropic-compatible server, 'pocket' or hf:ID_OR_FOLDER")
     upstream_api_key: SecretStr | None = Field(None, description="sent upstream in place of the client's key")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8800, ge=0, le=65535, description="port to listen on")
@@ -52,6 +57,7 @@ class Settings(BaseSettings):
     max_image_bytes: int = Field(20 << 20, gt=0)
     max_pixels: int = Field(64_000_000, gt=0)
     max_ratio: float = Field(100.0, ge=1)
+    max_side: int = Field(0, ge=0, description="longer side that larger images are shrunk to, in pixels; 0: never")
     max_images: int = Field(20, ge=0)
     first_frame: bool = Field(False, description="take an animation's first frame instead of refusing it")
     allow_remote_images: bool = Field(False, description="fetch https image URLs from public addresses")
@@ -92,11 +98,11 @@ class Settings(BaseSettings):
     @field_validator("upstream")
     @classmethod
     def _base(cls, value: str) -> str:
-        if value == "pocket":
+        if embedded(value):
             return value
         url = urlsplit(value)
         if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment or url.username:
-            raise ValueError("expected http(s)://host[:port][/path], or 'pocket'")
+            raise ValueError("expected http(s)://host[:port][/path], 'pocket' or hf:ID_OR_FOLDER")
         base = value.rstrip("/")
         return base if base.endswith("/v1") else f"{base}/v1"
 
@@ -110,7 +116,7 @@ class Settings(BaseSettings):
 
     @property
     def with_demo(self) -> bool:
-        return self.demo if self.demo is not None else self.upstream == "pocket"
+        return self.demo if self.demo is not None else embedded(self.upstream)
 
 
 def load_settings(file: str | Path | None = None, **flags: Any) -> Settings:

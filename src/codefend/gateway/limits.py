@@ -24,6 +24,7 @@ class Limits:
     max_ratio: float = 100.0  # longer side / shorter side
     max_images: int = 20  # of one request
     first_frame: bool = False  # take the first frame of an animation instead of refusing it
+    max_side: int = 0  # longer side, pixels, to which larger images are shrunk before they are purified; 0: not at all
 
 
 def check_count(count: int, limits: Limits) -> None:

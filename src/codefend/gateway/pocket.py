@@ -34,12 +34,15 @@ Done = TypeVar("Done")
 MODEL = "pocket"
 
 
-def pocket_transport(victim: Victim | None = None, *, policy: object = None) -> httpx2.AsyncBaseTransport:
-    """The embedded model behind a transport; a soft prefix among policies is put into it, words are not its business.
+def pocket_transport(
+    victim: Victim | None = None, *, name: str = MODEL, policy: object = None
+) -> httpx2.AsyncBaseTransport:
+    """The embedded model, the pocket or ``hf:ID_OR_FOLDER``, behind a transport.
 
-    Raises UserError when its packages or weights are missing, or the prefix was learned for another model.
+    A soft prefix among policies is put into it; words are not its business. Raises UserError when its packages or
+    weights are missing, or the prefix was learned for another model.
     """
-    loaded: Victim = import_module("codefend.victims").load("pocket") if victim is None else victim
+    loaded: Victim = import_module("codefend.victims").load(name) if victim is None else victim
     return httpx2.ASGITransport(app=create_pocket(prompted(loaded, policy)), raise_app_exceptions=False)
 
 

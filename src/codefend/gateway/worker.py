@@ -19,6 +19,7 @@ from codefend.gateway.errors import Refused
 from codefend.gateway.limits import Limits
 from codefend.gateway.rewrite import Picture
 from codefend.purifiers.base import ImagePurifier
+from codefend.purifiers.tiling import limit_side
 from codefend.types import Purifier, UserError
 
 Mode = Literal["purify", "detect", "block"]
@@ -144,7 +145,7 @@ class Worker:
             return Refused(400, "invalid_image", str(error))
         except MemoryError:
             return Refused(413, "image_too_large", "not enough memory to decode the image")
-        return _Decoded(index, loaded.pixels, loaded.format)
+        return _Decoded(index, limit_side(loaded.pixels, self.limits.max_side or None), loaded.format)
 
     def _purify(self, group: Sequence[_Decoded], jobs: Sequence[Job]) -> Sequence[Result]:
         try:

@@ -13,6 +13,7 @@ def train(config: Any, folder: str | Path) -> Path:
 
     Raises UserError when the config is not a training's, or as the loop does.
     """
+    from codefend.training.backbones import TuneConfig, train_backbone
     from codefend.training.bridge import BridgeConfig, train_bridge
     from codefend.training.fare import FareConfig, train_fare
     from codefend.training.peers import PeerConfig, train_peer
@@ -30,4 +31,6 @@ def train(config: Any, folder: str | Path) -> Path:
             return train_peer(config, folder)
         case FareConfig():
             return train_fare(config, folder)
+        case TuneConfig():
+            return train_backbone(config, folder)
     raise UserError(f"{type(config).__name__} is not a training; `codefend list presets` says which are")

@@ -17,37 +17,39 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from codefend import victims
 from codefend.attacks import objectives
 from codefend.attacks.pgd import PGD
 from codefend.devices import default_device, training_precision
 from codefend.diffusion import bridge_predict, charbonnier, noise_like, sample_bridge_sigmas, sample_bridge_times
 from codefend.nets import NetConfig, PurifierNet, load_net, save_net
-from codefend.pairs import WORDS, Tower, read_pairs, word_objective
+from codefend.pairs import read_pairs
 from codefend.purifiers.base import clip
-from codefend.runs import make_generator, open_run, progress
+from codefend.runs import Run, make_generator
 from codefend.tasks.language import training_texts
 from codefend.tasks.pictures import training_pictures
 from codefend.tasks.scenes import compose, load_photographs
+from codefend.training.banks import StreamedBank
 from codefend.training.card import write_card
 from codefend.training.feed import feed
+from codefend.training.guides import Guide, OwnGuide, find_guide
 from codefend.training.mining import sign_steps
-from codefend.training.state import Average, cosine_rate, descend, restore_training, save_training, set_rate
+from codefend.training.parallel import Workers
+from codefend.training.state import Average, cosine_rate, restore_training, save_training, set_rate
 from codefend.types import Budget, Objective, UserError
-from codefend.victims.pocket import Pocket
 
 Text = tuple[str, str]  # prompt, answer
 HALF = torch.float16
+Images = tuple[Tensor, Tensor, list[Text]]  # clean, attacked, texts: see `_images`
 
 
 @dataclass(frozen=True)
 class BridgeConfig:
     """Everything that decides a bridge's weights."""
 
-    pairs: tuple[str, ...] = ()  # bank folders made by `codefend pairs`
+    pairs: tuple[str, ...] = ()  # bank folders made by `codefend pairs`, Parquet ones too
     prior: str = ""  # weights folder to fine-tune from, a prior's or a bridge's; empty: the shipped prior; "none"
-    victim: str = "pocket"  # guides by its word scores; a name or a weights folder
-    encoders: tuple[str, ...] = ("lite0", "lite2")  # guide by their features, one a step in turn
+    victim: str = "pocket"  # guides by its word scores, any other by its own words; a name or a weights folder
+    encoders: tuple[str, ...] = ("lite0", "lite2")  # guide by their features, one a step in turn; "victim": its own
     residual_bound: float | None = 64 / 255  # most that a noise-free evaluation may change in a pixel
     seed: int = 0
     steps: int = 1200
@@ -67,6 +69,8 @@ class BridgeConfig:
     warmup: int = 50
     save_every: int = 50  # steps
     # What follows is off unless set, and left out of the saved config while it is: runs from before it existed go on.
+    stream: bool = False  # read shards as they are drawn instead of holding all in memory
+    micro: int = 1  # batches a step, shared out by the processes of `accelerate launch`, else one after another
     without: tuple[str, ...] = ()  # kinds of attack and target networks that banks and mining leave out
     noise_free: float = 0.5  # share of pictures, and of mined steps, without noise
     min_sigma: float = 0.0  # least noise of the others
@@ -86,7 +90,7 @@ class BridgeConfig:
     def recorded(self) -> dict[str, object]:
         """The fields for the run's config: all of the first ones, of the later ones those that are set."""
         names = [f.name for f in fields(self)]
-        later = fields(self)[names.index("without") :]
+        later = fields(self)[names.index("stream") :]
         unset = {f.name for f in later if getattr(self, f.name) == f.default}
         return {name: value for name, value in asdict(self).items() if name not in unset}
 
@@ -96,40 +100,54 @@ def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
 
     Raises UserError when pairs, prior or victim are missing, or the folder was made with another config.
     """
-    run = open_run(folder, {"train": "bridge", **config.recorded()})
-    bank = Bank(config.pairs, without=config.without)
-    victim = victims.load(config.victim)
-    if not isinstance(victim, Pocket):
-        raise UserError(f"bridge training is guided by a pocket victim, not {victim.name}")
+    workers = Workers.join(config.micro)
+    run = workers.open_run(folder, {"train": "bridge", **config.recorded()})
+    bank = open_bank(config)
     device = default_device()
-    guide = Guide(victim, [Tower(name) for name in config.encoders])
+    guide = find_guide(config.victim, config.encoders)
     net = start_from_prior(config).to(device).train()
     optimizer = torch.optim.AdamW([{"params": list(net.parameters()), "base": config.lr}], betas=(0.9, 0.99))
     parameters = dict(net.named_parameters())
     average, checkpoint = Average(parameters), run.dir / "checkpoint.safetensors"
     step = restore_training(checkpoint, parameters, optimizer, average)
-    with progress("bridge", config.steps, done=step) as advance:
-        for clean, attacked, texts in feed(partial(_images, config, bank), step, config.steps, device):
+    with workers.progress("bridge", config.steps, done=step) as advance:
+        for batches in feed(partial(workers.share, partial(_images, config, bank)), step, config.steps, device):
             started = time.perf_counter()
             set_rate(optimizer, cosine_rate(step, config.steps, warmup=config.warmup))
-            draw = make_generator(config.seed, "bridge", step)
-            with training_precision(device):
-                target = averaged(net, average) if _attacks_average(config, step) else net
-                pair = training_pair(config, target, guide, clean.to(device), attacked.to(device), step, draw, texts)
-                terms = bridge_terms(config, net, guide, *pair, step, draw, texts)
-            loss = torch.stack(list(terms.values())).sum()
-            norm = descend(optimizer, loss)
+            optimizer.zero_grad()
+            found = [_add_gradients(config, net, average, guide, images, number) for number, images in batches]
+            workers.sum_gradients(list(net.parameters()))
+            terms = workers.mean_terms(found)
+            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
             average.update(parameters)
             step += 1
-            row = {"mined": not attacked.numel(), "grad_norm": norm, "seconds": time.perf_counter() - started}
-            run.append({"key": f"step-{step}", "step": step, **{k: v.item() for k, v in terms.items()}, **row})
-            advance(1, f"loss {loss.item():.3f}")
-            if step % config.save_every == 0 or step == config.steps:
+            mined = any(not attacked.numel() for _, (_, attacked, _) in batches)
+            row = {"mined": mined, "grad_norm": float(norm), "seconds": time.perf_counter() - started}
+            run.append({"key": f"step-{step}", "step": step, **terms, **row})
+            advance(1, f"loss {sum(terms.values()):.3f}")
+            if isinstance(run, Run) and (step % config.save_every == 0 or step == config.steps):
                 save_training(checkpoint, parameters, optimizer, step, average)
                 options = {"sigma": config.sigma} if config.sigma else {}
                 save_net(run.dir / "weights", averaged(net, average), kind="bridge", options=options, dtype=HALF)
                 write_card(run, "bridge")
     return run.dir / "weights"
+
+
+def _add_gradients(
+    config: BridgeConfig, net: PurifierNet, average: Average, guide: Guide | OwnGuide, images: Images, number: int
+) -> dict[str, Tensor]:
+    """Add the gradients of micro-batch ``number`` to the network's; its weighted terms, the same for every batch."""
+    device, draw = default_device(), make_generator(config.seed, "bridge", number)
+    clean, attacked, texts = images
+    with training_precision(device):
+        target = averaged(net, average) if _attacks_average(config, number) else net
+        pair = training_pair(config, target, guide, clean.to(device), attacked.to(device), number, draw, texts)
+        terms = bridge_terms(config, net, guide, *pair, number, draw, texts)
+    (torch.stack(list(terms.values())).sum() / config.micro).backward()
+    if config.w_answers and "answers" not in terms:
+        terms["answers"] = terms["bridge"].new_zeros(())
+    return terms
 
 
 def averaged(net: PurifierNet, average: Average) -> PurifierNet:
@@ -175,17 +193,14 @@ class Bank:
         return (clean.flip(-1), attacked.flip(-1)) if rng.random() < 0.3 else (clean, attacked)
 
 
-class Guide:
-    """The frozen networks that say what a picture means: feature towers, and a pocket's words."""
-
-    def __init__(self, pocket: Pocket, towers: list[Tower]) -> None:
-        self.pocket, self.towers = pocket, towers
-
-    def tower(self, step: int) -> Tower:
-        return self.towers[step % len(self.towers)]
+def open_bank(config: BridgeConfig) -> Bank | StreamedBank:
+    """The pairs of the config's folders. Raises UserError as the banks do, or for a streamed one `without`."""
+    if config.stream and config.without:
+        raise UserError("a streamed bank leaves nothing out: set stream=false or drop without")
+    return StreamedBank(config.pairs) if config.stream else Bank(config.pairs, without=config.without)
 
 
-def _images(config: BridgeConfig, bank: Bank, step: int) -> tuple[Tensor, Tensor, list[Text]]:
+def _images(config: BridgeConfig, bank: Bank | StreamedBank, step: int) -> Images:
     """A step's pictures ``[B, 3, H, W]``, their attacked forms, and a (prompt, answer) each.
 
     Attacked forms are empty where they are to be mined; texts are, but where the language model is to be attacked.
@@ -205,7 +220,7 @@ def _images(config: BridgeConfig, bank: Bank, step: int) -> tuple[Tensor, Tensor
 def training_pair(
     config: BridgeConfig,
     net: PurifierNet,
-    guide: Guide,
+    guide: Guide | OwnGuide,
     clean: Tensor,
     attacked: Tensor,
     step: int,
@@ -224,7 +239,7 @@ def training_pair(
 def mine(
     config: BridgeConfig,
     net: PurifierNet,
-    guide: Guide,
+    guide: Guide | OwnGuide,
     clean: Tensor,
     rng: np.random.Generator,
     step: int,
@@ -256,24 +271,29 @@ def mine(
 
 
 def _inner(
-    config: BridgeConfig, guide: Guide, clean: Tensor, rng: np.random.Generator, step: int, texts: Sequence[Text]
+    config: BridgeConfig,
+    guide: Guide | OwnGuide,
+    clean: Tensor,
+    rng: np.random.Generator,
+    step: int,
+    texts: Sequence[Text],
 ) -> Objective:
     """What mining lowers, of the purified pictures: features or words, evenly; the answers where there are texts."""
     worded = rng.random() < 0.5
     if texts:
         prompts, answers = [t[0] for t in texts], [t[1] for t in texts]
         if worded:
-            return objectives.untargeted(guide.pocket, prompts, answers)
-        return objectives.targeted(guide.pocket, prompts, answers[1:] + answers[:1])  # another picture's answer
+            return objectives.untargeted(guide.victim, prompts, answers)
+        return objectives.targeted(guide.victim, prompts, answers[1:] + answers[:1])  # another picture's answer
     if "features" in config.without or (worded and "words" not in config.without):
-        return word_objective(guide.pocket, clean)
+        return guide.away(clean)
     return objectives.features_away(guide.tower(step), clean)
 
 
 def bridge_terms(
     config: BridgeConfig,
     net: PurifierNet,
-    guide: Guide,
+    guide: Guide | OwnGuide,
     clean: Tensor,
     attacked: Tensor,
     step: int,
@@ -302,19 +322,11 @@ def bridge_terms(
         terms["features"] = config.w_features * (1 - closeness + 0.1 * error).mean()
         terms["direction"] = config.w_direction * _direction(tokens, right, wrong).mean()
     if config.w_words:
-        terms["words"] = config.w_words * _word_divergence(guide.pocket, clean, seen).mean()
+        terms["words"] = config.w_words * guide.divergence(clean, seen).mean()
     if config.w_answers and texts:
-        loss = guide.pocket.loss(seen, [t[0] for t in texts], [t[1] for t in texts])
+        loss = guide.victim.loss(seen, [t[0] for t in texts], [t[1] for t in texts])
         terms["answers"] = config.w_answers * loss.mean()
     return terms
-
-
-def _word_divergence(pocket: Pocket, clean: Tensor, seen: Tensor) -> Tensor:
-    """KL divergence of the words that each token is near, clean from purified, ``[B, T]``."""
-    with torch.no_grad():
-        wanted = (pocket.word_scores(clean, WORDS) / 0.05).log_softmax(-1)
-    said = (pocket.word_scores(seen, WORDS) / 0.05).log_softmax(-1)
-    return F.kl_div(said, wanted, log_target=True, reduction="none").sum(-1)
 
 
 def _direction(tokens: Tensor, right: Tensor, wrong: Tensor, *, margin: float = 0.1) -> Tensor:

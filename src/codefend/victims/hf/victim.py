@@ -72,6 +72,11 @@ class HFVictim:
         gaps = (logits.gather(1, flat)[:, 0] - others).to(images.device)
         return list(gaps.split([len(answer) for answer in answers]))
 
+    def answer_logits(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> list[Tensor]:
+        """For each image ``[A_i, V]`` float32: the logits that predict each token of its target; differentiable."""
+        logits, answers = self._read(images, prompts, targets)
+        return list(logits.to(images.device).split([len(answer) for answer in answers]))
+
     def features(self, images: Tensor) -> Tensor:
         """Vision tokens as the language model receives them, ``[B, T, D]`` float32, differentiable in the images."""
         batch = self._collate(self._lay_out(images, [NEUTRAL] * len(images)), left=False)

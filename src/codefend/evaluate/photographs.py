@@ -1,0 +1,168 @@
+"""Purifiers on photographs that no training saw, judged by ImageNet encoders: features, classes and pixels.
+
+Crops of the held-out photographs (`tasks.pictures.HELD_OUT`) at several scales. Each encoder is attacked on the bare
+picture (oblivious): its tokens are driven away from the clean ones. The task is to agree with the encoder's own class
+for the clean crop. Lite0 and Lite2 guided the shipped bridge, Lite1 never did. Crops of one photograph are no
+independent examples: with four photographs the figures say how these fare, not how all would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from codefend.attacks.apgd import APGD
+from codefend.attacks.norms import quantize_in_budget
+from codefend.attacks.objectives import features_away
+from codefend.defense import Defense
+from codefend.devices import default_device
+from codefend.evaluate.config import rejoin
+from codefend.images import quantize8
+from codefend.pairs import Tower
+from codefend.results import BARE
+from codefend.runs import Row, make_generator, open_run, progress
+from codefend.tasks.image_metrics import psnr
+from codefend.tasks.pictures import HELD_OUT
+from codefend.types import Budget, UserError
+from codefend.victims.efficientnet_lite import NAMES
+
+SEEN = ("lite0", "lite2")  # encoders that guided the shipped bridge
+
+
+@dataclass(frozen=True)
+class PhotographsConfig:
+    """Crops are ``side`` pixels; of each photograph the first ``limit`` are judged."""
+
+    encoders: tuple[str, ...] = ("lite0", "lite2", "lite1")
+    defenses: tuple[str, ...] = (BARE, "jpeg", "diffpure:t=0.05,steps=5", "bridge")
+    eps: float = 8.0  # in 1/255, l-inf
+    steps: int = 20  # of APGD on each encoder's features
+    limit: int | None = None  # crops a photograph; None: 8
+    side: int = 224
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "defenses", rejoin(self.defenses))
+        unknown = [name for name in self.encoders if name not in NAMES]
+        if unknown or not self.encoders:
+            raise UserError(f"unknown encoder {unknown[0] if unknown else ''!r}; known: {', '.join(NAMES)}")
+        if self.side % 32 or self.side < 32:
+            raise UserError(f"side must be a multiple of 32, got {self.side}")
+
+    @property
+    def count(self) -> int:
+        return 8 if self.limit is None else self.limit
+
+
+class Encoder(Tower):
+    """An encoder at the crops' own size, where `Tower` would shrink them."""
+
+    def features(self, images: Tensor) -> Tensor:
+        tokens: Tensor = self.encoder(images.to(self.encoder.fc.weight.device))
+        return tokens.to(images.device)
+
+    @torch.no_grad()
+    def classes(self, images: Tensor) -> Tensor:
+        """ImageNet-1k classes ``[B]``."""
+        return self.encoder.logits(images.to(self.encoder.fc.weight.device)).argmax(1).to(images.device)
+
+
+def crops(name: str, config: PhotographsConfig) -> Tensor:
+    """``[count, 3, side, side]`` in [0, 1], 8 bits: windows of a whole to a half of the photograph's shorter side.
+
+    Raises UserError when scikit-image is missing.
+    """
+    try:
+        from skimage import data
+    except ImportError as error:
+        raise UserError("the photographs are scikit-image's: pip install 'codefend[train]'") from error
+    whole = torch.from_numpy(getattr(data, name)().copy()).permute(2, 0, 1)[None].float() / 255
+    height, width = whole.shape[-2:]
+    found = []
+    for index in range(config.count):
+        rng = np.random.default_rng([config.seed, 13, HELD_OUT.index(name), index])
+        window = int(min(height, width) * rng.uniform(0.5, 1.0))
+        top, left = int(rng.integers(height - window + 1)), int(rng.integers(width - window + 1))
+        view = whole[..., top : top + window, left : left + window]
+        size = (config.side, config.side)
+        found.append(F.interpolate(view, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1))
+    return quantize8(torch.cat(found))
+
+
+def run_photographs(config: PhotographsConfig, folder: str | Path) -> list[Row]:
+    """Fill ``folder`` with a row for each crop, encoder and defense, and ``table.md``; the same call resumes.
+
+    Raises UserError for an unknown encoder or defense, or a folder made with another config.
+    """
+    from codefend.evaluate.bench import Loaders, contender
+
+    probe = crops(HELD_OUT[0], config)[:1]
+    defenses = {label: contender(label, Loaders(), probe, config.seed).defense for label in config.defenses}
+    with open_run(folder, {"photographs": True, **config.__dict__}) as run:
+        work = [(encoder, name) for encoder in config.encoders for name in HELD_OUT]
+        with progress("photographs", len(work)) as advance:
+            for encoder, name in work:
+                keys = [f"{encoder}|{name}-{i}|{label}" for i in range(config.count) for label in defenses]
+                if not all(run.has(key) for key in keys):
+                    for row in _judge(config, Encoder(encoder), name, defenses):
+                        run.append(row)
+                advance(1, f"{encoder} {name}")
+        rows = run.rows()
+        run.write("table.md", table(config, rows))
+    return rows
+
+
+def _judge(config: PhotographsConfig, encoder: Encoder, name: str, defenses: dict[str, Defense]) -> list[Row]:
+    clean = crops(name, config).to(default_device())
+    budget = Budget(eps=config.eps / 255, steps=config.steps)
+    draw = make_generator(config.seed, "photographs", encoder.name, name)
+    attacked = APGD()(features_away(encoder, clean), clean, budget, generator=draw)
+    attacked = quantize_in_budget(attacked, clean, budget)
+    right, label = encoder.features(clean), encoder.classes(clean)
+    rows: list[Row] = []
+    for defense_name, defense in defenses.items():
+        found: dict[str, Tensor] = {}
+        for kind, images in (("clean", clean), ("attacked", attacked)):
+            with torch.no_grad():
+                draw = make_generator(config.seed, "defense", encoder.name, name, kind)
+                seen = quantize8(defense.images(images, generator=draw))
+                found[f"cosine_{kind}"] = F.cosine_similarity(encoder.features(seen), right, dim=-1).mean(1)
+            found[f"agrees_{kind}"] = (encoder.classes(seen) == label).float()
+            found[f"psnr_{kind}"] = psnr(seen, clean)
+        for i in range(len(clean)):
+            place = {"encoder": encoder.name, "photograph": name, "crop": i, "defense": defense_name}
+            key = f"{encoder.name}|{name}-{i}|{defense_name}"
+            rows.append({"key": key, **place, **{what: float(values[i]) for what, values in found.items()}})
+    return rows
+
+
+def table(config: PhotographsConfig, rows: Sequence[Row]) -> str:
+    """Markdown: a line for each defense; means over all crops, for every encoder its own attack."""
+    heads = [f"{e} ({'seen' if e in SEEN else 'unseen'}): cosine, class" for e in config.encoders]
+    lines = [
+        f"Held-out photographs ({', '.join(HELD_OUT)}), {config.count} crops of {config.side} px each; APGD-"
+        f"{config.steps} on the encoder's features at {config.eps:g}/255, oblivious. Cosine of the tokens to the clean "
+        "picture's and agreement with its class, attacked; clean agreement over all encoders.",
+        "",
+        f"| defense | clean, dB | clean class | {' | '.join(heads)} |",
+        "|---" * (3 + len(heads)) + "|",
+    ]
+    for defense in config.defenses:
+        mine = [row for row in rows if row["defense"] == defense]
+        finite = [row["psnr_clean"] for row in mine if row["psnr_clean"] is not None]
+        pixels = f"{fmean(finite):.1f}" if finite else "-"
+        cells = []
+        for encoder in config.encoders:
+            own = [row for row in mine if row["encoder"] == encoder]
+            cosine, agrees = (fmean(row[f"{what}_attacked"] for row in own) for what in ("cosine", "agrees"))
+            cells.append(f"{cosine:.3f}, {agrees:.0%}")
+        agreement = fmean(row["agrees_clean"] for row in mine)
+        lines.append(f"| {defense} | {pixels} | {agreement:.1%} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,108 @@
+"""Banks of pairs as a standard data set: Parquet with image columns, as `datasets` reads and shows it.
+
+``train-00000.parquet`` and so on: ``clean`` and ``attacked`` are PNG files in a struct of bytes and path, ``kind``,
+``target``, ``eps``, ``fall`` and ``steps`` say how a pair was made. One row group is one shard, so that training
+reads any of them alone. ``datasets.load_dataset("parquet", data_dir=FOLDER, streaming=True)`` streams the same rows.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codefend import images
+from codefend.runs import load_checkpoint, read_rows, write_atomic
+from codefend.types import UserError
+
+SHARDS = 64  # shards a file
+TEXTS, NUMBERS = ("kind", "target"), ("eps", "fall")
+
+
+def write_table(bank: str | Path, folder: str | Path) -> Path:
+    """Write the bank that `pairs.make_pairs` made as Parquet into ``folder``.
+
+    Raises UserError when pyarrow is missing, or the bank holds no pairs, or fewer than its rows say.
+    """
+    pyarrow, parquet = _library()
+    rows = [row for row in read_rows(bank) if "pairs" in row]
+    paths = sorted(Path(bank).glob("pairs-*.safetensors"))
+    if not paths or len(paths) != len(rows):
+        raise UserError(f"{bank} holds {len(paths)} files of pairs, but {len(rows)} rows about them; make it whole")
+    rows.sort(key=lambda row: int(str(row["key"]).rpartition("-")[2]))
+    for number, start in enumerate(range(0, len(paths), SHARDS)):
+        stream, schema = io.BytesIO(), _schema(pyarrow)
+        with parquet.ParquetWriter(stream, schema, compression="none") as writer:  # PNG is compressed already
+            for path, row in zip(paths[start : start + SHARDS], rows[start : start + SHARDS], strict=True):
+                writer.write_table(pyarrow.Table.from_pylist(list(_records(path, row)), schema=schema))
+        write_atomic(Path(folder) / f"train-{number:05d}.parquet", stream.getvalue())
+    return Path(folder)
+
+
+def _records(path: Path, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    tensors, _ = load_checkpoint(path)
+    for index, made in enumerate(row["pairs"]):
+        record: dict[str, Any] = {key: row[key] for key in (*TEXTS, "steps")} | {key: made[key] for key in NUMBERS}
+        for side in ("clean", "attacked"):
+            data = images.encode(tensors[side][index].float() / 255)
+            record[side] = {"bytes": data, "path": f"{path.stem}-{index}-{side}.png"}
+        yield record
+
+
+def _records_schema() -> dict[str, Any]:
+    values = {**dict.fromkeys(TEXTS, "string"), **dict.fromkeys(NUMBERS, "float32"), "steps": "int32"}
+    features: dict[str, Any] = {side: {"_type": "Image"} for side in ("clean", "attacked")}
+    return {**features, **{key: {"dtype": kind, "_type": "Value"} for key, kind in values.items()}}
+
+
+def _schema(pyarrow: Any) -> Any:
+    picture = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    fields = [(side, picture) for side in ("clean", "attacked")]
+    fields += [(key, pyarrow.string()) for key in TEXTS] + [(key, pyarrow.float32()) for key in NUMBERS]
+    notes = json.dumps({"info": {"features": _records_schema()}})  # how `datasets` knows a picture from a struct
+    return pyarrow.schema([*fields, ("steps", pyarrow.int32())], metadata={"huggingface": notes})
+
+
+def groups(path: str | Path) -> list[int]:
+    """How many pairs each row group holds. Raises UserError for a file that isn't Parquet with both pictures."""
+    _, parquet = _library()
+    try:
+        meta = parquet.ParquetFile(path)
+        names = set(meta.schema_arrow.names)
+    except Exception as error:  # pyarrow raises its own and OSError
+        raise UserError(f"{path} is no Parquet file: {str(error).splitlines()[0]}") from error
+    if not {"clean", "attacked"} <= names:
+        raise UserError(f"{path} has no columns clean and attacked, but {', '.join(sorted(names))}")
+    return [meta.metadata.row_group(i).num_rows for i in range(meta.num_row_groups)]
+
+
+def read_group(path: str | Path, group: int) -> tuple[Tensor, Tensor, str]:
+    """``(clean, attacked, kind)`` of one row group, 8-bit ``[n, 3, H, W]``; the kind of its first pair.
+
+    Raises UserError when its pictures are not all of one size.
+    """
+    _, parquet = _library()
+    file = parquet.ParquetFile(path)
+    wanted = [name for name in ("clean", "attacked", "kind") if name in file.schema_arrow.names]
+    rows = file.read_row_group(group, columns=wanted).to_pylist()
+    sides = [[_pixels(row[side]["bytes"]) for row in rows] for side in ("clean", "attacked")]
+    if len({picture.shape for side in sides for picture in side}) > 1:
+        raise UserError(f"{path}: pictures of several sizes in one row group; training needs one size")
+    return torch.stack(sides[0]), torch.stack(sides[1]), str(rows[0].get("kind", ""))
+
+
+def _pixels(data: bytes) -> Tensor:
+    return (images.load(data).pixels * 255).round().to(torch.uint8)
+
+
+def _library() -> tuple[Any, Any]:
+    try:
+        return import_module("pyarrow"), import_module("pyarrow.parquet")
+    except ModuleNotFoundError as error:
+        raise UserError("Parquet needs pyarrow: pip install 'codefend[parquet]'") from error

@@ -1,0 +1,146 @@
+"""Fine-tuning models of diffusers on pairs: both kinds learn, resume exactly, and end up as purifiers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+import diffusers_tiny
+from codefend import purifiers, runs
+from codefend.pairs import read_pairs
+from codefend.purifiers.hf_latent import load_latents
+from codefend.runs import save_checkpoint
+from codefend.training import train
+from codefend.training.backbones import HFBridgeConfig, LatentConfig, LatentTuner
+from codefend.types import UserError
+
+SHORT = {"steps": 3, "batch": 2, "micro": 2, "warmup": 1, "save_every": 1}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A bank of two shards with a fixed perturbation, and both models."""
+    root = tmp_path_factory.mktemp("backbones")
+    draw = torch.Generator().manual_seed(0)
+    wave = 16 * (torch.arange(16) % 2 * 2 - 1).expand(16, 16)
+    for shard in range(2):
+        clean = torch.randint(64, 192, (6, 3, 4, 4), generator=draw).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        pair = {"clean": clean.to(torch.uint8), "attacked": (clean + wave).to(torch.uint8)}
+        save_checkpoint(root / f"pairs-{shard:05d}.safetensors", pair, {"kind": "features"})
+    made = {"ddpm": diffusers_tiny.ddpm(root / "ddpm"), "stable": diffusers_tiny.stable_diffusion(root / "sd")}
+    return {"pairs": str(root), **{name: str(path) for name, path in made.items()}}
+
+
+def config(kind: str, places: dict[str, str], **changes: Any) -> HFBridgeConfig | LatentConfig:
+    make, model = (HFBridgeConfig, "ddpm") if kind == "hf-bridge" else (LatentConfig, "stable")
+    return make(**{**SHORT, "model": places[model], "pairs": (places["pairs"],), **changes})
+
+
+def curve(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "rows.jsonl").read_text().splitlines()]
+
+
+def image() -> Tensor:
+    return torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", ["hf-bridge", pytest.param("latent", marks=pytest.mark.slow)])
+def test_an_interrupted_training_equals_an_uninterrupted_one(
+    kind: str, places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(config(kind, places), tmp_path / "whole")
+    append = runs.Run.append
+
+    def interrupt(self: runs.Run, row: dict[str, Any]) -> bool:
+        if row["step"] == 2:
+            raise KeyboardInterrupt
+        return append(self, row)
+
+    monkeypatch.setattr(runs.Run, "append", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(kind, places), tmp_path / "cut")
+    monkeypatch.undo()
+    cut = train(config(kind, places), tmp_path / "cut")
+    first, second = (purifiers.load(f)(image(), generator=torch.Generator().manual_seed(1)) for f in (whole, cut))
+    assert torch.equal(first, second)
+    assert [row["step"] for row in curve(tmp_path / "cut")] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_pixel_model_learns_to_remove_what_the_pairs_show(places: dict[str, str], tmp_path: Path) -> None:
+    folder = train(config("hf-bridge", places, steps=24, batch=4, micro=1, lr=4e-3, save_every=24), tmp_path)
+    losses = [row["pairs"] for row in curve(tmp_path)]
+    assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
+    assert purifiers.load(folder).evaluations == 1
+
+
+def test_adapters_learn(places: dict[str, str]) -> None:
+    """On one batch with one noise: the rest of this network is random and frozen, so little more can be had of it."""
+    tuner = LatentTuner(config("latent", places, t=0.4, rank=4), torch.device("cpu"))  # type: ignore[arg-type]
+    clean, attacked = (side[:4].float() / 255 for side in next(iter(read_pairs(places["pairs"])))[:2])
+    optimizer = torch.optim.AdamW(tuner.parameters.values(), lr=3e-2)
+    losses = []
+    for _ in range(12):
+        loss, _ = tuner.loss(clean, attacked, torch.Generator().manual_seed(0))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.97 * losses[0]
+
+
+def test_adapters_carry_their_options(places: dict[str, str], tmp_path: Path) -> None:
+    shape = {"steps": 2, "micro": 1, "lr": 5e-2, "save_every": 2, "t": 0.4, "rank": 4, "purify_steps": 2}
+    folder = train(config("latent", places, **shape), tmp_path)
+    purifier: Any = purifiers.load(folder)
+    assert (purifier.options.t, purifier.options.steps) == (0.4, 2)
+    bare = purifiers.load(f"hf-latent:{places['stable']}:t=0.4,steps=2")
+    ours, theirs = (p(image(), generator=torch.Generator().manual_seed(1)) for p in (purifier, bare))
+    assert float((ours - theirs).abs().max()) > 1e-3
+    alone = purifiers.load(f"{folder}:t=0")  # the autoencoder's row needs no other name
+    assert torch.allclose(alone(image()), purifiers.load(f"hf-latent:{places['stable']}:t=0")(image()), atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+def test_features_can_guide(places: dict[str, str], tmp_path: Path) -> None:
+    for kind in ("hf-bridge", "latent"):
+        train(config(kind, places, steps=1, micro=1, encoders=("lite0",)), tmp_path / kind)
+        (row,) = curve(tmp_path / kind)
+        assert row["features"] > 0
+        assert row["grad_norm"] > 0
+
+
+def test_fresh_adapters_change_nothing(places: dict[str, str]) -> None:
+    from codefend.purifiers.hf_latent import add_adapters
+
+    latents = load_latents(places["stable"])
+    z, s, sigma = torch.randn(1, 4, 8, 8), torch.zeros(1), torch.ones(1)
+    before = latents.denoiser(z, s, sigma)
+    added = add_adapters(latents, 4)
+    assert len(added) == 2 * 4 * 2 * 4  # A and B, four projections, two attentions, four transformer blocks
+    assert torch.equal(latents.denoiser(z, s, sigma), before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        ("latent", {"model": ""}, "name a model"),
+        ("hf-bridge", {"pairs": ()}, "needs pairs"),
+        ("latent", {"t": 0.0}, "needs noise"),
+        ("hf-bridge", {"micro": 0}, "micro=0"),
+    ],
+)
+def test_mistakes_are_named(
+    kind: str, change: dict[str, Any], words: str, places: dict[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=words):
+        train(config(kind, places, **change), tmp_path)

@@ -1,0 +1,65 @@
+"""Held-out photographs under ImageNet encoders: crops, rows, the table, and how a run goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("skimage")
+
+from codefend.cli import main
+from codefend.evaluate import evaluate
+from codefend.evaluate.photographs import PhotographsConfig, crops
+from codefend.tasks.pictures import HELD_OUT
+from codefend.types import UserError
+
+TINY = {"encoders": ("lite1",), "limit": 1, "side": 64, "steps": 3}
+
+
+def test_crops_are_8_bit_windows_from_the_seed() -> None:
+    config = PhotographsConfig(limit=2, side=64)
+    first = crops("chelsea", config)
+    assert first.shape == (2, 3, 64, 64)
+    assert torch.allclose(first * 255, (first * 255).round(), atol=1e-4)
+    assert torch.equal(first, crops("chelsea", config))
+    assert not torch.equal(first, crops("chelsea", PhotographsConfig(limit=2, side=64, seed=1)))
+    assert float(first.std()) > 0.05
+
+
+@pytest.mark.weights
+def test_rows_show_the_attack_and_the_repair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = PhotographsConfig(**TINY, defenses=("none", "jpeg", "blur:sigma=2"))
+    rows = evaluate(config, tmp_path)
+    assert len(rows) == len(HELD_OUT) * 3
+    by = {(row["photograph"], row["defense"]): row for row in rows}
+    for name in HELD_OUT:
+        bare, jpeg = by[name, "none"], by[name, "jpeg"]
+        assert bare["cosine_clean"] == pytest.approx(1, abs=1e-4)
+        assert bare["agrees_clean"] == 1
+        assert bare["psnr_clean"] is None  # infinite: nothing was changed
+        assert bare["cosine_attacked"] < 0.8
+        assert bare["psnr_attacked"] > 29.9  # 8/255 at most
+        assert 25 < jpeg["psnr_clean"] < 50
+        assert jpeg["cosine_attacked"] > bare["cosine_attacked"]
+    table = (tmp_path / "table.md").read_text()
+    assert [line.split(" |")[0] for line in table.splitlines()[4:]] == ["| none", "| jpeg", "| blur:sigma=2"]
+    assert "lite1 (unseen)" in table
+    before = (tmp_path / "rows.jsonl").read_text()
+    assert evaluate(config, tmp_path) == rows
+    assert (tmp_path / "rows.jsonl").read_text() == before
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == table
+
+
+def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for change, words in (({"encoders": ("vit",)}, "known: lite0"), ({"side": 50}, "multiple of 32")):
+        with pytest.raises(UserError, match=words):
+            PhotographsConfig(**change)  # type: ignore[arg-type]
+    run = ["eval", "photographs", "--run", str(tmp_path / "a")]
+    assert main([*run, "--set", "defenses=nothing"]) == 2
+    assert main([*run, "--max-asr", "0.1"]) == 2
+    assert main([*run, "--victim", "pocket"]) == 2
+    assert "judged by encoders" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
