@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import islice, product
 from typing import Any
@@ -198,7 +198,8 @@ def open_bench(config: EvalConfig, loaders: Loaders | None = None) -> Bench:
     loaders = loaders or Loaders()
     check(config)
     attacks = {label: AttackChoice.parse(label, config) for label in config.attacks}
-    tasks = {name: Examined.of(loaders.task(name, config.split, config.limit)) for name in config.tasks}
+    loaded = {name: loaders.task(name, config.split, config.limit) for name in config.tasks}
+    tasks = {name: Examined.of(replace(t, target=config.target or t.target)) for name, t in loaded.items()}
     for name, known in tasks.items():
         known.score([""], known.examples([0]))  # a metric whose package is missing fails now
         targeted = [label for label, choice in attacks.items() if choice.spec.goal in NEEDS_SENTENCE]

@@ -64,6 +64,7 @@ class EvalConfig:
     resubmissions: int = 1  # N: how often a randomized defense is asked about the same image
     skip_wrong: bool = True  # T2, untargeted: leave out images whose clean answer already scores 0
     panels: int = 3  # examples per task whose pictures are kept for the report, the first ones
+    target: str = ""  # the sentence that targeted attacks force; empty: each task's own
     seen: tuple[str, ...] = ()  # attacks that the defenses were trained on; the report sets them against the others
     attacked: str = ""  # another run's folder: attacked images that were made there alike are checked and taken over
 

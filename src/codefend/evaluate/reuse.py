@@ -31,7 +31,7 @@ from codefend.evaluate.craft import (
 from codefend.runs import Row, make_generator, plain, read_config
 from codefend.types import Example, UserError
 
-SHARED = ("split", "norm", "seed", "batch")  # must be the same in both configs
+SHARED = ("split", "norm", "seed", "batch", "target")  # must be the same in both configs
 TOLERANCE = 1e-3  # relative, and absolute in the objective's unit: other threads add in another order
 
 
@@ -41,7 +41,7 @@ def check_donor(config: EvalConfig, run_dir: Path, donor: Path) -> None:
         raise UserError(f"attacked={donor} is this run's own folder; name another run, or leave it out")
     theirs, ours = read_config(donor), plain(config)
     for key in ("victim", *SHARED):
-        there, here = (_crafter(c) if key == "victim" else c.get(key) for c in (theirs, ours))
+        there, here = (_crafter(c) if key == "victim" else c.get(key) or None for c in (theirs, ours))
         if there != here:
             raise UserError(
                 f"attacked={donor} was made with {key}={there!r}, this run has {here!r}: "
