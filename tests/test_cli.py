@@ -37,6 +37,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) -> None:
     """Replace the module ``codefend.<name>`` for this test, whether or not it could be imported."""
     module = ModuleType(f"codefend.{name}")
+    module.__path__ = [str(Path(codefend.__file__).parent / name)]  # submodules are the real ones
     vars(module).update(attributes)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(codefend, name, module, raising=False)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from codefend import images
-from codefend.purifiers.base import ImagePurifier
 from codefend.purifiers.tiling import limit_side
 from codefend.runs import Run, make_generator, open_run, progress, read_config, write_atomic
 from codefend.types import Purifier, UserError
@@ -223,10 +222,11 @@ def _scores(
     purifier: Purifier, group: Sequence[tuple[Job, images.LoadedImage]], results: Tensor
 ) -> Sequence[float | None]:
     """The detection score of each picture, where the purifier has one."""
-    if not isinstance(purifier, ImagePurifier):
+    judge = getattr(purifier, "judge", None)
+    if judge is None:
         return [None] * len(group)
     with torch.no_grad():
-        found: list[float] = purifier.judge(torch.stack([loaded.pixels for _, loaded in group]), results).tolist()
+        found: list[float] = judge(torch.stack([loaded.pixels for _, loaded in group]), results).tolist()
     return found
 
 
