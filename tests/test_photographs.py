@@ -43,7 +43,7 @@ def test_rows_show_the_attack_and_the_repair(tmp_path: Path, capsys: pytest.Capt
         assert bare["psnr_attacked"] > 29.9  # 8/255 at most
         assert 25 < jpeg["psnr_clean"] < 50
         assert jpeg["cosine_attacked"] > bare["cosine_attacked"]
-    table = (tmp_path / "table.md").read_text()
+    table = (tmp_path / "photographs.md").read_text()
     assert [line.split(" |")[0] for line in table.splitlines()[4:]] == ["| none", "| jpeg", "| blur:sigma=2"]
     assert "lite1 (unseen)" in table
     before = (tmp_path / "rows.jsonl").read_text()

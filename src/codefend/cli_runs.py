@@ -15,6 +15,8 @@ from codefend.types import UserError
 
 app = typer.Typer()
 
+PHOTOGRAPHS = "photographs"  # the preset whose rows aren't answers
+
 RunFolder = Annotated[Path, typer.Option("--run", help="Run folder; the same command goes on with it.")]
 Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of the preset.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the config and stop.")]
@@ -123,11 +125,10 @@ def eval_(
     which any attack, in any submission, made the answer wrong or its target appear.
     """
     from codefend.evaluate import EvalConfig, evaluate
-    from codefend.evaluate.photographs import PhotographsConfig
 
     changes = [*([f"limit={limit}"] if limit else []), *([f"victim={victim}"] if victim else [])]
-    config = _config(preset, [*settings, *changes], (EvalConfig, PhotographsConfig))
-    if max_asr is not None and not hasattr(config, "victim"):
+    config = _config(preset, [*settings, *changes], None if preset == PHOTOGRAPHS else EvalConfig)
+    if max_asr is not None and preset == PHOTOGRAPHS:
         raise UserError("--max-asr is for one victim, and photographs are judged by encoders")
     if max_asr is not None and hasattr(config, "crafters"):
         raise UserError("--max-asr is for one victim; a transfer matrix has several")
@@ -172,10 +173,9 @@ def report(
     from rich.console import Console
 
     from codefend import report as reports
-    from codefend.runs import read_config
 
-    if read_config(run).get("photographs"):
-        print((run / "table.md").read_text(encoding="utf-8"), end="")
+    if (run / f"{PHOTOGRAPHS}.md").is_file():  # rows of their own kind, with their table made
+        print((run / f"{PHOTOGRAPHS}.md").read_text(encoding="utf-8"), end="")
         return
     reports.print_summary(run, Console())
     print(reports.write_report(run, out))
@@ -202,7 +202,7 @@ def demo(run: RunFolder = Path("runs/demo")) -> None:
     raise typer.Exit(run_demo(run))
 
 
-def _config(name: str, items: Sequence[str], kind: type | tuple[type, ...] | None = None) -> Any:
+def _config(name: str, items: Sequence[str], kind: type | None = None) -> Any:
     """Build a preset's config with ``key=value`` settings. Raises UserError for unknown names, nearest one named."""
     from codefend.presets import PRESETS
     from codefend.settings import check_keys, parse_settings

@@ -97,7 +97,7 @@ def crops(name: str, config: PhotographsConfig) -> Tensor:
 
 
 def run_photographs(config: PhotographsConfig, folder: str | Path) -> list[Row]:
-    """Fill ``folder`` with a row for each crop, encoder and defense, and ``table.md``; the same call resumes.
+    """Fill ``folder`` with a row for each crop, encoder and defense, and ``photographs.md``; the same call resumes.
 
     Raises UserError for an unknown encoder or defense, or a folder made with another config.
     """
@@ -115,7 +115,7 @@ def run_photographs(config: PhotographsConfig, folder: str | Path) -> list[Row]:
                         run.append(row)
                 advance(1, f"{encoder} {name}")
         rows = run.rows()
-        run.write("table.md", table(config, rows))
+        run.write("photographs.md", table(config, rows))
     return rows
 
 
