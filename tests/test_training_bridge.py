@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor
 from codefend import runs
 from codefend.nets import NetConfig, PurifierNet, save_net
 from codefend.presets import PRESETS
-from codefend.training import bridge
+from codefend.training import bridge, guides
 from codefend.training.bridge import BridgeConfig
 from codefend.training.state import Average
 from codefend.types import UserError
@@ -50,13 +50,16 @@ class Pocket:
         return images.flatten(1).mean(1)
 
 
-class Guide:
+class Guide(guides.Guide):
+    """Guides by the toy in the pocket's place; remembers for which steps."""
+
     def __init__(self) -> None:
         self.pocket, self.steps = Pocket(), list[int]()
+        super().__init__(cast(Any, self.pocket), [cast(Any, self.pocket)])
 
-    def tower(self, step: int) -> Pocket:
+    def tower(self, step: int) -> Any:
         self.steps.append(step)
-        return self.pocket
+        return super().tower(step)
 
 
 def small_net() -> PurifierNet:

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from codefend import pair_tables
 from codefend.results import eps_label, summarize
 from codefend.runs import Row, Run, read_config, read_rows, write_atomic
 from codefend.types import UserError
@@ -86,13 +87,18 @@ def _portable(value: Any) -> Any:
 def _bank(place: str) -> Row:
     """What a bank of pairs was made of: its config, and how many pairs of each kind, target and strength."""
     groups: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for row in read_rows(place):
-        groups[row["kind"], row["target"]] += [pair["eps"] for pair in row["pairs"]]
+    table = not (Path(place) / "rows.jsonl").is_file()
+    if table:
+        for kind, target, eps in pair_tables.described(place):
+            groups[kind, target].append(eps)
+    else:
+        for row in read_rows(place):
+            groups[row["kind"], row["target"]] += [pair["eps"] for pair in row["pairs"]]
     made = [
         {"kind": kind, "target": target, "pairs": len(eps), "eps": [min(eps), max(eps)]}
         for (kind, target), eps in sorted(groups.items())
     ]
-    return {"config": read_config(place), "made": made}
+    return {"config": {"table": Path(place).name} if table else read_config(place), "made": made}
 
 
 def curve(rows: Sequence[Row], points: int = POINTS) -> list[Row]:
