@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from codefend import images
-from codefend.purifiers.tiling import limit_side
 from codefend.runs import Run, make_generator, open_run, progress, read_config, write_atomic
 from codefend.types import Purifier, UserError
 
@@ -43,6 +42,10 @@ class Options:
     def load(self, source: Path) -> images.LoadedImage:
         """Read a picture as these options say. Raises UserError as `images.load` does."""
         loaded = images.load(source, max_pixels=self.max_pixels, first_frame=self.first_frame)
+        if self.max_side is None:
+            return loaded
+        from codefend.purifiers.tiling import limit_side
+
         alpha = None if loaded.alpha is None else limit_side(loaded.alpha, self.max_side)
         return replace(loaded, pixels=limit_side(loaded.pixels, self.max_side), alpha=alpha)
 
