@@ -175,33 +175,3 @@ def test_a_damaged_detector_is_told(weights: Path) -> None:
         (weights / "config.json").write_text(json.dumps({**config, "detector": detector}))
         with pytest.raises(UserError, match="calibrate"):
             purifiers.load(weights)
-
-
-def test_only_suspected_pictures_get_the_second_pass() -> None:
-    torch.manual_seed(0)
-    net = PurifierNet(NetConfig(channels=(6, 8), blocks=(1, 1), embedding=16))
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=gen()))
-    images = torch.rand(4, 3, 20, 24, generator=gen(1))
-    net.requires_grad_(False)
-    plain, doubting = Bridge(net), Bridge(net, BridgeOptions(doubt_sigma=0.1))
-    once = plain(images)
-    assert torch.equal(doubting(images), once)  # nothing suspects anything
-    scores = Detector((1.0, 0.0, 0.0, 0.0), 0.0, 0.0, 0.01)(images, once)
-    between = float(scores.sort().values[1:3].mean())
-    doubting.detector = Detector((1.0, 0.0, 0.0, 0.0), 0.0, between, 0.01)
-    found = doubting(images, generator=gen(2))
-    suspected = scores > between
-    assert suspected.sum() == 2
-    assert torch.equal(found[~suspected], once[~suspected])
-    firmer = Bridge(net, BridgeOptions(sigma=0.1))(images[suspected], generator=gen(2))
-    assert torch.allclose(found[suspected], firmer, atol=1e-6)
-    assert doubting.stochastic
-    assert doubting.multiply_adds(20, 24) == 2 * plain.multiply_adds(20, 24)
-    watched = images.clone().requires_grad_()
-    doubting(watched, generator=gen(2)).sum().backward()
-    assert watched.grad is not None
-    assert bool((watched.grad.flatten(1).abs().sum(1) > 0).all())
-    with pytest.raises(UserError, match="doubt_sigma"):
-        BridgeOptions(doubt_sigma=2)

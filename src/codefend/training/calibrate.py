@@ -45,7 +45,6 @@ def calibrate(folder: str | Path, config: CalibrateConfig) -> Detector:
     purifier = purifiers.load(Path(folder))
     if not isinstance(purifier, NetPurifier):
         raise UserError(f"{folder} holds no network to calibrate")
-    purifier.detector = None  # an earlier fit must not change what is removed
     _refuse_training_banks(Path(folder), config.pairs)
     if not 0 < config.rate < 0.5 or config.clean * config.rate < 2:
         raise UserError(f"a rate of {config.rate:g} can't be set on {config.clean} clean pictures: draw more")
