@@ -51,7 +51,7 @@ def test_any_size_is_purified_as_torch_does(size: tuple[int, int], weights: Path
 
 
 def test_tiles_are_torchs(weights: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, value in {"TILED_ABOVE": 1000, "TILE": 96, "OVERLAP": 48}.items():
+    for key, value in {"TILED_ABOVE": 1000, "TILE": 96, "OVERLAP": 48, "MARGIN": 16}.items():
         monkeypatch.setattr(grid, key, value)
     pixels = np.random.default_rng(0).integers(0, 256, (150, 201, 3), dtype=np.uint8)
     expected = load(weights)(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)[0].permute(1, 2, 0)

@@ -45,23 +45,36 @@ An attacker who sees the purifier can attack through it: measure that, too (`cod
 class PurifierModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types
     """``(images [B,3,H,W], s [B], sigma [B]) -> [B,3,H,W]``: a `PurifierNet` with what it is and its defaults.
 
-    ``kind`` is "prior" or "bridge", ``net`` the fields of a `NetConfig`, ``options`` the purifier's defaults.
+    ``kind`` is "prior" or "bridge", ``net`` the fields of a `NetConfig`, ``options`` the purifier's defaults,
+    ``detector`` those of a `Detector` if one was calibrated.
     """
 
     config_name = "config.json"
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
-        self, kind: str = "bridge", net: dict[str, Any] | None = None, options: dict[str, Any] | None = None
+        self,
+        kind: str = "bridge",
+        net: dict[str, Any] | None = None,
+        options: dict[str, Any] | None = None,
+        detector: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.network = PurifierNet(NetConfig.from_dict(net or {}))
 
     @classmethod
-    def wrap(cls, net: PurifierNet, *, kind: str, options: Mapping[str, Any] | None = None) -> PurifierModel:
+    def wrap(
+        cls,
+        net: PurifierNet,
+        *,
+        kind: str,
+        options: Mapping[str, Any] | None = None,
+        detector: Mapping[str, Any] | None = None,
+    ) -> PurifierModel:
         """The same network, not a copy."""
         shape = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(net.config).items()}
-        model: PurifierModel = cls(kind=kind, net=shape, options=dict(options or {}))
+        found = dict(detector) if detector else None
+        model: PurifierModel = cls(kind=kind, net=shape, options=dict(options or {}), detector=found)
         model.network = net
         return model
 
@@ -69,7 +82,7 @@ class PurifierModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers
     def from_weights(cls, folder: str | Path) -> PurifierModel:
         """From a folder that this project's trainings write. Raises UserError as `nets.load_net`."""
         net, meta = load_net(folder)
-        return cls.wrap(net, kind=meta["kind"], options=meta.get("options"))
+        return cls.wrap(net, kind=meta["kind"], options=meta.get("options"), detector=meta.get("detector"))
 
     def forward(self, images: Tensor, s: Tensor, sigma: Tensor) -> Tensor:
         clean: Tensor = self.network(images, s, sigma)
@@ -79,7 +92,11 @@ class PurifierModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers
         """The images-in, images-out object around this network. Raises UserError for an unknown option."""
         from codefend.purifiers import wrap_net
 
-        meta = {"kind": self.config.kind, "options": dict(self.config.options or {})}
+        meta = {
+            "kind": self.config.kind,
+            "options": dict(self.config.options or {}),
+            "detector": self.config.get("detector"),
+        }
         return wrap_net(self.network.eval(), meta, settings, name=name or self.config.kind)
 
     def card(self) -> str:
