@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from codefend import runs
+from codefend import pairs, runs
 from codefend.nets import NetConfig, load_net
 from codefend.training import train
 from codefend.training.prior import PriorConfig, crops
@@ -114,6 +114,13 @@ def test_pairs_then_bridge(bare_pocket: Pocket, tmp_path: Path, monkeypatch: pyt
     assert load_net(folder)[1]["kind"] == "bridge"
     logged = [json.loads(line) for line in (tmp_path / "bridge" / "rows.jsonl").read_text().splitlines()]
     assert all(row[term] >= 0 for row in logged for term in ("bridge", "features", "words", "direction"))
+
+
+def test_banks_of_different_seeds_share_no_scene() -> None:
+    shards = range(300)
+    whole = [{pairs.first_scene(seed, s) + i for s in shards for i in range(pairs.SHARD)} for seed in (0, 1, 99)]
+    assert not whole[0] & whole[1]
+    assert not whole[1] & whole[2]
 
 
 def test_a_bank_without_pairs_is_told(tmp_path: Path) -> None:

@@ -91,6 +91,11 @@ def make_pairs(config: PairsConfig, folder: str | Path) -> Path:
     return run.dir
 
 
+def first_scene(seed: int, shard: int) -> int:
+    """Where a shard's scenes begin: banks of different seeds share none, so that one can be held out."""
+    return 2_000_000 + seed * 10_000_000 + shard * SHARD
+
+
 def _make_shard(
     config: PairsConfig, run: Run, victim: WhiteBox, towers: Sequence[Tower | WhiteBox], shard: int
 ) -> None:
@@ -99,7 +104,7 @@ def _make_shard(
     if kind == "answers" and shard // len(config.kinds) >= config.answer_shards:
         kind = "features"
     tower = towers[int(rng.integers(len(towers)))]
-    clean, build = _objective(kind, victim, tower, rng, first_scene=2_000_000 + shard * SHARD)
+    clean, build = _objective(kind, victim, tower, rng, first_scene=first_scene(config.seed, shard))
     clean = quantize8(clean).to(default_device())
     # One eps per pair, drawn evenly; an attack has one budget a call, so the pairs of a call share their eps.
     attacked, falls = [], []
