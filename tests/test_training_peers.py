@@ -239,6 +239,25 @@ def test_a_card_names_no_folders_of_the_machine(prior: Path, bank: Path, tmp_pat
         refresh(bank)
 
 
+def test_a_card_names_the_steps_that_each_kind_of_pairs_had(prior: Path, bank: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (bank / "rows.jsonl").read_text().splitlines()]
+    rows[1] |= {"kind": "answers", "steps": 7}
+    (bank / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = train(config("flowpure", prior, bank, steps=1), tmp_path / "run")
+    known = (
+        "PGD-3 on features on lite2 (4 pairs, 4.0 to 4.0/255)",
+        "PGD-7 on answers on pocket (4 pairs, 8.0 to 8.0/255)",
+    )
+    card = (folder / "README.md").read_text()
+    assert all(words in card for words in known)
+    told = json.loads((folder / "training.json").read_text())  # as they were before steps were noted
+    told["pairs"][0]["config"]["answer_steps"] = 7
+    for made in told["pairs"][0]["made"]:
+        del made["steps"]
+    (folder / "training.json").write_text(json.dumps(told))
+    assert refresh(folder).read_text() == card
+
+
 def test_results_are_those_of_the_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import toys
     from codefend.cli import main
