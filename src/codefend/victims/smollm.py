@@ -80,7 +80,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Any]]:
     """Fields and tensors of a GGUF file, once a process: seconds go into its vocabulary. The tensors stay on disk."""
     from gguf import GGUFReader
 
-    class Reader(GGUFReader):  # type: ignore[misc]
+    class Reader(GGUFReader):
         def __setattr__(self, name: str, value: Any) -> None:
             # It slices its file a million times, and each slice of a numpy.memmap runs Python code of numpy's.
             super().__setattr__(name, np.asarray(value) if name == "data" else value)
