@@ -148,7 +148,7 @@ def test_rewrite_makes_edits_from_the_right() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.text(max_size=20))
+@given(st.text(max_size=12))
 def test_a_typo_is_one_edit(text: str) -> None:
     for edit in typos(list(text)):
         changed = "".join(rewrite(list(text), [edit]))
