@@ -157,8 +157,7 @@ def attack(
     if question is not None and describe:
         raise UserError("give --question or --caption, not both")
     _check_target(spec, target, target_image)
-    if not images.is_lossless(images.format_of(out)):
-        raise UserError(f"{out} would lose the perturbation; use .png, .bmp, .tiff or .webp")
+    _check_lossless(out)
     _check_free(out, overwrite)
     budget = _budget(eps, norm, steps or spec.steps)
     pixels = _pixels(image, max_pixels, False)
@@ -177,6 +176,13 @@ def _check_target(spec: AttackSpec, target: str, target_image: Path | None) -> N
         raise UserError(f"attack {spec.name!r} needs --target, the sentence to force")
     if spec.goal == "feature-target" and target_image is None:
         raise UserError(f"attack {spec.name!r} needs --target-image, the picture to imitate")
+
+
+def _check_lossless(out: Path) -> None:
+    from codefend import images
+
+    if not images.is_lossless(images.format_of(out)):
+        raise UserError(f"{out} would lose the perturbation; use .png, .bmp, .tiff or .webp")
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
