@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from codefend.runs import Row, Run
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
@@ -22,3 +28,66 @@ def bare_pocket():  # type: ignore[no-untyped-def]
         return Pocket("lite0", rank=4)
     except UserError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """The rows of one small evaluation, which no test may change."""
+    import evaluate_kit
+
+    return evaluate_kit.run(tmp_path_factory.mktemp("grid"))
+
+
+@pytest.fixture(scope="session")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an evaluation to report on, which no test may change."""
+    import toys
+    from codefend.evaluate import evaluate
+    from report_kit import CONFIG
+
+    run = tmp_path_factory.mktemp("report") / "run"
+    evaluate(CONFIG, run, loaders=toys.loaders())
+    return run
+
+
+@pytest.fixture(scope="module")
+def few_samples() -> Iterator[None]:
+    """Intervals from fifty resamplings: reports in a fraction of the time."""
+    from codefend import results
+
+    before, results.SAMPLES = results.SAMPLES, 50
+    yield
+    results.SAMPLES = before
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line and return its exit code, standard output and standard error."""
+    from codefend import cli
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = cli.main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object], int], None]:
+    """``interrupt(work, step)`` trains until Ctrl-C comes, when that step is computed but not yet logged."""
+    from codefend import runs
+
+    def call(work: Callable[[], object], step: int) -> None:
+        append = runs.Run.append
+
+        def stop(self: Run, row: dict[str, Any]) -> bool:
+            if row["step"] == step:
+                raise KeyboardInterrupt
+            return append(self, row)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(runs.Run, "append", stop)
+            with pytest.raises(KeyboardInterrupt):
+                work()
+
+    return call

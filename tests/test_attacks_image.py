@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
+from attacks_kit import ANSWERS, PROMPTS, ToyVictim, pictures
 from codefend.attacks.bounds import excess, finished
 from codefend.attacks.colour import ciede2000, lab
 from codefend.attacks.corruptions import KINDS, Corruption, corrupt
@@ -18,7 +19,6 @@ from codefend.attacks.pureproof import PureProof, shipped_prior
 from codefend.attacks.ssa_cwa import SSACWA, dct_matrix, simulate_spectrum
 from codefend.attacks.stadv import StAdv, roughness, warp
 from codefend.types import Budget, Objective, UserError
-from test_objectives import ANSWERS, PROMPTS, ToyVictim, pictures
 
 
 def seeded(seed: int = 0) -> torch.Generator:

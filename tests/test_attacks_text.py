@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attacks_kit import ANSWERS, Defended, Dim, ToyVictim, pictures
 from codefend.attacks import TEXT_ATTACKS, TextAttackSpec, asked_for
 from codefend.attacks.norms import distance
 from codefend.attacks.search import Trace
@@ -27,7 +28,6 @@ from codefend.attacks.text import (
 from codefend.attacks.typographic import Typographic, render, write_on
 from codefend.defense import Defense
 from codefend.types import Budget, Objective, UserError
-from test_objectives import ANSWERS, Defended, Dim, ToyVictim, pictures
 
 QUESTIONS = ["What is left of the picture?", "Describe the image.", "How many red objects are there?"]
 BUDGET = Budget("linf", 8 / 255, 12)
@@ -148,7 +148,7 @@ def test_rewrite_makes_edits_from_the_right() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.text(max_size=20))
+@given(st.text(max_size=12))
 def test_a_typo_is_one_edit(text: str) -> None:
     for edit in typos(list(text)):
         changed = "".join(rewrite(list(text), [edit]))

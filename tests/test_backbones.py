@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import diffusers_tiny
-from codefend import purifiers, runs
+from codefend import purifiers
 from codefend.pairs import read_pairs
 from codefend.purifiers.hf_latent import load_latents
-from codefend.runs import save_checkpoint
+from codefend.runs import read_rows, save_checkpoint
 from codefend.training import train
 from codefend.training.backbones import HFBridgeConfig, LatentConfig, LatentTuner
 from codefend.types import UserError
@@ -44,40 +44,26 @@ def config(kind: str, places: dict[str, str], **changes: Any) -> HFBridgeConfig 
     return make(**{**SHORT, "model": places[model], "pairs": (places["pairs"],), **changes})
 
 
-def curve(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "rows.jsonl").read_text().splitlines()]
-
-
 def image() -> Tensor:
     return torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("kind", ["hf-bridge", pytest.param("latent", marks=pytest.mark.slow)])
 def test_an_interrupted_training_equals_an_uninterrupted_one(
-    kind: str, places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, places: dict[str, str], tmp_path: Path, interrupt: Callable[[Callable[[], object], int], None]
 ) -> None:
     whole = train(config(kind, places), tmp_path / "whole")
-    append = runs.Run.append
-
-    def interrupt(self: runs.Run, row: dict[str, Any]) -> bool:
-        if row["step"] == 2:
-            raise KeyboardInterrupt
-        return append(self, row)
-
-    monkeypatch.setattr(runs.Run, "append", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train(config(kind, places), tmp_path / "cut")
-    monkeypatch.undo()
+    interrupt(lambda: train(config(kind, places), tmp_path / "cut"), 2)
     cut = train(config(kind, places), tmp_path / "cut")
     first, second = (purifiers.load(f)(image(), generator=torch.Generator().manual_seed(1)) for f in (whole, cut))
     assert torch.equal(first, second)
-    assert [row["step"] for row in curve(tmp_path / "cut")] == [1, 2, 3]
+    assert [row["step"] for row in read_rows(tmp_path / "cut")] == [1, 2, 3]
 
 
 @pytest.mark.slow
 def test_a_pixel_model_learns_to_remove_what_the_pairs_show(places: dict[str, str], tmp_path: Path) -> None:
     folder = train(config("hf-bridge", places, steps=24, batch=4, micro=1, lr=4e-3, save_every=24), tmp_path)
-    losses = [row["pairs"] for row in curve(tmp_path)]
+    losses = [row["pairs"] for row in read_rows(tmp_path)]
     assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
     assert purifiers.load(folder).evaluations == 1
 
@@ -114,7 +100,7 @@ def test_adapters_carry_their_options(places: dict[str, str], tmp_path: Path) ->
 def test_features_can_guide(places: dict[str, str], tmp_path: Path) -> None:
     for kind in ("hf-bridge", "latent"):
         train(config(kind, places, steps=1, micro=1, encoders=("lite0",)), tmp_path / kind)
-        (row,) = curve(tmp_path / kind)
+        (row,) = read_rows(tmp_path / kind)
         assert row["features"] > 0
         assert row["grad_norm"] > 0
 

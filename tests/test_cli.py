@@ -1,113 +1,20 @@
-"""The verbs, run in this process with toys behind them: what they print, write and return."""
+"""The front of the command line and its verbs for runs: what they print, write and return."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from torch import Generator, Tensor
 
 import codefend
-from codefend import cli, images
+from cli_kit import Run, raising, stand_in
 from codefend.settings import override
 from codefend.types import UserError
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line and return its exit code, standard output and standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        code = cli.main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
-
-
-def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) -> None:
-    """Replace the module ``codefend.<name>`` for this test, whether or not it could be imported."""
-    module = ModuleType(f"codefend.{name}")
-    module.__path__ = [str(Path(codefend.__file__).parent / name)]  # submodules are the real ones
-    vars(module).update(attributes)
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(codefend, name, module, raising=False)
-
-
-class Brighten:
-    """A purifier whose effect is easy to see: half way to white."""
-
-    name = "brighten"
-
-    def __call__(self, batch: Tensor, *, generator: Generator | None = None) -> Tensor:
-        return (batch + 1) / 2
-
-
-class Toy:
-    """A white-box victim that tells dark pictures from bright ones."""
-
-    name = "toy"
-
-    def generate(self, batch: Tensor, prompts: Sequence[str]) -> list[str]:
-        return [
-            f"{prompt} {'bright' if float(pixels.mean()) > 0.5 else 'dark'}"
-            for pixels, prompt in zip(batch, prompts, strict=True)
-        ]
-
-    def loss(self, batch: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
-        brightness = batch.flatten(1).mean(1)
-        signs = torch.tensor([-1.0 if target.endswith("bright") else 1.0 for target in targets])
-        return signs * brightness
-
-    def features(self, batch: Tensor) -> Tensor:
-        return batch.flatten(2).transpose(1, 2)
-
-
-class BlackBox:
-    name = "black"
-
-    def generate(self, batch: Tensor, prompts: Sequence[str]) -> list[str]:
-        return ["something"] * len(prompts)
-
-
-class Steps:
-    """A purifier without a gradient, as it says itself."""
-
-    name, differentiable = "steps", False
-
-    def __call__(self, batch: Tensor, *, generator: Generator | None = None) -> Tensor:
-        return (batch.detach() * 500).round() / 500
-
-
-def load_purifier(name: str) -> Brighten | Steps:
-    if name == "steps":
-        return Steps()
-    if name != "brighten":
-        raise UserError(f"unknown purifier {name!r}; did you mean 'brighten'?")
-    return Brighten()
-
-
-@pytest.fixture
-def toys(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(monkeypatch, "purifiers", load=load_purifier, PURIFIERS={"brighten": SimpleNamespace(summary="to white")})
-    victims = {"pocket": Toy, "black": BlackBox}
-    stand_in(monkeypatch, "victims", load=lambda name: victims[name](), VICTIMS={"pocket": (Toy, "a toy")})
-
-
-@pytest.fixture
-def dark(tmp_path: Path) -> Path:
-    images.save(tmp_path / "dark.png", torch.full((3, 8, 8), 125 / 255))
-    return tmp_path / "dark.png"
-
 
 # --- the front -------------------------------------------------------------------------------------------------------
 
@@ -147,13 +54,6 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments: list[str], text: str
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ")
     assert text in err
-
-
-def raising(error: BaseException) -> Callable[..., Any]:
-    def fail(*_: Any) -> Any:
-        raise error
-
-    return fail
 
 
 @pytest.mark.parametrize(
@@ -203,117 +103,6 @@ def test_the_attacks_are_listed(run: Run) -> None:
     code, out, _ = run("list", "attacks")
     assert code == 0
     assert any(line.startswith("apgd ") for line in out.splitlines())
-
-
-# --- purify ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("toys")
-def test_purify_writes_the_picture(dark: Path, run: Run) -> None:
-    out_path = dark.parent / "out.png"
-    code, out, err = run("purify", dark, "-o", out_path, "--purifier", "brighten")
-    assert (code, out, err) == (0, f"purified 1 -> {out_path}\n", "")
-    torch.testing.assert_close(images.load(out_path).pixels, torch.full((3, 8, 8), 190 / 255))
-
-
-@pytest.mark.usefixtures("toys")
-def test_purify_says_what_failed_last_and_exits_with_1(dark: Path, run: Run) -> None:
-    (dark.parent / "bad.png").write_bytes(b"no")
-    (dark.parent / "big.png").write_bytes(images.encode(torch.zeros(3, 20, 20)))
-    command = ("purify", dark.parent, "-o", dark.parent / "out", "--purifier", "brighten", "--max-pixels", 100)
-    code, out, err = run(*command)
-    assert code == 1
-    assert out == f"purified 1 -> {dark.parent / 'out'}\n"
-    assert err.splitlines()[-1] == "error: 2 of 3 failed: bad.png, big.png"
-    assert "failed: big.png:" in err
-    assert "--max-pixels 400" in err
-    assert run(*command)[1] == f"purified 0, 1 done before -> {dark.parent / 'out'}\n"
-
-
-@pytest.mark.usefixtures("toys")
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["none.png", "-o", "x.png"], "no such file"),
-        (["dark.png", "-o", "dark.png"], "exists already"),
-        (["dark.png", "-o", "x.png", "--purifier", "brigthen"], "did you mean 'brighten'"),
-        (["dark.png", "-o", "x.png", "--max-pixels", "10"], "limit of 10; raise it with --max-pixels 64"),
-        (["moving.gif", "-o", "x.png"], "--first-frame"),
-        (["cut.png", "-o", "x.png"], "damaged, cut short"),
-    ],
-)
-def test_purify_refuses_with_one_line(
-    arguments: list[str], text: str, dark: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(dark.parent)
-    frames = [images.to_pil(torch.full((3, 4, 4), float(level))) for level in (0, 1)]
-    frames[0].save("moving.gif", save_all=True, append_images=frames[1:])
-    Path("cut.png").write_bytes(dark.read_bytes()[:40])
-    before = sorted(path.name for path in dark.parent.iterdir())
-    code, out, err = run("purify", "--purifier", "brighten", *arguments)
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert text in err
-    assert sorted(path.name for path in dark.parent.iterdir()) == before
-
-
-# --- ask, caption, attack --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("toys")
-def test_ask_and_caption_print_only_the_answer(dark: Path, run: Run) -> None:
-    assert run("ask", dark, "how is it?") == (0, "how is it? dark\n", "")
-    assert run("ask", dark, "how is it?", "--defense", "brighten") == (0, "how is it? bright\n", "")
-    code, out, err = run("caption", dark, "--defense", "brighten")
-    assert (code, err) == (0, "")
-    assert out.endswith("bright\n")
-
-
-@pytest.mark.usefixtures("toys")
-def test_attack_stays_in_its_budget_and_shows_both_answers(dark: Path, run: Run) -> None:
-    out_path = dark.parent / "adv.png"
-    command = ("attack", dark, "--attack", "pgd", "--question", "how?", "--eps", "4/255", "--steps", 3, "-o", out_path)
-    code, out, err = run(*command)
-    assert (code, out, err) == (0, "clean:    how? dark\nattacked: how? bright\n", "")
-    difference = images.load(out_path).pixels - images.load(dark).pixels
-    torch.testing.assert_close(difference, torch.full((3, 8, 8), 4 / 255))
-    assert run(*command)[0] == 2
-    assert run(*command, "--overwrite")[0] == 0
-
-
-@pytest.mark.usefixtures("toys")
-def test_attack_with_a_target_sentence_and_through_a_defense(dark: Path, run: Run) -> None:
-    for number, defense in enumerate(("none", "brighten", "steps")):
-        out_path = dark.parent / f"{number}.png"
-        options = ("--attack", "pgd-targeted", "--target", "so bright", "--steps", 3, "--defense", defense)
-        code, _, err = run("attack", dark, *options, "-o", out_path)
-        assert (code, err) == (0, "")
-        assert float((images.load(out_path).pixels - images.load(dark).pixels).min()) > 7.5 / 255
-
-
-@pytest.mark.usefixtures("toys")
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        (["--attack", "apdg"], "did you mean 'apgd"),
-        (["--attack", "apgd-targeted"], "needs --target"),
-        (["--attack", "feature-target"], "needs --target-image"),
-        (["--eps", "8"], "write it as 8/255"),
-        (["--eps", "a"], "not a number"),
-        (["--norm", "l1"], "choose linf or l2"),
-        (["--question", "q", "--caption"], "not both"),
-        (["-o", "adv.jpg"], "would lose the perturbation"),
-        (["-o", "dark.png"], "exists already"),
-        (["--victim", "black"], "black box"),
-    ],
-)
-def test_attack_refuses_with_one_line(
-    options: list[str], text: str, dark: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(dark.parent)
-    code, out, err = run("attack", "dark.png", "-o", "adv.png", *options)
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert text in err
-    assert not Path("adv.png").exists()
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

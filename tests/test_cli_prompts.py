@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from codefend import cli
+from cli_kit import Run
 from codefend.prompts import PROMPTS, PromptPolicy, save_folder, save_policy
 from codefend.prompts.soft import SoftPolicy
 from codefend.runs import read_rows
@@ -41,25 +41,11 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return known
 
 
-class Cli:
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self.capsys = capsys
-
-    def __call__(self, *arguments: object) -> tuple[int, str, str]:
-        code = cli.main([str(argument) for argument in arguments])
-        return code, *self.capsys.readouterr()
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Cli:
-    return Cli(capsys)
-
-
-def optimize(run: Cli, folder: Path, *more: str) -> tuple[int, str, str]:
+def optimize(run: Run, folder: Path, *more: str) -> tuple[int, str, str]:
     return run("optimize-prompt", "--victim", "toy", "--run", folder, *SEARCH, *more)
 
 
-def test_a_search_and_what_can_be_done_with_its_policy(run: Cli, toys: dict[str, Any], tmp_path: Path) -> None:
+def test_a_search_and_what_can_be_done_with_its_policy(run: Run, toys: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     code, out, err = optimize(run, folder)
     assert code == 0
@@ -82,7 +68,7 @@ def test_a_search_and_what_can_be_done_with_its_policy(run: Cli, toys: dict[str,
 
 
 def test_a_search_is_interrupted_and_goes_on_with_the_same_command(
-    run: Cli, toys: dict[str, Any], tmp_path: Path
+    run: Run, toys: dict[str, Any], tmp_path: Path
 ) -> None:
     toys["toy"] = Killed(100)
     code, out, err = optimize(run, tmp_path / "run")
@@ -100,7 +86,7 @@ def test_a_search_is_interrupted_and_goes_on_with_the_same_command(
     assert "was made with another config: seed was 0, now 1" in err
 
 
-def test_a_search_that_finds_nothing_says_so(run: Cli, toys: dict[str, Any], tmp_path: Path) -> None:
+def test_a_search_that_finds_nothing_says_so(run: Run, toys: dict[str, Any], tmp_path: Path) -> None:
     code, out, err = optimize(run, tmp_path / "run", "--set", "gepa.evaluations=20")
     assert code == 0
     assert out
@@ -119,7 +105,7 @@ def test_a_search_that_finds_nothing_says_so(run: Cli, toys: dict[str, Any], tmp
     ],
 )
 def test_mistakes_leave_nothing_behind(
-    run: Cli, toys: dict[str, Any], tmp_path: Path, arguments: list[str], message: str
+    run: Run, toys: dict[str, Any], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     code, out, err = optimize(run, tmp_path / "run", *arguments)
     assert (code, out) == (2, "")
@@ -130,7 +116,7 @@ def test_mistakes_leave_nothing_behind(
 
 
 def test_a_missing_package_is_named_with_its_extra(
-    run: Cli, toys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, toys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "gepa.api", None)
     monkeypatch.setitem(__import__("sys").modules, "gepa", None)
@@ -139,7 +125,7 @@ def test_a_missing_package_is_named_with_its_extra(
     assert "pip install 'codefend[prompts]'" in err
 
 
-def test_settings_are_shown_without_a_run(run: Cli, tmp_path: Path) -> None:
+def test_settings_are_shown_without_a_run(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("optimize-prompt", "--run", tmp_path / "x", "--method", "soft", "--dry-run")
     assert (code, json.loads(out)["method"]) == (0, "soft")
     code, out, _ = run("prompts", "table", "--run", tmp_path / "x", "--dry-run", "--purifier", "jpeg")
@@ -147,7 +133,7 @@ def test_settings_are_shown_without_a_run(run: Cli, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_list_show_and_apply(run: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_list_show_and_apply(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = run("prompts", "list")
     assert (code, [line.split()[0] for line in out.splitlines()]) == (0, list(PROMPTS))
     assert run("prompts", "show", "none") == (0, 'name: "none"\n', "")
@@ -164,7 +150,7 @@ def test_list_show_and_apply(run: Cli, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("content", ["{", '{"name": "a", "prefix": "' + "x" * 20_001 + '"}', '{"name": 3}'])
-def test_damaged_and_enormous_policies(run: Cli, tmp_path: Path, content: str) -> None:
+def test_damaged_and_enormous_policies(run: Run, tmp_path: Path, content: str) -> None:
     (tmp_path / "policy.json").write_text(content)
     for arguments in (["show", tmp_path / "policy.json"], ["apply", tmp_path, "What?"]):
         code, out, err = run("prompts", *arguments)
@@ -173,7 +159,7 @@ def test_damaged_and_enormous_policies(run: Cli, tmp_path: Path, content: str) -
         assert len(err) < 400
 
 
-def test_an_empty_run_has_no_front(run: Cli, tmp_path: Path) -> None:
+def test_an_empty_run_has_no_front(run: Run, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("")
     code, _, err = run("prompts", "show", tmp_path)
     assert code == 2
@@ -185,12 +171,12 @@ def test_an_empty_run_has_no_front(run: Cli, tmp_path: Path) -> None:
 TABLE = ["tasks=questions,captions", "seen=pgd", "unseen=apgd", "joint=planted", "scenes=6", "attack.steps=6"]
 
 
-def table(run: Cli, folder: Path, *more: object) -> tuple[int, str, str]:
+def table(run: Run, folder: Path, *more: object) -> tuple[int, str, str]:
     settings = [part for item in TABLE for part in ("--set", item)]
     return run("prompts", "table", "--victim", "toy", "--run", folder, *settings, *more)
 
 
-def test_the_table_measures_pairs_against_each_alone(run: Cli, toys: dict[str, Any], tmp_path: Path) -> None:
+def test_the_table_measures_pairs_against_each_alone(run: Run, toys: dict[str, Any], tmp_path: Path) -> None:
     save_policy(PromptPolicy("mine", prefix=f"{HELP}\n"), tmp_path / "mine.json")
     compared = ["--purifier", "smooth", "--prompt", tmp_path / "mine.json"]
     code, out, _ = table(run, tmp_path / "run", *compared)
@@ -210,7 +196,7 @@ def test_the_table_measures_pairs_against_each_alone(run: Cli, toys: dict[str, A
     assert len(read_rows(tmp_path / "run")) == asked
 
 
-def test_a_policy_that_changed_is_not_the_frozen_one(run: Cli, toys: dict[str, Any], tmp_path: Path) -> None:
+def test_a_policy_that_changed_is_not_the_frozen_one(run: Run, toys: dict[str, Any], tmp_path: Path) -> None:
     save_policy(PromptPolicy("mine", prefix="a "), tmp_path / "mine.json")
     arguments = ["--purifier", "none", "--prompt", tmp_path / "mine.json", "--set", "tasks=questions"]
     assert table(run, tmp_path / "run", *arguments)[0] == 0
@@ -220,7 +206,7 @@ def test_a_policy_that_changed_is_not_the_frozen_one(run: Cli, toys: dict[str, A
     assert "frozen" in err
 
 
-def test_a_prompt_that_scares_shows_as_refusals(run: Cli, toys: dict[str, Any], tmp_path: Path) -> None:
+def test_a_prompt_that_scares_shows_as_refusals(run: Run, toys: dict[str, Any], tmp_path: Path) -> None:
     assert "altered" in str(PROMPTS["doubt"].policy)
 
     class Jumpy(Suggestible):
@@ -236,7 +222,7 @@ def test_a_prompt_that_scares_shows_as_refusals(run: Cli, toys: dict[str, Any], 
 
 
 def test_a_table_at_t2_attacks_each_cell_through_its_own_defense(
-    run: Cli, toys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, toys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("codefend.purifiers.load", lambda name, **options: purifier(name))
     save_policy(PromptPolicy("mine", prefix="Well: "), tmp_path / "mine.json")

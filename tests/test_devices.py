@@ -14,7 +14,7 @@ from codefend import devices, purifiers
 from codefend.nets import NetConfig, PurifierNet
 from codefend.pairs import Tower
 from codefend.runs import make_generator
-from codefend.training.bridge import BridgeConfig, Guide, bridge_terms
+from codefend.training.bridge import BridgeConfig, Guide, Step, bridge_terms
 from codefend.types import UserError
 from codefend.victims.pocket import Pocket
 
@@ -53,7 +53,8 @@ def test_the_terms_of_a_bridge_stay_on_the_images_device(distant: Pocket, monkey
     net = PurifierNet(NetConfig(channels=(8, 8), blocks=(1, 1))).to("meta")
     images = IMAGES.to("meta")
     config = BridgeConfig(w_identity=1.0, gamma=0.05)
-    terms = bridge_terms(config, net, Guide(distant, [tower]), images, images, 0, make_generator(0))
+    step = Step(config, Guide(distant, [tower]), 0, make_generator(0))
+    terms = bridge_terms(step, net, images, images)
     assert set(terms) == {"bridge", "identity", "features", "direction", "words"}
     assert all(term.device == META for term in terms.values())
 

@@ -70,7 +70,6 @@ def test_upstreams(given: str, base: str) -> None:
         ({"upstream": "http://u:p@a"}, "expected http"),
         ({"port": 70000}, "port: Input should be less than or equal to 65535"),
         ({"purifer": "x"}, "did you mean 'purifier'"),
-        ({"policy": "block"}, "needs a threshold"),
         ({"on_error": "open"}, "on_error: Input should be 'block', 'fallback' or 'pass'"),
         ({"remote_hosts": "a.org"}, "no effect without allow_remote_images"),
         ({"api_keys": "short"}, "at least 8 characters"),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from codefend import images
+from codefend import images, purifiers
 from codefend.gateway.app import create_app
+from codefend.gateway.engine import Terms
+from codefend.gateway.local import local_engine
 from codefend.types import UserError
 from gateway_kit import CHAT, Invert, Upstream, chat, gateway, png, run, settings
 
@@ -67,6 +70,57 @@ def test_a_request_may_choose_only_where_the_operator_allows_it() -> None:
 def test_policies_need_a_score() -> None:
     with pytest.raises(UserError, match="no score"):
         create_app(settings(policy="block", threshold=1), purifier=lambda images, generator=None: images)
+
+
+class Calibrated(Invert):
+    detector = SimpleNamespace(threshold=0.5)
+
+
+def test_the_calibrated_threshold_is_the_default() -> None:
+    bright, dark = png(3, shade=0.8), png(4, shade=0.2)
+
+    async def statuses(**flags: Any) -> list[int]:
+        async with gateway(Upstream(), purifier=Calibrated(), **flags) as client:
+            wish = {"x-codefend-policy": "block"} if "allow_override" in flags else {}
+            return [(await client.post(CHAT, json=chat(data), headers=wish)).status_code for data in (bright, dark)]
+
+    assert run(statuses(policy="block")) == [400, 200]
+    assert run(statuses(policy="block", threshold=0.9)) == [200, 200]
+    assert run(statuses(allow_override=True)) == [400, 200]
+    assert run(statuses(allow_override=True, threshold=0.1)) == [400, 400]
+
+
+def test_the_shipped_threshold_reaches_the_engine_and_purifiers_without_one_need_it() -> None:
+    shipped = purifiers.load("bridge").detector
+    assert shipped is not None
+    for app in (create_app(settings(purifier="bridge", policy="block", isolate=isolate)) for isolate in (True, False)):
+        assert app.state.engine.terms == Terms("block", shipped.threshold)
+    assert local_engine("bridge", policy="detect").terms == Terms("detect", shipped.threshold)
+    assert local_engine("bridge", policy="detect", threshold=0.1).terms == Terms("detect", 0.1)
+    for build in (
+        lambda: create_app(settings(purifier="jpeg", policy="block")),
+        lambda: local_engine("jpeg", policy="block"),
+    ):
+        with pytest.raises(UserError, match="policy block needs a threshold: purifier jpeg has no calibrated one"):
+            build()
+
+
+def test_a_fallbacks_score_is_not_measured_by_the_purifiers_threshold() -> None:
+    class Broken(Calibrated):
+        def __call__(self, images: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
+            if images.shape[-1] != 64:  # the warm-up's
+                raise RuntimeError("broken")
+            return super().__call__(images)
+
+    async def work() -> None:
+        upstream = Upstream()
+        flags: dict[str, Any] = {"on_error": "fallback", "fallback": "blur"}
+        async with gateway(upstream, purifier=Broken(), policy="block", **flags) as client:
+            answer = await client.post(CHAT, json=chat(png(4, shade=0.2)))
+        assert answer.json()["error"]["code"] == "image_blocked", "nobody judged it"
+        assert upstream.requests == []
+
+    run(work())
 
 
 def test_prompt_policy_reaches_the_upstream() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,9 +67,11 @@ def test_a_crash_fails_its_own_picture_only(pool: Pool) -> None:
     assert results[1].reason == "crashed"  # type: ignore[union-attr]
 
 
-def test_a_process_that_hangs_is_ended_and_replaced(pool: Pool) -> None:
+def test_a_process_that_hangs_is_ended_and_replaced(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     start = time.monotonic()
-    (result,) = pool.run([Job(WHITE)])
+    with monkeypatch.context() as patch:
+        patch.setattr(pool._children[0], "options", replace(pool.options, timeout_s=0.5))
+        (result,) = pool.run([Job(WHITE)])
     assert isinstance(result, PurifyFailed)
     assert result.reason == "timeout"
     assert time.monotonic() - start < 10

@@ -29,7 +29,7 @@ def environment(**extra: str) -> dict[str, str]:
     [
         ([], {}, "upstream is missing: give --upstream or CODEFEND_UPSTREAM"),
         (["--upstream", "ftp://x"], {}, "expected http(s)://host"),
-        (["--upstream", "http://x", "--policy", "block"], {}, "policy block needs a threshold"),
+        (["--upstream", "http://x", "--purifier", "jpeg", "--policy", "block"], {}, "policy block needs a threshold"),
         (["--upstream", "http://x", "--purifier", "brigde"], {}, "did you mean 'bridge'"),
         (["--upstream", "http://x", "--device", "cuda:77"], {}, "is no device of this machine"),
         (["--upstream", "http://x"], {"CODEFEND_UPSTRAEM": "http://x"}, "did you mean CODEFEND_UPSTREAM?"),

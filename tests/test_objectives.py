@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, cross_entropy, normalize
 
+from attacks_kit import ANSWERS, PROMPTS, Defended, Dim, Noisy, ToyVictim, pictures
 from codefend.attacks import ATTACKS, AttackSpec, objective_for
 from codefend.attacks.objectives import (
     Counted,
@@ -23,87 +23,6 @@ from codefend.attacks.objectives import (
 )
 from codefend.defense import DefendedVictim, Defense
 from codefend.types import UserError, WhiteBox
-
-
-class ToyVictim:
-    """A random conv net with one of eight letters in mind; a text stands for the letter its length points at.
-
-    What it says is longer: that letter, and for each of 48 features one of two signs of its own.
-    """
-
-    name = "toy"
-
-    def __init__(self, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.kernel = torch.randn(12, 3, 4, 4, generator=generator) / 4
-        self.head = torch.randn(12, 8, generator=generator) * 3
-
-    def features(self, images: Tensor) -> Tensor:
-        return torch.tanh(conv2d(images - 0.5, self.kernel.to(images), stride=4)).flatten(2).transpose(1, 2)
-
-    def logits(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        shift = torch.tensor([len(p) % 3 for p in prompts]).view(-1, 1) / 3
-        return torch.tanh(self.features(images).mean(1) * 4 + shift) @ self.head.to(images)
-
-    def loss(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
-        labels = torch.tensor([len(t) % 8 for t in targets])
-        return cross_entropy(self.logits(images, prompts), labels, reduction="none")
-
-    def margins(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> list[Tensor]:
-        logits = self.logits(images, prompts)
-        found = []
-        for row, target in zip(logits, targets, strict=True):
-            others = torch.ones(8, dtype=torch.bool).scatter(0, torch.tensor(len(target) % 8), False)
-            found.append((row[len(target) % 8] - row[others].max()).expand(2) / 20)
-        return found
-
-    def word_scores(self, images: Tensor, words: Sequence[str]) -> Tensor:
-        table = torch.stack([torch.sin(torch.arange(12) * (len(word) + 1.0)) for word in words]).to(images)
-        return normalize(self.features(images), dim=-1) @ normalize(table, dim=-1).T
-
-    def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
-        letters = ["abcdefgh"[i] for i in self.logits(images, prompts).argmax(1).tolist()]
-        signs = (self.features(images)[:, ::4].flatten(1) > 0).int()
-        marks = (signs + 2 * torch.arange(signs.shape[1]) + ord("一")).tolist()
-        return [a + "".join(map(chr, row)) for a, row in zip(letters, marks, strict=True)]
-
-
-class Defended(DefendedVictim):
-    """A defended victim that passes on logits and words as well."""
-
-    def margins(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> list[Tensor]:
-        purified = self.defense.images(images, generator=self.generator)
-        return self.victim.margins(purified, self.defense.prompts(prompts), targets)  # type: ignore[attr-defined, no-any-return]
-
-    def word_scores(self, images: Tensor, words: Sequence[str]) -> Tensor:
-        return self.victim.word_scores(self.defense.images(images, generator=self.generator), words)  # type: ignore[attr-defined, no-any-return]
-
-
-class Dim:
-    """A differentiable, deterministic purifier."""
-
-    def __call__(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        return 0.1 + 0.8 * images
-
-
-class Noisy:
-    """A differentiable, randomized purifier."""
-
-    def __init__(self, sigma: float = 0.1) -> None:
-        self.sigma = sigma
-
-    def __call__(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        return images + self.sigma * torch.randn(images.shape, generator=generator)
-
-
-PROMPTS = ["what?", "describe", "how many?"]
-ANSWERS = ["a", "bb", "ccc"]
-
-
-def pictures(batch: int = 3, size: int = 16, seed: int = 1) -> Tensor:
-    """8-bit images with saturated pixels in them, as flat backgrounds have."""
-    noise = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
-    return ((noise * 1.4 - 0.2).clamp(0, 1) * 255).round() / 255
 
 
 @pytest.fixture

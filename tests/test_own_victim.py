@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from codefend.cli import main
 from codefend.gateway.app import create_app
 from codefend.nets import NetConfig, PurifierNet, save_net
 from codefend.pairs import read_pairs
+from codefend.runs import read_rows
 from codefend.training.bridge import BridgeConfig, train_bridge
 from codefend.training.guides import OwnGuide, find_guide
 from codefend.training.parallel import Workers
@@ -53,25 +55,21 @@ def settings(items: list[str]) -> list[str]:
     return [part for item in items for part in ("--set", item)]
 
 
-def curve(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "rows.jsonl").read_text().splitlines()]
-
-
 def test_four_commands(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     victim = f"hf:{folders['victim']}:max_new_tokens=4,device=cpu"
-    rows = [json.loads(line) for line in (folders["pairs"] / "rows.jsonl").read_text().splitlines()]
+    rows = read_rows(folders["pairs"])
     assert {row["kind"] for row in rows} == {"features", "towards", "answers"}
     assert all(row["target"].startswith("hf:") for row in rows)
     assert np.mean([pair["fall"] for row in rows for pair in row["pairs"]]) > 0
     own = settings([f"victim={victim}", f"pairs={folders['pairs']}", f"prior={folders['prior']}", *SHORT])
     assert main(["train", "own-bridge", "--run", str(tmp_path / "bridge"), *own]) == 0
     weights = tmp_path / "bridge" / "weights"
-    for row in curve(tmp_path / "bridge"):
+    for row in read_rows(tmp_path / "bridge"):
         assert all(row[term] > 0 for term in ("bridge", "features", "words"))
     judged = settings([f"victim={victim}", "tasks=vqa", f"defenses=none,{weights}", "attacks=apgd", "steps=1"])
     judged += settings([f"adaptive={weights}", "adaptive_limit=1", "batch=2"])
     assert main(["eval", "--run", str(tmp_path / "eval"), "--limit", "2", *judged]) == 0
-    assert {(row["defense"], row["threat"]) for row in curve(tmp_path / "eval")} >= {(str(weights), "T2")}
+    assert {(row["defense"], row["threat"]) for row in read_rows(tmp_path / "eval")} >= {(str(weights), "T2")}
     capsys.readouterr()
 
     async def ask() -> Any:
@@ -94,7 +92,7 @@ def test_parquet_is_the_same_bank(folders: dict[str, Path]) -> None:
     notes = json.loads(file.schema_arrow.metadata[b"huggingface"])
     assert notes["info"]["features"]["clean"] == {"_type": "Image"}
     first = file.read_row_group(0).to_pylist()[0]
-    rows = [json.loads(line) for line in (folders["pairs"] / "rows.jsonl").read_text().splitlines()]
+    rows = read_rows(folders["pairs"])
     assert first["eps"] == pytest.approx(rows[0]["pairs"][0]["eps"], rel=1e-6)
 
 
@@ -117,23 +115,12 @@ def bridge(folders: dict[str, Path], **changes: Any) -> BridgeConfig:
 
 
 def test_a_streamed_training_resumes_exactly(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path], tmp_path: Path, interrupt: Callable[[Callable[[], object], int], None]
 ) -> None:
-    from codefend import runs
-
-    whole = train_bridge(bridge(folders, mined=0.0, w_words=0.0), tmp_path / "whole")
-    append = runs.Run.append
-
-    def interrupt(self: runs.Run, row: dict[str, Any]) -> bool:
-        if row["step"] == 2:
-            raise KeyboardInterrupt
-        return append(self, row)
-
-    monkeypatch.setattr(runs.Run, "append", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train_bridge(bridge(folders, mined=0.0, w_words=0.0), tmp_path / "cut")
-    monkeypatch.undo()
-    cut = train_bridge(bridge(folders, mined=0.0, w_words=0.0), tmp_path / "cut")
+    config = bridge(folders, mined=0.0, w_words=0.0)
+    whole = train_bridge(config, tmp_path / "whole")
+    interrupt(lambda: train_bridge(config, tmp_path / "cut"), 2)
+    cut = train_bridge(config, tmp_path / "cut")
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(purifiers.load(whole)(image), purifiers.load(cut)(image))
 
@@ -153,7 +140,7 @@ def test_two_processes_have_the_curve_of_one(folders: dict[str, Path], tmp_path:
     environment = {**os.environ, "CODEFEND_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    alone, together = curve(tmp_path / "one"), curve(tmp_path / "two")
+    alone, together = read_rows(tmp_path / "one"), read_rows(tmp_path / "two")
     assert len(alone) == len(together) == config.steps
     for first, second in zip(alone, together, strict=True):
         for key in ("bridge", "features", "words", "direction", "grad_norm"):

@@ -27,10 +27,13 @@ def images() -> torch.Tensor:
 @pytest.mark.weights
 def test_the_language_model_is_the_instruct_model(bare_pocket: Pocket) -> None:
     text = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-    ids = torch.tensor(bare_pocket.encode([text]))
+    out = bare_pocket.llm(input_ids=torch.tensor(bare_pocket.encode([text])), use_cache=True)
+    said = []
     for _ in range(8):
-        ids = torch.cat([ids, bare_pocket.llm(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
-    assert "Paris" in bare_pocket.tokenizer.decode(ids[0].tolist())
+        token = out.logits[:, -1:].argmax(-1)
+        said.append(int(token))
+        out = bare_pocket.llm(input_ids=token, past_key_values=out.past_key_values)
+    assert "Paris" in bare_pocket.tokenizer.decode(said)
 
 
 @pytest.mark.weights
@@ -83,16 +86,18 @@ def test_gradients_reach_every_image_and_agree_with_differences(bare_pocket: Poc
 
 
 @pytest.mark.weights
-def test_cached_batched_generation_equals_plain_greedy_decoding(bare_pocket: Pocket, images: torch.Tensor) -> None:
-    answers = bare_pocket.generate(images, PROMPTS, max_new_tokens=5)
-    for image, prompt, answer in zip(images, PROMPTS, answers, strict=True):
+def test_cached_batched_generation_equals_plain_greedy_decoding(
+    bare_pocket: Pocket, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bare_pocket, "_decode", lambda ids: ids)
+    answers: list[list[int]] = bare_pocket.generate(images, PROMPTS, max_new_tokens=5)  # type: ignore[assignment]
+    table = bare_pocket.llm.get_input_embeddings().weight
+    for image, prompt, ids in zip(images, PROMPTS, answers, strict=True):
         before, after = bare_pocket._context(image[None], [prompt])
-        row, ids = torch.cat([before, *after]), []
-        for _ in range(5):
-            hidden = bare_pocket.llm.model(inputs_embeds=row[None]).last_hidden_state[:, -1]
-            ids.append(int(bare_pocket.llm.lm_head(hidden).argmax()))
-            row = torch.cat([row, bare_pocket.llm.get_input_embeddings().weight[ids[-1:]]])
-        assert bare_pocket._decode(ids) == answer
+        # One pass without cache over all of it: each token must be the best one after those before it.
+        row = torch.cat([before, *after, table[ids[:-1]]])
+        hidden = bare_pocket.llm.model(inputs_embeds=row[None]).last_hidden_state[0, -5:]
+        assert bare_pocket.llm.lm_head(hidden).argmax(-1).tolist() == ids
 
 
 @pytest.mark.weights

@@ -341,9 +341,6 @@ def test_oidn_denoises() -> None:
     assert purifier.multiply_adds(16, 32) == purifier.multiply_adds(9, 20) > 1e6
 
 
-# --- padding, tiles, cost --------------------------------------------------------------------------------------------
-
-
 def test_padding_mirrors_and_repeats_where_it_cannot() -> None:
     images = torch.arange(5.0).view(1, 1, 1, 5).expand(1, 3, 1, 5)
     padded = base.pad_to_multiple(images, 8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from codefend import pairs, runs
+from codefend import pairs
 from codefend.nets import NetConfig, load_net
+from codefend.runs import read_rows
 from codefend.training import train
 from codefend.training.prior import PriorConfig, crops
 from codefend.types import UserError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 
+Interrupt = Callable[[Callable[[], object], int], None]
 TINY = NetConfig(channels=(8, 12), blocks=(1, 1), embedding=16)
 
 
@@ -34,30 +36,17 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_net(folder)[0].state_dict()
 
 
-def test_an_interrupted_prior_equals_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_prior_equals_an_uninterrupted_one(tmp_path: Path, interrupt: Interrupt) -> None:
     whole = train(prior_config(), tmp_path / "whole")
-    append, seen = runs.Run.append, 0
-
-    def interrupt(self: runs.Run, row: dict[str, object]) -> bool:
-        nonlocal seen
-        seen += 1
-        if seen == 4:  # step 4 is computed but neither logged nor saved
-            raise KeyboardInterrupt
-        return append(self, row)
-
-    monkeypatch.setattr(runs.Run, "append", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train(prior_config(), tmp_path / "cut")
-    monkeypatch.undo()
+    interrupt(lambda: train(prior_config(), tmp_path / "cut"), 4)  # of which one in two is saved
     cut = train(prior_config(), tmp_path / "cut")
     assert all(torch.equal(a, weights(cut)[name]) for name, a in weights(whole).items())
-    rows = [json.loads(line) for line in (tmp_path / "cut" / "rows.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in read_rows(tmp_path / "cut")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_prior_learns(tmp_path: Path) -> None:
     train(prior_config(steps=60, batch=8, lr=4e-3, save_every=60), tmp_path)
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in read_rows(tmp_path)]
     assert np.mean(losses[-15:]) < 0.9 * np.mean(losses[:15])
 
 
@@ -86,12 +75,13 @@ def test_pairs_then_bridge(bare_pocket: Pocket, tmp_path: Path, monkeypatch: pyt
     from codefend.training.bridge import BridgeConfig
 
     monkeypatch.setattr(victims, "load", lambda name: bare_pocket)
-    config = pairs.PairsConfig(encoders=("lite0",), count=64, kinds=("features", "words"), steps=2)
+    monkeypatch.setattr(pairs, "SHARD", 8)
+    config = pairs.PairsConfig(encoders=("lite0",), count=16, kinds=("features", "words"), steps=2)
     bank = pairs.make_pairs(config, tmp_path / "pairs")
     before = (bank / "rows.jsonl").read_text()
     pairs.make_pairs(config, bank)
     assert (bank / "rows.jsonl").read_text() == before  # a finished bank is left alone
-    rows = [json.loads(line) for line in before.splitlines()]
+    rows = read_rows(bank)
     shards = list(pairs.read_pairs(bank))
     assert [row["kind"] for row in rows] == [kind for _, _, kind in shards] == ["features", "words"]
     for (clean, attacked, _), row in zip(shards, rows, strict=True):
@@ -112,8 +102,11 @@ def test_pairs_then_bridge(bare_pocket: Pocket, tmp_path: Path, monkeypatch: pyt
     )
     folder = train(bridge, tmp_path / "bridge")
     assert load_net(folder)[1]["kind"] == "bridge"
-    logged = [json.loads(line) for line in (tmp_path / "bridge" / "rows.jsonl").read_text().splitlines()]
-    assert all(row[term] >= 0 for row in logged for term in ("bridge", "features", "words", "direction"))
+    assert all(
+        row[term] >= 0
+        for row in read_rows(tmp_path / "bridge")
+        for term in ("bridge", "features", "words", "direction")
+    )
 
 
 def test_banks_of_different_seeds_share_no_scene() -> None:

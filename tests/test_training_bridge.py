@@ -16,7 +16,7 @@ from codefend import runs
 from codefend.nets import NetConfig, PurifierNet, save_net
 from codefend.presets import PRESETS
 from codefend.training import bridge, guides
-from codefend.training.bridge import BridgeConfig
+from codefend.training.bridge import BridgeConfig, Step
 from codefend.training.state import Average
 from codefend.types import UserError
 
@@ -71,10 +71,12 @@ def small_net() -> PurifierNet:
     return net
 
 
+def of(config: BridgeConfig, guide: Any = None, number: int = 0, texts: Any = ()) -> Step:
+    return Step(config, guide or Guide(), number, gen(), texts)
+
+
 def mined(config: BridgeConfig = CONFIG, *, seed: int = 0, step: int = 0, texts: Any = (), guide: Any = None) -> Tensor:
-    return bridge.mine(
-        config, small_net(), guide or Guide(), pictures(), np.random.default_rng(seed), step, gen(), texts
-    )
+    return bridge.mine(of(replace(config, seed=seed), guide, step, texts), small_net(), pictures())
 
 
 def pictures() -> Tensor:
@@ -92,8 +94,7 @@ def reach(images: Tensor) -> list[float]:
 def test_mining_lowers_its_objective_through_the_network(lean: bool) -> None:
     config, net, guide = replace(CONFIG, lean=lean, max_eps=16 / 255, mining_steps=4), small_net(), Guide()
     clean = pictures()
-    rng = np.random.default_rng(3)
-    found = bridge.mine(config, net, guide, clean, rng, 0, gen())  # type: ignore[arg-type]
+    found = bridge.mine(of(replace(config, seed=1), guide), net, clean)  # whose draw takes features, not words
     assert guide.pocket.gradients == 4
     assert all(p.requires_grad and p.grad is None for p in net.parameters())
     ones, zeros = torch.ones(4), torch.zeros(4)
@@ -164,18 +165,18 @@ def test_leaving_out_everything_is_told() -> None:
 
 def test_the_first_pictures_stay_clean_and_are_not_mined() -> None:
     guide, clean = Guide(), pictures()
-    net: Any = small_net()
-    _, attacked = bridge.training_pair(CONFIG, net, guide, clean, torch.empty(0), 0, gen())  # type: ignore[arg-type]
+    net = small_net()
+    _, attacked = bridge.training_pair(of(CONFIG, guide), net, clean, torch.empty(0))
     assert torch.equal(attacked[0], clean[0])
     assert all(r > 0.5 for r in reach(attacked)[1:])
-    _, given = bridge.training_pair(CONFIG, net, guide, clean, clean + 0.1, 0, gen())  # type: ignore[arg-type]
+    _, given = bridge.training_pair(of(CONFIG, guide), net, clean, clean + 0.1)
     assert torch.equal(given, torch.cat([clean[:1], clean[1:] + 0.1]))
 
 
 def terms(config: BridgeConfig, texts: Any = ()) -> tuple[dict[str, float], Guide]:
     guide, clean = Guide(), pictures()
     attacked = (clean + 0.05 * torch.randn(clean.shape, generator=gen(8))).clamp(0, 1)
-    found = bridge.bridge_terms(config, small_net(), guide, clean, attacked, 0, gen(), texts)  # type: ignore[arg-type]
+    found = bridge.bridge_terms(of(config, guide, texts=texts), small_net(), clean, attacked)
     return {name: value.item() for name, value in found.items()}, guide
 
 

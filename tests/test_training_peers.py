@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,22 +89,12 @@ def test_a_peer_trains_and_loads(
 
 
 def test_an_interrupted_peer_equals_an_uninterrupted_one(
-    prior: Path, bank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prior: Path, bank: Path, tmp_path: Path, interrupt: Callable[[Callable[[], object], int], None]
 ) -> None:
     chosen = config("flowpure", prior, bank, steps=4, save_every=2)
     whole = train(chosen, tmp_path / "whole")
-    append = runs.Run.append
-
-    def interrupt(self: runs.Run, row: dict[str, object]) -> bool:
-        if row["step"] == 4:
-            raise KeyboardInterrupt
-        return append(self, row)
-
-    monkeypatch.setattr(runs.Run, "append", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train(chosen, tmp_path / "cut")
+    interrupt(lambda: train(chosen, tmp_path / "cut"), 4)
     assert "2 of 4 steps" in (tmp_path / "cut" / "weights" / "README.md").read_text()
-    monkeypatch.undo()
     cut = train(chosen, tmp_path / "cut")
     assert torch.equal(weights(whole), weights(cut))
     assert not torch.equal(weights(whole), weights(prior))
@@ -237,6 +228,25 @@ def test_a_card_names_no_folders_of_the_machine(prior: Path, bank: Path, tmp_pat
     assert refresh(folder).read_text() == card
     with pytest.raises(UserError, match=r"training\.json"):
         refresh(bank)
+
+
+def test_a_card_names_the_steps_that_each_kind_of_pairs_had(prior: Path, bank: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (bank / "rows.jsonl").read_text().splitlines()]
+    rows[1] |= {"kind": "answers", "steps": 7}
+    (bank / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = train(config("flowpure", prior, bank, steps=1), tmp_path / "run")
+    known = (
+        "PGD-3 on features on lite2 (4 pairs, 4.0 to 4.0/255)",
+        "PGD-7 on answers on pocket (4 pairs, 8.0 to 8.0/255)",
+    )
+    card = (folder / "README.md").read_text()
+    assert all(words in card for words in known)
+    told = json.loads((folder / "training.json").read_text())  # as they were before steps were noted
+    told["pairs"][0]["config"]["answer_steps"] = 7
+    for made in told["pairs"][0]["made"]:
+        del made["steps"]
+    (folder / "training.json").write_text(json.dumps(told))
+    assert refresh(folder).read_text() == card
 
 
 def test_results_are_those_of_the_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,9 @@ from codefend.types import Budget, UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from codefend.attacks import AttackSpec
     from codefend.defense import DefendedVictim, Defense
+    from codefend.purify_files import Outcome
     from codefend.types import Purifier
 
 app = typer.Typer()
@@ -66,14 +68,19 @@ def purify(
     outcome = purify_paths(lambda: purifiers.load(purifier), paths, out, options)
     skipped = f", {outcome.skipped} done before" if outcome.skipped else ""
     print(f"purified {outcome.done}{skipped} -> {out}")
+    if outcome.failed:
+        _tell_failures(outcome)
+        raise typer.Exit(1)
+
+
+def _tell_failures(outcome: Outcome) -> None:
+    """Each with its reason, and in the last line how many of how many."""
     for name, reason in outcome.failed:
         print(f"failed: {name}: {reason}", file=sys.stderr)
-    if outcome.failed:
-        names = [name for name, _ in outcome.failed]
-        total = outcome.done + outcome.skipped + len(names)
-        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-        print(f"error: {len(names)} of {total} failed: {', '.join(names[:20])}{more}", file=sys.stderr)
-        raise typer.Exit(1)
+    names = [name for name, _ in outcome.failed]
+    total = outcome.done + outcome.skipped + len(names)
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    print(f"error: {len(names)} of {total} failed: {', '.join(names[:20])}{more}", file=sys.stderr)
 
 
 @app.command()
@@ -85,8 +92,7 @@ def export(
     """Write a purifier as an ONNX model, checked against torch; it serves without torch."""
     from codefend.export import export_onnx
 
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists already; use --overwrite to replace it")
+    _check_free(out, overwrite)
     written = export_onnx(purifier, out)
     print(f"{written.path}: at most {written.difference:.1e} of a pixel from torch")
 
@@ -150,14 +156,9 @@ def attack(
     spec = lookup("attack", name, ATTACKS)
     if question is not None and describe:
         raise UserError("give --question or --caption, not both")
-    if spec.goal == "targeted" and not target:
-        raise UserError(f"attack {name!r} needs --target, the sentence to force")
-    if spec.goal == "feature-target" and target_image is None:
-        raise UserError(f"attack {name!r} needs --target-image, the picture to imitate")
-    if not images.is_lossless(images.format_of(out)):
-        raise UserError(f"{out} would lose the perturbation; use .png, .bmp, .tiff or .webp")
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists already; use --overwrite to replace it")
+    _check_target(spec, target, target_image)
+    _check_lossless(out)
+    _check_free(out, overwrite)
     budget = _budget(eps, norm, steps or spec.steps)
     pixels = _pixels(image, max_pixels, False)
     towards = None if target_image is None else _pixels(target_image, max_pixels, False)
@@ -169,8 +170,28 @@ def attack(
     print(f"clean:    {clean}\nattacked: {model.generate(adversarial, [prompt])[0]}")
 
 
+def _check_target(spec: AttackSpec, target: str, target_image: Path | None) -> None:
+    """Raises UserError where the attack's goal has not been given."""
+    if spec.goal == "targeted" and not target:
+        raise UserError(f"attack {spec.name!r} needs --target, the sentence to force")
+    if spec.goal == "feature-target" and target_image is None:
+        raise UserError(f"attack {spec.name!r} needs --target-image, the picture to imitate")
+
+
+def _check_lossless(out: Path) -> None:
+    from codefend import images
+
+    if not images.is_lossless(images.format_of(out)):
+        raise UserError(f"{out} would lose the perturbation; use .png, .bmp, .tiff or .webp")
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists already; use --overwrite to replace it")
+
+
 def _attacked(
-    spec: Any,
+    spec: AttackSpec,
     model: DefendedVictim,
     pixels: Tensor,
     prompt: str,

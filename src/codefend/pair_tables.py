@@ -97,15 +97,18 @@ def read_group(path: str | Path, group: int) -> tuple[Tensor, Tensor, str]:
     return torch.stack(sides[0]), torch.stack(sides[1]), str(rows[0].get("kind", ""))
 
 
-def described(folder: str | Path) -> list[tuple[str, str, float]]:
-    """Kind, target and eps of every pair of a folder's tables; "" and nan where a table, made elsewhere, lacks them."""
+def described(folder: str | Path) -> list[tuple[str, str, int | None, float]]:
+    """Kind, target, steps and eps of every pair of a folder's tables.
+
+    "", None and nan where a table, made elsewhere, lacks them.
+    """
     _, parquet = _library()
-    found: list[tuple[str, str, float]] = []
+    found: list[tuple[str, str, int | None, float]] = []
     for path in sorted(Path(folder).glob("*.parquet")):
         file = parquet.ParquetFile(path)
-        wanted = [name for name in ("kind", "target", "eps") if name in file.schema_arrow.names]
+        wanted = [name for name in ("kind", "target", "steps", "eps") if name in file.schema_arrow.names]
         rows = file.read(columns=wanted).to_pylist() if wanted else [{}] * file.metadata.num_rows
-        found += [(row.get("kind", ""), row.get("target", ""), row.get("eps", float("nan"))) for row in rows]
+        found += [(r.get("kind", ""), r.get("target", ""), r.get("steps"), r.get("eps", float("nan"))) for r in rows]
     return found
 
 

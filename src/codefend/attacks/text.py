@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Generator, Tensor
 
@@ -189,47 +189,55 @@ def rewordings(words: Sequence[str]) -> list[Edit]:
 
 
 @dataclass(kw_only=True)
-class Characters:
+class _Edits:
+    """Up to ``edits`` edits of a menu per prompt, by random search."""
+
+    edits: int
+    name: str
+    on_step: OnStep | None = None
+    on_gradient: OnGradient | None = None
+    joint: ClassVar[str] = ""  # between units: characters, unless they are words
+
+    @staticmethod
+    def menu(units: Sequence[str]) -> list[Edit]:
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        asked: Asked,
+        images: Tensor,
+        prompts: Sequence[str],
+        budget: Budget,
+        *,
+        generator: Generator | None = None,
+    ) -> tuple[Tensor, list[str]]:
+        best = BestPrompts(self, asked, images, prompts, budget.eot)
+        return images, search_edits(best, self.menu, self.joint, self.edits, budget.steps, generator)
+
+
+@dataclass(kw_only=True)
+class Characters(_Edits):
     """Up to ``edits`` typos per prompt, by random search (after DeepWordBug 1801.04354, TextBugger 1812.05271)."""
 
     edits: int = 4  # typos per prompt
     name: str = "characters"
-    on_step: OnStep | None = None
-    on_gradient: OnGradient | None = None
 
-    def __call__(
-        self,
-        asked: Asked,
-        images: Tensor,
-        prompts: Sequence[str],
-        budget: Budget,
-        *,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, list[str]]:
-        best = BestPrompts(self, asked, images, prompts, budget.eot)
-        return images, search_edits(best, typos, "", self.edits, budget.steps, generator)
+    @staticmethod
+    def menu(units: Sequence[str]) -> list[Edit]:
+        return typos(units)
 
 
 @dataclass(kw_only=True)
-class Words:
+class Words(_Edits):
     """Up to ``edits`` small rewordings per prompt, by random search (operations of EDA, Wei & Zou 2019, 1901.11196)."""
 
     edits: int = 3  # rewordings per prompt
     name: str = "words"
-    on_step: OnStep | None = None
-    on_gradient: OnGradient | None = None
+    joint: ClassVar[str] = " "
 
-    def __call__(
-        self,
-        asked: Asked,
-        images: Tensor,
-        prompts: Sequence[str],
-        budget: Budget,
-        *,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, list[str]]:
-        best = BestPrompts(self, asked, images, prompts, budget.eot)
-        return images, search_edits(best, rewordings, " ", self.edits, budget.steps, generator)
+    @staticmethod
+    def menu(units: Sequence[str]) -> list[Edit]:
+        return rewordings(units)
 
 
 PLANTS = (

@@ -50,7 +50,7 @@ def create_app(
 ) -> Starlette:
     """Build the gateway. ``purifier`` and the transports replace what the settings name: for tests and embedding.
 
-    Raises UserError for an unknown purifier or prompt policy, and for a policy whose purifier cannot score.
+    Raises UserError for an unknown purifier or prompt policy, and as ``Terms.choose`` does.
     """
     prompt = load_any(settings.prompt)
     engine = build_engine(settings, purifier=purifier, prompt=prompt)
@@ -117,15 +117,15 @@ def build_engine(settings: Settings, *, purifier: Purifier | None = None, prompt
         if purifier is not None or not settings.isolate:  # an object given here cannot go elsewhere
             return local
         options = PoolOptions(settings.workers, settings.torch_threads, settings.purify_timeout_s)
-        return Pool(build, options, name=local.name, can_score=local.can_score)
+        return Pool(build, options, name=local.name, can_score=local.can_score, threshold=local.threshold)
 
     main = runner(settings.purifier, purifier)
-    if not main.can_score and (settings.policy != "purify" or settings.allow_override):
-        raise UserError(f"purifier {main.name} has no score: policy {settings.policy} cannot use it")
+    if not main.can_score and settings.allow_override:
+        raise UserError(f"purifier {main.name} has no score: requests cannot choose detect or block")
     return Engine(
         main,
         limits=limits,
-        terms=Terms(settings.policy, settings.threshold or 0.0),
+        terms=Terms.choose(main, settings.policy, settings.threshold),
         policy=_words(prompt or load_any(settings.prompt), settings),
         everywhere=settings.prompt_everywhere,
         on_error=settings.on_error,

@@ -27,7 +27,7 @@ def wrap(
     *,
     prompt: str = "none",
     policy: Mode = "purify",
-    threshold: float = 0.0,
+    threshold: float | None = None,
     on_error: OnError = "block",
 ) -> Client:
     """Return a copy of an official client, sync or async. Raises UserError for anything else and for unknown names.

@@ -26,7 +26,7 @@ def serve(
     purifier: Annotated[str | None, _option("Purifier by name or folder (bridge).", _IMAGES)] = None,
     device: Annotated[str | None, _option("Where it runs: cpu, cuda, mps (cpu).", _IMAGES)] = None,
     policy: Annotated[str | None, _option("purify, detect or block (purify).", _IMAGES)] = None,
-    threshold: Annotated[float | None, _option("Score from which detect and block act.", _IMAGES)] = None,
+    threshold: Annotated[float | None, _option("Score from which detect and block act (calibrated).", _IMAGES)] = None,
     prompt: Annotated[str | None, _option("Prompt policy by name or JSON file (none).", _MODEL)] = None,
     prompt_everywhere: Annotated[bool | None, _option("Also for requests without images.", _MODEL)] = None,
     allow_override: Annotated[bool | None, _option("Let requests choose their policy.", _IMAGES)] = None,

@@ -42,7 +42,7 @@ class Settings(BaseSettings):
     purifier: str = Field("bridge", description="purifier by name or folder")
     device: str = Field("cpu", description="where the purifier runs: cpu, cuda, cuda:1, mps")
     policy: Literal["purify", "detect", "block"] = Field("purify", description="what becomes of an image")
-    threshold: float | None = Field(None, ge=0, description="score from which detect replaces and block refuses")
+    threshold: float | None = Field(None, ge=0, description="score that detect and block act from; default: calibrated")
     prompt: str = Field("none", description="prompt policy by name or JSON file")
     prompt_everywhere: bool = Field(False, description="apply the prompt policy to requests without images, too")
     allow_override: bool = Field(False, description="let a request choose policy and threshold by header")
@@ -108,8 +108,6 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
-        if self.policy != "purify" and self.threshold is None:
-            raise ValueError(f"policy {self.policy} needs a threshold")
         if self.remote_hosts and not self.allow_remote_images:
             raise ValueError("remote_hosts has no effect without allow_remote_images")
         return self

@@ -19,7 +19,8 @@ from codefend.gateway.rewrite import Picture, Policy, rebuild
 from codefend.gateway.shapes import Slot, Survey, survey
 from codefend.gateway.suspicion import spell
 from codefend.gateway.wire import dump, parse
-from codefend.gateway.worker import Job, Mode, Purified, PurifyFailed, Runner
+from codefend.gateway.worker import Job, Mode, Purified, PurifyFailed, Runner, suspicious
+from codefend.types import UserError
 
 OnError = Literal["block", "fallback", "pass"]
 Fetch = Callable[[str], Awaitable[bytes]]
@@ -35,7 +36,24 @@ class Terms:
     """What an image must pass. ``threshold`` is in the purifier's own score."""
 
     mode: Mode = "purify"
-    threshold: float = 0.0
+    threshold: float | None = None
+
+    @classmethod
+    def choose(cls, worker: Runner, mode: Mode, threshold: float | None = None) -> Terms:
+        """With the threshold calibrated for the worker's purifier unless one is given.
+
+        Raises UserError when ``mode`` needs a score or a threshold and there is none.
+        """
+        if threshold is None:
+            threshold = worker.threshold
+        if mode != "purify" and not worker.can_score:
+            raise UserError(f"purifier {worker.name} has no score: policy {mode} cannot use it")
+        if mode != "purify" and threshold is None:
+            raise UserError(
+                f"policy {mode} needs a threshold: purifier {worker.name} has no calibrated one "
+                "(`codefend calibrate` makes one for the options that its weights were saved with)"
+            )
+        return cls(mode, threshold)
 
 
 @dataclass(frozen=True)
@@ -206,7 +224,7 @@ class Engine:
             result = self.fallback.run([Job(job.data)])[0]
             if isinstance(result, Purified):
                 self.on_bypass(failure.reason)
-                return result
+                return replace(result, score=None)  # on another scale than the threshold
         if failure.reason == "timeout":
             raise Refused(503, "purification_timeout", str(failure), retry_after=1)
         raise Refused(500, "purification_failed", f"an image could not be purified: {failure}")
@@ -231,7 +249,7 @@ class Engine:
         images = tuple(image for image, _ in done)
         if terms.mode == "block":
             for slot, image in zip(found.slots, images, strict=True):
-                if image.score is None or not image.score < terms.threshold:
+                if suspicious(image.score, terms.threshold):
                     message = "an image looks tampered with and was blocked"
                     raise _at(Refused(400, "image_blocked", message), slot)
         bypassed = tuple(reason for _, reason in done if reason)

@@ -19,7 +19,7 @@ import torch
 from codefend.gateway.errors import Refused
 from codefend.gateway.worker import Job, Purified, PurifyFailed, Result, Runner
 
-Key = tuple[str, str, float]
+Key = tuple[str, str, float | None]
 
 
 @dataclass

@@ -8,7 +8,7 @@ from codefend.gateway.errors import Api
 from codefend.gateway.lane import Lane, LaneOptions
 from codefend.gateway.limits import Limits
 from codefend.gateway.worker import Mode, Worker
-from codefend.types import Purifier, UserError
+from codefend.types import Purifier
 
 _SUFFIXES: dict[str, Api] = {
     "/chat/completions": "chat",
@@ -24,24 +24,25 @@ def local_engine(
     *,
     prompt: str = "none",
     policy: Mode = "purify",
-    threshold: float = 0.0,
+    threshold: float | None = None,
     on_error: OnError = "block",
     limits: Limits | None = None,
     device: str = "cpu",
     lane: LaneOptions | None = None,
 ) -> Engine:
-    """Build an engine; with ``lane`` it also serves an event loop. Raises UserError for an unknown name."""
+    """Build an engine; with ``lane`` it also serves an event loop.
+
+    Raises UserError for an unknown name, and as ``Terms.choose`` does.
+    """
     limits = limits or Limits()
     loaded = purifiers.load(purifier) if isinstance(purifier, str) else purifier
     worker = Worker(loaded, limits=limits, device=device)
-    if policy != "purify" and not worker.can_score:
-        raise UserError(f"purifier {worker.name} has no score: policy {policy} cannot use it")
     words = prompts.load(prompt)
     return Engine(
         worker,
         lane=None if lane is None else Lane(worker, lane),
         limits=limits,
-        terms=Terms(policy, threshold),
+        terms=Terms.choose(worker, policy, threshold),
         policy=None if words.empty else words,
         on_error=on_error,
         fallback=Worker(purifiers.load("jpeg"), limits=limits) if on_error == "fallback" else None,

@@ -30,7 +30,7 @@ class PurifyMiddleware:
         *,
         prompt: str = "none",
         policy: Mode = "purify",
-        threshold: float = 0.0,
+        threshold: float | None = None,
         on_error: OnError = "block",
         limits: Limits | None = None,
         device: str = "cpu",

@@ -218,7 +218,7 @@ class Proxy:
             value = standing.threshold if threshold is None else float(threshold)
         except ValueError as error:
             raise Refused(400, "invalid_header", "x-codefend-threshold must be a number") from error
-        if mode in ("detect", "block") and threshold is None and self.settings.threshold is None:
+        if mode in ("detect", "block") and value is None:
             raise Refused(400, "invalid_header", f"policy {mode} needs x-codefend-threshold")
         return Terms(mode or standing.mode, value)  # type: ignore[arg-type]
 

@@ -43,7 +43,7 @@ class Job:
 
     data: bytes
     mode: Mode = "purify"
-    threshold: float = 0.0
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,17 @@ class Purified:
 Result = Purified | Refused | PurifyFailed
 
 
+def suspicious(score: float | None, threshold: float | None) -> bool:
+    """Whether detect replaces and block refuses. What cannot be judged counts: no score, no threshold, nan."""
+    return score is None or threshold is None or not score < threshold
+
+
 class Runner(Protocol):
     """What purifies: a ``Worker`` in this process or a ``Pool`` of them in others."""
 
     name: str
     can_score: bool
+    threshold: float | None  # calibrated for this purifier's score, if its weights carry one
 
     def run(self, jobs: Sequence[Job]) -> list[Result]: ...
     def reencode(self, job: Job) -> Purified: ...
@@ -93,6 +99,8 @@ class Worker:
         self.device, self.batch_pixels = device_named(device, f"device {device}"), batch_pixels
         self.name = str(getattr(purifier, "name", type(purifier).__name__))
         self.can_score = callable(getattr(purifier, "score", None))
+        detector = getattr(purifier, "detector", None)
+        self.threshold: float | None = None if detector is None else detector.threshold
         self._generator = torch.Generator(self.device).manual_seed(int.from_bytes(os.urandom(7), "big"))
         self._lock = threading.Lock()
 
@@ -178,7 +186,7 @@ class Worker:
         return purified.cpu(), None if scores is None else scores.cpu()
 
     def _finish(self, item: _Decoded, job: Job, purified: Tensor, score: float | None, seconds: float) -> Result:
-        replace = job.mode != "detect" or score is None or not score < job.threshold  # nan counts as suspicious
+        replace = job.mode != "detect" or suspicious(score, job.threshold)
         try:
             picture = self._encode(purified if replace else item.pixels, item.kind)
         except UserError as error:

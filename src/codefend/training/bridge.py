@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -95,6 +95,17 @@ class BridgeConfig:
         return {name: value for name, value in asdict(self).items() if name not in unset}
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one micro-batch goes by, beside its network and pictures."""
+
+    config: BridgeConfig
+    guide: Guide | OwnGuide
+    number: int  # seeds every draw
+    draw: Generator  # of noise: what is drawn first changes what is drawn next
+    texts: Sequence[Text] = ()  # of each picture, where the language model is attacked
+
+
 def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
     """Train in ``folder`` and return the folder with the weights; the same call resumes.
 
@@ -138,12 +149,13 @@ def _add_gradients(
     config: BridgeConfig, net: PurifierNet, average: Average, guide: Guide | OwnGuide, images: Images, number: int
 ) -> dict[str, Tensor]:
     """Add the gradients of micro-batch ``number`` to the network's; its weighted terms, the same for every batch."""
-    device, draw = default_device(), make_generator(config.seed, "bridge", number)
+    device = default_device()
     clean, attacked, texts = images
+    step = Step(config, guide, number, make_generator(config.seed, "bridge", number), texts)
     with training_precision(device):
         target = averaged(net, average) if _attacks_average(config, number) else net
-        pair = training_pair(config, target, guide, clean.to(device), attacked.to(device), number, draw, texts)
-        terms = bridge_terms(config, net, guide, *pair, number, draw, texts)
+        pair = training_pair(step, target, clean.to(device), attacked.to(device))
+        terms = bridge_terms(step, net, *pair)
     (torch.stack(list(terms.values())).sum() / config.micro).backward()
     if config.w_answers and "answers" not in terms:
         terms["answers"] = terms["bridge"].new_zeros(())
@@ -217,46 +229,29 @@ def _images(config: BridgeConfig, bank: Bank | StreamedBank, step: int) -> Image
     return training_pictures(rng, config.batch, first_scene=first), torch.empty(0), []
 
 
-def training_pair(
-    config: BridgeConfig,
-    net: PurifierNet,
-    guide: Guide | OwnGuide,
-    clean: Tensor,
-    attacked: Tensor,
-    step: int,
-    draw: Generator,
-    texts: Sequence[Text] = (),
-) -> tuple[Tensor, Tensor]:
+def training_pair(step: Step, net: PurifierNet, clean: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
     """Clean and attacked pictures of one step, mined now where ``attacked`` is empty. The first few stay clean."""
-    untouched = round(config.clean * len(clean))
-    if attacked.numel():
-        return clean, torch.cat([clean[:untouched], attacked[untouched:]])
-    rng = np.random.default_rng([config.seed, 8, step])
-    mined = mine(config, net, guide, clean[untouched:], rng, step, draw, texts[untouched:])
-    return clean, torch.cat([clean[:untouched], mined])
+    untouched = round(step.config.clean * len(clean))
+    if not attacked.numel():
+        mined = mine(replace(step, texts=step.texts[untouched:]), net, clean[untouched:])
+        return clean, torch.cat([clean[:untouched], mined])
+    return clean, torch.cat([clean[:untouched], attacked[untouched:]])
 
 
-def mine(
-    config: BridgeConfig,
-    net: PurifierNet,
-    guide: Guide | OwnGuide,
-    clean: Tensor,
-    rng: np.random.Generator,
-    step: int,
-    draw: Generator,
-    texts: Sequence[Text] = (),
-) -> Tensor:
+def mine(step: Step, net: PurifierNet, clean: Tensor) -> Tensor:
     """Attack through the purifier: exact gradients, fresh noise at each step (ADBM, arXiv 2408.00315, fixes it)."""
+    config, draw = step.config, step.draw
+    rng = np.random.default_rng([config.seed, 8, step.number])
     noisy = rng.random() < 1 - config.noise_free
     sigma = float(rng.uniform(config.min_sigma, config.max_sigma)) if noisy else 0.0
     ones = clean.new_ones(len(clean))
-    inner = _inner(config, guide, clean, rng, step, texts)
+    inner = _inner(step, clean, rng)
 
     def objective(images: Tensor) -> Tensor:
         noised = images + sigma * noise_like(images, draw) if sigma else images
         return inner(clip(net(noised, ones, ones * sigma)))  # a judged attack, too, passes clipping straight through
 
-    grown = min(1.0, (step + 1) / config.eps_ramp) if config.eps_ramp else 1.0
+    grown = min(1.0, (step.number + 1) / config.eps_ramp) if config.eps_ramp else 1.0
     top = 1 / 255 + grown * (config.max_eps - 1 / 255)
     net.requires_grad_(False)  # only the pictures' gradient is wanted
     if config.lean:
@@ -270,37 +265,23 @@ def mine(
     return mined.detach()
 
 
-def _inner(
-    config: BridgeConfig,
-    guide: Guide | OwnGuide,
-    clean: Tensor,
-    rng: np.random.Generator,
-    step: int,
-    texts: Sequence[Text],
-) -> Objective:
+def _inner(step: Step, clean: Tensor, rng: np.random.Generator) -> Objective:
     """What mining lowers, of the purified pictures: features or words, evenly; the answers where there are texts."""
+    guide, without = step.guide, step.config.without
     worded = rng.random() < 0.5
-    if texts:
-        prompts, answers = [t[0] for t in texts], [t[1] for t in texts]
+    if step.texts:
+        prompts, answers = [t[0] for t in step.texts], [t[1] for t in step.texts]
         if worded:
             return objectives.untargeted(guide.victim, prompts, answers)
         return objectives.targeted(guide.victim, prompts, answers[1:] + answers[:1])  # another picture's answer
-    if "features" in config.without or (worded and "words" not in config.without):
+    if "features" in without or (worded and "words" not in without):
         return guide.away(clean)
-    return objectives.features_away(guide.tower(step), clean)
+    return objectives.features_away(guide.tower(step.number), clean)
 
 
-def bridge_terms(
-    config: BridgeConfig,
-    net: PurifierNet,
-    guide: Guide | OwnGuide,
-    clean: Tensor,
-    attacked: Tensor,
-    step: int,
-    draw: Generator,
-    texts: Sequence[Text] = (),
-) -> dict[str, Tensor]:
+def bridge_terms(step: Step, net: PurifierNet, clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
     """The weighted terms of the loss, each a scalar."""
+    config, guide, draw = step.config, step.guide, step.draw
     s = sample_bridge_times(len(clean), at_one=config.at_one, generator=draw).to(clean)
     sigma = sample_bridge_sigmas(
         len(clean), clean=config.noise_free, low=config.min_sigma, high=config.max_sigma, generator=draw
@@ -313,7 +294,7 @@ def bridge_terms(
         terms["identity"] = config.w_identity * distance[:untouched].sum() / len(clean)
     seen = restored.clamp(0, 1)
     if config.w_features or config.w_direction:
-        tower = guide.tower(step)
+        tower = guide.tower(step.number)
         with torch.no_grad():
             right, wrong = tower.features(clean), tower.features(attacked)
         tokens = tower.features(seen)
@@ -323,8 +304,8 @@ def bridge_terms(
         terms["direction"] = config.w_direction * _direction(tokens, right, wrong).mean()
     if config.w_words:
         terms["words"] = config.w_words * guide.divergence(clean, seen).mean()
-    if config.w_answers and texts:
-        loss = guide.victim.loss(seen, [t[0] for t in texts], [t[1] for t in texts])
+    if config.w_answers and step.texts:
+        loss = guide.victim.loss(seen, [t[0] for t in step.texts], [t[1] for t in step.texts])
         terms["answers"] = config.w_answers * loss.mean()
     return terms
 

