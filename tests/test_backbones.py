@@ -35,7 +35,12 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         clean = torch.randint(64, 192, (6, 3, 4, 4), generator=draw).repeat_interleave(4, 2).repeat_interleave(4, 3)
         pair = {"clean": clean.to(torch.uint8), "attacked": (clean + wave).to(torch.uint8)}
         save_checkpoint(root / f"pairs-{shard:05d}.safetensors", pair, {"kind": "features"})
-    made = {"ddpm": diffusers_tiny.ddpm(root / "ddpm"), "stable": diffusers_tiny.stable_diffusion(root / "sd")}
+    made = {
+        "ddpm": diffusers_tiny.ddpm(root / "ddpm"),
+        "guided": diffusers_tiny.ddpm(root / "guided", variance="learned_range", out_channels=6),
+        "stable": diffusers_tiny.stable_diffusion(root / "sd"),
+        "xl": diffusers_tiny.stable_diffusion_xl(root / "xl"),
+    }
     return {"pairs": str(root), **{name: str(path) for name, path in made.items()}}
 
 
@@ -107,6 +112,16 @@ def test_adapters_carry_their_options(places: dict[str, str], tmp_path: Path) ->
     assert float((ours - theirs).abs().max()) > 1e-3
     alone = purifiers.load(f"{folder}:t=0")  # the autoencoder's row needs no other name
     assert torch.allclose(alone(image()), purifiers.load(f"hf-latent:{places['stable']}:t=0")(image()), atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "model"), [("hf-bridge", "guided"), ("latent", "xl")])
+def test_guided_diffusion_and_xl_are_trained_too(kind: str, model: str, places: dict[str, str], tmp_path: Path) -> None:
+    folder = train(config(kind, places, model=places[model], steps=1, lr=1e-2, save_every=1, micro=1), tmp_path)
+    (row,) = curve(tmp_path)
+    assert row["grad_norm"] > 0
+    purifier, draw = purifiers.load(folder), torch.Generator().manual_seed(1)
+    before: Any = purifiers.load(f"hf-{kind.removeprefix('hf-')}:{places[model]}", **vars(purifier.options))  # type: ignore[attr-defined]
+    assert not torch.equal(purifier(image(), generator=draw), before(image(), generator=draw.manual_seed(1)))
 
 
 @pytest.mark.slow
