@@ -40,7 +40,9 @@ class Mirror:
 
     def __init__(self, name: str) -> None:
         """Raises UserError when the tracker is unknown or isn't installed."""
-        self.name, self.kind, self.tracker, self.broken = name, _find(name), None, False
+        self.name, self.kind = name, _find(name)
+        self.tracker: Any = None
+        self.broken = False
 
     def hear(self, run: Run, row: Mapping[str, Any]) -> None:
         if self.broken or "step" not in row:
