@@ -35,7 +35,15 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         clean = torch.randint(64, 192, (6, 3, 4, 4), generator=draw).repeat_interleave(4, 2).repeat_interleave(4, 3)
         pair = {"clean": clean.to(torch.uint8), "attacked": (clean + wave).to(torch.uint8)}
         save_checkpoint(root / f"pairs-{shard:05d}.safetensors", pair, {"kind": "features"})
-    made = {"ddpm": diffusers_tiny.ddpm(root / "ddpm"), "stable": diffusers_tiny.stable_diffusion(root / "sd")}
+    with runs.open_run(root, {"pairs": True, "steps": 8}) as bank:
+        row = {"kind": "features", "target": "lite0", "pairs": [{"eps": 16 / 255, "fall": 0.5}] * 12}
+        bank.append({"key": "shard-0", **row})
+    made = {
+        "ddpm": diffusers_tiny.ddpm(root / "ddpm"),
+        "guided": diffusers_tiny.ddpm(root / "guided", variance="learned_range", out_channels=6),
+        "stable": diffusers_tiny.stable_diffusion(root / "sd"),
+        "xl": diffusers_tiny.stable_diffusion_xl(root / "xl"),
+    }
     return {"pairs": str(root), **{name: str(path) for name, path in made.items()}}
 
 
@@ -95,6 +103,19 @@ def test_adapters_carry_their_options(places: dict[str, str], tmp_path: Path) ->
     assert torch.allclose(alone(image()), purifiers.load(f"hf-latent:{places['stable']}:t=0")(image()), atol=1e-6)
 
 
+@pytest.mark.parametrize(("kind", "model"), [("hf-bridge", "guided"), ("latent", "xl")])
+def test_guided_diffusion_and_xl_are_trained_too(kind: str, model: str, places: dict[str, str], tmp_path: Path) -> None:
+    folder = train(config(kind, places, model=places[model], steps=1, lr=1e-2, save_every=1, micro=1), tmp_path)
+    (row,) = curve(tmp_path)
+    assert row["grad_norm"] > 0
+    card = (folder / "README.md").read_text()
+    assert "features on lite0 (12 pairs, 16.0 to 16.0/255)" in card
+    assert "whose licence holds" in card
+    purifier, draw = purifiers.load(folder), torch.Generator().manual_seed(1)
+    before: Any = purifiers.load(f"hf-{kind.removeprefix('hf-')}:{places[model]}", **vars(purifier.options))  # type: ignore[attr-defined]
+    assert not torch.equal(purifier(image(), generator=draw), before(image(), generator=draw.manual_seed(1)))
+
+
 @pytest.mark.slow
 @pytest.mark.weights
 def test_features_can_guide(places: dict[str, str], tmp_path: Path) -> None:
@@ -120,6 +141,7 @@ def test_fresh_adapters_change_nothing(places: dict[str, str]) -> None:
     ("kind", "change", "words"),
     [
         ("latent", {"model": ""}, "name a model"),
+        ("latent", {"model": "./nowhere"}, "no such model folder"),
         ("hf-bridge", {"pairs": ()}, "needs pairs"),
         ("latent", {"t": 0.0}, "needs noise"),
         ("hf-bridge", {"micro": 0}, "micro=0"),
@@ -129,4 +151,5 @@ def test_mistakes_are_named(
     kind: str, change: dict[str, Any], words: str, places: dict[str, str], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=words):
-        train(config(kind, places, **change), tmp_path)
+        train(config(kind, places, **change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()  # so that the corrected command can use it

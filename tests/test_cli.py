@@ -137,7 +137,7 @@ def presets(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     other = SimpleNamespace(summary="not for pairs or eval", build=lambda settings: override(Inner(), settings))
     stand_in(monkeypatch, "presets", PRESETS={"pairs": preset, "tiny": preset, "quick": preset, "other": other})
     stand_in(monkeypatch, "pairs", make_pairs=reached("pairs"), PairsConfig=Config)
-    stand_in(monkeypatch, "training", train=reached("train"))
+    stand_in(monkeypatch, "training", train=lambda config, folder, *, tracker: reached("train")(config, folder))
     stand_in(monkeypatch, "evaluate", evaluate=reached("eval"), EvalConfig=Config)
     stand_in(monkeypatch, "report", write_report=reached("report"), print_summary=lambda *_: print("tables"))
     return calls

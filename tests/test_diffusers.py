@@ -34,6 +34,18 @@ def stable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return diffusers_tiny.stable_diffusion(tmp_path_factory.mktemp("sd"))
 
 
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return diffusers_tiny.stable_diffusion_xl(tmp_path_factory.mktemp("xl"))
+
+
+@pytest.fixture(scope="module")
+def guided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In guided-diffusion's style: its learned variance, its blocks."""
+    shape = {"out_channels": 6, "resnet_time_scale_shift": "scale_shift", "downsample_type": "resnet"}
+    return diffusers_tiny.ddpm(tmp_path_factory.mktemp("guided"), variance="learned_range", **shape)
+
+
 @pytest.fixture
 def images() -> Tensor:
     return torch.rand(2, 3, 18, 24, generator=torch.Generator().manual_seed(0))
@@ -117,9 +129,18 @@ def test_consistency_steps_are_lcms(tmp_path: Path) -> None:
     assert purifier.evaluations == 1
 
 
-@pytest.mark.parametrize("name", ["hf-diffpure:{ddpm}:t=0.1,steps=2", "hf-bridge:{ddpm}", "hf-latent:{stable}:steps=2"])
-def test_contract(name: str, ddpm: Path, stable: Path, images: Tensor) -> None:
-    purifier = purifiers.load(name.format(ddpm=ddpm, stable=stable))
+CONTRACT = (
+    "hf-diffpure:{ddpm}:t=0.1,steps=2",
+    "hf-bridge:{ddpm}",
+    "hf-diffpure:{guided}:t=0.1,steps=2",
+    "hf-latent:{stable}:steps=2",
+    "hf-latent:{xl}:steps=1",
+)
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_contract(name: str, ddpm: Path, guided: Path, stable: Path, xl: Path, images: Tensor) -> None:
+    purifier = purifiers.load(name.format(ddpm=ddpm, guided=guided, stable=stable, xl=xl))
     x = images.clone().requires_grad_()
     purified = purifier(x, generator=torch.Generator().manual_seed(0))
     assert purified.shape == images.shape
@@ -161,6 +182,54 @@ def test_a_denoiser_saved_is_a_pipeline_again(ddpm: Path, images: Tensor, tmp_pa
     net.model.save_pretrained(tmp_path / "bare")  # a UNet2DModel alone
     alone = load_denoiser(str(tmp_path / "bare"))
     assert torch.allclose(alone(images, torch.zeros(2), torch.ones(2)), net(images, torch.zeros(2), torch.ones(2)))
+
+
+def test_of_a_learned_variance_the_noise_is_the_first_half(guided: Path, images: Tensor, tmp_path: Path) -> None:
+    net = load_denoiser(str(guided))
+    alone = lib.UNet2DModel.from_config(net.model.config, out_channels=3).eval()
+    weights = net.model.state_dict()
+    alone.load_state_dict({k: v[:3] if k.startswith("conv_out") else v for k, v in weights.items()})
+    table = lib.DDPMScheduler().alphas_cumprod
+    theirs = VPDenoiser(alone, {}, table, pixels=True)
+    level = torch.full((2,), 0.2)
+    assert torch.allclose(net(images, torch.zeros(2), level), theirs(images, torch.zeros(2), level), atol=1e-5)
+    save_denoiser(net, tmp_path / "pipeline")
+    net.model.save_pretrained(tmp_path / "bare")
+    for name in ("pipeline", "bare"):
+        again = load_denoiser(str(tmp_path / name))
+        assert (again.variance, again.model.config.out_channels) == ("learned_range", 6)
+    pipe = lib.DDPMPipeline.from_pretrained(tmp_path / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)  # the library's own sampler
+    with pytest.raises(UserError, match="4 channels"):
+        load_denoiser(str(diffusers_tiny.ddpm(tmp_path / "four", out_channels=4)))
+
+
+def test_xl_is_told_nothing_but_the_pictures_size(xl: Path, images: Tensor, tmp_path: Path) -> None:
+    """What the denoiser says at a whole step is what the library's own U-Net says with the pipeline's inputs."""
+    latents = load_latents(str(xl))
+    net = latents.denoiser
+    assert not any(value.any() for value in net.given.values())  # trained on zeros where there is no text
+    pipe = lib.StableDiffusionXLPipeline.from_pretrained(xl, add_watermarker=False)
+    z = torch.randn(2, 4, 12, 10, generator=torch.Generator().manual_seed(0))
+    sizes = pipe._get_add_time_ids((24, 20), (0, 0), (24, 20), torch.float32, text_encoder_projection_dim=16)
+    more = {"text_embeds": torch.zeros(2, 16), "time_ids": sizes.repeat(2, 1)}
+    with torch.no_grad():
+        expected = pipe.unet(z, 300, torch.zeros(2, 77, 32), added_cond_kwargs=more).sample
+    assert torch.allclose(net.predict(z, torch.full((2,), 300.0)), expected, atol=1e-5)
+    assert not torch.allclose(net.predict(z[..., :8], torch.full((2,), 300.0)), expected[..., :8], atol=1e-3)
+    worded = load_latents(str(diffusers_tiny.stable_diffusion_xl(tmp_path / "worded", zeros=False)))
+    empty = pipe.encode_prompt("", device=torch.device("cpu"), do_classifier_free_guidance=False)
+    assert torch.allclose(worded.denoiser.given["encoder_hidden_states"], empty[0], atol=1e-5)
+    assert torch.allclose(worded.denoiser.given["text_embeds"], empty[2], atol=1e-5)
+    refiner = diffusers_tiny.stable_diffusion_xl(tmp_path / "refiner", projection_class_embeddings_input_dim=56)
+    with pytest.raises(UserError, match="a refiner"):
+        load_latents(str(refiner))
+
+
+def test_xls_autoencoder_is_spared_float16(xl: Path) -> None:
+    latents = load_latents(str(xl), "float16")
+    assert (latents.vae.dtype, latents.denoiser.model.dtype) == (torch.float32, torch.float16)
 
 
 def test_half_precision_stays_near(stable: Path, images: Tensor) -> None:

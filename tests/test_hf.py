@@ -145,6 +145,25 @@ def test_half_precision_keeps_gradients(images: Tensor, tmp_path: Path) -> None:
     assert (torch.autograd.grad(losses.sum(), x)[0].flatten(1).norm(dim=1) > 1e-3).all()
 
 
+def test_a_model_spread_over_places_keeps_its_gradients(images: Tensor, tmp_path: Path) -> None:
+    """As ``device=auto`` leaves a model that is too large: hooks on each part, the language model kept on disk."""
+    accelerate = pytest.importorskip("accelerate")
+    whole = victim("llava")
+    whole.save(tmp_path / "model")
+    spread = load(f"hf:{tmp_path / 'model'}:device=cpu,max_new_tokens=3")
+    parts = {f"model.{name}": "cpu" for name, _ in spread.model.model.named_children()} | {"lm_head": "cpu"}
+    places = {**parts, "model.language_model": "disk"}
+    how = {"main_device": "cpu", "force_hooks": True, "offload_dir": str(tmp_path / "disk")}
+    accelerate.dispatch_model(spread.model, device_map=places, **how)
+    assert any(p.device.type == "meta" for p in spread.model.parameters())
+    found = []
+    for v in (whole, spread):
+        x = images.clone().requires_grad_()
+        found.append(torch.autograd.grad(v.loss(x, PROMPTS, TARGETS).sum(), x)[0])
+    assert torch.allclose(*found, atol=1e-6)
+    assert spread.generate(images, PROMPTS) == whole.generate(images, PROMPTS)
+
+
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])

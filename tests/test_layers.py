@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ NOT_TORCH_ON_IMPORT |= {"cli", "cli_pictures", "cli_prompts", "cli_runs"}
 Import = tuple[str, str]  # dotted name; "now" when the module is imported, "later" in a function, "types" for checkers
 
 
+@cache  # each file is asked about three times
 def imports_of(source: str) -> set[Import]:
     """Every module that ``source`` imports, lazily or not; names imported from a package count as its modules."""
     tree = ast.parse(source)
@@ -81,9 +83,10 @@ def part_of(path: Path) -> str:
 
 def project_parts(found: set[Import]) -> set[str]:
     names = {name.split(".")[1] if "." in name else "__init__" for name, _ in found if name.split(".")[0] == "codefend"}
-    return {name if name in LAYERS or name in {path.stem for path in ROOT.iterdir()} else "__init__" for name in names}
+    return {name if name in LAYERS or name in TOP else "__init__" for name in names}
 
 
+TOP = {path.stem for path in ROOT.iterdir()}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

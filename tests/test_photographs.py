@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ pytest.importorskip("skimage")
 
 from codefend.cli import main
 from codefend.evaluate import evaluate
-from codefend.evaluate.photographs import PhotographsConfig, crops
+from codefend.evaluate.photographs import SEEN, PhotographsConfig, crops
+from codefend.purifiers import WEIGHTS
 from codefend.tasks.pictures import HELD_OUT
+from codefend.tasks.scenes import PHOTOGRAPHS
 from codefend.types import UserError
 
 TINY = {"encoders": ("lite1",), "limit": 1, "side": 64, "steps": 3}
@@ -26,6 +29,18 @@ def test_crops_are_8_bit_windows_from_the_seed() -> None:
     assert torch.equal(first, crops("chelsea", config))
     assert not torch.equal(first, crops("chelsea", PhotographsConfig(limit=2, side=64, seed=1)))
     assert float(first.std()) > 0.05
+
+
+def test_no_training_sees_the_held_out() -> None:
+    """Scenes and trainings take scikit-image's pictures by these names; scikit-learn's two are others."""
+    assert not set(PHOTOGRAPHS) & set(HELD_OUT)
+
+
+def test_seen_is_what_the_shipped_bridge_was_guided_by() -> None:
+    told = json.loads((WEIGHTS / "bridge" / "training.json").read_text())
+    banks = [name for bank in told["pairs"] for name in bank["config"]["encoders"]]
+    assert {*told["config"]["encoders"], *banks} == set(SEEN)
+    assert set(PhotographsConfig().encoders) > set(SEEN)
 
 
 @pytest.mark.weights
@@ -46,6 +61,7 @@ def test_rows_show_the_attack_and_the_repair(tmp_path: Path, capsys: pytest.Capt
     table = (tmp_path / "photographs.md").read_text()
     assert [line.split(" |")[0] for line in table.splitlines()[4:]] == ["| none", "| jpeg", "| blur:sigma=2"]
     assert "lite1 (unseen)" in table
+    assert f"(n = {len(HELD_OUT)} each)" in table
     before = (tmp_path / "rows.jsonl").read_text()
     assert evaluate(config, tmp_path) == rows
     assert (tmp_path / "rows.jsonl").read_text() == before

@@ -50,6 +50,9 @@ def train(
     preset: Annotated[str, typer.Argument(metavar="PRESET", help="See codefend list presets.", show_default=False)],
     run: RunFolder,
     settings: Settings = [],  # noqa: B006
+    tracker: Annotated[
+        str, typer.Option("--tracker", help="Also show the curve in tensorboard, wandb, mlflow, trackio, ...")
+    ] = "",
     dry_run: DryRun = False,
 ) -> None:
     """Train what the preset describes; weights, curve and config end up in the run folder."""
@@ -57,7 +60,7 @@ def train(
 
     config = _config(preset, settings)
     if not _shown(config, dry_run):
-        print(training.train(config, run))
+        print(training.train(config, run, tracker=tracker))
 
 
 @app.command()

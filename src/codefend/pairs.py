@@ -79,9 +79,9 @@ def make_pairs(config: PairsConfig, folder: str | Path) -> Path:
     unknown = [name for name in config.encoders if name not in (*NAMES, OWN)]
     if unknown:
         raise UserError(f"unknown encoder {unknown[0]!r}; known: {', '.join((*NAMES, OWN))}")
-    run = open_run(folder, {"pairs": True, **config.__dict__})
     victim = victims.load_white_box(config.victim)
     towers: list[Tower | WhiteBox] = [victim if name == OWN else Tower(name) for name in config.encoders]
+    run = open_run(folder, {"pairs": True, **config.__dict__})  # a misspelt name has left nothing behind
     shards = -(-config.count // SHARD)
     with progress("pairs", shards * SHARD) as advance:
         for shard in range(shards):

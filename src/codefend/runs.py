@@ -29,6 +29,7 @@ if sys.platform != "win32":
     import fcntl
 
 Row = dict[str, Any]
+_listeners: list[Callable[[Run, Mapping[str, Any]], None]] = []
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -127,6 +128,8 @@ class Run:
             raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
         if key is not None:
             self._keys.add(key)
+        for listener in _listeners:
+            listener(self, row)
         return True
 
     def write(self, name: str, content: bytes | str | Callable[[IO[bytes]], object]) -> Path:
@@ -170,6 +173,16 @@ class Run:
         if end < len(data):
             os.ftruncate(self._fd, end)
         return {row["key"] for row in self.rows() if "key" in row}
+
+
+@contextmanager
+def listening(listener: Callable[[Run, Mapping[str, Any]], None]) -> Iterator[None]:
+    """Inside the block, call ``listener(run, row)`` after every row that is new on disk."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 def open_run(folder: str | Path, config: Any, *, resume: bool = True) -> Run:

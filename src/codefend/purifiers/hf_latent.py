@@ -128,32 +128,52 @@ def _autoencoder(latents: Latents, height: int, width: int) -> int:
 
 
 def load_latents(source: str, dtype: str = "float32") -> Latents:
-    """Stable Diffusion 1.x, 2.x, Turbo or a latent consistency model, id or folder; only safetensors are read.
+    """Stable Diffusion 1.x, 2.x, XL, their Turbos or latent consistency models; only safetensors are read.
 
-    Raises UserError when it cannot be had or is of another kind.
+    ``source`` is an id or a folder. Raises UserError when it cannot be had or is of another kind.
     """
     diffusers = require()
     if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
         raise UserError(f"no such model folder: {source}")
-    place = Path(source).expanduser()
-    parts: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "use_safetensors": True}
+    place = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
+    kind: Any = diffusers.DiffusionPipeline
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            str(place) if place.is_dir() else source, dtype=getattr(torch, dtype), **parts
-        )
+        unused = dict.fromkeys({"safety_checker", "feature_extractor"} & set(kind.load_config(place)))
+        pipe = kind.from_pretrained(place, dtype=getattr(torch, dtype), use_safetensors=True, **unused)
     except Exception as error:  # OSError, ValueError, KeyError and more
         raise UserError(f"cannot load {source!r}: {str(error).strip().splitlines()[0]}") from error
     found = [getattr(pipe, part, None) for part in ("vae", "unet", "scheduler", "encode_prompt")]
     if None in found or pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
         raise UserError(f"{source!r} is a {type(pipe).__name__}; a Stable Diffusion text-to-image model is needed")
-    with torch.no_grad():
-        given = {"encoder_hidden_states": pipe.encode_prompt("", torch.device("cpu"), 1, False)[0]}
-        if pipe.unet.config.time_cond_proj_dim:  # a consistency model asked without guidance
-            given["timestep_cond"] = pipe.get_guidance_scale_embedding(
-                torch.zeros(1), embedding_dim=pipe.unet.config.time_cond_proj_dim
-            ).to(pipe.unet.dtype)
-    denoiser = VPDenoiser(pipe.unet, pipe.scheduler.config, table_of(pipe.scheduler, source), pixels=False, given=given)
-    return Latents(pipe.vae, denoiser)
+    given = _conditions(pipe, source)
+    if "text_embeds" in given and dtype == "float16" and pipe.vae.config.force_upcast:
+        pipe.vae.to(torch.float32)  # SDXL's first autoencoder overflows in float16
+    table = table_of(pipe.scheduler, source)
+    cell = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    return Latents(pipe.vae, VPDenoiser(pipe.unet, pipe.scheduler.config, table, pixels=False, given=given, cell=cell))
+
+
+@torch.no_grad()
+def _conditions(pipe: Any, source: str) -> dict[str, Tensor]:
+    """What the U-Net is told beside latent and step when no text is given, with one row each.
+
+    Raises UserError for a model that wants to be told more.
+    """
+    config, cpu = pipe.unet.config, torch.device("cpu")
+    if config.addition_embed_type == "text_time":
+        # As a prompt's opposite the pipeline gives what the model was trained on without text: zeros where they were.
+        _, words, _, pooled = pipe.encode_prompt("", device=cpu, do_classifier_free_guidance=True)
+        if config.projection_class_embeddings_input_dim != 6 * config.addition_time_embed_dim + pooled.shape[1]:
+            raise UserError(f"{source!r} wants to be told more than sizes (a refiner?); take the base model")
+        given = {"encoder_hidden_states": words, "text_embeds": pooled}
+    elif config.addition_embed_type is None:
+        given = {"encoder_hidden_states": pipe.encode_prompt("", cpu, 1, False)[0]}
+    else:
+        raise UserError(f"{source!r} is conditioned on {config.addition_embed_type}, which isn't known here")
+    if config.time_cond_proj_dim:  # a consistency model asked without guidance
+        scale = pipe.get_guidance_scale_embedding(torch.zeros(1), embedding_dim=config.time_cond_proj_dim)
+        given["timestep_cond"] = scale.to(pipe.unet.dtype)
+    return given
 
 
 def add_adapters(latents: Latents, rank: int) -> dict[str, nn.Parameter]:

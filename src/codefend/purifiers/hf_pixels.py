@@ -16,7 +16,7 @@ from codefend.diffusion import SHIFT_DATA
 from codefend.purifiers.base import configure, spelled
 from codefend.purifiers.bridge import Bridge, BridgeOptions
 from codefend.purifiers.diffpure import DiffPure, DiffPureOptions
-from codefend.purifiers.vp import VPDenoiser, load_part, require, table_of
+from codefend.purifiers.vp import FIXED, LEARNED, VPDenoiser, load_part, require, table_of
 from codefend.types import UserError
 
 DIFFPURE, BRIDGE = "hf-diffpure:", "hf-bridge:"
@@ -49,7 +49,8 @@ def load_denoiser(source: str, *, shift: float = SHIFT_DATA) -> VPDenoiser:
     source = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
     try:
         model = load_part(diffusers.UNet2DModel, source, "unet", use_safetensors=True)
-        scheduler = diffusers.DDPMScheduler()
+        learned = model.config.out_channels == 6
+        scheduler = diffusers.DDPMScheduler(variance_type=LEARNED if learned else FIXED)
         if not _bare(source):
             scheduler = load_part(diffusers.DDPMScheduler, source, "scheduler")
     except UserError:
@@ -57,8 +58,10 @@ def load_denoiser(source: str, *, shift: float = SHIFT_DATA) -> VPDenoiser:
     except Exception as error:  # the library raises ValueError, RuntimeError, SafetensorError and more
         raise UserError(f"cannot load {source!r}: {str(error).strip().splitlines()[0]}") from error
     config = model.config
-    if config.in_channels != 3 or config.num_class_embeds:
+    if config.in_channels != 3 or config.num_class_embeds or config.class_embed_type:
         raise UserError(f"{source!r} is no unconditional model of colour pictures")
+    if config.out_channels not in (3, 6):  # 6: the noise, then its learned variance, as in guided-diffusion
+        raise UserError(f"{source!r} answers with {config.out_channels} channels; 3, or 6 with a learned variance")
     net = VPDenoiser(model, scheduler.config, table_of(scheduler, source), pixels=True, shift=shift)
     return net.requires_grad_(False).eval()
 
@@ -97,7 +100,6 @@ def save_denoiser(net: VPDenoiser, folder: str | Path, *, scheduler: Any = None)
     if scheduler is None:
         abar = 1 / (1 + (net.gain * table) ** 2)
         betas = 1 - abar / torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
-        scheduler = diffusers.DDPMScheduler(
-            num_train_timesteps=len(table), trained_betas=betas.tolist(), prediction_type=net.prediction
-        )
+        told = {"prediction_type": net.prediction, "variance_type": net.variance}
+        scheduler = diffusers.DDPMScheduler(num_train_timesteps=len(table), trained_betas=betas.tolist(), **told)
     diffusers.DDPMPipeline(net.model, scheduler).save_pretrained(folder)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from codefend.types import UserError
 
+FIXED, LEARNED = "fixed_small", "learned_range"  # variances that diffusers' schedulers know; guided-diffusion learns it
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
@@ -25,7 +26,8 @@ class VPDenoiser(nn.Module):
 
     ``shift`` is the root mean square of an adversarial perturbation in the units of ``x``: a shifted input counts as
     noisy by as much (at s = 0 nothing is shifted), which is where a bridge fine-tuned from the model starts. 0 leaves
-    ``s`` without effect. ``given``: further inputs of the model with one row, repeated for the batch.
+    ``s`` without effect. ``given``: further inputs of the model with one row, repeated for the batch; beside
+    ``text_embeds`` (SDXL) the model is told the picture's size, for which ``cell`` is the pixels to a latent cell.
     """
 
     def __init__(
@@ -37,11 +39,13 @@ class VPDenoiser(nn.Module):
         pixels: bool,
         shift: float = 0.0,
         given: Mapping[str, Tensor] | None = None,
+        cell: int = 1,
     ) -> None:
         """Raises UserError for a parametrization that isn't known here."""
         super().__init__()
-        self.model, self.shift = model, shift
+        self.model, self.shift, self.cell = model, shift, cell
         self.prediction = str(scheduler.get("prediction_type", "epsilon"))
+        self.variance = str(scheduler.get("variance_type", FIXED))  # not used here, but kept with the model
         if self.prediction not in PREDICTIONS:
             raise UserError(f"the model predicts {self.prediction!r}; known: {', '.join(PREDICTIONS)}")
         self.gain, self.offset = (2.0, 0.5) if pixels else (1.0, 0.0)
@@ -69,8 +73,15 @@ class VPDenoiser(nn.Module):
         return clean / self.gain + self.offset
 
     def predict(self, x: Tensor, steps: Tensor) -> Tensor:
-        """What the model itself says of its own ``x_t`` at ``steps`` ``[B]``; a learned variance is dropped."""
-        given = {name: value.expand(len(x), *value.shape[1:]) for name, value in self.given.items()}
+        """What the model itself says of its own ``x_t`` at ``steps`` ``[B]``; a learned variance is dropped.
+
+        That is the second half of the channels (guided-diffusion, Dhariwal & Nichol 2021, arXiv 2105.05233).
+        """
+        given: dict[str, Any] = {name: value.expand(len(x), *value.shape[1:]) for name, value in self.given.items()}
+        if "text_embeds" in given:  # SDXL (arXiv 2307.01952, sec. 2.2): original size, no crop, wanted size; in pixels
+            size = [side * self.cell for side in x.shape[-2:]]
+            places = x.new_tensor([*size, 0, 0, *size]).expand(len(x), 6)
+            given["added_cond_kwargs"] = {"text_embeds": given.pop("text_embeds"), "time_ids": places}
         dtype = next(self.model.parameters()).dtype
         said: Tensor = self.model(x.to(dtype), steps, **given).sample
         return said[:, : x.shape[1]].float()

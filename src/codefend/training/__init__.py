@@ -8,11 +8,19 @@ from typing import Any
 from codefend.types import UserError
 
 
-def train(config: Any, folder: str | Path) -> Path:
+def train(config: Any, folder: str | Path, *, tracker: str = "") -> Path:
     """Run the loop that ``config`` belongs to and return the folder with the weights.
 
-    Raises UserError when the config is not a training's, or as the loop does.
+    ``tracker`` also shows the rows in TensorBoard, wandb, MLflow and so on (`tracking`); it is no part of the config.
+    Raises UserError when the config is not a training's, for a tracker that cannot be had, or as the loop does.
     """
+    from codefend.training.tracking import tracked
+
+    with tracked(tracker):
+        return _loop(config, folder)
+
+
+def _loop(config: Any, folder: str | Path) -> Path:
     from codefend.training.backbones import TuneConfig, train_backbone
     from codefend.training.bridge import BridgeConfig, train_bridge
     from codefend.training.fare import FareConfig, train_fare

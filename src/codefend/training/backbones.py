@@ -27,8 +27,9 @@ from codefend.pairs import Tower
 from codefend.purifiers.hf_latent import add_adapters, load_latents, save_adapters
 from codefend.purifiers.hf_pixels import load_denoiser, save_denoiser
 from codefend.purifiers.vp import VPDenoiser
-from codefend.runs import make_generator
+from codefend.runs import Run, make_generator
 from codefend.training.banks import StreamedBank
+from codefend.training.card import write_card
 from codefend.training.feed import feed
 from codefend.training.parallel import Workers
 from codefend.training.state import Average, cosine_rate, restore_training, save_training, set_rate
@@ -143,9 +144,9 @@ def train_backbone(config: TuneConfig, folder: str | Path) -> Path:
         raise UserError("name a model of diffusers to fine-tune: --set model=ID_OR_FOLDER")
     kind, make = KINDS[type(config)]
     workers = Workers.join(config.micro)
-    run = workers.open_run(folder, {"train": kind, **asdict(config)})
     bank, device = StreamedBank(config.pairs), default_device()
     tuner, towers = make(config, device), [Tower(name) for name in config.encoders]
+    run = workers.open_run(folder, {"train": kind, **asdict(config)})  # a misspelt name has left nothing behind
     parameters = tuner.parameters
     optimizer = torch.optim.AdamW([{"params": list(parameters.values()), "base": config.lr}], betas=(0.9, 0.99))
     average, checkpoint = Average(parameters), run.dir / "checkpoint.safetensors"
@@ -165,9 +166,10 @@ def train_backbone(config: TuneConfig, folder: str | Path) -> Path:
             row = {"grad_norm": float(norm), "seconds": time.perf_counter() - started}
             run.append({"key": f"step-{step}", "step": step, **terms, **row})
             advance(1, f"loss {sum(terms.values()):.3f}")
-            if workers.main and (step % config.save_every == 0 or step == config.steps):
+            if isinstance(run, Run) and (step % config.save_every == 0 or step == config.steps):
                 save_training(checkpoint, parameters, optimizer, step, average)
                 tuner.save(run.dir / "weights", average.values)
+                write_card(run, kind)
     return run.dir / "weights"
 
 

@@ -112,11 +112,11 @@ def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
     Raises UserError when pairs, prior or victim are missing, or the folder was made with another config.
     """
     workers = Workers.join(config.micro)
-    run = workers.open_run(folder, {"train": "bridge", **config.recorded()})
     bank = open_bank(config)
     device = default_device()
     guide = find_guide(config.victim, config.encoders)
     net = start_from_prior(config).to(device).train()
+    run = workers.open_run(folder, {"train": "bridge", **config.recorded()})  # a misspelt name has left nothing behind
     optimizer = torch.optim.AdamW([{"params": list(net.parameters()), "base": config.lr}], betas=(0.9, 0.99))
     parameters = dict(net.named_parameters())
     average, checkpoint = Average(parameters), run.dir / "checkpoint.safetensors"

@@ -31,8 +31,11 @@ WHAT = {
     "flowpure": "Purifier, a peer: FlowPure-PGD (Collaert et al. 2025, arXiv 2505.13280), re-implemented.",
     "flowpure-gauss": "Purifier, a peer: FlowPure-Gauss (Collaert et al. 2025, arXiv 2505.13280), re-implemented.",
     "adbm": "Purifier, a peer: ADBM (Li et al. 2025, arXiv 2408.00315), re-implemented on the project's network.",
+    "hf-bridge": "Purifier: a pixel diffusion model of diffusers, fine-tuned as a bridge from adversarial to clean.",
+    "latent": "Purifier: Stable Diffusion with LoRA, fine-tuned on pairs in latents (CoDefend, arXiv 2510.11096).",
     "codefend-r": "Purifier, a peer: our reconstruction of CoDefend (Zhu et al. 2025, arXiv 2510.11096), in pixels.",
 }
+TUNED = ("hf-bridge", "latent")  # models of others
 PICTURES = (
     "composed scenes (Fluent Emoji, MIT; backgrounds procedural or from scikit-image), scikit-image's photographs "
     "(public domain or CC0; astronaut, chelsea, coffee and rocket are held out), scikit-learn's two photographs "
@@ -87,11 +90,11 @@ def _portable(value: Any) -> Any:
 def _bank(place: str) -> Row:
     """What a bank of pairs was made of: its config, and how many pairs of each kind, target, steps and strength."""
     groups: dict[tuple[str, str, int | None], list[float]] = defaultdict(list)
-    table = not (Path(place) / "rows.jsonl").is_file()
-    if table:
+    table = not (Path(place) / "rows.jsonl").is_file()  # or shards alone, of which nothing is known
+    if table and any(Path(place).glob("*.parquet")):
         for kind, target, steps, eps in pair_tables.described(place):
             groups[kind, target, steps].append(eps)
-    else:
+    elif not table:
         for row in read_rows(place):
             groups[row["kind"], row["target"], row.get("steps")] += [pair["eps"] for pair in row["pairs"]]
     made = [
@@ -122,13 +125,16 @@ def _text(training: Mapping[str, Any]) -> str:
     seen = [_attacks(bank) for bank in training["pairs"]]
     if config.get("mined") or kind in ("adbm", "fare"):
         seen.append(_mined(kind, config))
-    if config.get("train") in ("bridge", "peer", "fare"):
+    if config.get("train") in ("bridge", "peer", "fare", *TUNED):
         lines += [f"- Attacks seen in training: {'; '.join(seen) or 'none'}."]
     if config.get("without"):
         lines += [f"- Left out of what the banks hold: {', '.join(config['without'])}."]
-    if "encoders" in config or "encoder" in config:
-        encoders = config.get("encoders") or (config["encoder"],)
+    if encoders := config.get("encoders") or [value for key, value in config.items() if key == "encoder"]:
         lines += [f"- Encoders that guide: {', '.join(encoders)}; no other was used outside the banks."]
+    if kind in TUNED:
+        lines += [f"- Weights: made from {config['model']}, whose licence holds for them, too; float32."]
+        lines += ["- Data: that model's, and the pictures of the banks. Curve, settings and banks: training.json.", ""]
+        return "\n".join(lines)
     lines += [f"- Data: {SCENES if kind == 'pocket' else PICTURES}."]
     lines += ["- Weights: Apache-2.0 as the code; float16. Curve, settings and banks: training.json.", ""]
     return "\n".join(lines)
@@ -143,6 +149,8 @@ def _settings(config: Mapping[str, Any]) -> str:
 
 
 def _attacks(bank: Row) -> str:
+    if not bank["made"]:
+        return "pairs that do not say how they were made"
     by_steps: dict[int | None, list[str]] = defaultdict(list)
     for made in bank["made"]:
         low, high = (255 * eps for eps in made["eps"])

@@ -100,10 +100,10 @@ def train_peer(config: PeerConfig, folder: str | Path) -> Path:
 
     Raises UserError when pairs, prior or victim are missing, or the folder was made with another config.
     """
-    run = open_run(folder, {"train": "peer", **config.recorded()})
     bank = Bank(config.pairs, without=config.without) if config.uses("pairs") else None
     frozen, device = Frozen.load(config), default_device()
     net = start(config).to(device).train()
+    run = open_run(folder, {"train": "peer", **config.recorded()})  # a misspelt name has left nothing behind
     optimizer = torch.optim.AdamW([{"params": list(net.parameters()), "base": config.lr}], betas=(0.9, 0.99))
     parameters = dict(net.named_parameters())
     average, checkpoint = Average(parameters), run.dir / "checkpoint.safetensors"

@@ -65,10 +65,10 @@ def train_pocket(config: PocketConfig, folder: str | Path) -> Path:
 
     Raises UserError when a weight package or scikit-image is missing, or the folder was made with another config.
     """
-    run = open_run(folder, {"train": "pocket", **config.__dict__})
     pocket = Pocket(config.encoder, rank=config.rank)
     if config.init:
         read_trained(pocket, Path(config.init))
+    run = open_run(folder, {"train": "pocket", **config.__dict__})  # a misspelt name has left nothing behind
     pocket.to(default_device())
     parameters = pocket.trainable
     shapes = _easyvqa_dialogues()

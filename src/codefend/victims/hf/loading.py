@@ -16,7 +16,11 @@ from codefend.victims.hf.victim import HFVictim
 
 @dataclass(frozen=True)
 class HFOptions:
-    """``device``: "cpu", "cuda:1", or "auto", which spreads the model over all that is there (accelerate)."""
+    """``device``: "cpu", "cuda:1", or "auto", which spreads the model over all that is there (accelerate).
+
+    Layers that fit on no accelerator wait elsewhere: slow, with the same gradients. Spreading and both quantizations
+    are tested on tiny models on a CPU (the latter where bitsandbytes is installed), none of it on several GPUs.
+    """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as saved; float32 on a CPU
     device: str = "auto"
