@@ -17,7 +17,7 @@ import diffusers_tiny
 from codefend import purifiers
 from codefend.pairs import read_pairs
 from codefend.purifiers.hf_latent import load_latents
-from codefend.runs import read_rows, save_checkpoint
+from codefend.runs import open_run, read_rows, save_checkpoint
 from codefend.training import train
 from codefend.training.backbones import HFBridgeConfig, LatentConfig, LatentTuner
 from codefend.types import UserError
@@ -35,7 +35,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         clean = torch.randint(64, 192, (6, 3, 4, 4), generator=draw).repeat_interleave(4, 2).repeat_interleave(4, 3)
         pair = {"clean": clean.to(torch.uint8), "attacked": (clean + wave).to(torch.uint8)}
         save_checkpoint(root / f"pairs-{shard:05d}.safetensors", pair, {"kind": "features"})
-    with runs.open_run(root, {"pairs": True, "steps": 8}) as bank:
+    with open_run(root, {"pairs": True, "steps": 8}) as bank:
         row = {"kind": "features", "target": "lite0", "pairs": [{"eps": 16 / 255, "fall": 0.5}] * 12}
         bank.append({"key": "shard-0", **row})
     made = {
@@ -106,7 +106,7 @@ def test_adapters_carry_their_options(places: dict[str, str], tmp_path: Path) ->
 @pytest.mark.parametrize(("kind", "model"), [("hf-bridge", "guided"), ("latent", "xl")])
 def test_guided_diffusion_and_xl_are_trained_too(kind: str, model: str, places: dict[str, str], tmp_path: Path) -> None:
     folder = train(config(kind, places, model=places[model], steps=1, lr=1e-2, save_every=1, micro=1), tmp_path)
-    (row,) = curve(tmp_path)
+    (row,) = read_rows(tmp_path)
     assert row["grad_norm"] > 0
     card = (folder / "README.md").read_text()
     assert "features on lite0 (12 pairs, 16.0 to 16.0/255)" in card
