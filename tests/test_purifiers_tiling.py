@@ -41,8 +41,8 @@ def test_no_seam_with_the_shipped_bridge(monkeypatch: pytest.MonkeyPatch) -> Non
             tiled = purifier(picture)
         difference = (tiled - whole).abs().flatten()
         assert float(difference.max()) > 0  # it was tiled
-        assert float(difference.quantile(0.999)) < 0.1 / 255
-        assert float(difference.max()) < 0.3 / 255
+        assert float(difference.quantile(0.999)) < 0.2 / 255  # 1 / 255 is what one could see
+        assert float(difference.max()) < 0.6 / 255
 
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 6000), (3000, 40), (1999, 1201)])

@@ -30,6 +30,13 @@ def _config(module: str, name: str, **values: Any) -> Callable[[], Any]:
 # DiffPure near its best t with the shipped prior (0.03, LOG.md), in few steps.
 _DEFENSES = ("none", "jpeg", "bitdepth", "diffpure:t=0.05,steps=5", "bridge")
 
+# Noise at one strength, in training as when it serves; most pairs mined through both, language-model loss among them.
+_ROBUST: dict[str, Any] = {
+    **{"noise_free": 0.0, "min_sigma": 0.1, "max_sigma": 0.1, "sigma": 0.1, "clean": 0.1, "at_one": 0.9},
+    **{"mined": 0.6, "lean": True, "max_eps": 10 / 255, "eps_ramp": 150, "answers": 0.35},
+    **{"w_answers": 0.4, "w_words": 0.8, "steps": 1000, "lr": 6e-4},
+}
+
 # The peers' own settings; steps, batch and learning rate are the bridge's.
 _PEERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("hgd", "static pairs, features kept", {"clean": 0.15}),
@@ -91,6 +98,11 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset("prior", "train the unconditional diffusion prior", _config("training.prior", "PriorConfig")),
         Preset("bridge", "train the bridge from a bank of pairs", _config("training.bridge", "BridgeConfig")),
+        Preset(
+            "bridge-robust",
+            "train a bridge behind noise, against attackers who see it: --set prior=WEIGHTS to go on from a bridge",
+            _config("training.bridge", "BridgeConfig", **_ROBUST),
+        ),
         Preset(
             "calibrate",
             "fit the detection score of trained weights on held-out pairs",

@@ -197,6 +197,12 @@ PURIFIERS: dict[str, PurifierSpec] = {
             _shipped("bridge", "bridge"),
         ),
         PurifierSpec(
+            "bridge-robust",
+            "the bridge behind noise, trained against attackers who see it: less detail (evaluations, sigma)",
+            "CoDefend; noise as in randomized smoothing, arXiv 1902.02918 and 1906.04584",
+            _shipped("bridge-robust", "bridge-robust"),
+        ),
+        PurifierSpec(
             "hgd",
             "peer: one residual evaluation, trained on static pairs to keep a model's features",
             "HGD, Liao et al. 2018, arXiv 1712.02976",
