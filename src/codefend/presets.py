@@ -32,9 +32,21 @@ _DEFENSES = ("none", "jpeg", "bitdepth", "diffpure:t=0.05,steps=5", "bridge")
 
 # Noise at one strength, in training as when it serves; most pairs mined through both, language-model loss among them.
 _ROBUST: dict[str, Any] = {
-    **{"noise_free": 0.0, "min_sigma": 0.1, "max_sigma": 0.1, "sigma": 0.1, "clean": 0.1, "at_one": 0.9},
-    **{"mined": 0.6, "lean": True, "max_eps": 10 / 255, "eps_ramp": 150, "answers": 0.35},
-    **{"w_answers": 0.4, "w_words": 0.8, "steps": 1000, "lr": 6e-4},
+    "noise_free": 0.0,
+    "min_sigma": 0.1,
+    "max_sigma": 0.1,
+    "sigma": 0.1,
+    "clean": 0.1,
+    "at_one": 0.9,
+    "mined": 0.6,
+    "lean": True,
+    "max_eps": 10 / 255,
+    "eps_ramp": 150,
+    "answers": 0.35,
+    "w_answers": 0.4,
+    "w_words": 0.8,
+    "steps": 1000,
+    "lr": 6e-4,
 }
 
 # The peers' own settings; steps, batch and learning rate are the bridge's.
