@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -129,19 +130,21 @@ def test_markdown_tables_are_rectangular(evaluated: Path) -> None:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
 
 
+def printed(show: Callable[[Path, Console], None], run: Path, width: int) -> str:
+    console = Console(record=True, width=width, file=io.StringIO())
+    show(run, console)
+    return console.export_text()
+
+
 def test_terminal_summary(evaluated: Path) -> None:
-    console = Console(record=True, width=200, file=io.StringIO())
-    print_summary(evaluated, console)
-    shown = console.export_text()
+    shown = printed(print_summary, evaluated, 200)
     assert "questions: vqa_accuracy at 8/255" in shown
     assert "worst case" in shown
     assert "too few examples" in shown
 
 
 def test_overview_fits_a_narrow_terminal(evaluated: Path) -> None:
-    console = Console(record=True, width=80, file=io.StringIO())
-    print_overview(evaluated, console)
-    shown = console.export_text()
+    shown = printed(print_overview, evaluated, 80)
     assert "0.00 n=6" in shown
     assert "T2: white box" in shown
     assert overview(read_report(evaluated)).columns == (

@@ -129,7 +129,7 @@ def _text(training: Mapping[str, Any]) -> str:
         lines += [f"- Attacks seen in training: {'; '.join(seen) or 'none'}."]
     if config.get("without"):
         lines += [f"- Left out of what the banks hold: {', '.join(config['without'])}."]
-    if encoders := config.get("encoders") or [value for key, value in config.items() if key == "encoder"]:
+    if encoders := config.get("encoders") or ([config["encoder"]] if "encoder" in config else []):
         lines += [f"- Encoders that guide: {', '.join(encoders)}; no other was used outside the banks."]
     if kind in TUNED:
         lines += [f"- Weights: made from {config['model']}, whose licence holds for them, too; float32."]
