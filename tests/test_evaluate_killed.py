@@ -78,7 +78,7 @@ while True:
         os._exit(0)
     os.close(tell)
     os.read(hear, 1)  # the first question, or the end
-    time.sleep(wait.uniform(0.0, 0.15))
+    time.sleep(wait.uniform(0.0, 0.01 * (1 + kills)))  # early deaths on a fast machine, an end on a slow one
     os.kill(child, signal.SIGKILL)
     if os.waitpid(child, 0)[1] != signal.SIGKILL:  # it was done before
         break
