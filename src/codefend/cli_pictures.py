@@ -202,15 +202,15 @@ def _attacked(
     seed: int,
 ) -> Tensor:
     from codefend.attacks import objective_for
-    from codefend.attacks.norms import quantize_in_budget
+    from codefend.attacks.bounds import finished
     from codefend.runs import make_generator
     from codefend.types import WhiteBox
 
     if not isinstance(model.victim, WhiteBox):
         raise UserError(f"{model.victim.name} is a black box: it gives no gradient and no loss to attack")
     objective = objective_for(spec, model, [prompt], [answer], target, pixels, towards)
-    found = spec.build()(objective, pixels, budget, generator=make_generator(seed, "attack"))
-    return quantize_in_budget(found, pixels, budget)
+    attack = spec.build()
+    return finished(attack, attack(objective, pixels, budget, generator=make_generator(seed, "attack")), pixels, budget)
 
 
 def _budget(eps: str, norm: str, steps: int) -> Budget:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from codefend.attacks import ATTACKS, TEXT_ATTACKS, asked_for, objective_for
+from codefend.attacks.bounds import finished
 from codefend.attacks.norms import quantize_in_budget
 from codefend.defense import DefendedVictim, Defense, StraightThrough
 from codefend.evaluate.config import DefenseChoice
@@ -63,11 +64,15 @@ class Sources:
 
 @dataclass(frozen=True)
 class AttackConfig:
-    """How examples are attacked: l-inf ``eps`` in 1/255, steps through the language model and through less."""
+    """How examples are attacked: l-inf ``eps`` in 1/255, steps through the language model and through less.
+
+    ``queries``: the most that an attack on words alone may ask, which is mostly what its pictures cost.
+    """
 
     eps: float = 8.0
     steps: int = 10
     cheap_steps: int = 30  # of attacks on the encoder's tokens: twenty times cheaper
+    queries: int = 50
     seed: int = 0
 
 
@@ -122,14 +127,15 @@ def attack_examples(family: str, victim: Victim, task: Task, config: AttackConfi
         if family in TEXT_ATTACKS:
             spec = TEXT_ATTACKS[family]
             goal = asked_for(spec, victim, _answers(part), task.target)
-            spend = Budget(eps=budget.eps, steps=min(spec.steps, steps) if spec.changes == "both" else spec.steps)
+            most = steps if spec.changes == "both" else config.queries
+            spend = Budget(eps=budget.eps, steps=min(spec.steps, most))
             raw, asked = spec.build(task.target)(goal, clean, asked, spend, generator=generator)
             free = spec.changes == "image"  # words written into a picture keep to no ball
             images += quantize8(raw) if free else quantize_in_budget(raw, clean, budget)
         else:
             attack = ATTACKS["pgd" if family == WORD_HEAD else family].build()
             raw = attack(_objective(family, victim, part, clean, task), clean, budget, generator=generator)
-            images += quantize_in_budget(raw.detach(), clean, budget)
+            images += finished(attack, raw.detach(), clean, budget)
         prompts += asked
     return Attacked(images, prompts)
 
