@@ -7,7 +7,7 @@ the objective fell); ``pairs-00000.safetensors`` and so on hold them as 8-bit ``
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from codefend.images import quantize8
 from codefend.runs import Run, load_checkpoint, make_generator, open_run, progress, read_rows, save_checkpoint
 from codefend.tasks.language import CAPTION_PROMPT, captions, training_texts
 from codefend.tasks.objects import COLOURS, THINGS
-from codefend.tasks.pictures import training_pictures
+from codefend.tasks.pictures import own_photographs, training_pictures
 from codefend.tasks.scenes import compose, load_photographs
 from codefend.types import Budget, Objective, UserError, WhiteBox
 from codefend.victims.efficientnet_lite import NAMES, EfficientNetLite
@@ -67,6 +67,11 @@ class PairsConfig:
     answer_steps: int = 6  # through the language model: twenty times dearer
     answer_shards: int = 8  # at most this many shards of "answers"; the rest becomes "features"
     seed: int = 0
+    photographs: str = ""  # a folder of your own photographs, for "features" and "towards"
+
+    def recorded(self) -> dict[str, object]:
+        """The fields for the run's config; a bank from before there were own photographs goes on."""
+        return {name: value for name, value in asdict(self).items() if name != "photographs" or value}
 
 
 def make_pairs(config: PairsConfig, folder: str | Path) -> Path:
@@ -79,9 +84,10 @@ def make_pairs(config: PairsConfig, folder: str | Path) -> Path:
     unknown = [name for name in config.encoders if name not in (*NAMES, OWN)]
     if unknown:
         raise UserError(f"unknown encoder {unknown[0]!r}; known: {', '.join((*NAMES, OWN))}")
+    own_photographs(config.photographs)  # a missing folder is told now
     victim = victims.load_white_box(config.victim)
     towers: list[Tower | WhiteBox] = [victim if name == OWN else Tower(name) for name in config.encoders]
-    run = open_run(folder, {"pairs": True, **config.__dict__})  # a misspelt name has left nothing behind
+    run = open_run(folder, {"pairs": True, **config.recorded()})  # a misspelt name has left nothing behind
     shards = -(-config.count // SHARD)
     with progress("pairs", shards * SHARD) as advance:
         for shard in range(shards):
@@ -104,7 +110,8 @@ def _make_shard(
     if kind == "answers" and shard // len(config.kinds) >= config.answer_shards:
         kind = "features"
     tower = towers[int(rng.integers(len(towers)))]
-    clean, build = _objective(kind, victim, tower, rng, first_scene=first_scene(config.seed, shard))
+    own = own_photographs(config.photographs)
+    clean, build = _objective(kind, victim, tower, rng, first_scene=first_scene(config.seed, shard), own=own)
     clean = quantize8(clean).to(default_device())
     # One eps per pair, drawn evenly; an attack has one budget a call, so the pairs of a call share their eps.
     attacked, falls = [], []
@@ -128,14 +135,20 @@ def _make_shard(
 
 
 def _objective(
-    kind: str, victim: WhiteBox, tower: Tower | WhiteBox, rng: np.random.Generator, *, first_scene: int
+    kind: str,
+    victim: WhiteBox,
+    tower: Tower | WhiteBox,
+    rng: np.random.Generator,
+    *,
+    first_scene: int,
+    own: Sequence[Tensor],
 ) -> tuple[Tensor, Callable[[slice, Tensor], Objective]]:
     """The clean pictures of a shard and a function from a part of them to the attack's objective."""
     if kind in ("features", "towards"):
-        clean = training_pictures(rng, SHARD, first_scene=first_scene)
+        clean = training_pictures(rng, SHARD, first_scene=first_scene, own=own)
         if kind == "features":
             return clean, lambda part, images: objectives.features_away(tower, images)
-        others = training_pictures(rng, SHARD, first_scene=first_scene + 1_000_000)
+        others = training_pictures(rng, SHARD, first_scene=first_scene + 1_000_000, own=own)
         return clean, lambda part, images: objectives.features_towards(tower, others[part].to(images.device))
     scenes = [compose("train", first_scene + i, photographs=load_photographs()) for i in range(SHARD)]
     clean = torch.stack([scene.image for scene in scenes])

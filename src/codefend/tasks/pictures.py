@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from codefend import images
 from codefend.tasks.scenes import SIZE, compose, load_photographs
 from codefend.types import UserError
 
 # Photographs of scikit-image kept for evaluation, never trained on: all CC0 or public domain.
 HELD_OUT = ("astronaut", "chelsea", "coffee", "rocket")
 SHARES = (0.5, 0.2, 0.3)  # scenes, photographs, dead leaves
+OWN_SHARES = (0.35, 0.5, 0.15)  # the same where the user has photographs of their own
+OWN_SIDE = 1024  # their shorter side at most: what a crop at full size would add is mostly blur
 
 
 @cache
@@ -36,13 +40,43 @@ def training_photographs() -> tuple[Tensor, ...]:
     return (*load_photographs(), *colour, *colour)  # the two natural ones twice: most of the others are textures
 
 
-def training_pictures(rng: np.random.Generator, count: int, *, first_scene: int) -> Tensor:
-    """``[count, 3, 128, 128]`` in [0, 1], mixed by SHARES. Scenes are numbered from ``first_scene`` of "train"."""
+@cache
+def own_photographs(folder: str) -> tuple[Tensor, ...]:
+    """The user's photographs ``[3, H, W]`` in [0, 1] of a folder and the folders in it, by name; "": none.
+
+    Raises UserError when the folder holds no pictures, or one that cannot be read or is under 128 pixels a side.
+    """
+    if not folder:
+        return ()
+    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in images.READABLE and p.name[0] != ".")
+    if not paths:
+        raise UserError(f"{folder} holds no pictures; looked for {' '.join(sorted(images.READABLE))}")
+    return tuple(_at_most(images.load(path, first_frame=True).pixels, path) for path in paths)
+
+
+def _at_most(pixels: Tensor, path: Path) -> Tensor:
+    """The picture with its shorter side cut down to OWN_SIDE."""
+    height, width = pixels.shape[1:]
+    if min(height, width) < SIZE:
+        raise UserError(f"{path} is {width} x {height} pixels; photographs to train on need {SIZE} or more a side")
+    if (factor := OWN_SIDE / min(height, width)) >= 1:
+        return pixels
+    size = round(height * factor), round(width * factor)
+    return F.interpolate(pixels[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
+
+
+def training_pictures(rng: np.random.Generator, count: int, *, first_scene: int, own: Sequence[Tensor] = ()) -> Tensor:
+    """``[count, 3, 128, 128]`` in [0, 1]. Scenes are numbered from ``first_scene`` of "train".
+
+    Mixed by SHARES; with the user's ``own`` photographs by OWN_SHARES, and three photographs of four are theirs.
+    """
     pictures = []
     for i in range(count):
-        kind = rng.choice(3, p=SHARES)
+        kind = rng.choice(3, p=OWN_SHARES if own else SHARES)
         if kind == 0:
             pictures.append(compose("train", first_scene + i, photographs=load_photographs()).image)
+        elif kind == 1 and own and rng.random() < 0.75:
+            pictures.append(_own_crop(rng, own))
         elif kind == 1:
             pictures.append(_crop(rng, training_photographs()))
         else:
@@ -54,6 +88,16 @@ def _crop(rng: np.random.Generator, photographs: Sequence[Tensor]) -> Tensor:
     """A random crop at a random scale, mirrored and turned, with its contrast and colours moved a little."""
     photograph = photographs[int(rng.integers(len(photographs)))]
     side = int(rng.integers(SIZE, max(SIZE + 1, min(3 * SIZE, *photograph.shape[1:]))))
+    return _view(rng, photograph, side)
+
+
+def _own_crop(rng: np.random.Generator, photographs: Sequence[Tensor]) -> Tensor:
+    """As `_crop`, at scales from the photograph's own to the whole picture, evenly in their logarithm."""
+    photograph = photographs[int(rng.integers(len(photographs)))]
+    return _view(rng, photograph, int(SIZE * (min(photograph.shape[1:]) / SIZE) ** rng.random()))
+
+
+def _view(rng: np.random.Generator, photograph: Tensor, side: int) -> Tensor:
     top = int(rng.integers(photograph.shape[1] - side + 1))
     left = int(rng.integers(photograph.shape[2] - side + 1))
     crop = photograph[None, :, top : top + side, left : left + side]

@@ -26,7 +26,7 @@ from codefend.pairs import read_pairs
 from codefend.purifiers.base import clip
 from codefend.runs import Run, make_generator
 from codefend.tasks.language import training_texts
-from codefend.tasks.pictures import training_pictures
+from codefend.tasks.pictures import own_photographs, training_pictures
 from codefend.tasks.scenes import compose, load_photographs
 from codefend.training.banks import StreamedBank
 from codefend.training.card import write_card
@@ -82,6 +82,7 @@ class BridgeConfig:
     answers: float = 0.0  # share of mined steps that attack the language-model loss, on scenes
     answers_batch: int = 4  # pictures in such a step: the language model is dear
     w_answers: float = 0.0  # in such a step: language-model loss of the true answers on the purified pictures
+    photographs: str = ""  # a folder of your own photographs, for pairs mined in the loop
 
     def __post_init__(self) -> None:
         if self.mined and {"features", "words"} <= set(self.without):
@@ -113,6 +114,7 @@ def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
     """
     workers = Workers.join(config.micro)
     bank = open_bank(config)
+    own_photographs(config.photographs)  # a missing folder is told now
     device = default_device()
     guide = find_guide(config.victim, config.encoders)
     net = start_from_prior(config).to(device).train()
@@ -226,7 +228,8 @@ def _images(config: BridgeConfig, bank: Bank | StreamedBank, step: int) -> Image
         said = [training_texts(scene, rng) for scene in scenes]
         chosen = [texts[int(rng.integers(len(texts)))] for texts in said]
         return torch.stack([scene.image for scene in scenes]), torch.empty(0), chosen
-    return training_pictures(rng, config.batch, first_scene=first), torch.empty(0), []
+    own = own_photographs(config.photographs)
+    return training_pictures(rng, config.batch, first_scene=first, own=own), torch.empty(0), []
 
 
 def training_pair(step: Step, net: PurifierNet, clean: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
