@@ -21,6 +21,7 @@ class ToyVictim:
     """
 
     name = "toy"
+    vocabulary = ("a", "bb", "ccc", "dddd", "eeeee")
 
     def __init__(self, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)

@@ -120,6 +120,20 @@ def test_objective_for_says_what_is_missing(images: Tensor, name: str, target: s
         objective_for(ATTACKS[name], ToyVictim(), PROMPTS, ANSWERS, target, images)
 
 
+def test_words_away_starts_from_what_the_undefended_victim_reads(images: Tensor) -> None:
+    bare = ToyVictim()
+    defended = DefendedVictim(bare, Defense(purifier=Dim(), name="dim"))
+    scores = bare.word_scores(images, bare.vocabulary)
+    nearest = scores.max(-1).values
+    wanted = (nearest / 0.05 - (scores / 0.05).logsumexp(-1)).mean(1)  # minus the cross-entropy with the nearest word
+    assert torch.allclose(objective_for(ATTACKS["word-head"], bare, PROMPTS, ANSWERS, "", images)(images), wanted)
+    through = objective_for(ATTACKS["word-head"], defended, PROMPTS, ANSWERS, "", images)(images)
+    assert (through < wanted - 1e-4).any()  # the defense reads otherwise, the words that count are still the bare ones
+    defended.victim.vocabulary = ()  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="vocabulary"):
+        objective_for(ATTACKS["word-head"], defended, PROMPTS, ANSWERS, "", images)
+
+
 def test_rows_must_match(images: Tensor) -> None:
     with pytest.raises(UserError, match="3 prompts but 1"):
         untargeted(ToyVictim(), PROMPTS, ["a"])

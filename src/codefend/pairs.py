@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from codefend.attacks import objectives
@@ -182,10 +181,7 @@ def word_objective(pocket: Pocket, clean: Tensor, target: Tensor | None = None) 
     sign = -1.0 if target is None else 1.0
 
     def objective(images: Tensor) -> Tensor:
-        scores = pocket.word_scores(images, WORDS) / 0.05
-        return sign * F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(
-            1
-        )
+        return sign * objectives.word_loss(pocket.word_scores(images, WORDS), labels)
 
     return objective
 

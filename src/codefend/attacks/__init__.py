@@ -62,6 +62,8 @@ def objective_for(
         return objectives.features_towards(shown, target_images)
     if spec.goal == "feature-text":
         return objectives.features_towards_text(shown, targets)
+    if spec.goal == "feature-words":
+        return objectives.words_away(shown, clean_images)
     if spec.goal == "margin":
         return objectives.margin(shown, prompts, answers)
     if spec.goal == "margin-targeted":

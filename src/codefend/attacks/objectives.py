@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, cross_entropy
 
 from codefend.types import Objective, UserError, Victim, WhiteBox
+
+WORD_TEMPERATURE = 0.05  # of a cross-entropy over cosines
 
 
 @runtime_checkable
@@ -95,9 +97,11 @@ def _with_margins(victim: object) -> HasMargins:
     return victim
 
 
-def _undefended(victim: object) -> object:
+def _undefended(victim: Any) -> object:
     """What a defended victim defends: it passes everything on, whether there is anything behind it or not."""
-    return getattr(victim, "victim", victim)
+    while hasattr(victim, "victim"):
+        victim = victim.victim
+    return victim
 
 
 def features_away(victim: WhiteBox, clean_images: Tensor, *, reference: WhiteBox | None = None) -> Objective:
@@ -134,9 +138,7 @@ def features_towards_text(victim: WhiteBox, texts: Sequence[str]) -> Objective:
 
     Raises UserError when the victim has no such space.
     """
-    if not (isinstance(victim, HasWords) and isinstance(_undefended(victim), HasWords)):
-        raise UserError(f"victim {victim.name!r} has no space that vision tokens and words share: use feature-target")
-    shown: HasWords = victim
+    shown, _ = _worded(victim, "feature-target")
     distinct = list(dict.fromkeys(texts))
     columns = torch.tensor([distinct.index(text) for text in texts])
 
@@ -145,6 +147,38 @@ def features_towards_text(victim: WhiteBox, texts: Sequence[str]) -> Objective:
         return -scores.gather(1, columns.to(scores.device).unsqueeze(1)).squeeze(1)
 
     return objective
+
+
+def words_away(victim: WhiteBox, clean_images: Tensor) -> Objective:
+    """Minus the mean cross-entropy of each vision token's words: away from what the undefended victim reads there.
+
+    The nearest word of its ``vocabulary`` counts as right. Raises UserError when the victim has none.
+    """
+    shown, bare = _worded(victim, "feature")
+    words: Sequence[str] = getattr(bare, "vocabulary", ())
+    if not words:
+        raise UserError(f"victim {victim.name!r} says no vocabulary that its tokens could be read in: use feature")
+    with torch.no_grad():
+        read = bare.word_scores(clean_images, words).argmax(-1)
+
+    def objective(images: Tensor) -> Tensor:
+        return -word_loss(shown.word_scores(images, words), read)
+
+    return objective
+
+
+def word_loss(scores: Tensor, words: Tensor) -> Tensor:
+    """Mean cross-entropy ``[B]`` of word scores ``[B, T, C]`` (cosines) with the tokens' words ``[B, T]``."""
+    losses = cross_entropy((scores / WORD_TEMPERATURE).flatten(0, 1), words.flatten(), reduction="none")
+    return losses.view(words.shape).mean(1)
+
+
+def _worded(victim: WhiteBox, instead: str) -> tuple[HasWords, HasWords]:
+    """The victim and what it defends. Raises UserError when it has no space that vision tokens and words share."""
+    bare = _undefended(victim)
+    if not (hasattr(victim, "word_scores") and isinstance(bare, HasWords)):
+        raise UserError(f"victim {victim.name!r} has no space that vision tokens and words share: use {instead}")
+    return cast(HasWords, victim), bare
 
 
 def answers_scored(

@@ -19,6 +19,7 @@ Goal = Literal[
     "feature",
     "feature-target",
     "feature-text",
+    "feature-words",
     "answer",
     "answer-target",
 ]

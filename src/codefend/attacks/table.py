@@ -184,6 +184,14 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "feature-text",
     ),
     AttackSpec(
+        "word-head",
+        "auto-PGD that turns every vision token from the word it is nearest to: cheap, and strong on a pocket",
+        "Croce & Hein 2020, arXiv 2003.01690, on a pocket's own head (victims.pocket.Pocket.word_scores)",
+        "white-box",
+        _lazy("apgd", "APGD", name="word-head"),
+        "feature-words",
+    ),
+    AttackSpec(
         "ssa-cwa",
         "common weakness attack over simulated spectra, away from the clean tokens; made to transfer",
         "Dong et al. 2023, arXiv 2309.11751; SSA 2207.05382, CWA 2303.09105",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,6 @@ from codefend.runs import load_checkpoint, make_generator, save_checkpoint
 from codefend.types import Budget, Example, Objective, Purifier, Task, UserError, Victim, WhiteBox
 
 BARE = "none"
-WORD_HEAD = "word-head"  # the pocket's own head on the vision tokens, as in pairs
 BATCH = 8
 
 
@@ -84,7 +83,7 @@ class BankConfig:
     purifier: str = "bridge"  # that the policy will stand beside; "none": no purifier
     search_scenes: int = 12  # pictures per task
     selection_scenes: int = 16
-    seen: tuple[str, ...] = ("feature", WORD_HEAD, "planted")
+    seen: tuple[str, ...] = ("feature", "word-head", "planted")
     held_out: tuple[str, ...] = ("feature-target", "apgd-targeted", "joint-targeted")
     attack: AttackConfig = field(default_factory=AttackConfig)
 
@@ -99,7 +98,7 @@ class Attacked(NamedTuple):
 def check_families(families: Sequence[str]) -> None:
     """Raise UserError for a family that is no attack."""
     for name in families:
-        if name not in TEXT_ATTACKS and name != WORD_HEAD:
+        if name not in TEXT_ATTACKS:
             lookup("attack", name, {**ATTACKS, **TEXT_ATTACKS})
 
 
@@ -133,7 +132,7 @@ def attack_examples(family: str, victim: Victim, task: Task, config: AttackConfi
             free = spec.changes == "image"  # words written into a picture keep to no ball
             images += quantize8(raw) if free else quantize_in_budget(raw, clean, budget)
         else:
-            attack = ATTACKS["pgd" if family == WORD_HEAD else family].build()
+            attack = ATTACKS[family].build()
             raw = attack(_objective(family, victim, part, clean, task), clean, budget, generator=generator)
             images += finished(attack, raw.detach(), clean, budget)
         prompts += asked
@@ -141,23 +140,13 @@ def attack_examples(family: str, victim: Victim, task: Task, config: AttackConfi
 
 
 def _cheap(family: str) -> bool:
-    return family == WORD_HEAD or (family in ATTACKS and ATTACKS[family].goal.startswith("feature"))
+    return family in ATTACKS and ATTACKS[family].goal.startswith("feature")
 
 
 def _objective(family: str, victim: Victim, part: Sequence[Example], clean: Tensor, task: Task) -> Objective:
-    if family == WORD_HEAD:
-        return _word_objective(victim, clean)
     others = clean.roll(len(clean) // 2 or 1, 0)
     prompts = [e.prompt for e in part]
     return objective_for(ATTACKS[family], victim, prompts, _answers(part), task.target, clean, others)
-
-
-def _word_objective(victim: Any, clean: Tensor) -> Objective:
-    from codefend.pairs import word_objective
-
-    if not hasattr(victim, "word_scores"):
-        raise UserError(f"family {WORD_HEAD!r} needs a pocket victim, not {victim.name!r}; leave it out of bank.seen")
-    return word_objective(victim, clean)
 
 
 def _answers(examples: Sequence[Example]) -> list[str]:

@@ -52,7 +52,9 @@ class Candidates:
         """Score a candidate and keep it. Called again with the same policy, does nothing."""
         if policy.key in self.scored:
             return
+        watch, self.asker.watch = self.asker.watch, lambda count: None  # a search has counted these answers
         score = self.asker.score(policy, self.items)
+        self.asker.watch = watch
         prompts.save_folder(policy, self.folder(policy.key))
         row = {"key": f"candidate|{policy.key}", "kind": "candidate", "policy": policy.key, "name": policy.name}
         self.run.append({**row, "score": asdict(score)})

@@ -126,7 +126,8 @@ def _pocket(name: str) -> tuple[dict[str, object], dict[str, Tensor]]:
     try:
         config = json.loads((folder / "config.json").read_text())
         state = load_file(folder / "model.safetensors")
-        return {"encoder": str(config["encoder"]), "rank": int(config["rank"])}, state
+        words = [str(word) for word in config.get("vocabulary", ())]
+        return {"encoder": str(config["encoder"]), "rank": int(config["rank"]), "vocabulary": words}, state
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{name} is no folder of pocket weights ({error}); FARE fine-tunes a pocket's encoder"

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from codefend import images as pictures
 from codefend.devices import default_device, training_precision
+from codefend.pairs import WORDS
 from codefend.runs import Run, open_run, progress, save_checkpoint, write_atomic
 from codefend.tasks.easyvqa import load_easyvqa
 from codefend.tasks.language import MIX, training_texts
@@ -65,7 +66,7 @@ def train_pocket(config: PocketConfig, folder: str | Path) -> Path:
 
     Raises UserError when a weight package or scikit-image is missing, or the folder was made with another config.
     """
-    pocket = Pocket(config.encoder, rank=config.rank)
+    pocket = Pocket(config.encoder, rank=config.rank, vocabulary=WORDS)
     if config.init:
         read_trained(pocket, Path(config.init))
     run = open_run(folder, {"train": "pocket", **config.__dict__})  # a misspelt name has left nothing behind

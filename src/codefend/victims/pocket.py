@@ -67,13 +67,17 @@ class Connector(nn.Module):
 
 
 class Pocket(nn.Module):
-    """The pocket MLLM. ``encoder`` in efficientnet_lite.NAMES; ``rank`` of the LoRA adapters (0: none)."""
+    """The pocket MLLM. ``encoder`` in efficientnet_lite.NAMES; ``rank`` of the LoRA adapters (0: none).
+
+    ``vocabulary``: the words and phrases that its connector was grounded on.
+    """
 
     name = "pocket"
 
-    def __init__(self, encoder: str = "lite0", *, rank: int = 32) -> None:
+    def __init__(self, encoder: str = "lite0", *, rank: int = 32, vocabulary: Sequence[str] = ()) -> None:
         super().__init__()
-        self.config = {"encoder": encoder, "rank": rank}
+        self.config = {"encoder": encoder, "rank": rank, "vocabulary": list(vocabulary)}
+        self.vocabulary = tuple(vocabulary)
         self.encoder = EfficientNetLite(encoder)
         self.connector = Connector(self.encoder.width)
         self.llm, self.tokenizer = load_smollm()
@@ -230,7 +234,7 @@ def load_pocket(folder: Path) -> Pocket:
     """
     try:
         config = json.loads((folder / "config.json").read_text())
-        victim = Pocket(config["encoder"], rank=config["rank"])
+        victim = Pocket(config["encoder"], rank=config["rank"], vocabulary=config.get("vocabulary", ()))
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise UserError(_NO_WEIGHTS.format(folder=folder, error=error)) from error
     read_trained(victim, folder)
