@@ -1,15 +1,16 @@
 # Sourced by every recipe. Each is the whole journey of one kind of weights, in commands that go on where they stopped:
 # run a recipe again until it says that it is done. From nothing, in this order:
 #   recipes/pocket.sh && recipes/prior.sh
-#   export POCKET=runs/pocket-2/weights PRIOR=runs/prior/weights
-#   recipes/pairs.sh && recipes/bridge.sh          # and any peer: hgd, flowpure, flowpure-gauss, adbm, codefend-r, fare
+#   export POCKET=runs/pocket-2/weights PRIOR=runs/prior/weights BRIDGE=runs/bridge/weights
+#   recipes/pairs.sh && recipes/bridge.sh && recipes/bridge-robust.sh
+#   recipes/bridge-plain.sh                        # and peers: hgd, flowpure, flowpure-gauss, adbm, codefend-r, fare
 #   recipes/compare.sh && recipes/ablations.sh     # tables
-# Without POCKET and PRIOR the shipped weights are used.
+# Without POCKET, PRIOR and BRIDGE the shipped weights are used.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 command -v codefend > /dev/null || PATH="$PWD/.venv/bin:$PATH"  # where `make test` puts it
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
-RUNS="${RUNS:-runs}" POCKET="${POCKET:-pocket}" PRIOR="${PRIOR:-}" MINUTES="${MINUTES:-75}"
+RUNS="${RUNS:-runs}" POCKET="${POCKET:-pocket}" PRIOR="${PRIOR:-}" BRIDGE="${BRIDGE:-bridge}" MINUTES="${MINUTES:-75}"
 
 # stage COMMAND...: run it for at most MINUTES; what it has done by then is on disk.
 stage() {
@@ -19,4 +20,10 @@ stage() {
     echo "stage not finished after $MINUTES minutes: run this recipe again to go on" >&2
   fi
   [ "$code" -eq 0 ] || exit "$code"
+}
+
+# settings KEY=VALUE...: as options of a command, in the array `options`.
+settings() {
+  options=()
+  for setting in "$@"; do options+=(--set "$setting"); done
 }

@@ -1,6 +1,20 @@
 #!/usr/bin/env bash
-# The banks of pairs: one to train on, one of other pictures to calibrate detection scores on.
+# The banks of pairs: one for the peers and the bridge's first training, A to E (the bridge's model card) for its other
+# trainings, and one of other pictures to calibrate detection scores on.
 source "$(dirname "$0")/common.sh"
-stage codefend pairs --run "$RUNS/pairs" --set "victim=$POCKET"
-stage codefend pairs --run "$RUNS/pairs-held-out" --set "victim=$POCKET" --set seed=1 --set count=640
-echo "done: $RUNS/pairs, $RUNS/pairs-held-out"
+
+# bank NAME [KEY=VALUE...]
+bank() {
+  settings "victim=$POCKET" "${@:2}"
+  stage codefend pairs --run "$RUNS/$1" "${options[@]}"
+}
+
+# Not exactly the shipped bridge's: it had another first bank (1,600 pairs), and B and C were made on an earlier pocket.
+bank pairs
+bank pairs-a seed=11 count=2048 kinds=features,towards,words,words steps=10
+bank pairs-b seed=12 count=160 kinds=answers answer_shards=100 answer_steps=10 max_eps=12/255
+bank pairs-c seed=13 count=128 kinds=answers answer_shards=100 answer_steps=20 max_eps=0.04
+bank pairs-d seed=21 count=1536 kinds=words,words,features steps=10 max_eps=12/255
+bank pairs-e seed=22 count=192 kinds=answers answer_shards=100 answer_steps=8 max_eps=10/255
+bank pairs-held-out seed=1 count=640
+echo "done: $RUNS/pairs, $RUNS/pairs-a to $RUNS/pairs-e, $RUNS/pairs-held-out"

@@ -10,6 +10,7 @@ import torch
 
 from cli_kit import BlackBox, Run, Toy, load_purifier, stand_in
 from codefend import images
+from codefend.attacks import ATTACKS
 
 # --- purify ----------------------------------------------------------------------------------------------------------
 
@@ -97,6 +98,19 @@ def test_attack_stays_in_its_budget_and_shows_both_answers(dark: Path, run: Run)
     torch.testing.assert_close(difference, torch.full((3, 8, 8), 4 / 255))
     assert run(*command)[0] == 2
     assert run(*command, "--overwrite")[0] == 0
+
+
+@pytest.mark.usefixtures("toys")
+@pytest.mark.parametrize("name", ["stadv", "patch"])
+def test_attack_with_a_bound_of_its_own_is_not_clipped_to_the_ball(tmp_path: Path, run: Run, name: str) -> None:
+    picture = images.quantize8(torch.rand(3, 24, 24, generator=torch.Generator().manual_seed(0)) * 0.8)
+    images.save(tmp_path / "in.png", picture)
+    command = ("attack", tmp_path / "in.png", "--attack", name, "--question", "how?", "--eps", "1/255", "--steps", 8)
+    code, _, err = run(*command, "-o", tmp_path / "adv.png")
+    assert (code, err) == (0, "")
+    attacked, attack = images.load(tmp_path / "adv.png").pixels, ATTACKS[name].build()
+    assert float((attacked - picture).abs().max()) > 4 / 255
+    assert attack.outside(attacked[None], picture[None]).tolist() == [0]
 
 
 @pytest.mark.usefixtures("toys")

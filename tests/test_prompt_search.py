@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from codefend.attacks import ATTACKS
 from codefend.defense import DefendedVictim, Defense
+from codefend.images import quantize8
 from codefend.prompt_search import optimize_prompt
-from codefend.prompt_search.bank import Sources
+from codefend.prompt_search.bank import AttackConfig, Sources, attack_examples
 from codefend.prompt_search.config import SearchConfig
 from codefend.prompts import load, load_any
 from codefend.prompts.folders import load_folder
@@ -25,6 +27,7 @@ from codefend.prompts.soft import SoftConfig, SoftPolicy
 from codefend.runs import read_rows
 from codefend.types import UserError
 from prompts_kit import BANK, HELP, Killed, Suggestible, black_box, picture, sources, tiny_writer
+from toys import task
 
 CONFIG = SearchConfig(
     victim="toy",
@@ -159,6 +162,17 @@ def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     optimize_prompt(replace(CONFIG, gepa=GepaConfig(evaluations=40)), tmp_path, sources=sources())
     with pytest.raises(UserError, match="was made with another config: seed"):
         optimize_prompt(replace(CONFIG, gepa=GepaConfig(evaluations=40), seed=1), tmp_path, sources=sources())
+
+
+@pytest.mark.parametrize("family", ["stadv", "patch"])
+def test_the_bank_leaves_an_attack_with_a_bound_of_its_own_unclipped(family: str) -> None:
+    known = task("questions", "train", 4)
+    generator = torch.Generator().manual_seed(0)
+    noisy = [replace(e, image=quantize8(torch.rand(3, 24, 24, generator=generator))) for e in known.examples]
+    found = attack_examples(family, Suggestible(), replace(known, examples=noisy), AttackConfig(eps=1.0, steps=8))
+    clean, attacked = torch.stack([e.image for e in noisy]), torch.stack(found.images)
+    assert float((attacked - clean).abs().max()) > 4 / 255
+    assert ATTACKS[family].build().outside(attacked, clean).tolist() == [0, 0, 0, 0]
 
 
 def test_a_generator_learns_to_write_what_the_victim_is_better_with(tmp_path: Path) -> None:

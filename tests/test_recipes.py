@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from codefend.cli import main
 from codefend.presets import PRESETS
+from codefend.purifiers import WEIGHTS
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(path.name for path in RECIPES.glob("*.sh") if path.name != "common.sh")
+BANKS = {11: "a", 12: "b", 13: "c", 21: "d", 22: "e"}  # the shipped bridge's banks by their seeds
 pytestmark = pytest.mark.skipif(shutil.which("timeout") is None, reason="recipes need GNU coreutils")
 
 
@@ -29,20 +34,63 @@ def run(name: str, stub: str, tmp_path: Path, **variables: str) -> subprocess.Co
     )
 
 
+def calls(name: str, tmp_path: Path, **variables: str) -> list[list[str]]:
+    """The arguments of every command that a recipe gives."""
+    log = tmp_path / f"calls-{name}"
+    done = run(name, f'printf "%s\\0" "$@" >> {log}; printf "\\n" >> {log}', tmp_path, **variables)
+    assert done.returncode == 0, done.stderr
+    made = [line.rstrip("\0").split("\0") for line in log.read_text().splitlines()]
+    assert made
+    return made
+
+
+def config(call: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """What a command would do, with its run folder."""
+    capsys.readouterr()
+    assert main([*call, "--dry-run"]) == 0
+    return {"run": call[call.index("--run") + 1], **json.loads(capsys.readouterr().out)}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_is_one_that_the_program_takes(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log = tmp_path / "calls"
-    done = run(name, f'printf "%s\\0" "$@" >> {log}; printf "\\n" >> {log}', tmp_path)
-    assert done.returncode == 0, done.stderr
-    calls = [line.rstrip("\0").split("\0") for line in log.read_text().splitlines()]
-    assert calls
-    for call in calls:
+    for call in calls(name, tmp_path):
         if call[0] in ("report", "card"):  # nothing to show before there are results
             assert main([call[0], "--help"]) == 0
             continue
         assert main([*call, "--dry-run"]) == 0, capsys.readouterr().err
+
+
+def test_the_bridges_trainings_follow_one_another_on_banks_that_exist(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    banks = {config(call, capsys)["run"] for call in calls("pairs.sh", tmp_path)}
+    trainings = [config(call, capsys) for call in calls("bridge.sh", tmp_path, PRIOR="P") if call[0] == "train"]
+    robust = config(calls("bridge-robust.sh", tmp_path)[0], capsys)
+    assert [made["prior"] for made in trainings] == ["P", *(f"{made['run']}/weights" for made in trainings[:-1])]
+    assert len(trainings) == 5
+    assert robust["prior"] == f"{trainings[1]['run']}/weights"
+    assert all(set(made["pairs"]) <= banks for made in (*trainings, robust))
+
+
+@pytest.mark.parametrize("name", ["bridge", "bridge-robust"])
+def test_recipe_repeats_what_the_shipped_weights_say_of_themselves(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = json.loads((WEIGHTS / name / "training.json").read_text())
+    last = config([call for call in calls(f"{name}.sh", tmp_path) if call[0] == "train"][-1], capsys)
+    places = {"train", "prior", "pairs", "save_every"}  # and no setting that decides the weights
+    wanted = {key: value for key, value in told["config"].items() if key not in places}
+    assert {key: last[key] for key in wanted} == wanted
+    shipped = {f"{tmp_path}/runs/pairs-{BANKS[bank['config']['seed']]}": bank for bank in told["pairs"]}
+    assert Counter(last["pairs"]) == {folder: bank["times"] for folder, bank in shipped.items()}
+    made = {bank["run"]: bank for bank in (config(call, capsys) for call in calls("pairs.sh", tmp_path))}
+    for folder, bank in shipped.items():
+        steps = "answer_steps" if made[folder]["kinds"] == ["answers"] else "steps"
+        for key in ("seed", "kinds", "max_eps", steps):
+            assert made[folder][key] == bank["config"][key]
+        assert made[folder]["count"] == sum(kind["pairs"] for kind in bank["made"])  # some were stopped short
 
 
 def test_every_training_has_a_recipe() -> None:

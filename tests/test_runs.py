@@ -172,6 +172,11 @@ def test_another_config_is_refused_and_the_keys_are_named(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="extra was '\\(unset\\)', now 1"):
         runs.open_run(tmp_path, {**runs.read_config(tmp_path), "extra": 1})
     runs.open_run(tmp_path, Config()).close()
+    runs.check_run(tmp_path, Config())
+    with pytest.raises(UserError, match="seed was 0, now 1"):
+        runs.check_run(tmp_path, Config(seed=1))
+    runs.check_run(tmp_path / "new", Config())
+    assert not (tmp_path / "new").exists()
 
 
 def test_folders_that_cannot_be_a_run(tmp_path: Path) -> None:

@@ -19,7 +19,16 @@ from codefend.attacks.norms import quantize_in_budget
 from codefend.attacks.pgd import PGD
 from codefend.devices import default_device
 from codefend.images import quantize8
-from codefend.runs import Run, load_checkpoint, make_generator, open_run, progress, read_rows, save_checkpoint
+from codefend.runs import (
+    Run,
+    check_run,
+    load_checkpoint,
+    make_generator,
+    open_run,
+    progress,
+    read_rows,
+    save_checkpoint,
+)
 from codefend.tasks.language import CAPTION_PROMPT, captions, training_texts
 from codefend.tasks.objects import COLOURS, THINGS
 from codefend.tasks.pictures import own_photographs, training_pictures
@@ -80,13 +89,15 @@ def make_pairs(config: PairsConfig, folder: str | Path) -> Path:
     """
     from codefend import victims
 
+    described = {"pairs": True, **config.recorded()}
+    check_run(folder, described)
     unknown = [name for name in config.encoders if name not in (*NAMES, OWN)]
     if unknown:
         raise UserError(f"unknown encoder {unknown[0]!r}; known: {', '.join((*NAMES, OWN))}")
     own_photographs(config.photographs)  # a missing folder is told now
     victim = victims.load_white_box(config.victim)
     towers: list[Tower | WhiteBox] = [victim if name == OWN else Tower(name) for name in config.encoders]
-    run = open_run(folder, {"pairs": True, **config.recorded()})  # a misspelt name has left nothing behind
+    run = open_run(folder, described)  # a misspelt name has left nothing behind
     shards = -(-config.count // SHARD)
     with progress("pairs", shards * SHARD) as advance:
         for shard in range(shards):

@@ -185,23 +185,29 @@ def listening(listener: Callable[[Run, Mapping[str, Any]], None]) -> Iterator[No
         _listeners.remove(listener)
 
 
+def check_run(folder: str | Path, config: Any, *, resume: bool = True) -> None:
+    """Raise UserError where ``open_run`` would refuse what is in the folder; make nothing. For before models load."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; a run needs a folder")
+    if (folder / "config.json").exists():
+        if not resume:
+            raise UserError(f"{folder} already holds a run; use another folder")
+        _check_config(folder, read_config(folder), plain(config))
+    elif (folder / "rows.jsonl").exists():
+        raise UserError(f"{folder} holds results without their config.json; use another folder")
+
+
 def open_run(folder: str | Path, config: Any, *, resume: bool = True) -> Run:
     """Start a run in ``folder``, or go on with the one there. ``config`` is a mapping or a dataclass.
 
     Raises UserError when the folder holds a run with another config (the differing keys are named), any run at all
     while ``resume`` is false, or cannot be used.
     """
+    check_run(folder, config, resume=resume)
     folder, wanted = Path(folder), plain(config)
     saved = folder / "config.json"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; a run needs a folder")
-    if saved.exists():
-        if not resume:
-            raise UserError(f"{folder} already holds a run; use another folder")
-        _check_config(folder, read_config(folder), wanted)
-    elif (folder / "rows.jsonl").exists():
-        raise UserError(f"{folder} holds results without their config.json; use another folder")
-    else:
+    if not saved.exists():
         write_atomic(saved, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
     try:
         run = Run(folder, wanted)

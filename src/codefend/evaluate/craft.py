@@ -53,6 +53,19 @@ class Crafted:
     notes: list[Row]
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """What an attack left before rounding, and how it came to that."""
+
+    attack: object
+    budget: Budget
+    raw: Tensor  # [B, 3, H, W]
+    prompts: list[str]
+    trace: Trace
+    seconds: float  # an image
+    seed: int
+
+
 class KnownSeed:
     """A purifier that draws the same noise in every call: what an attacker knows who knows the seed (T2d)."""
 
@@ -162,6 +175,17 @@ def _skipped(clean: Tensor) -> Row:
 def _attack(
     bench: Bench, source: Cell, batch: int, examples: Sequence[Example], clean: Tensor
 ) -> tuple[Tensor, list[Row]]:
+    """The finished images, each with its note: what the attack did, and what that did to its objective."""
+    made = _attempt(bench, source, batch, examples, clean)
+    examples = [replace(example, prompt=prompt) for example, prompt in zip(examples, made.prompts, strict=True)]
+    attacked = finished(made.attack, made.raw.nan_to_num(0.5), clean, made.budget)
+    bare = evaluate_objective(make_objective(bench, source, bench.crafter, examples, clean), attacked)
+    seen = bare if source.threat == "T0" else source_objective(bench, source, batch, examples, clean, attacked)
+    lowered = [{"bare": value, "source": through} for value, through in zip(bare, seen, strict=True)]
+    return attacked, _notes(made, attacked, clean, lowered, bench.config.seed)
+
+
+def _attempt(bench: Bench, source: Cell, batch: int, examples: Sequence[Example], clean: Tensor) -> Attempt:
     choice = bench.attacks[source.attack]
     victim, randomized = source_victim(bench, source, batch)
     budget = choice.budget(bench.config, source.eps, randomized=randomized)
@@ -175,34 +199,35 @@ def _attack(
     else:
         objective = make_objective(bench, source, victim, examples, clean)
         raw = attack(objective, clean, budget, generator=generator)
-    seconds, raw = (time.perf_counter() - start) / len(examples), raw.detach()
-    examples = [replace(example, prompt=prompt) for example, prompt in zip(examples, prompts, strict=True)]
-    attacked = finished(attack, raw.nan_to_num(0.5), clean, budget)
-    bare = evaluate_objective(make_objective(bench, source, bench.crafter, examples, clean), attacked)
-    seen = bare if source.threat == "T0" else source_objective(bench, source, batch, examples, clean, attacked)
-    return attacked, [
+    seconds = (time.perf_counter() - start) / len(examples)
+    return Attempt(attack, budget, raw.detach(), prompts, trace, seconds, generator.initial_seed())
+
+
+def _notes(made: Attempt, attacked: Tensor, clean: Tensor, lowered: list[Row], seed: int) -> list[Row]:
+    """How each image came about. ``lowered``: the objective on each finished image; ``seed`` is the config's."""
+    columns = (
+        made.prompts,
+        perturbations(attacked, clean),
+        violations(made.raw, attacked, clean, made.budget, made.attack),
+        lowered,
+        curves(made.trace.losses, len(clean)),
+        gradients(made.trace, len(clean)),
+    )
+    spent = {"steps": made.budget.steps, "eot": made.budget.eot, "restarts": getattr(made.attack, "restarts", 1)}
+    return [
         {
             "skipped": False,
             "asked": prompt,
             "perturbation": size,
             "violation": problem,
-            "objective": {"bare": value, "source": through},
+            "objective": value,
             "curve": curve,
             "gradient": slope,
-            "seconds": seconds,
-            "budget": {"steps": budget.steps, "eot": budget.eot, "restarts": getattr(attack, "restarts", 1)},
-            "seeds": {"config": bench.config.seed, "attack": generator.initial_seed()},
+            "seconds": made.seconds,
+            "budget": dict(spent),
+            "seeds": {"config": seed, "attack": made.seed},
         }
-        for prompt, size, problem, value, through, curve, slope in zip(
-            prompts,
-            perturbations(attacked, clean),
-            violations(raw, attacked, clean, budget, attack),
-            bare,
-            seen,
-            curves(trace.losses, len(examples)),
-            gradients(trace, len(examples)),
-            strict=True,
-        )
+        for prompt, size, problem, value, curve, slope in zip(*columns, strict=True)
     ]
 
 

@@ -155,30 +155,15 @@ def common_columns(
     bench: Bench, cell: Cell, batch: int, found: Submissions, images: Tensor, examples: Sequence[Example]
 ) -> list[Row]:
     """What clean and attacked rows share."""
-    config, known, contender = bench.config, bench.tasks[cell.task], bench.contenders[cell.defense]
+    known, contender = bench.tasks[cell.task], bench.contenders[cell.defense]
     clean = clean_images(examples)
     scored = score_all(bench, cell.task, found.answers, examples)
     restored = psnr(found.purified, clean).tolist()
     purifier = contender.defense.purifier
     doubted = [None] * len(examples) if purifier is None else suspicion(purifier, images, found.purified).tolist()
-    label = eps_label(config.radius(cell.eps), config.norm)
     return [
         {
-            "key": row_key(cell, label, example.id),
-            "task": cell.task,
-            "defense": cell.defense,
-            "threat": cell.threat,
-            "attack": cell.attack,
-            "eps": config.radius(cell.eps),
-            "norm": config.norm,
-            "example": example.id,
-            "image": _fingerprint(clean[i]),
-            "batch": batch,
-            "victim": bench.victim.name,
-            "crafted_on": bench.crafter.name,
-            "kind": example.kind,
-            "prompt": example.prompt,
-            "references": list(example.references),
+            **_place_columns(bench, cell, batch, example, clean[i]),
             "answer": found.answers[0][i],
             "answers": [turn[i] for turn in found.answers] if len(found.answers) > 1 else None,
             "resubmissions": len(found.answers),
@@ -193,6 +178,28 @@ def common_columns(
         }
         for i, example in enumerate(examples)
     ]
+
+
+def _place_columns(bench: Bench, cell: Cell, batch: int, example: Example, clean: Tensor) -> Row:
+    """Which figure the row belongs to, and what was asked about which picture."""
+    eps, norm = bench.config.radius(cell.eps), bench.config.norm
+    return {
+        "key": row_key(cell, eps_label(eps, norm), example.id),
+        "task": cell.task,
+        "defense": cell.defense,
+        "threat": cell.threat,
+        "attack": cell.attack,
+        "eps": eps,
+        "norm": norm,
+        "example": example.id,
+        "image": _fingerprint(clean),
+        "batch": batch,
+        "victim": bench.victim.name,
+        "crafted_on": bench.crafter.name,
+        "kind": example.kind,
+        "prompt": example.prompt,
+        "references": list(example.references),
+    }
 
 
 def clean_rows(bench: Bench, folder: Path, cell: Cell, batch: int, indices: Sequence[int]) -> list[Row]:

@@ -12,12 +12,12 @@ from torch import Tensor
 from codefend.attacks import NEEDS_SENTENCE
 from codefend.evaluate.adaptive import makes_sense
 from codefend.evaluate.bench import Bench, Loaders, open_bench
-from codefend.evaluate.config import AttackChoice, EvalConfig, Means
+from codefend.evaluate.config import AttackChoice, EvalConfig, Means, check
 from codefend.evaluate.craft import Cell, craft
 from codefend.evaluate.judge import attacked_rows, clean_rows, row_key
 from codefend.evaluate.reuse import check_donor, take_over
 from codefend.results import BARE, CLEAN, eps_label, score
-from codefend.runs import Row, Run, open_run, progress
+from codefend.runs import Row, Run, check_run, open_run, progress
 from codefend.types import UserError
 
 CleanRows = dict[tuple[str, str, str], Row]  # by task, defense, example
@@ -80,6 +80,8 @@ def run_grid(
 
     ``donor`` is another run whose attacked images may be taken over, ``config.attacked`` by default.
     """
+    check(config)
+    check_run(run_dir, config)
     bench = open_bench(config, loaders)
     donor = donor or (Path(config.attacked) if config.attacked else None)
     if donor is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,23 @@ def create_app(
     engine.fetch = fetcher
     upstream, base_url = _upstream(settings, transport, prompt)
     proxy = Proxy(engine, settings, meters, transport=upstream, base_url=base_url)
+    demo = settings.with_demo and isinstance(prompt, TextPolicy)  # a soft prefix is in the model: none is undefended
+    keys = [key.get_secret_value() for key in settings.api_keys]
+    app = Starlette(
+        routes=[Mount("/v1", app=proxy), *_operations(meters, lane), *_page(settings, engine, proxy, demo)],
+        exception_handlers={HTTPException: _plain_error},
+        middleware=[Middleware(Auth, keys=keys)],
+        lifespan=_lifespan(engine, lane, settings.drain_s, (upstream, fetcher)),
+    )
+    app.router.redirect_slashes = False
+    app.state.ready, app.state.engine, app.state.meters = False, engine, meters
+    return app
+
+
+def _lifespan(
+    engine: Engine, lane: Lane, drain_s: float, connections: Sequence[httpx2.AsyncBaseTransport | Fetcher]
+) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
+    """Ready when the models are warm; at the end what is queued is finished before anything is closed."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -72,24 +89,14 @@ def create_app(
             yield
         finally:
             app.state.ready = False
-            await lane.close(settings.drain_s)
-            await upstream.aclose()
-            await fetcher.aclose()
+            await lane.close(drain_s)
+            for connection in connections:
+                await connection.aclose()
             engine.executor.shutdown(wait=False)
             for runner in runners:
                 runner.close()
 
-    demo = settings.with_demo and isinstance(prompt, TextPolicy)  # a soft prefix is in the model: none is undefended
-    keys = [key.get_secret_value() for key in settings.api_keys]
-    app = Starlette(
-        routes=[Mount("/v1", app=proxy), *_operations(meters, lane), *_page(settings, engine, proxy, demo)],
-        exception_handlers={HTTPException: _plain_error},
-        middleware=[Middleware(Auth, keys=keys)],
-        lifespan=lifespan,
-    )
-    app.router.redirect_slashes = False
-    app.state.ready, app.state.engine, app.state.meters = False, engine, meters
-    return app
+    return lifespan
 
 
 def build_engine(settings: Settings, *, purifier: Purifier | None = None, prompt: AnyPolicy | None = None) -> Engine:

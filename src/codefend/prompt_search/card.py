@@ -34,9 +34,7 @@ def card(
     front: Sequence[tuple[str, Score]],
 ) -> str:
     """Markdown; the first line is what ``codefend list prompts`` shows. ``settings`` is the policy's JSON."""
-    bank = config.bank
     verdict = "more robust than no prompt at the allowed cost" if helps else "no better than no prompt"
-    fields = [f"- {key}: {settings[key]!r}" for key in ("system", "prefix", "suffix") if settings.get(key)]
     families = [
         f"- {name}: {value:.3f} (no prompt {baseline.families[name]:.3f})" for name, value in score.families.items()
     ]
@@ -44,29 +42,36 @@ def card(
         [
             f"# {config.method} policy for {config.victim}: {verdict}",
             "",
-            f"Made by {WORDS[config.method]}; seed {config.seed}. Frozen: fingerprint in policy.json or its tensors.",
-            *fields,
+            *_origin(config, settings, score.count),
             "",
-            f"Selected on {score.count} items of the val split behind purifier {bank.purifier!r}, at "
-            f"{bank.attack.eps:g}/255, attacks through the bare victim. Attacks met in search: {', '.join(bank.seen)}; "
-            f"held out for selection: {', '.join(bank.held_out)}.",
-            "",
-            HEADER,
-            RULE,
-            line("none", baseline),
-            line("this", score),
+            *_table([("none", baseline), ("this", score)]),
             "",
             "Per held-out attack:",
             *families,
             "",
             "Pareto front of the search:",
             "",
-            HEADER,
-            RULE,
-            *(line(name, value) for name, value in front),
+            *_table(front),
             "",
             "Chosen as the best of many on this set, so these figures flatter it; the test set decides (LOG.md). "
             "Attackers here did not see the policy.",
             "",
         ]
     )
+
+
+def _origin(config: SearchConfig, settings: dict[str, Any], count: int) -> list[str]:
+    """How the policy was made, its words, and the ``count`` items that chose it."""
+    bank = config.bank
+    return [
+        f"Made by {WORDS[config.method]}; seed {config.seed}. Frozen: fingerprint in policy.json or its tensors.",
+        *(f"- {key}: {settings[key]!r}" for key in ("system", "prefix", "suffix") if settings.get(key)),
+        "",
+        f"Selected on {count} items of the val split behind purifier {bank.purifier!r}, at "
+        f"{bank.attack.eps:g}/255, attacks through the bare victim. Attacks met in search: {', '.join(bank.seen)}; "
+        f"held out for selection: {', '.join(bank.held_out)}.",
+    ]
+
+
+def _table(scores: Sequence[tuple[str, Score]]) -> list[str]:
+    return [HEADER, RULE, *(line(name, score) for name, score in scores)]

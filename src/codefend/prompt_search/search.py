@@ -19,7 +19,7 @@ from codefend.prompts.items import Item, Score, choose, pareto
 from codefend.prompts.operators import EditOperators
 from codefend.prompts.proposers import Endpoint, ModelProposer, Proposer, Resilient
 from codefend.prompts.soft import open_weight, train_soft
-from codefend.runs import Run, make_generator, open_run, plain, progress
+from codefend.runs import Run, check_run, make_generator, open_run, plain, progress
 from codefend.types import Victim
 
 HAND_WRITTEN = "adashield-static"
@@ -74,11 +74,13 @@ class Candidates:
 def run_search(config: SearchConfig, folder: Path, sources: Sources | None = None) -> Outcome:
     """See ``codefend.prompt_search.optimize_prompt``."""
     check(config)
+    described = {"optimize": "prompt", **plain(config)}
+    check_run(folder, described)
     sources = sources or Sources()
     victim = sources.victim(config.victim)
     if config.method == "soft":
         open_weight(victim)  # fails now, not after the attacks
-    with open_run(folder, {"optimize": "prompt", **plain(config)}) as run:
+    with open_run(folder, described) as run:
         search_items, selection = make_items(config, run, victim, sources)
         asker = Asker(victim, run, batch=config.batch)
         found = Candidates(run, asker, selection)

@@ -21,7 +21,7 @@ from codefend import prompts
 from codefend.prompt_search.bank import BARE, AttackConfig, Kitchen, Sources, check_families, white_box
 from codefend.prompts.asking import Asker, Policy, prompted
 from codefend.prompts.items import Item, is_refusal
-from codefend.runs import Row, Run, open_run, plain, progress
+from codefend.runs import Row, Run, check_run, open_run, plain, progress
 from codefend.tasks.metrics import Interval, bootstrap_interval
 from codefend.types import UserError, Victim
 
@@ -67,9 +67,11 @@ def make_table(config: TableConfig, folder: Path, *, sources: Sources | None = N
     check_families((*config.seen, *config.unseen, *config.joint))
     sources = sources or Sources()
     policies = {name: prompts.load_any(name) for name in config.prompts}
-    victim = sources.victim(config.victim)
     frozen = {name: policy.key for name, policy in policies.items()}
-    with open_run(folder, {"table": "prompts", **plain(config), "frozen": frozen}) as run:
+    described = {"table": "prompts", **plain(config), "frozen": frozen}
+    check_run(folder, described)
+    victim = sources.victim(config.victim)
+    with open_run(folder, described) as run:
         items = _items(config, run, victim, sources, policies)
         asker = Asker(victim, run, batch=config.batch)
         with progress("answers", sum(map(len, items.values()))) as advance:

@@ -179,44 +179,41 @@ def results(report: Report, task: str, *, brief: bool = False) -> Table:
         entries = [entry for entry in entries if entry.group.attack in (CLEAN, WORST)]
     entries = sorted(entries, key=_order(report))
     most = max(entry.resubmissions for entry in entries)
-    lines = []
-    for entry in entries:
-        group = entry.group
-        lines.append(
-            (
-                group.defense,
-                group.threat,
-                "" if group.attack == CLEAN else group.attack,
-                eps_label(group.eps, entry.norm),
-                with_interval(entry.score),
-                str(entry.score.n),
-                percent(entry.kept),
-                *(_resubmitted(entry) if most > 1 else ()),
-                rate(entry.untargeted),
-                rate(entry.targeted),
-                checks_of(group, report.flags),
-            )
-        )
-    columns = (
-        "defense",
-        "threat",
-        "attack",
-        "eps",
-        "score",
-        "n",
-        "kept",
-        *((f"worst of {most}", f"vote of {most}") if most > 1 else ()),
+    again = (f"worst of {most}", f"vote of {most}") if most > 1 else ()
+    columns = ("defense", "threat", "attack", "eps", "score", "n", "kept", *again, "broken", "target", "doubts")
+    lines = tuple(_figure(entry, report.flags, resubmitted=most > 1) for entry in entries)
+    left = frozenset({"defense", "threat", "attack", "doubts"})
+    return Table(f"{task}: all figures", columns, lines, _legend(entries, resubmitted=most > 1), left)
+
+
+def _figure(entry: Entry, flags: Sequence[Flag], *, resubmitted: bool) -> tuple[str, ...]:
+    """A line of ``results``."""
+    group = entry.group
+    return (
+        group.defense,
+        group.threat,
+        "" if group.attack == CLEAN else group.attack,
+        eps_label(group.eps, entry.norm),
+        with_interval(entry.score),
+        str(entry.score.n),
+        percent(entry.kept),
+        *(_resubmitted(entry) if resubmitted else ()),
+        rate(entry.untargeted),
+        rate(entry.targeted),
+        checks_of(group, flags),
     )
-    notes = [
+
+
+def _legend(entries: Sequence[Entry], *, resubmitted: bool) -> tuple[str, ...]:
+    """What the columns of ``results`` mean."""
+    return (
         f"score: {entries[0].metric}, mean with a 95% bootstrap interval over images; n: examples scored.",
         "kept: share of the undefended clean score on the same examples.",
         "broken: right on the clean image became wrong, of those that this same defense answers right; target: the "
         "attacker's sentence appeared, of those where it wasn't there before.",
-        *RESUBMITTED[: most > 1],
+        *(RESUBMITTED if resubmitted else ()),
         *(f"{threat}: {THREAT_WORDS[threat]}." for threat in THREATS if any(e.group.threat == threat for e in entries)),
-    ]
-    left = frozenset({"defense", "threat", "attack", "doubts"})
-    return Table(f"{task}: all figures", (*columns, "broken", "target", "doubts"), tuple(lines), tuple(notes), left)
+    )
 
 
 def _resubmitted(entry: Entry) -> tuple[str, str]:

@@ -1,0 +1,63 @@
+"""A run folder of another config is refused before a model, task or purifier is loaded: that takes many seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codefend.evaluate import evaluate
+from codefend.evaluate.bench import Loaders
+from codefend.pairs import PairsConfig, make_pairs
+from codefend.prompt_search import optimize_prompt
+from codefend.prompt_search.bank import Sources
+from codefend.prompt_search.config import SearchConfig
+from codefend.prompt_search.table import TableConfig, make_table
+from codefend.runs import open_run
+from codefend.types import UserError
+from evaluate_kit import SMALL
+
+
+class Loaded(Exception):
+    """Something heavy was asked for."""
+
+
+def load(*_: Any, **__: Any) -> Any:
+    raise Loaded
+
+
+LOADERS, SOURCES = Loaders(victim=load, task=load, purifier=load), Sources(victim=load, task=load, purifier=load)
+VERBS: dict[str, Callable[[Path], object]] = {
+    "pairs": lambda folder: make_pairs(PairsConfig(), folder),
+    "eval": lambda folder: evaluate(SMALL, folder, loaders=LOADERS),
+    "optimize-prompt": lambda folder: optimize_prompt(SearchConfig(), folder, sources=SOURCES),
+    "prompts table": lambda folder: make_table(TableConfig(), folder, sources=SOURCES),
+}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("codefend.victims.load_white_box", load)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_another_config_is_refused_before_anything_is_loaded(tmp_path: Path, verb: str) -> None:
+    open_run(tmp_path, {"another": 1}).close()
+    with pytest.raises(UserError, match="was made with another config"):
+        VERBS[verb](tmp_path)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_new_folder_is_not_made_before_all_is_loaded(tmp_path: Path, verb: str) -> None:
+    with pytest.raises(Loaded):
+        VERBS[verb](tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_setting_that_cannot_be_is_told_before_the_folder(tmp_path: Path) -> None:
+    open_run(tmp_path, {"another": 1}).close()
+    with pytest.raises(UserError, match="batch"):
+        evaluate(replace(SMALL, batch=0), tmp_path, loaders=LOADERS)
