@@ -11,12 +11,17 @@ import pytest
 
 from codefend.evaluate import evaluate
 from codefend.evaluate.bench import Loaders
+from codefend.evaluate.photographs import PhotographsConfig
 from codefend.pairs import PairsConfig, make_pairs
 from codefend.prompt_search import optimize_prompt
 from codefend.prompt_search.bank import Sources
 from codefend.prompt_search.config import SearchConfig
 from codefend.prompt_search.table import TableConfig, make_table
 from codefend.runs import open_run
+from codefend.training import train
+from codefend.training.bridge import BridgeConfig
+from codefend.training.peers import PeerConfig
+from codefend.training.pocket import PocketConfig
 from codefend.types import UserError
 from evaluate_kit import SMALL
 
@@ -34,6 +39,10 @@ VERBS: dict[str, Callable[[Path], object]] = {
     "pairs": lambda folder: make_pairs(PairsConfig(), folder),
     "eval": lambda folder: evaluate(SMALL, folder, loaders=LOADERS),
     "optimize-prompt": lambda folder: optimize_prompt(SearchConfig(), folder, sources=SOURCES),
+    "photographs": lambda folder: evaluate(PhotographsConfig(), folder),
+    "train pocket": lambda folder: train(PocketConfig(), folder),
+    "train bridge": lambda folder: train(BridgeConfig(), folder),
+    "train peer": lambda folder: train(PeerConfig(), folder),
     "prompts table": lambda folder: make_table(TableConfig(), folder, sources=SOURCES),
 }
 
@@ -41,6 +50,10 @@ VERBS: dict[str, Callable[[Path], object]] = {
 @pytest.fixture(autouse=True)
 def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("codefend.victims.load_white_box", load)
+    monkeypatch.setattr("codefend.evaluate.photographs.crops", load)
+    monkeypatch.setattr("codefend.training.pocket.Pocket", load)
+    monkeypatch.setattr("codefend.training.bridge.open_bank", load)
+    monkeypatch.setattr("codefend.training.peers.Bank", load)
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -27,7 +27,7 @@ from codefend.evaluate.config import rejoin
 from codefend.images import quantize8
 from codefend.pairs import Tower
 from codefend.results import BARE
-from codefend.runs import Row, make_generator, open_run, progress
+from codefend.runs import Row, check_run, make_generator, open_run, progress
 from codefend.tasks.image_metrics import psnr
 from codefend.tasks.pictures import HELD_OUT
 from codefend.types import Budget, UserError
@@ -104,9 +104,11 @@ def run_photographs(config: PhotographsConfig, folder: str | Path) -> list[Row]:
     """
     from codefend.evaluate.bench import Loaders, contender
 
+    described = {"photographs": True, **config.__dict__}
+    check_run(folder, described)
     probe = crops(HELD_OUT[0], config)[:1]
     defenses = {label: contender(label, Loaders(), probe, config.seed).defense for label in config.defenses}
-    with open_run(folder, {"photographs": True, **config.__dict__}) as run:
+    with open_run(folder, described) as run:
         work = [(encoder, name) for encoder in config.encoders for name in HELD_OUT]
         with progress("photographs", len(work)) as advance:
             for encoder, name in work:

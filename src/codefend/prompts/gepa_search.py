@@ -118,6 +118,19 @@ class _Quiet:
             print(message, file=sys.stderr)
 
 
+def hard_half(asker: Asker, policy: PromptPolicy, items: Sequence[Item], most: int) -> list[Item]:
+    """Of the first ``most`` items those that ``policy`` answers wrongly, and as many others; all when none is wrong.
+
+    GEPA compares a proposal with its parent on a minibatch: where both are right of everything it can tell nothing.
+    """
+    looked = list(items[:most])
+    answers = asker.answers(policy, looked)
+    right = {item.id for item, answer in zip(looked, answers, strict=True) if item.judge(answer) == 1}
+    wrong = len(looked) - len(right)
+    easy = [item.id for item in looked if item.id in right][: max(wrong, 1)]
+    return [item for item in looked if item.id not in right or item.id in easy] if wrong else list(items)
+
+
 def search(
     asker: Asker,
     run: Run,
@@ -140,6 +153,9 @@ def search(
     texts = {"system": seed_policy.system, "prefix": seed_policy.prefix.strip(), "suffix": seed_policy.suffix.strip()}
     order = list(search_items)
     random.Random(seed).shuffle(order)
+    order = hard_half(
+        asker, policy_of({name: texts[name] for name in config.components}), order, config.evaluations // 8
+    )
     optimize(
         seed_candidate={name: texts[name] for name in config.components},
         trainset=order,

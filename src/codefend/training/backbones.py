@@ -27,7 +27,7 @@ from codefend.pairs import Tower
 from codefend.purifiers.hf_latent import add_adapters, load_latents, save_adapters
 from codefend.purifiers.hf_pixels import load_denoiser, save_denoiser
 from codefend.purifiers.vp import VPDenoiser
-from codefend.runs import Run, make_generator
+from codefend.runs import Run, check_run, make_generator
 from codefend.training.banks import StreamedBank
 from codefend.training.card import write_card
 from codefend.training.feed import feed
@@ -143,10 +143,12 @@ def train_backbone(config: TuneConfig, folder: str | Path) -> Path:
     if not config.model:
         raise UserError("name a model of diffusers to fine-tune: --set model=ID_OR_FOLDER")
     kind, make = KINDS[type(config)]
+    described = {"train": kind, **asdict(config)}
+    check_run(folder, described)
     workers = Workers.join(config.micro)
     bank, device = StreamedBank(config.pairs), default_device()
     tuner, towers = make(config, device), [Tower(name) for name in config.encoders]
-    run = workers.open_run(folder, {"train": kind, **asdict(config)})  # a misspelt name has left nothing behind
+    run = workers.open_run(folder, described)  # a misspelt name has left nothing behind
     parameters = tuner.parameters
     optimizer = torch.optim.AdamW([{"params": list(parameters.values()), "base": config.lr}], betas=(0.9, 0.99))
     average, checkpoint = Average(parameters), run.dir / "checkpoint.safetensors"

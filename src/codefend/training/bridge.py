@@ -24,7 +24,7 @@ from codefend.diffusion import bridge_predict, charbonnier, noise_like, sample_b
 from codefend.nets import NetConfig, PurifierNet, load_net, save_net
 from codefend.pairs import read_pairs
 from codefend.purifiers.base import clip
-from codefend.runs import Run, make_generator
+from codefend.runs import Run, check_run, make_generator
 from codefend.tasks.language import training_texts
 from codefend.tasks.pictures import own_photographs, training_pictures
 from codefend.tasks.scenes import compose, load_photographs
@@ -112,13 +112,15 @@ def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
 
     Raises UserError when pairs, prior or victim are missing, or the folder was made with another config.
     """
+    described = {"train": "bridge", **config.recorded()}
+    check_run(folder, described)
     workers = Workers.join(config.micro)
     bank = open_bank(config)
     own_photographs(config.photographs)  # a missing folder is told now
     device = default_device()
     guide = find_guide(config.victim, config.encoders)
     net = start_from_prior(config).to(device).train()
-    run = workers.open_run(folder, {"train": "bridge", **config.recorded()})  # a misspelt name has left nothing behind
+    run = workers.open_run(folder, described)  # a misspelt name has left nothing behind
     optimizer = torch.optim.AdamW([{"params": list(net.parameters()), "base": config.lr}], betas=(0.9, 0.99))
     parameters = dict(net.named_parameters())
     average, checkpoint = Average(parameters), run.dir / "checkpoint.safetensors"

@@ -23,7 +23,7 @@ from codefend.diffusion import noise_like
 from codefend.nets import NetConfig, PurifierNet, load_net, save_net
 from codefend.pairs import WORDS, Tower, word_objective
 from codefend.purifiers.base import clip
-from codefend.runs import make_generator, open_run, progress
+from codefend.runs import check_run, make_generator, open_run, progress
 from codefend.tasks.pictures import training_pictures
 from codefend.training.bridge import HALF, Bank, averaged
 from codefend.training.card import write_card
@@ -100,10 +100,12 @@ def train_peer(config: PeerConfig, folder: str | Path) -> Path:
 
     Raises UserError when pairs, prior or victim are missing, or the folder was made with another config.
     """
+    described = {"train": "peer", **config.recorded()}
+    check_run(folder, described)
     bank = Bank(config.pairs, without=config.without) if config.uses("pairs") else None
     frozen, device = Frozen.load(config), default_device()
     net = start(config).to(device).train()
-    run = open_run(folder, {"train": "peer", **config.recorded()})  # a misspelt name has left nothing behind
+    run = open_run(folder, described)  # a misspelt name has left nothing behind
     optimizer = torch.optim.AdamW([{"params": list(net.parameters()), "base": config.lr}], betas=(0.9, 0.99))
     parameters = dict(net.named_parameters())
     average, checkpoint = Average(parameters), run.dir / "checkpoint.safetensors"

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from codefend import images as pictures
 from codefend.devices import default_device, training_precision
 from codefend.pairs import WORDS
-from codefend.runs import Run, open_run, progress, save_checkpoint, write_atomic
+from codefend.runs import Run, check_run, open_run, progress, save_checkpoint, write_atomic
 from codefend.tasks.easyvqa import load_easyvqa
 from codefend.tasks.language import MIX, training_texts
 from codefend.tasks.objects import COLOURS, THINGS
@@ -66,10 +66,12 @@ def train_pocket(config: PocketConfig, folder: str | Path) -> Path:
 
     Raises UserError when a weight package or scikit-image is missing, or the folder was made with another config.
     """
+    described = {"train": "pocket", **config.__dict__}
+    check_run(folder, described)
     pocket = Pocket(config.encoder, rank=config.rank, vocabulary=WORDS)
     if config.init:
         read_trained(pocket, Path(config.init))
-    run = open_run(folder, {"train": "pocket", **config.__dict__})  # a misspelt name has left nothing behind
+    run = open_run(folder, described)  # a misspelt name has left nothing behind
     pocket.to(default_device())
     parameters = pocket.trainable
     shapes = _easyvqa_dialogues()
@@ -285,37 +287,52 @@ def packed_loss(
     device = pocket.device
     vision = pocket.connector(pocket.features(images.to(device)))
     before = pocket.encode([BEFORE])[0]
-    prefix = len(before) + TOKENS
-    rows, segments, positions, reads, answers = [], [], [], [], []
-    for b, pairs in enumerate(texts):
-        asked = pocket.encode([f"\n{prompt}{AFTER}" for prompt, _ in pairs])
-        replies = pocket.encode([f"{answer}{END}" for _, answer in pairs])
-        ids: list[int] = []
-        segment, position = [0] * prefix, list(range(prefix))
-        for number, (question, reply) in enumerate(zip(asked, replies, strict=True), start=1):
-            start = prefix + len(ids) + len(question) - 1
-            reads.append((b, start, len(reply)))
-            answers.append(reply)
-            ids += question + reply[:-1]
-            length = len(question) + len(reply) - 1
-            segment += [number] * length
-            position += list(range(prefix, prefix + length))
-        table = pocket.llm.get_input_embeddings().weight
-        text = F.embedding(torch.tensor(ids, device=device), table)
-        rows.append(torch.cat([F.embedding(torch.tensor(before, device=device), table), vision[b], text]))
-        segments.append(torch.tensor(segment, device=device))
-        positions.append(torch.tensor(position, device=device))
+    rows = [_pack(pocket, pairs, len(before) + TOKENS) for pairs in texts]
+    table = pocket.llm.get_input_embeddings().weight
+    start = F.embedding(torch.tensor(before, device=device), table)
+    embedded = [
+        torch.cat([start, seen, F.embedding(torch.tensor(row.ids, device=device), table)])
+        for row, seen in zip(rows, vision, strict=True)
+    ]
+    segments, positions = (
+        [torch.tensor(part, device=device) for part in parts]
+        for parts in zip(*((row.segments, row.positions) for row in rows), strict=True)
+    )
     hidden = pocket.llm.model(
-        inputs_embeds=nn.utils.rnn.pad_sequence(rows, batch_first=True),
+        inputs_embeds=nn.utils.rnn.pad_sequence(embedded, batch_first=True),
         attention_mask=_block_mask(nn.utils.rnn.pad_sequence(segments, batch_first=True, padding_value=-1)),
         position_ids=nn.utils.rnn.pad_sequence(positions, batch_first=True),
     ).last_hidden_state
-    logits = pocket.llm.lm_head(torch.cat([hidden[b, start : start + n] for b, start, n in reads]))
-    wanted = torch.tensor([i for a in answers for i in a], device=device)
-    nll = F.cross_entropy(logits, wanted, reduction="none")
-    means = torch.stack([part.mean() for part in nll.split([len(a) for a in answers])])
-    first = torch.tensor([b == 0 or reads[i - 1][0] != r[0] for i, r in enumerate(reads)])
+    states = [hidden[b, at : at + len(reply)] for b, row in enumerate(rows) for at, reply in row.replies]
+    replies = [reply for row in rows for _, reply in row.replies]
+    wanted = torch.tensor([i for reply in replies for i in reply], device=device)
+    nll = F.cross_entropy(pocket.llm.lm_head(torch.cat(states)), wanted, reduction="none")
+    means = torch.stack([part.mean() for part in nll.split([len(reply) for reply in replies])])
+    first = torch.tensor([i == 0 for row in rows for i in range(len(row.replies))])
     return means.mean(), means[~first].mean().item(), means[first].mean().item()
+
+
+class _Row(NamedTuple):
+    """An image's texts one behind the other, without what stands before them."""
+
+    ids: list[int]
+    segments: list[int]  # of the whole row: 0 for the image, then each text's number
+    positions: list[int]  # of the whole row: every text goes on from the image
+    replies: list[tuple[int, list[int]]]  # where the states that say a reply begin, and its ids
+
+
+def _pack(pocket: Pocket, pairs: Sequence[tuple[str, str]], prefix: int) -> _Row:
+    """``pairs`` are (prompt, answer); ``prefix`` positions stand before the first."""
+    row = _Row([], [0] * prefix, list(range(prefix)), [])
+    asked = pocket.encode([f"\n{prompt}{AFTER}" for prompt, _ in pairs])
+    answers = pocket.encode([f"{answer}{END}" for _, answer in pairs])
+    for number, (question, reply) in enumerate(zip(asked, answers, strict=True), start=1):
+        row.replies.append((prefix + len(row.ids) + len(question) - 1, reply))
+        row.ids.extend(question + reply[:-1])
+        length = len(question) + len(reply) - 1
+        row.segments.extend([number] * length)
+        row.positions.extend(range(prefix, prefix + length))
+    return row
 
 
 def _block_mask(segments: Tensor) -> Tensor:
