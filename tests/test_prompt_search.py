@@ -143,7 +143,7 @@ def test_a_victim_that_goes_down_leaves_what_it_answered(tmp_path: Path, monkeyp
         ({"batch": 0}, "batch must be 1 or more"),
         ({"bank": replace(BANK, held_out=("pgd",))}, "'pgd' is in bank.seen and in bank.held_out"),
         ({"bank": replace(BANK, seen=("pdg",))}, "did you mean 'pgd'"),
-        ({"bank": replace(BANK, seen=("word-head",))}, "needs a pocket victim"),
+        ({"bank": replace(BANK, seen=("word-head",))}, "no space that vision tokens and words share"),
         ({"gepa": GepaConfig(components=("prefx",))}, "gepa.components"),
         ({"gepa": GepaConfig(proposer="someone")}, "operators, local, or an address"),
         ({"gepa": GepaConfig(proposer="http://host")}, "gepa.model"),

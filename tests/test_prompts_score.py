@@ -11,6 +11,7 @@ from torch import Tensor
 
 from codefend.prompts import PromptPolicy
 from codefend.prompts.asking import Asker
+from codefend.prompts.gepa_search import hard_half
 from codefend.prompts.items import LOOKALIKES, Item, Score, benign, choose, is_refusal, pareto, score_answers
 from codefend.runs import open_run
 from codefend.types import UserError
@@ -124,6 +125,30 @@ def test_answers_are_asked_once_and_kept(tmp_path: Path) -> None:
         again = Asker(victim, run)
         assert again.answers(PromptPolicy("p", suffix="!"), [*items, wide]) == answers[:6]
         assert victim.asked == 6
+
+
+def test_gepa_looks_at_as_many_right_answers_as_wrong_ones(tmp_path: Path) -> None:
+    def judged(number: int, right: bool) -> Item:
+        return Item(
+            f"{number}", "clean", "clean", "none", "vqa", torch.zeros(3, 8, 8), "q", "x", lambda a: float(right)
+        )
+
+    mixed = [judged(i, i % 5 != 0) for i in range(20)]  # four wrong ones
+    with open_run(tmp_path, {}) as run:
+        asker = Asker(Flaky(0), run)
+        assert {i.id for i in hard_half(asker, PromptPolicy("p"), mixed, 20)} == {
+            "0",
+            "5",
+            "10",
+            "15",
+            "1",
+            "2",
+            "3",
+            "4",
+        }
+        assert {i.id for i in hard_half(asker, PromptPolicy("p"), mixed, 5)} == {"0", "1"}
+        right = [judged(i, True) for i in range(3)]
+        assert hard_half(asker, PromptPolicy("p"), right, 3) == right
 
 
 def test_a_victim_that_keeps_failing_is_named_and_answers_stay(tmp_path: Path) -> None:

@@ -292,7 +292,7 @@ def _craft_flag(name: str, reason: str, group: Group, rows: Sequence[Row]) -> Fl
 
 
 def _untargeted(rows: Sequence[Row]) -> bool:
-    return str(rows[0]["goal"]) in ("untargeted", "margin", "feature", "answer")
+    return str(rows[0]["goal"]) in ("untargeted", "margin", "feature", "feature-words", "answer")
 
 
 def _mean(rows: Sequence[Row]) -> float:
