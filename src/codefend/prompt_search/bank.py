@@ -81,6 +81,7 @@ class BankConfig:
 
     tasks: tuple[str, ...] = ("caption", "vqa")
     purifier: str = "bridge"  # that the policy will stand beside; "none": no purifier
+    unpurified: bool = True  # search on attacked pictures that no purifier has touched, too
     search_scenes: int = 12  # pictures per task
     selection_scenes: int = 16
     seen: tuple[str, ...] = ("feature", "word-head", "planted")

@@ -94,11 +94,12 @@ def run_search(config: SearchConfig, folder: Path, sources: Sources | None = Non
 
 
 def make_items(config: SearchConfig, run: Run, victim: Victim, sources: Sources) -> tuple[list[Item], list[Item]]:
-    """The items of search (with unpurified ones) and of selection, attacked now or in an earlier sitting."""
+    """The items of search (as asked, with unpurified ones) and of selection, attacked now or in an earlier sitting."""
     bank = config.bank
     purifier = None if bank.purifier == BARE else sources.purifier(bank.purifier)
     attacked = white_box(victim, config.surrogate, sources)
-    kitchens = {"search": {bank.purifier: purifier, BARE: None}, "selection": {bank.purifier: purifier}}
+    behind = {bank.purifier: purifier}
+    kitchens = {"search": behind | ({BARE: None} if bank.unpurified else {}), "selection": behind}
     plans = {
         "search": ("train", bank.search_scenes, bank.seen),
         "selection": ("val", bank.selection_scenes, bank.held_out),
