@@ -18,7 +18,7 @@ from codefend.purifiers import WEIGHTS
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(path.name for path in RECIPES.glob("*.sh") if path.name != "common.sh")
-BANKS = {11: "a", 12: "b", 13: "c", 21: "d", 22: "e"}  # the shipped bridge's banks by their seeds
+BANKS = {11: "a", 12: "b", 13: "c", 21: "d", 22: "e", 31: "f"}  # the shipped bridge's banks by their seeds
 pytestmark = pytest.mark.skipif(shutil.which("timeout") is None, reason="recipes need GNU coreutils")
 
 
@@ -69,7 +69,7 @@ def test_the_bridges_trainings_follow_one_another_on_banks_that_exist(
     trainings = [config(call, capsys) for call in calls("bridge.sh", tmp_path, PRIOR="P") if call[0] == "train"]
     robust = config(calls("bridge-robust.sh", tmp_path)[0], capsys)
     assert [made["prior"] for made in trainings] == ["P", *(f"{made['run']}/weights" for made in trainings[:-1])]
-    assert len(trainings) == 5
+    assert len(trainings) == 6
     assert robust["prior"] == f"{trainings[1]['run']}/weights"
     assert all(set(made["pairs"]) <= banks for made in (*trainings, robust))
 
