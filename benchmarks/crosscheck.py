@@ -1,7 +1,7 @@
 """Our attacks against Foolbox's and ART's on the same objective, budget and steps, on the undefended pocket.
 
     python benchmarks/crosscheck.py --run DIR [--task caption] [--limit 32] [--steps 50] [--norm linf] [--eps 8/255]
-        [--objectives likelihood features] [--minutes M]
+        [--objectives likelihood features] [--only apgd "ART auto-PGD"] [--minutes M]
 
 Every finished attack is kept in the run folder: the same command goes on where it stopped. Theirs get what ours have:
 of all images that they looked at inside the ball, the lowest objective counts. Exits 1 when one of theirs is below its
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,19 +168,20 @@ class Settings:
         return Budget("linf" if self.norm == "linf" else "l2", number(self.eps), self.steps)
 
 
-def contestants(budget: Budget) -> dict[str, Callable[[Record], Tensor]]:
-    """Ours first, then theirs."""
+def contestants(budget: Budget, only: Sequence[str] = ()) -> dict[str, Callable[[Record], Tensor]]:
+    """Ours first, then theirs; our APGD always, of the others those in ``only`` unless it is empty."""
     own = {name: lambda record, name=name: ours(name, record) for name in ("pgd", "mifgsm", "apgd")}
-    return own | {name: attack for name, (_, attack) in theirs(budget).items()}
+    both = own | {name: attack for name, (_, attack) in theirs(budget).items()}
+    return {name: attack for name, attack in both.items() if not only or name in (*only, "apgd")}
 
 
-def fill(run: Run, asked: Settings, goals: list[str], deadline: float) -> None:
+def fill(run: Run, asked: Settings, goals: list[str], only: Sequence[str], deadline: float) -> None:
     """Attack whatever the run lacks, until the deadline: a row per objective, attack and batch."""
     victim, task = None, tasks.load(asked.task, limit=asked.limit)
     for goal in goals:
         for start in range(0, len(task.examples), asked.batch):
             examples = task.examples[start : start + asked.batch]
-            for name, attack in contestants(asked.budget).items():
+            for name, attack in contestants(asked.budget, only).items():
                 key = f"{goal} | {name} | {start}"
                 if run.has(key):
                     continue
@@ -195,9 +196,9 @@ def fill(run: Run, asked: Settings, goals: list[str], deadline: float) -> None:
                 print(key, "done", file=sys.stderr, flush=True)
 
 
-def table(goal: str, rows: list[dict[str, Any]], asked: Settings) -> bool:
+def table(goal: str, rows: list[dict[str, Any]], asked: Settings, only: Sequence[str]) -> bool:
     """Print the rows of one objective, on the batches that every attack has seen; whether ours were beaten."""
-    names, failed = list(contestants(asked.budget)), False
+    names, failed = list(contestants(asked.budget, only)), False
     pairs = {name: pair for name, (pair, _) in theirs(asked.budget).items()}
     found = {(row["attack"], row["start"]): row["lowest"] for row in rows if row["goal"] == goal}
     starts = sorted({start for _, start in found if all((name, start) in found for name in names)})
@@ -207,7 +208,7 @@ def table(goal: str, rows: list[dict[str, Any]], asked: Settings) -> bool:
     values = {name: torch.tensor([v for start in starts for v in found[name, start]]) for name in names}
     for name, value in values.items():
         cells = ["", "", ""]
-        if name in pairs:
+        if pairs.get(name) in values:
             (near, worse), (best, worst) = (beaten(value, values[other]) for other in (pairs[name], "apgd"))
             failed |= worse or worst
             cells = [pairs[name], near + " **beaten**" * worse, best + " **beaten**" * worst]
@@ -225,17 +226,18 @@ def main() -> int:
     parser.add_argument("--eps", default="8/255")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
+    parser.add_argument("--only", nargs="+", default=[], help="these attacks of both sides, and our APGD")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further attack after this long")
     given = vars(parser.parse_args())
-    folder, goals, minutes = given.pop("run"), given.pop("objectives"), given.pop("minutes")
+    folder, goals, only, minutes = (given.pop(name) for name in ("run", "objectives", "only", "minutes"))
     asked = Settings(**given)
     with open_run(folder, asked) as run:
-        fill(run, asked, goals, time.monotonic() + 60 * minutes)
+        fill(run, asked, goals, only, time.monotonic() + 60 * minutes)
         rows = run.rows()
     print(f"{asked.task}, {asked.norm} {asked.eps}, {asked.steps} steps; lower is better\n")
     print("| objective | attack | mean | our counterpart | theirs less it | theirs less our APGD |")
     print("|---" * 6 + "|")
-    beaten_somewhere = [table(goal, rows, asked) for goal in goals]
+    beaten_somewhere = [table(goal, rows, asked, only) for goal in goals]
     return int(any(beaten_somewhere))
 
 
