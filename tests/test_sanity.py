@@ -70,12 +70,12 @@ def test_square_beats_a_gradient_that_lies(tmp_path: Path) -> None:
     config = EvalConfig(
         tasks=("questions",),
         defenses=("shatter",),
-        attacks=("apgd:steps=10", "square:steps=100"),
+        attacks=("apgd:steps=10", "square:steps=400"),
         eps=(110.0,),  # enough to change the colours themselves
         threats=("T2",),
     )
     found = evaluate(config, tmp_path, loaders=toys.loaders(toys.ToyVictim(checker=0.0)))
-    assert "black box beats white box" in names(found, defense="shatter", attack="square:steps=100")
+    assert "black box beats white box" in names(found, defense="shatter", attack="square:steps=400")
 
 
 class Gate:
