@@ -162,7 +162,7 @@ def test_fare_trains_an_encoder_that_a_pocket_reads(base: Path, tmp_path: Path) 
 
     fare = FareConfig(victim=str(base), steps=2, batch=2, mining_steps=1, warmup=1, save_every=1, lr=1e-3)
     folder = train(fare, tmp_path / "fare")
-    assert json.loads((folder / "config.json").read_text()) == {"encoder": "lite0", "rank": 4}
+    assert json.loads((folder / "config.json").read_text()) == {"encoder": "lite0", "rank": 4, "vocabulary": []}
     state, _ = load_checkpoint(folder / "model.safetensors")
     assert float(state["connector.scale"]) == 0.5  # the pocket's own part as it was
     assert {value.dtype for key, value in state.items() if key.startswith("encoder.")} == {torch.float16}

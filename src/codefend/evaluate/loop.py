@@ -81,11 +81,11 @@ def run_grid(
     ``donor`` is another run whose attacked images may be taken over, ``config.attacked`` by default.
     """
     check(config)
-    check_run(run_dir, config)
-    bench = open_bench(config, loaders)
     donor = donor or (Path(config.attacked) if config.attacked else None)
     if donor is not None:
         check_donor(config, Path(run_dir), donor)
+    check_run(run_dir, config)
+    bench = open_bench(config, loaders)
     work = [cell for cell in cells(config) if _possible(bench, cell)]
     total = sum(len(batch) for cell in work for batch in batches(bench, cell))
     with open_run(run_dir, config) as run:
