@@ -124,11 +124,10 @@ def hard_half(asker: Asker, policy: PromptPolicy, items: Sequence[Item], most: i
     GEPA compares a proposal with its parent on a minibatch: where both are right of everything it can tell nothing.
     """
     looked = list(items[:most])
-    answers = asker.answers(policy, looked)
-    right = {item.id for item, answer in zip(looked, answers, strict=True) if item.judge(answer) == 1}
-    wrong = len(looked) - len(right)
-    easy = [item.id for item in looked if item.id in right][: max(wrong, 1)]
-    return [item for item in looked if item.id not in right or item.id in easy] if wrong else list(items)
+    wrong, right = [], []
+    for item, answer in zip(looked, asker.answers(policy, looked), strict=True):
+        (right if item.judge(answer) == 1 else wrong).append(item)
+    return wrong + right[: len(wrong)] if wrong else list(items)
 
 
 def search(
