@@ -124,7 +124,8 @@ def hard_half(asker: Asker, policy: PromptPolicy, items: Sequence[Item], most: i
     GEPA compares a proposal with its parent on a minibatch: where both are right of everything it can tell nothing.
     """
     looked = list(items[:most])
-    wrong, right = [], []
+    wrong: list[Item] = []
+    right: list[Item] = []
     for item, answer in zip(looked, asker.answers(policy, looked), strict=True):
         (right if item.judge(answer) == 1 else wrong).append(item)
     return wrong + right[: len(wrong)] if wrong else list(items)
