@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One switch of the bridge's training at a time, each variant for the same few steps, all in one table. Needs pairs.sh.
 source "$(dirname "$0")/common.sh"
-names="full static no-features no-words no-direction no-noise one-encoder unseen-features unseen-language scratch"
+names="full static replay no-features no-words no-direction no-noise one-encoder unseen-features unseen-language scratch"
 defenses=none
 for name in $names; do
   start="$PRIOR"

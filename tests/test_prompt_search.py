@@ -195,6 +195,20 @@ def test_a_generator_learns_to_write_what_the_victim_is_better_with(tmp_path: Pa
     assert found[-1]("left?") == f"{HELP}\nleft?"
 
 
+def test_a_generator_learns_to_write_nothing_where_nothing_helps(tmp_path: Path) -> None:
+    class Indifferent(Suggestible):
+        """All prefixes are nearly the same to it, words a little better than none."""
+
+        def loss(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str], **_: Any) -> Tensor:
+            return torch.tensor([1.0 - 0.001 * len(prompt) for prompt in prompts])
+
+    item = Item("i", "attacked", "pgd", "none", "t", picture(), "left?", "red", lambda answer: 0.0)
+    writer, found = tiny_writer(), []
+    config = GeneratorConfig(steps=25, check_every=25, samples=0, bank=21, lr=2e-2, warmup=1)
+    train_generator(Indifferent(), writer, [item], config, tmp_path / "c.safetensors", found.append)
+    assert found[-1]("left?") == "left?"
+
+
 def test_a_generator_is_saved_with_a_folder_and_writes_the_same_prefix(tmp_path: Path) -> None:
     config = replace(CONFIG, method="generator")
     outcome = optimize_prompt(config, tmp_path, sources=sources())

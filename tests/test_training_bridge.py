@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from codefend import runs
-from codefend.nets import NetConfig, PurifierNet, save_net
+from codefend.nets import NetConfig, PurifierNet, load_net, save_net
 from codefend.presets import PRESETS
 from codefend.training import bridge, guides
 from codefend.training.bridge import BridgeConfig, Step
+from codefend.training.replay import Replays
 from codefend.training.state import Average
 from codefend.types import UserError
 
@@ -223,6 +224,75 @@ def test_noise_levels_of_the_terms(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked[1][1].tolist() == [0.0] * 4
 
 
+# --- replayed pairs --------------------------------------------------------------------------------------------------
+
+REPLAYED = replace(CONFIG, replay=3, replay_step=0.4, mined=0.0, save_every=3, max_eps=6 / 255, warmup=1, steps=9)
+
+
+class SmallBank:
+    def draw(self, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
+        images = 0.3 + 0.4 * torch.rand(count, 3, 16, 16, generator=gen(int(rng.integers(1000))))
+        return images, (images + 8 / 255).clamp(0, 1)
+
+
+def test_replayed_pairs_climb_the_loss_in_their_balls() -> None:
+    clean, guide, net = pictures(), Guide(), small_net()
+    held = Replays(max_eps=6 / 255, rel_step=0.4)
+    held.begin(0, clean, torch.empty(0), untouched=1, generator=gen())
+    first = held.pictures(0)
+    radii = reach(first.detach())
+    losses = []
+    for _ in range(6):
+        present = held.pictures(0)
+        loss = torch.stack(list(bridge.bridge_terms(of(REPLAYED, guide), net, clean, present).values())).sum()
+        loss.backward()
+        held.climb(0, clean, present)
+        losses.append(loss.item())
+    last = held.pictures(0).detach()
+    assert losses[-1] > losses[0]
+    assert torch.equal(last[0], clean[0])
+    assert all(0.9 * r < now <= 6 + 1e-3 for r, now in zip(radii[1:], reach(last)[1:], strict=True))
+
+
+def test_a_replayed_pair_starts_where_the_bank_has_it_and_goes_on_within_the_budget() -> None:
+    clean, held = pictures(), Replays(max_eps=6 / 255, rel_step=0.4)
+    held.begin(0, clean, clean + 10 / 255, untouched=0, generator=gen())
+    present = held.pictures(0)
+    assert torch.equal(present, clean + 10 / 255)
+    present.sum().backward()
+    held.climb(0, clean, present)
+    assert max(reach(held.pictures(0).detach())) <= 6 + 1e-3
+
+
+def test_each_batch_is_replayed_as_often_as_said() -> None:
+    drawn = [bridge._images(REPLAYED, SmallBank(), n)[0].sum().item() for n in range(9)]  # type: ignore[arg-type]
+    assert [len(set(drawn[i : i + 3])) for i in (0, 3, 6)] == [1, 1, 1]
+    assert len(set(drawn)) == 3
+    two = replace(REPLAYED, micro=2)
+    drawn = [bridge._images(two, SmallBank(), n)[0].sum().item() for n in range(12)]  # type: ignore[arg-type]
+    assert drawn[:6] == drawn[:2] * 3
+    assert len(set(drawn)) == 4
+
+
+def test_an_interrupted_training_on_replayed_pairs_equals_an_uninterrupted_one(
+    tmp_path: Path, interrupt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge, "find_guide", lambda *_: Guide())
+    monkeypatch.setattr(bridge, "open_bank", lambda _: SmallBank())
+    save_net(tmp_path / "prior", small_net(), kind="prior")
+    config = replace(REPLAYED, prior=str(tmp_path / "prior"))
+    whole = bridge.train_bridge(config, tmp_path / "whole")
+    interrupt(lambda: bridge.train_bridge(config, tmp_path / "cut"), 5)
+    cut = bridge.train_bridge(config, tmp_path / "cut")
+    ours, theirs = (load_net(folder)[0].state_dict() for folder in (whole, cut))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_replays_that_a_checkpoint_would_cut_are_refused() -> None:
+    with pytest.raises(UserError, match="replay must divide save_every=50"):
+        BridgeConfig(replay=3)
+
+
 # --- batches, start, config ------------------------------------------------------------------------------------------
 
 
@@ -281,7 +351,7 @@ def test_each_ablation_changes_what_it_says_and_nothing_else() -> None:
     full = PRESETS["ablation-full"].build({})
     family = {name: preset.build({}) for name, preset in PRESETS.items() if name.startswith("ablation-")}
     assert full == BridgeConfig(steps=300)
-    assert len(family) == 10
+    assert len(family) == 11
     for name, config in family.items():
         changed = {key for key, value in vars(config).items() if value != getattr(full, key)}
         assert len(changed) == {"ablation-full": 0, "ablation-one-encoder": 2}.get(name, 1), name

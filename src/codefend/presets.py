@@ -63,6 +63,7 @@ _PEERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 _ABLATIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("full", "the reference", {}),
     ("static", "no pairs mined in the loop", {"mined": 0.0}),
+    ("replay", "pairs replayed, each made harder by the step before, none mined", {"replay": 5}),
     ("no-features", "no feature loss", {"w_features": 0.0}),
     ("no-words", "no task loss", {"w_words": 0.0}),
     ("no-direction", "no directional loss", {"w_direction": 0.0}),

@@ -42,7 +42,7 @@ class GeneratorConfig:
     bank: int = 4
     temperature: float = 1.0
     sharpness: float = 0.5  # of the weights, in standard deviations of the rewards; smaller: nearer to best of n
-    gap: float = 0.01  # nats; queries whose rewards differ less teach nothing
+    gap: float = 0.1  # nats; where no prefix gains more than this over none, the lesson is to write none
     length_cost: float = 0.0005  # nats per character
     lr: float = 3e-4
     warmup: int = 10
@@ -132,7 +132,7 @@ def candidates(writer: Writer, item: Item, config: GeneratorConfig, seed: int, s
 
 def imitation_loss(writer: Writer, item: Item, prefixes: Sequence[str], earned: Tensor, sharpness: float) -> Tensor:
     """Minus the log-likelihood of the prefixes, weighted by the softmax of their standardized rewards."""
-    weights = ((earned - earned.mean()) / (sharpness * earned.std().clamp(min=1e-6))).softmax(0)
+    weights = ((earned - earned.mean()) / (sharpness * earned.std(correction=0).clamp(min=1e-6))).softmax(0)
     told = [i for i, weight in enumerate(weights.tolist()) if weight > 0.02]  # the rest costs time and teaches nothing
     found = writer.log_likelihood([context(writer, item.prompt)] * len(told), [prefixes[i] for i in told])
     return -(weights[told] * found).sum()
@@ -162,11 +162,12 @@ def train_generator(
         item = draw(items, 1, config.clean_share, seed, step)[0]
         prefixes = candidates(writer, item, config, seed, step)
         earned = rewards(victim, item, prefixes)
-        gap = float(earned.max() - earned.min())
-        if gap >= config.gap:
-            earned = earned - config.length_cost * torch.tensor([float(len(prefix)) for prefix in prefixes])
-            loss = imitation_loss(writer, item, prefixes, earned, config.sharpness)
-            update(optimizer, parameters, loss, config.lr * rate(step, config.steps, config.warmup), step)
+        gap = float(earned.max() - earned[0])  # over no words, the first of them
+        if gap < config.gap:
+            prefixes, earned = prefixes[:1], earned[:1]
+        earned = earned - config.length_cost * torch.tensor([float(len(prefix)) for prefix in prefixes])
+        loss = imitation_loss(writer, item, prefixes, earned, config.sharpness)
+        update(optimizer, parameters, loss, config.lr * rate(step, config.steps, config.warmup), step)
         step += 1
         advance(1, f"gap {gap:.2f}")
         if step % config.check_every == 0 or step == config.steps:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ from codefend.training.feed import feed
 from codefend.training.guides import Guide, OwnGuide, find_guide
 from codefend.training.mining import sign_steps
 from codefend.training.parallel import Workers
+from codefend.training.replay import Replays
 from codefend.training.state import Average, cosine_rate, restore_training, save_training, set_rate
 from codefend.types import Budget, Objective, UserError
 
@@ -83,8 +84,12 @@ class BridgeConfig:
     answers_batch: int = 4  # pictures in such a step: the language model is dear
     w_answers: float = 0.0  # in such a step: language-model loss of the true answers on the purified pictures
     photographs: str = ""  # a folder of your own photographs, for pairs mined in the loop
+    replay: int = 1  # steps on the same pairs, each made harder by the step before: `replay.py`; then nothing is mined
+    replay_step: float = 0.5  # by how much, in units of each pair's own radius
 
     def __post_init__(self) -> None:
+        if self.replay < 1 or self.save_every % self.replay:
+            raise UserError(f"replay must divide save_every={self.save_every}, got {self.replay}")
         if self.mined and {"features", "words"} <= set(self.without):
             raise UserError("without=features,words leaves nothing to mine: keep one, or set mined=0")
 
@@ -125,12 +130,18 @@ def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
     parameters = dict(net.named_parameters())
     average, checkpoint = Average(parameters), run.dir / "checkpoint.safetensors"
     step = restore_training(checkpoint, parameters, optimizer, average)
+    replays = Replays(max_eps=config.max_eps, rel_step=config.replay_step)
     with workers.progress("bridge", config.steps, done=step) as advance:
         for batches in feed(partial(workers.share, partial(_images, config, bank)), step, config.steps, device):
             started = time.perf_counter()
             set_rate(optimizer, cosine_rate(step, config.steps, warmup=config.warmup))
             optimizer.zero_grad()
-            found = [_add_gradients(config, net, average, guide, images, number) for number, images in batches]
+            found = [
+                _add_replayed(config, net, replays, guide, images, number)
+                if config.replay > 1
+                else _add_gradients(config, net, average, guide, images, number)
+                for number, images in batches
+            ]
             workers.sum_gradients(list(net.parameters()))
             terms = workers.mean_terms(found)
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -160,6 +171,30 @@ def _add_gradients(
         target = averaged(net, average) if _attacks_average(config, number) else net
         pair = training_pair(step, target, clean.to(device), attacked.to(device))
         terms = bridge_terms(step, net, *pair)
+    return _backward(config, terms)
+
+
+def _add_replayed(
+    config: BridgeConfig, net: PurifierNet, replays: Replays, guide: Guide | OwnGuide, images: Images, number: int
+) -> dict[str, Tensor]:
+    """As `_add_gradients`, on pairs that are held for `replay` steps and climb the loss in between."""
+    device = default_device()
+    clean, attacked, texts = images
+    clean, slot = clean.to(device), number % config.micro
+    untouched = round(config.clean * len(clean))
+    step = Step(config, guide, number, make_generator(config.seed, "bridge", number), texts)
+    if number // config.micro % config.replay == 0:
+        replays.begin(slot, clean, attacked.to(device), untouched=untouched, generator=step.draw)
+    present = replays.pictures(slot)
+    with training_precision(device):
+        terms = bridge_terms(step, net, clean, present)
+    terms = _backward(config, terms)
+    replays.climb(slot, clean, present)
+    return terms
+
+
+def _backward(config: BridgeConfig, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add the gradients of a micro-batch's loss; its terms, the same names for every batch."""
     (torch.stack(list(terms.values())).sum() / config.micro).backward()
     if config.w_answers and "answers" not in terms:
         terms["answers"] = terms["bridge"].new_zeros(())
@@ -216,7 +251,20 @@ def open_bank(config: BridgeConfig) -> Bank | StreamedBank:
     return StreamedBank(config.pairs) if config.stream else Bank(config.pairs, without=config.without)
 
 
-def _images(config: BridgeConfig, bank: Bank | StreamedBank, step: int) -> Images:
+def _images(config: BridgeConfig, bank: Bank | StreamedBank, number: int) -> Images:
+    """The pictures of micro-batch ``number``; with `replay`, those of the first step that trains on them."""
+    if config.replay == 1:
+        return _drawn(config, bank, number)
+    step, slot = divmod(number, config.micro)
+    return _redrawn(config, bank, step // config.replay * config.replay * config.micro + slot)
+
+
+@lru_cache(maxsize=8)  # replayed pictures are not composed again
+def _redrawn(config: BridgeConfig, bank: Bank | StreamedBank, step: int) -> Images:
+    return _drawn(config, bank, step)
+
+
+def _drawn(config: BridgeConfig, bank: Bank | StreamedBank, step: int) -> Images:
     """A step's pictures ``[B, 3, H, W]``, their attacked forms, and a (prompt, answer) each.
 
     Attacked forms are empty where they are to be mined; texts are, but where the language model is to be attacked.
