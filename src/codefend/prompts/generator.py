@@ -42,7 +42,8 @@ class GeneratorConfig:
     bank: int = 4
     temperature: float = 1.0
     sharpness: float = 0.5  # of the weights, in standard deviations of the rewards; smaller: nearer to best of n
-    gap: float = 0.1  # nats; where no prefix gains more than this over none, the lesson is to write none
+    gap: float = 0.1  # nats; where no prefix gains more than this over none, the lesson is to write none; at 1 or
+    # more nats at stake each query teaches, at less that share of them, and this share at least
     length_cost: float = 0.0005  # nats per character
     lr: float = 3e-4
     warmup: int = 10
@@ -162,12 +163,17 @@ def train_generator(
         item = draw(items, 1, config.clean_share, seed, step)[0]
         prefixes = candidates(writer, item, config, seed, step)
         earned = rewards(victim, item, prefixes)
+        earned = earned - config.length_cost * torch.tensor([float(len(prefix)) for prefix in prefixes])
         gap = float(earned.max() - earned[0])  # over no words, the first of them
         if gap < config.gap:
-            prefixes, earned = prefixes[:1], earned[:1]
-        earned = earned - config.length_cost * torch.tensor([float(len(prefix)) for prefix in prefixes])
-        loss = imitation_loss(writer, item, prefixes, earned, config.sharpness)
-        update(optimizer, parameters, loss, config.lr * rate(step, config.steps, config.warmup), step)
+            stake, prefixes, earned = float(earned[0] - earned.min()), prefixes[:1], earned[:1]
+        else:
+            stake = gap
+        # A query teaches as often as the choice of words matters to it: a loss weighted so would lose its weight where
+        # gradients are cut. Else the many that any words leave alone would teach to leave all alone.
+        if random.Random(f"{seed} stake {step}").random() < max(stake, config.gap):
+            loss = imitation_loss(writer, item, prefixes, earned, config.sharpness)
+            update(optimizer, parameters, loss, config.lr * rate(step, config.steps, config.warmup), step)
         step += 1
         advance(1, f"gap {gap:.2f}")
         if step % config.check_every == 0 or step == config.steps:

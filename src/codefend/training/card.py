@@ -123,7 +123,7 @@ def _text(training: Mapping[str, Any]) -> str:
     lines += [f"- Training: {done} of {config.get('steps', done)} steps, {training['hours']:.1f} hours in them; "]
     lines[-1] += f"{_settings(config)}."
     seen = [_attacks(bank) for bank in training["pairs"]]
-    if config.get("mined") or kind in ("adbm", "fare"):
+    if config.get("mined") or config.get("replay", 1) > 1 or kind in ("adbm", "fare"):
         seen.append(_mined(kind, config))
     if config.get("train") in ("bridge", "peer", "fare", *TUNED):
         lines += [f"- Attacks seen in training: {'; '.join(seen) or 'none'}."]
@@ -174,6 +174,11 @@ def _mined(kind: str, config: Mapping[str, Any]) -> str:
     if kind == "adbm":
         return f"{config['mining_steps']} steps in the loop through the network, {255 * config['eps']:g}/255"
     share, steps, top = config["mined"], config["mining_steps"], 255 * config["max_eps"]
+    if (replay := config.get("replay", 1)) > 1:
+        return (
+            f"each batch trained on {replay} times while its perturbation climbs the loss through the purifier, "
+            f"to at most {top:g}/255; {share:.0%} of the batches from random starts"
+        )
     return f"{share:.0%} of the steps mined through the purifier, {steps} steps at 1 to {top:g}/255"
 
 
