@@ -73,7 +73,7 @@ def seams(name: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("purifiers", nargs="*", default=["bridge"])
+    parser.add_argument("purifiers", nargs="*", default=["bridge", "bridge-detail"])
     parser.add_argument("--width", type=int, default=6000)
     parser.add_argument("--height", type=int, default=4000)
     asked = parser.parse_args()

@@ -1,27 +1,22 @@
 #!/usr/bin/env bash
-# The bridge as it ships, by its model card: six trainings, each from the weights of the one before, then the detection
+# The bridge as it ships, by its model card: four trainings, each from the weights of the one before, then the detection
 # score. Needs pairs.sh. In one training, like the peers: bridge-plain.sh.
 source "$(dirname "$0")/common.sh"
 
-# training RUN START BANKS KEY=VALUE...
+# training PRESET RUN START BANKS KEY=VALUE...
 training() {
-  settings "prior=$2" "pairs=$3" "victim=$POCKET" "${@:4}"
-  stage codefend train bridge --run "$1" "${options[@]}"
+  settings "prior=$3" "pairs=$4" "victim=$POCKET" "${@:5}"
+  stage codefend train "$1" --run "$2" "${options[@]}"
 }
 
 bridge="$RUNS/bridge"
 a="$RUNS/pairs-a" b="$RUNS/pairs-b" c="$RUNS/pairs-c" d="$RUNS/pairs-d" e="$RUNS/pairs-e" f="$RUNS/pairs-f"
-late=(noise_free=0.8 at_one=0.9 warmup=20)
-short=("${late[@]}" clean=0.35 lean=true mining_steps=2 lr=3e-4 w_words=0.6)
-training "$bridge-1" "$PRIOR" "$RUNS/pairs" steps=900
-training "$bridge-2" "$bridge-1/weights" "$a,$b,$b,$b,$b" steps=1800 w_identity=8 clean=0.2 mined=0.35 lean=true \
+training bridge "$bridge-1" "$PRIOR" "$RUNS/pairs" steps=900
+training bridge "$bridge-2" "$bridge-1/weights" "$a,$b,$b,$b,$b" steps=1800 w_identity=8 clean=0.2 mined=0.35 lean=true \
   mining_steps=2 answers=0.2 answers_batch=4 w_answers=0.1 lr=6e-4 w_words=0.4
-training "$bridge-3" "$bridge-2/weights" "$a,$b,$b,$b,$b" "${short[@]}" steps=320 seed=1 w_identity=24 mined=0.2
-training "$bridge-4" "$bridge-3/weights" "$a,$b,$b,$b,$c,$c,$c" "${short[@]}" steps=420 seed=2 w_identity=32 mined=0.3 \
-  answers=0.5 answers_batch=4 w_answers=0.3
-training "$bridge-5" "$bridge-4/weights" "$a,$d,$b,$b,$b,$c,$c,$c,$c,$e,$e,$e,$e" "${late[@]}" steps=600 seed=4 \
-  w_identity=28 clean=0.3 mined=0 lr=4e-4 w_words=0.8 w_features=1.2
-training "$bridge" "$bridge-5/weights" "$a,$d,$f,$f,$f,$c,$c,$e,$e,$e" noise_free=0.85 at_one=0.9 warmup=20 \
-  steps=500 seed=5 w_identity=32 clean=0.3 mined=0 lr=4e-4 w_words=0.7 w_features=1.4
+training bridge-robust "$bridge-3" "$bridge-2/weights" "$a,$b,$b,$c,$c" seed=3
+# PHOTOGRAPHS: as in pairs.sh.
+training bridge-replay "$bridge" "$bridge-3/weights" "$a,$d,$f,$f,$c,$c,$e,$e,$e" seed=9 \
+  "photographs=${PHOTOGRAPHS:-}"
 stage codefend calibrate "$bridge/weights" --set "pairs=$RUNS/pairs-held-out"
 echo "done: $bridge/weights"

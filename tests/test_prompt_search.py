@@ -204,7 +204,7 @@ def test_a_generator_learns_to_write_nothing_where_nothing_helps(tmp_path: Path)
 
     item = Item("i", "attacked", "pgd", "none", "t", picture(), "left?", "red", lambda answer: 0.0)
     writer, found = tiny_writer(), []
-    config = GeneratorConfig(steps=25, check_every=25, samples=0, bank=21, lr=2e-2, warmup=1)
+    config = GeneratorConfig(steps=25, check_every=25, samples=0, bank=21, lr=2e-2, warmup=1, gap=1.0)
     train_generator(Indifferent(), writer, [item], config, tmp_path / "c.safetensors", found.append)
     assert found[-1]("left?") == "left?"
 

@@ -48,7 +48,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     for kind in ("prior", "bridge", "hgd", "flowpure", "flowpure-gauss", "adbm", "codefend-r"):
         save_net(folder / kind, random_net(), kind=kind)
-    save_net(folder / "bridge-robust", random_net(), kind="bridge", options={"sigma": 0.1})
+    save_net(folder / "bridge-detail", random_net(), kind="bridge")
     return folder
 
 

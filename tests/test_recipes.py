@@ -66,21 +66,24 @@ def test_the_bridges_trainings_follow_one_another_on_banks_that_exist(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     banks = {config(call, capsys)["run"] for call in calls("pairs.sh", tmp_path)}
-    trainings = [config(call, capsys) for call in calls("bridge.sh", tmp_path, PRIOR="P") if call[0] == "train"]
-    robust = config(calls("bridge-robust.sh", tmp_path)[0], capsys)
-    assert [made["prior"] for made in trainings] == ["P", *(f"{made['run']}/weights" for made in trainings[:-1])]
-    assert len(trainings) == 6
-    assert robust["prior"] == f"{trainings[1]['run']}/weights"
-    assert all(set(made["pairs"]) <= banks for made in (*trainings, robust))
+    ours, detail = (
+        [config(call, capsys) for call in calls(name, tmp_path, PRIOR="P") if call[0] == "train"]
+        for name in ("bridge.sh", "bridge-detail.sh")
+    )
+    assert [made["prior"] for made in ours] == ["P", *(f"{made['run']}/weights" for made in ours[:-1])]
+    starts = [f"{ours[1]['run']}/weights", *(f"{made['run']}/weights" for made in detail[:-1])]
+    assert [made["prior"] for made in detail] == starts
+    assert (len(ours), len(detail)) == (4, 4)
+    assert all(set(made["pairs"]) <= banks for made in (*ours, *detail))
 
 
-@pytest.mark.parametrize("name", ["bridge", "bridge-robust"])
+@pytest.mark.parametrize("name", ["bridge", "bridge-detail"])
 def test_recipe_repeats_what_the_shipped_weights_say_of_themselves(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = json.loads((WEIGHTS / name / "training.json").read_text())
     last = config([call for call in calls(f"{name}.sh", tmp_path) if call[0] == "train"][-1], capsys)
-    places = {"train", "prior", "pairs", "save_every"}  # and no setting that decides the weights
+    places = {"train", "prior", "pairs", "save_every", "photographs"}  # and no setting that decides the weights
     wanted = {key: value for key, value in told["config"].items() if key not in places}
     assert {key: last[key] for key in wanted} == wanted
     shipped = {f"{tmp_path}/runs/pairs-{BANKS[bank['config']['seed']]}": bank for bank in told["pairs"]}

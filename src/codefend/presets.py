@@ -49,6 +49,28 @@ _ROBUST: dict[str, Any] = {
     "lr": 6e-4,
 }
 
+# The shipped bridge's last training: batches replayed, at all the noise levels that it may serve with.
+_REPLAY: dict[str, Any] = {
+    "replay": 5,
+    "mined": 0.5,
+    "answers": 0.25,
+    "max_eps": 8 / 255,
+    "noise_free": 0.2,
+    "min_sigma": 0.03,
+    "max_sigma": 0.12,
+    "sigma": 0.1,
+    "at_one": 0.95,
+    "clean": 0.125,
+    "w_identity": 8.0,
+    "w_features": 1.2,
+    "w_words": 0.8,
+    "w_answers": 0.4,
+    "steps": 2200,
+    "lr": 6e-4,
+    "warmup": 30,
+    "save_every": 100,
+}
+
 # The peers' own settings; steps, batch and learning rate are the bridge's.
 _PEERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("hgd", "static pairs, features kept", {"clean": 0.15}),
@@ -115,6 +137,11 @@ PRESETS: dict[str, Preset] = {
             "bridge-robust",
             "train a bridge behind noise, against attackers who see it: --set prior=WEIGHTS to go on from a bridge",
             _config("training.bridge", "BridgeConfig", **_ROBUST),
+        ),
+        Preset(
+            "bridge-replay",
+            "the same by free adversarial training, for any noise up to 0.12: --set prior=WEIGHTS, a bridge's",
+            _config("training.bridge", "BridgeConfig", **_REPLAY),
         ),
         Preset(
             "calibrate",

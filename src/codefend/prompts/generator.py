@@ -19,7 +19,7 @@ from torch import Tensor
 
 from codefend.prompts.items import Item
 from codefend.prompts.learning import draw, rate, restore_state, save_state, update
-from codefend.prompts.operators import SENTENCES
+from codefend.prompts.operators import SENTENCES, need
 from codefend.prompts.policy import fingerprint
 from codefend.prompts.proposers import BadProposal, clean_proposal
 from codefend.prompts.writer import CHAT, Writer
@@ -126,8 +126,10 @@ def candidates(writer: Writer, item: Item, config: GeneratorConfig, seed: int, s
     noise = make_generator(seed, "prefixes", step)
     asked = [context(writer, item.prompt)] * config.samples
     own = writer.sample(asked, config.tokens, temperature=config.temperature, generator=noise) if asked else []
-    bank = [sentence for sentences in SENTENCES.values() for sentence in sentences]
-    drawn = random.Random(f"{seed} {step}").sample(bank, min(config.bank, len(bank)))
+    # Most sentences help no query at all: those made for the item's kind come first, the others fill up.
+    rng, first = random.Random(f"{seed} {step}"), need(item.family)
+    rest = [sentence for kind, sentences in SENTENCES.items() if kind != first for sentence in sentences]
+    drawn = [*rng.sample(SENTENCES[first], len(SENTENCES[first])), *rng.sample(rest, len(rest))][: config.bank]
     return list(dict.fromkeys(["", *drawn, *map(usable, own)]))
 
 

@@ -77,7 +77,7 @@ class EditOperators:
         return " ".join(sentences)
 
     def _draw(self, rng: random.Random, failures: Sequence[Mapping[str, str]], present: Sequence[str]) -> str:
-        needs = [_need(failure.get("family", "")) for failure in failures] or list(SENTENCES)
+        needs = [need(failure.get("family", "")) for failure in failures] or list(SENTENCES)
         free = [sentence for sentence in SENTENCES[rng.choice(needs)] if sentence not in present]
         return rng.choice(free or [s for bank in SENTENCES.values() for s in bank if s not in present])
 
@@ -89,7 +89,8 @@ def _moves(sentences: Sequence[str]) -> list[str]:
     return moves + ["shuffle"] * (len(set(sentences)) > 1)
 
 
-def _need(family: str) -> Need:
+def need(family: str) -> Need:
+    """What an item of this family of attacks (or "clean", "benign") asks words for."""
     if family in ("clean", "benign"):
         return "helpful"
     return "firm" if family.startswith(_WORDS) else "doubt"

@@ -192,15 +192,15 @@ PURIFIERS: dict[str, PurifierSpec] = {
         ),
         PurifierSpec(
             "bridge",
-            "supervised diffusion bridge from adversarial to clean, 1 to 4 evaluations (evaluations, sigma)",
-            "CoDefend; bridge after arXiv 2302.05872, 2408.00315 and 2505.13280",
+            "supervised diffusion bridge from adversarial to clean, behind noise (evaluations 1 to 4, sigma)",
+            "CoDefend; bridge after arXiv 2302.05872, 2408.00315, 2505.13280; noise after 1902.02918, 1906.04584",
             _shipped("bridge", "bridge"),
         ),
         PurifierSpec(
-            "bridge-robust",
-            "the bridge behind noise, trained against attackers who see it: less detail (evaluations, sigma)",
-            "CoDefend; noise as in randomized smoothing, arXiv 1902.02918 and 1906.04584",
-            _shipped("bridge-robust", "bridge-robust"),
+            "bridge-detail",
+            "the bridge without noise: photographs keep their detail, for attacks of known kinds that don't see it",
+            "CoDefend; as bridge",
+            _shipped("bridge-detail", "bridge-detail"),
         ),
         PurifierSpec(
             "hgd",
