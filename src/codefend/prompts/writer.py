@@ -66,7 +66,11 @@ class Writer:
         return [self._decode(row.tolist()) for row in written]
 
     def log_likelihood(self, contexts: Sequence[Sequence[int]], texts: Sequence[str]) -> Tensor:
-        """Mean log-probability per token of each text and its end mark after its context, ``[B]``, differentiable."""
+        """Log-probability of each text and its end mark after its context, ``[B]``, differentiable.
+
+        The sum over tokens: a mean would make the first token of a long text count less than that of an empty one, and
+        the first token is where a writer decides whether to write at all.
+        """
         targets = [[*self.encode(text), self.end] for text in texts]
         rows = [torch.tensor([*c, *t[:-1]]) for c, t in zip(contexts, targets, strict=True)]
         # Right padding needs no mask: attention is causal and padded positions are never read.
@@ -74,7 +78,7 @@ class Writer:
         read = [h[len(c) - 1 : len(c) - 1 + len(t)] for h, c, t in zip(hidden, contexts, targets, strict=True)]
         logits = self.model.lm_head(torch.cat(read))
         losses = F.cross_entropy(logits, torch.tensor([i for t in targets for i in t]), reduction="none")
-        return -torch.stack([part.mean() for part in losses.split([len(t) for t in targets])])
+        return -torch.stack([part.sum() for part in losses.split([len(t) for t in targets])])
 
     def add_lora(self, rank: int) -> dict[str, nn.Parameter]:
         """Put trainable adapters on the attention (Hu et al. 2021, arXiv 2106.09685); the rest stays frozen."""
