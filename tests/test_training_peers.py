@@ -112,6 +112,9 @@ def test_what_a_bank_leaves_out_is_left_out(bank: Path) -> None:
     assert len(kept.clean) == 4
     assert int((kept.clean.int() - kept.attacked.int()).abs().amax()) == 4
     assert int((Bank([str(bank)], without=("lite2",)).attacked.int() - kept.clean.int()).abs().amax()) > 8
+    assert len(Bank([str(bank)], without=("lite1",)).clean) == 8  # an encoder that it never attacked
+    with pytest.raises(UserError, match="knows no 'light'"):
+        Bank([str(bank)], without=("light",))
     with pytest.raises(UserError, match="no pairs are left"):
         Bank([str(bank)], without=("words", "lite2"))
 

@@ -217,9 +217,9 @@ def read_pairs(folder: str | Path, *, without: Sequence[str] = ()) -> Iterator[t
     if not paths:
         raise UserError(f"{folder} holds no pairs; make some with `codefend pairs --run {folder}`")
     targets = {row["key"]: row["target"] for row in read_rows(folder)} if without else {}
-    unknown = set(without) - {*KINDS, *targets.values()}
+    unknown = set(without) - {*KINDS, *NAMES, *targets.values()}  # an encoder that this bank never attacked is no slip
     if unknown:
-        known = ", ".join([*KINDS, *sorted(set(targets.values()))])
+        known = ", ".join([*KINDS, *sorted({*NAMES, *targets.values()})])
         raise UserError(f"{folder} knows no {sorted(unknown)[0]!r} to leave out; known: {known}")
     for path in paths:
         if without and targets.get(f"shard-{int(path.stem.removeprefix('pairs-'))}") in without:

@@ -58,7 +58,7 @@ _REPLAY: dict[str, Any] = {
     "noise_free": 0.2,
     "min_sigma": 0.03,
     "max_sigma": 0.12,
-    "sigma": 0.1,
+    "sigma": 0.05,
     "at_one": 0.95,
     "clean": 0.125,
     "w_identity": 8.0,
