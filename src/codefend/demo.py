@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from codefend.evaluate.bench import Loaders
 
-# Sized for two slow cores, where one white-box gradient of the pocket costs 0.3 s an image: 192 + 72 of them.
+# Sized for two slow cores, where one white-box gradient of the pocket costs 0.3 s an image: 192 + 144 of them.
 DEMO = EvalConfig(
     defenses=("none", "jpeg", "diffpure:t=0.05,steps=5", "bridge"),
     attacks=("apgd",),
@@ -26,6 +26,7 @@ DEMO = EvalConfig(
     limit=8,
     adaptive=("bridge",),
     adaptive_limit=3,
+    eot=2,  # the bridge draws noise
     batch=8,
     panels=3,
 )

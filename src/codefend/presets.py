@@ -173,7 +173,9 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "quick",
             "evaluate in minutes: 16 images a task, 8/255, APGD-20, oblivious and adaptive",
-            _config("evaluate", "EvalConfig", defenses=_DEFENSES, limit=16, steps=20, adaptive=("jpeg", "bridge")),
+            _config(
+                "evaluate", "EvalConfig", defenses=_DEFENSES, limit=16, steps=20, adaptive=("jpeg", "bridge"), eot=3
+            ),
         ),
         Preset(
             "photographs",
@@ -183,7 +185,9 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "standard",
             "evaluate in an hour or two on 2 cores: 64 images a task, APGD-100 oblivious, adaptive on the bridge",
-            _config("evaluate", "EvalConfig", defenses=_DEFENSES, limit=64, adaptive=("bridge",), adaptive_limit=24),
+            _config(
+                "evaluate", "EvalConfig", defenses=_DEFENSES, limit=64, adaptive=("bridge",), adaptive_limit=24, eot=4
+            ),
         ),
         Preset(
             "full",
