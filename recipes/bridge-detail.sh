@@ -3,22 +3,16 @@
 # detection score. Needs bridge.sh.
 source "$(dirname "$0")/common.sh"
 
-# training RUN START BANKS KEY=VALUE...
-training() {
-  settings "prior=$2" "pairs=$3" "victim=$POCKET" "${@:4}"
-  stage codefend train bridge --run "$1" "${options[@]}"
-}
-
 bridge="$RUNS/bridge-detail"
 a="$RUNS/pairs-a" b="$RUNS/pairs-b" c="$RUNS/pairs-c" d="$RUNS/pairs-d" e="$RUNS/pairs-e" f="$RUNS/pairs-f"
 late=(noise_free=0.8 at_one=0.9 warmup=20)
 short=("${late[@]}" clean=0.35 lean=true mining_steps=2 lr=3e-4 w_words=0.6)
-training "$bridge-3" "$RUNS/bridge-2/weights" "$a,$b,$b,$b,$b" "${short[@]}" steps=320 seed=1 w_identity=24 mined=0.2
-training "$bridge-4" "$bridge-3/weights" "$a,$b,$b,$b,$c,$c,$c" "${short[@]}" steps=420 seed=2 w_identity=32 mined=0.3 \
+training bridge "$bridge-3" "$RUNS/bridge-2/weights" "$a,$b,$b,$b,$b" "${short[@]}" steps=320 seed=1 w_identity=24 mined=0.2
+training bridge "$bridge-4" "$bridge-3/weights" "$a,$b,$b,$b,$c,$c,$c" "${short[@]}" steps=420 seed=2 w_identity=32 mined=0.3 \
   answers=0.5 answers_batch=4 w_answers=0.3
-training "$bridge-5" "$bridge-4/weights" "$a,$d,$b,$b,$b,$c,$c,$c,$c,$e,$e,$e,$e" "${late[@]}" steps=600 seed=4 \
+training bridge "$bridge-5" "$bridge-4/weights" "$a,$d,$b,$b,$b,$c,$c,$c,$c,$e,$e,$e,$e" "${late[@]}" steps=600 seed=4 \
   w_identity=28 clean=0.3 mined=0 lr=4e-4 w_words=0.8 w_features=1.2
-training "$bridge" "$bridge-5/weights" "$a,$d,$f,$f,$f,$c,$c,$e,$e,$e" noise_free=0.85 at_one=0.9 warmup=20 \
+training bridge "$bridge" "$bridge-5/weights" "$a,$d,$f,$f,$f,$c,$c,$e,$e,$e" noise_free=0.85 at_one=0.9 warmup=20 \
   steps=500 seed=5 w_identity=32 clean=0.3 mined=0 lr=4e-4 w_words=0.7 w_features=1.4
 stage codefend calibrate "$bridge/weights" --set "pairs=$RUNS/pairs-held-out"
 echo "done: $bridge/weights"

@@ -3,12 +3,6 @@
 # score. Needs pairs.sh. In one training, like the peers: bridge-plain.sh.
 source "$(dirname "$0")/common.sh"
 
-# training PRESET RUN START BANKS KEY=VALUE...
-training() {
-  settings "prior=$3" "pairs=$4" "victim=$POCKET" "${@:5}"
-  stage codefend train "$1" --run "$2" "${options[@]}"
-}
-
 bridge="$RUNS/bridge"
 a="$RUNS/pairs-a" b="$RUNS/pairs-b" c="$RUNS/pairs-c" d="$RUNS/pairs-d" e="$RUNS/pairs-e" f="$RUNS/pairs-f"
 training bridge "$bridge-1" "$PRIOR" "$RUNS/pairs" steps=900

@@ -27,3 +27,9 @@ settings() {
   options=()
   for setting in "$@"; do options+=(--set "$setting"); done
 }
+
+# training PRESET RUN START BANKS KEY=VALUE...: one of the bridge's trainings, from the weights in START.
+training() {
+  settings "prior=$3" "pairs=$4" "victim=$POCKET" "${@:5}"
+  stage codefend train "$1" --run "$2" "${options[@]}"
+}

@@ -291,6 +291,8 @@ def test_an_interrupted_training_on_replayed_pairs_equals_an_uninterrupted_one(
 def test_replays_that_a_checkpoint_would_cut_are_refused() -> None:
     with pytest.raises(UserError, match="replay must divide save_every=50"):
         BridgeConfig(replay=3)
+    with pytest.raises(UserError, match="climb the whole loss"):
+        BridgeConfig(replay=5, without=("words",))
 
 
 # --- batches, start, config ------------------------------------------------------------------------------------------

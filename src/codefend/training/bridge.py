@@ -84,12 +84,16 @@ class BridgeConfig:
     answers_batch: int = 4  # pictures in such a step: the language model is dear
     w_answers: float = 0.0  # in such a step: language-model loss of the true answers on the purified pictures
     photographs: str = ""  # a folder of your own photographs, for pairs mined in the loop
-    replay: int = 1  # steps on the same pairs, each made harder by the step before: `replay.py`; then nothing is mined
+    # Steps on the same pairs, each made harder by the step before (`replay.py`). Then nothing else is mined: `mined` is
+    # the share of batches that start at random instead of in a bank, and mining's own settings but `max_eps` say nothing.
+    replay: int = 1
     replay_step: float = 0.5  # by how much, in units of each pair's own radius
 
     def __post_init__(self) -> None:
         if self.replay < 1 or self.save_every % self.replay:
             raise UserError(f"replay must divide save_every={self.save_every}, got {self.replay}")
+        if self.replay > 1 and {"features", "words"} & set(self.without):
+            raise UserError("replayed pairs climb the whole loss, features and words: set replay=1 to leave one out")
         if self.mined and {"features", "words"} <= set(self.without):
             raise UserError("without=features,words leaves nothing to mine: keep one, or set mined=0")
 
@@ -136,12 +140,7 @@ def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
             started = time.perf_counter()
             set_rate(optimizer, cosine_rate(step, config.steps, warmup=config.warmup))
             optimizer.zero_grad()
-            found = [
-                _add_replayed(config, net, replays, guide, images, number)
-                if config.replay > 1
-                else _add_gradients(config, net, average, guide, images, number)
-                for number, images in batches
-            ]
+            found = [_add_gradients(config, net, average, replays, guide, images, number) for number, images in batches]
             workers.sum_gradients(list(net.parameters()))
             terms = workers.mean_terms(found)
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -161,41 +160,33 @@ def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
 
 
 def _add_gradients(
-    config: BridgeConfig, net: PurifierNet, average: Average, guide: Guide | OwnGuide, images: Images, number: int
+    config: BridgeConfig,
+    net: PurifierNet,
+    average: Average,
+    replays: Replays,
+    guide: Guide | OwnGuide,
+    images: Images,
+    number: int,
 ) -> dict[str, Tensor]:
     """Add the gradients of micro-batch ``number`` to the network's; its weighted terms, the same for every batch."""
     device = default_device()
     clean, attacked, texts = images
+    clean, attacked = clean.to(device), attacked.to(device)
     step = Step(config, guide, number, make_generator(config.seed, "bridge", number), texts)
+    replayed, slot = config.replay > 1, number % config.micro
     with training_precision(device):
-        target = averaged(net, average) if _attacks_average(config, number) else net
-        pair = training_pair(step, target, clean.to(device), attacked.to(device))
-        terms = bridge_terms(step, net, *pair)
-    return _backward(config, terms)
-
-
-def _add_replayed(
-    config: BridgeConfig, net: PurifierNet, replays: Replays, guide: Guide | OwnGuide, images: Images, number: int
-) -> dict[str, Tensor]:
-    """As `_add_gradients`, on pairs that are held for `replay` steps and climb the loss in between."""
-    device = default_device()
-    clean, attacked, texts = images
-    clean, slot = clean.to(device), number % config.micro
-    untouched = round(config.clean * len(clean))
-    step = Step(config, guide, number, make_generator(config.seed, "bridge", number), texts)
-    if number // config.micro % config.replay == 0:
-        replays.begin(slot, clean, attacked.to(device), untouched=untouched, generator=step.draw)
-    present = replays.pictures(slot)
-    with training_precision(device):
-        terms = bridge_terms(step, net, clean, present)
-    terms = _backward(config, terms)
-    replays.climb(slot, clean, present)
-    return terms
-
-
-def _backward(config: BridgeConfig, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add the gradients of a micro-batch's loss; its terms, the same names for every batch."""
+        if replayed:
+            if number // config.micro % config.replay == 0:
+                untouched = round(config.clean * len(clean))
+                replays.begin(slot, clean, attacked, untouched=untouched, generator=step.draw)
+            attacked = replays.pictures(slot)
+        else:
+            target = averaged(net, average) if _attacks_average(config, number) else net
+            clean, attacked = training_pair(step, target, clean, attacked)
+        terms = bridge_terms(step, net, clean, attacked)
     (torch.stack(list(terms.values())).sum() / config.micro).backward()
+    if replayed:
+        replays.climb(slot, clean, attacked)
     if config.w_answers and "answers" not in terms:
         terms["answers"] = terms["bridge"].new_zeros(())
     return terms
@@ -252,18 +243,12 @@ def open_bank(config: BridgeConfig) -> Bank | StreamedBank:
 
 
 def _images(config: BridgeConfig, bank: Bank | StreamedBank, number: int) -> Images:
-    """The pictures of micro-batch ``number``; with `replay`, those of the first step that trains on them."""
-    if config.replay == 1:
-        return _drawn(config, bank, number)
+    """The pictures of micro-batch ``number``: those of the first step that trains on them."""
     step, slot = divmod(number, config.micro)
-    return _redrawn(config, bank, step // config.replay * config.replay * config.micro + slot)
+    return _drawn(config, bank, step // config.replay * config.replay * config.micro + slot)
 
 
 @lru_cache(maxsize=8)  # replayed pictures are not composed again
-def _redrawn(config: BridgeConfig, bank: Bank | StreamedBank, step: int) -> Images:
-    return _drawn(config, bank, step)
-
-
 def _drawn(config: BridgeConfig, bank: Bank | StreamedBank, step: int) -> Images:
     """A step's pictures ``[B, 3, H, W]``, their attacked forms, and a (prompt, answer) each.
 
