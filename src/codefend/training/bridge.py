@@ -85,7 +85,7 @@ class BridgeConfig:
     w_answers: float = 0.0  # in such a step: language-model loss of the true answers on the purified pictures
     photographs: str = ""  # a folder of your own photographs, for pairs mined in the loop
     # Steps on the same pairs, each made harder by the step before (`replay.py`). Then nothing else is mined: `mined` is
-    # the share of batches that start at random instead of in a bank, and mining's own settings but `max_eps` say nothing.
+    # the share of batches that start at random instead of in a bank; of mining's own settings only `max_eps` counts.
     replay: int = 1
     replay_step: float = 0.5  # by how much, in units of each pair's own radius
 
