@@ -47,8 +47,6 @@ def check(config: SearchConfig) -> None:
         _check_gepa(config)
     if config.method == "soft" and config.soft.tokens > MAX_TOKENS:
         raise UserError(f"soft.tokens must be 1 to {MAX_TOKENS}, not {config.soft.tokens}")
-    if config.method == "generator" and not config.generator.samples + config.generator.bank:
-        raise UserError("generator.samples and generator.bank are both 0: nothing is left to learn from")
 
 
 def _whole_numbers(config: SearchConfig) -> list[tuple[str, int, int]]:
@@ -70,6 +68,7 @@ def _whole_numbers(config: SearchConfig) -> list[tuple[str, int, int]]:
         ("generator.check_every", generator.check_every, 1),
         ("generator.samples", generator.samples, 0),
         ("generator.bank", generator.bank, 0),
+        ("generator.pictures", generator.pictures, 1),
     ]
 
 

@@ -35,7 +35,7 @@ def save_folder(policy: AnyPolicy, folder: Path, card: str = "") -> Path:
     if isinstance(policy, GeneratedPolicy):
         values = {name: p.detach().half() for name, p in policy.writer.adapters().items()}
         rank = next(p.shape[0] for name, p in values.items() if "lora_A" in name)
-        settings |= {"kind": "generator", "rank": rank, "tokens": policy.tokens}
+        settings |= {"kind": "generator", "rank": rank, "tokens": policy.tokens, "place": policy.place}
         save_checkpoint(folder / "model.safetensors", values)
     else:
         settings |= {"kind": "soft", "victim": policy.victim}
@@ -82,7 +82,8 @@ def _generator(settings: Any, tensors: Any, writer: Writer) -> GeneratedPolicy:
         parameter.data.copy_(tensors[name])
     for parameter in writer.adapters().values():
         parameter.requires_grad_(False)
-    return GeneratedPolicy(settings["name"], writer, int(settings["tokens"]), settings["key"])
+    place = settings.get("place", "before")
+    return GeneratedPolicy(settings["name"], writer, int(settings["tokens"]), settings["key"], place)
 
 
 def language_model() -> Writer:
