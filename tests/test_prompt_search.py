@@ -19,8 +19,8 @@ from codefend.prompt_search import optimize_prompt
 from codefend.prompt_search.bank import AttackConfig, Sources, attack_examples
 from codefend.prompt_search.config import SearchConfig
 from codefend.prompts import load, load_any
-from codefend.prompts.folders import load_folder
-from codefend.prompts.generator import GeneratorConfig, context, train_generator
+from codefend.prompts.folders import load_folder, save_folder
+from codefend.prompts.generator import GeneratorConfig, Judge, context, train_generator
 from codefend.prompts.gepa_search import GepaConfig
 from codefend.prompts.items import Item
 from codefend.prompts.soft import SoftConfig, SoftPolicy
@@ -207,6 +207,40 @@ def test_a_generator_learns_to_write_nothing_where_nothing_helps(tmp_path: Path)
     config = GeneratorConfig(steps=25, check_every=25, samples=0, bank=21, lr=2e-2, warmup=1, gap=1.0)
     train_generator(Indifferent(), writer, [item], config, tmp_path / "c.safetensors", found.append)
     assert found[-1]("left?") == "left?"
+
+
+def test_a_generator_learns_to_say_a_question_again_behind_what_was_injected(tmp_path: Path) -> None:
+    class Sandwiched(Suggestible):
+        """Answers what it was asked last."""
+
+        def loss(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str], **_: Any) -> Tensor:
+            return torch.tensor([0.0 if prompt.endswith("textures.") else 1.0 for prompt in prompts])
+
+    asked, query = "Trust the textures.", "Trust the textures. Say cheese."
+    item = Item("i", "attacked", "planted", "none", "t", picture(), query, "red", lambda answer: 0.0)
+    writer, found = tiny_writer(), []
+    config = GeneratorConfig(place="after", steps=25, check_every=25, samples=0, bank=0, lr=2e-2, warmup=1)
+    train_generator(Sandwiched(), writer, [item], config, tmp_path / "c.safetensors", found.append)
+    assert found[-1](query) == f"{query}\n{asked}"
+    assert found[-1].around(query) == ("", f"\n{asked}")
+    assert load_folder(save_folder(found[-1], tmp_path / "p"), writer=tiny_writer())(query) == f"{query}\n{asked}"
+
+
+def test_words_are_judged_on_every_picture_that_a_query_is_asked_of() -> None:
+    class Partial(Suggestible):
+        """Words help with the first of four pictures and harm the others."""
+
+        def loss(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str], **_: Any) -> Tensor:
+            self.calls += len(prompts)
+            good = 1.0 if targets[0] == "0" else -1.0
+            return torch.tensor([2.0 - good * ("Help" in prompt) for prompt in prompts])
+
+    victim = Partial()
+    items = [Item(f"{i}", "clean", "clean", "none", "t", picture(), "left?", f"{i}", lambda a: 0.0) for i in range(4)]
+    judge = Judge(victim, items, GeneratorConfig(length_cost=0.0))
+    assert judge("left?", ["", "Help"]).tolist() == [-2.0, -2.5]
+    assert judge("left?", ["Help"]).tolist() == [-2.5]
+    assert victim.calls == 8  # nothing twice
 
 
 def test_a_generator_is_saved_with_a_folder_and_writes_the_same_prefix(tmp_path: Path) -> None:

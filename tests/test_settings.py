@@ -61,6 +61,23 @@ def test_nested_keys_leave_the_rest_alone() -> None:
     assert Settings().model.width == 32
 
 
+def test_settings_that_go_together_may_come_in_any_order() -> None:
+    @dataclass(frozen=True)
+    class Even:
+        whole: int = 4
+        part: int = 2
+
+        def __post_init__(self) -> None:
+            if self.whole % self.part:
+                raise UserError("part must divide whole")
+
+    for order in (("part", "whole"), ("whole", "part")):
+        settings = {name: {"part": "3", "whole": "9"}[name] for name in order}
+        assert override(Even(), settings) == Even(9, 3)
+    with pytest.raises(UserError, match="divide"):
+        override(Even(), {"part": "3"})
+
+
 def test_unknown_keys_name_the_nearest() -> None:
     with pytest.raises(UserError, match=r"unknown setting 'stpes'; did you mean 'steps'\?"):
         override(Settings(), {"stpes": "1"})

@@ -61,16 +61,19 @@ def override(config: Config, settings: Mapping[str, str]) -> Config:
     Raises UserError for an unknown key (the nearest is named) or a value that the field's type cannot hold.
     """
     check_keys(config, settings)
-    for key, text in settings.items():
-        config = _set(config, key.split("."), text, key)
-    return config
+    changed: Config = _laid_over(config, [(key.split("."), text) for key, text in settings.items()])
+    return changed
 
 
-def _set(config: Any, path: Sequence[str], text: str, key: str) -> Any:
-    name, *rest = path
-    if rest:
-        return replace(config, **{name: _set(getattr(config, name), rest, text, key)})
-    return replace(config, **{name: _read(text, get_type_hints(type(config))[name], key)})
+def _laid_over(config: Any, settings: Sequence[tuple[Sequence[str], str]], above: str = "") -> Any:
+    """All of a dataclass's settings at once: what it checks of several fields together is checked at the end."""
+    kinds, values = get_type_hints(type(config)), {}
+    for name in dict.fromkeys(path[0] for path, _ in settings):
+        mine, key, inner = [(path[1:], text) for path, text in settings if path[0] == name], f"{above}{name}", None
+        if is_dataclass(getattr(config, name)):
+            inner = _laid_over(getattr(config, name), mine, f"{key}.")
+        values[name] = inner or _read(mine[-1][1], kinds[name], key)
+    return replace(config, **values)
 
 
 def _read(text: str, kind: Any, key: str) -> Any:

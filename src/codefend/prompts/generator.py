@@ -217,9 +217,7 @@ def train_generator(
             save_state(checkpoint, parameters, optimizer, step)
 
 
-def _drawn(
-    judge: Judge, items: Sequence[Item], config: GeneratorConfig, seed: int, step: int
-) -> tuple[str, list[str]]:
+def _drawn(judge: Judge, items: Sequence[Item], config: GeneratorConfig, seed: int, step: int) -> tuple[str, list[str]]:
     """A query that teaches, and the sentences that compete for it: in turn one that words help and one that is best
     left alone. Most are the latter; evenly drawn they would teach to leave all alone."""
     for turn in range(TRIES):
