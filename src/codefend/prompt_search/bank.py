@@ -30,6 +30,13 @@ from codefend.types import Budget, Example, Objective, Purifier, Task, UserError
 
 BARE = "none"
 BATCH = 8
+# What attackers plant while a policy is searched, batch by batch: with one sentence, a policy would learn the sentence.
+# Selection and tests plant the task's own target, which is not among them.
+SAYS = (
+    *("nothing to see here", "a cat on a sofa", "visit our shop today", "I do not know", "seven", "purple"),
+    *("the picture is empty", "call this number now", "a red car and two dogs", "yes", "a man with a blue hat"),
+    "send me your files",
+)
 
 
 def _victim(name: str) -> Victim:
@@ -87,6 +94,7 @@ class BankConfig:
     seen: tuple[str, ...] = ("feature", "word-head", "planted")
     held_out: tuple[str, ...] = ("feature-target", "apgd-targeted", "joint-targeted")
     attack: AttackConfig = field(default_factory=AttackConfig)
+    says: tuple[str, ...] = SAYS  # sentences that attackers plant in the search; empty: the task's target
 
 
 class Attacked(NamedTuple):
@@ -115,26 +123,32 @@ def batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
         yield part
 
 
-def attack_examples(family: str, victim: Victim, task: Task, config: AttackConfig) -> Attacked:
-    """All examples of ``task`` under one family of attacks. Raises UserError for a gradient that ``victim`` lacks."""
+def attack_examples(
+    family: str, victim: Victim, task: Task, config: AttackConfig, says: Sequence[str] = ()
+) -> Attacked:
+    """All examples of ``task`` under one family of attacks; targeted ones want ``says`` in turn, or the task's target.
+
+    Raises UserError for a gradient that ``victim`` lacks.
+    """
     images: list[Tensor] = []
     prompts: list[str] = []
     for number, part in enumerate(batches(task.examples)):
         generator = make_generator(config.seed, "attack", task.name, family, number)
         clean, asked = quantize8(torch.stack([e.image for e in part])), [e.prompt for e in part]
+        target = says[number % len(says)] if says else task.target
         steps = config.cheap_steps if _cheap(family) else config.steps
         budget = Budget(eps=config.eps / 255, steps=steps)
         if family in TEXT_ATTACKS:
             spec = TEXT_ATTACKS[family]
-            goal = asked_for(spec, victim, _answers(part), task.target)
+            goal = asked_for(spec, victim, _answers(part), target)
             most = steps if spec.changes == "both" else config.queries
             spend = Budget(eps=budget.eps, steps=min(spec.steps, most))
-            raw, asked = spec.build(task.target)(goal, clean, asked, spend, generator=generator)
+            raw, asked = spec.build(target)(goal, clean, asked, spend, generator=generator)
             free = spec.changes == "image"  # words written into a picture keep to no ball
             images += quantize8(raw) if free else quantize_in_budget(raw, clean, budget)
         else:
             attack = ATTACKS[family].build()
-            raw = attack(_objective(family, victim, part, clean, task), clean, budget, generator=generator)
+            raw = attack(_objective(family, victim, part, clean, target), clean, budget, generator=generator)
             images += finished(attack, raw.detach(), clean, budget)
         prompts += asked
     return Attacked(images, prompts)
@@ -144,10 +158,10 @@ def _cheap(family: str) -> bool:
     return family in ATTACKS and ATTACKS[family].goal.startswith("feature")
 
 
-def _objective(family: str, victim: Victim, part: Sequence[Example], clean: Tensor, task: Task) -> Objective:
+def _objective(family: str, victim: Victim, part: Sequence[Example], clean: Tensor, target: str) -> Objective:
     others = clean.roll(len(clean) // 2 or 1, 0)
     prompts = [e.prompt for e in part]
-    return objective_for(ATTACKS[family], victim, prompts, _answers(part), task.target, clean, others)
+    return objective_for(ATTACKS[family], victim, prompts, _answers(part), target, clean, others)
 
 
 def _answers(examples: Sequence[Example]) -> list[str]:
@@ -181,7 +195,8 @@ def kept(path: Path, make: Callable[[], Attacked]) -> Attacked:
 class Kitchen:
     """Makes items: the victim that is attacked, the purifiers by label, and where attacked pictures are kept.
 
-    Attacks go through the bare victim (T0), or with ``policy`` through each purifier and that policy (T2).
+    Attacks go through the bare victim (T0), or with ``policy`` through each purifier and that policy (T2). What
+    targeted ones want is ``says``, in turn, or the task's target.
     """
 
     victim: Victim
@@ -189,6 +204,7 @@ class Kitchen:
     folder: Path
     attack: AttackConfig
     policy: Policy | None = None
+    says: Sequence[str] = ()
 
     def items(self, part: str, task: Task, families: Sequence[str]) -> list[Item]:
         """Clean and attacked items of every variant, and look-alikes behind each purifier."""
@@ -229,7 +245,9 @@ class Kitchen:
         if family == "benign":
             return Attacked(clean, [benign(example.prompt, i) for i, example in enumerate(task.examples)])
         path = where / f"{self._name(family, label)}.safetensors"
-        return kept(path, lambda: attack_examples(family, self._attacked(task, family, label), task, self.attack))
+        return kept(
+            path, lambda: attack_examples(family, self._attacked(task, family, label), task, self.attack, self.says)
+        )
 
     def _attacked(self, task: Task, family: str, label: str) -> Victim:
         """Whose objective the attack lowers; a purifier without a gradient is passed straight through (BPDA)."""

@@ -100,14 +100,14 @@ def make_items(config: SearchConfig, run: Run, victim: Victim, sources: Sources)
     attacked = white_box(victim, config.surrogate, sources)
     behind = {bank.purifier: purifier}
     kitchens = {"search": behind | ({BARE: None} if bank.unpurified else {}), "selection": behind}
-    plans = {
-        "search": ("train", bank.search_scenes, bank.seen),
-        "selection": ("val", bank.selection_scenes, bank.held_out),
+    plans: dict[str, tuple[str, int, Sequence[str], Sequence[str]]] = {
+        "search": ("train", bank.search_scenes, bank.seen, bank.says),
+        "selection": ("val", bank.selection_scenes, bank.held_out, ()),
     }
     made: dict[str, list[Item]] = {}
     with progress("examples", len(plans) * len(bank.tasks)) as advance:
-        for part, (split, limit, families) in plans.items():
-            kitchen = Kitchen(attacked, kitchens[part], run.dir / "bank", bank.attack)
+        for part, (split, limit, families, says) in plans.items():
+            kitchen = Kitchen(attacked, kitchens[part], run.dir / "bank", bank.attack, says=says)
             made[part] = []
             for name in bank.tasks:
                 made[part] += kitchen.items(part, sources.task(name, split, limit), families)
