@@ -240,21 +240,17 @@ def bridge_purify(
     *,
     evaluations: int = 1,
     sigma: float = 0.0,  # noise added before the first evaluation, pixels in [0, 1]
-    passes: int = 1,
     checkpoint: bool = False,
     generator: Generator | None = None,
 ) -> Tensor:
     """Walk the bridge from s = 1 to 0, halving s: x <- x0 + (s'/s)(x - x0), the last step to s' = 0.
 
-    More ``passes`` walk it again from where the last one ended, each behind noise of its own.
-
     One evaluation returns the network's own prediction. Shift and noise shrink together along the line through x0,
     so the level at s is s * sigma and a perfect predictor gives the same image for any number of evaluations.
     """
-    x, times = images, [0.5**k for k in range(evaluations)] + [0.0]
-    for _ in range(passes):
-        x = x + sigma * noise_like(x, generator) if sigma > 0 else x
-        for now, then in pairwise(times):
-            x0 = evaluate(net, x, per_image(now, x), per_image(now * sigma, x), checkpoint=checkpoint)
-            x = x0 + then / now * (x - x0)
+    x = images + sigma * noise_like(images, generator) if sigma > 0 else images
+    times = [0.5**k for k in range(evaluations)] + [0.0]
+    for now, then in pairwise(times):
+        x0 = evaluate(net, x, per_image(now, x), per_image(now * sigma, x), checkpoint=checkpoint)
+        x = x0 + then / now * (x - x0)
     return x

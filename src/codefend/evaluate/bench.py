@@ -241,7 +241,7 @@ def shortened(
     wanted = {choice.means.process for choice in attacks.values()} - {0}
     for label, evaluations in product(contenders, wanted):
         choice, own = DefenseChoice.parse(label), contenders[label].cost.get("evaluations") or 0
-        for key in ("passes", "evaluations", "steps") if own > evaluations else ():
+        for key in ("evaluations", "steps") if own > evaluations else ():
             try:
                 shorter = loaders.purifier(choice.name, **{**choice.options, key: evaluations})
             except (UserError, TypeError):

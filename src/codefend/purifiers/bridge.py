@@ -18,14 +18,11 @@ class BridgeOptions:
 
     evaluations: int = 1
     sigma: float = 0.0  # noise added before the first evaluation, pixels in [0, 1]
-    passes: int = 1  # purify what was purified, behind new noise each time
     checkpoint: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.evaluations <= 4:
             raise UserError(f"bridge evaluations must be 1 to 4, got {self.evaluations}")
-        if not 1 <= self.passes <= 8:
-            raise UserError(f"bridge passes must be 1 to 8, got {self.passes}")
         if not 0 <= self.sigma <= 0.5:
             raise UserError(f"bridge sigma must be 0 to 0.5, got {self.sigma:g}")
 
@@ -36,18 +33,12 @@ class Bridge(NetPurifier):
     def __init__(self, net: PurifierNet, options: BridgeOptions | None = None, *, name: str | None = None) -> None:
         super().__init__(net)
         self.options = options = options or BridgeOptions()
-        self.evaluations = options.evaluations * options.passes
+        self.evaluations = options.evaluations
         self.stochastic = options.sigma > 0
         self.name = name or spelled("bridge", options, BridgeOptions())
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
         o = self.options
         return bridge_purify(
-            self.net,
-            images,
-            evaluations=o.evaluations,
-            sigma=o.sigma,
-            passes=o.passes,
-            checkpoint=o.checkpoint,
-            generator=generator,
+            self.net, images, evaluations=o.evaluations, sigma=o.sigma, checkpoint=o.checkpoint, generator=generator
         )
