@@ -5,6 +5,7 @@
 #   recipes/pairs.sh && recipes/bridge.sh && recipes/bridge-detail.sh
 #   recipes/bridge-plain.sh                        # and peers: hgd, flowpure, flowpure-gauss, adbm, codefend-r, fare
 #   recipes/compare.sh && recipes/ablations.sh     # tables
+#   recipes/prompts.sh                             # words around the question
 # Without POCKET, PRIOR and BRIDGE the shipped weights are used.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -189,7 +189,9 @@ def test_a_generator_learns_to_write_what_the_victim_is_better_with(tmp_path: Pa
         return writer.log_likelihood([context(writer, "left?")], [HELP]).item()
 
     before = likelihood()
-    config = GeneratorConfig(steps=25, check_every=25, samples=0, bank=21, lr=2e-2, warmup=1, length_cost=0.0)
+    config = GeneratorConfig(
+        place="before", steps=25, check_every=25, samples=0, bank=21, lr=2e-2, warmup=1, length_cost=0.0
+    )
     train_generator(Fond(), writer, [item], config, tmp_path / "c.safetensors", found.append)
     assert likelihood() > before + 1
     assert found[-1]("left?") == f"{HELP}\nleft?"
@@ -248,7 +250,7 @@ def test_a_generator_is_saved_with_a_folder_and_writes_the_same_prefix(tmp_path:
     outcome = optimize_prompt(config, tmp_path, sources=sources())
     policy, again = (load_folder(outcome.folder, writer=tiny_writer()) for _ in range(2))
     assert policy("left?") == again("left?")
-    assert policy("left?").endswith("left?")
+    assert policy("left?").startswith("left?")
     assert policy.key == json.loads((outcome.folder / "policy.json").read_text())["key"]
     (outcome.folder / "model.safetensors").unlink()
     with pytest.raises(UserError):

@@ -92,7 +92,7 @@ class BankConfig:
     search_scenes: int = 12  # pictures per task
     selection_scenes: int = 16
     seen: tuple[str, ...] = ("feature", "word-head", "planted")
-    held_out: tuple[str, ...] = ("feature-target", "apgd-targeted", "joint-targeted")
+    held_out: tuple[str, ...] = ("feature-target", "apgd-targeted", "joint-targeted", "injection")
     attack: AttackConfig = field(default_factory=AttackConfig)
     says: tuple[str, ...] = SAYS  # sentences that attackers plant in the search; empty: the task's target
 

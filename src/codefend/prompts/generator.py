@@ -42,21 +42,21 @@ class GeneratorConfig:
     For each query ``samples`` prefixes of its own, ``bank`` sentences and the query's own sentences compete.
     """
 
-    place: Place = "before"  # where the written words stand: a suffix has the last word after what was injected
+    place: Place = "after"  # where the written words stand; after: they have the last word over what was injected
     rank: int = 8
-    tokens: int = 14  # of a prefix, at most
-    steps: int = 160
-    samples: int = 4
-    bank: int = 4
+    tokens: int = 24  # of a prefix, at most
+    steps: int = 300
+    samples: int = 0  # from a writer that is silent at first they teach little, and each costs an answer
+    bank: int = 6
     pictures: int = 6  # that a query is judged on, at most: those of the examples that it is asked of
     temperature: float = 1.0
-    sharpness: float = 0.5  # of the weights, in standard deviations of the rewards; smaller: nearer to best of n
+    sharpness: float = 0.25  # of the weights, in standard deviations of the rewards; smaller: nearer to best of n
     gap: float = 0.1  # nats; where no prefix gains more than this over none, the lesson is to write none
     length_cost: float = 0.0005  # nats per character
-    lr: float = 3e-4
+    lr: float = 1e-3
     warmup: int = 10
-    clean_share: float = 0.3
-    check_every: int = 40
+    clean_share: float = 0.25
+    check_every: int = 100
 
 
 @dataclass
