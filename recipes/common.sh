@@ -2,7 +2,7 @@
 # run a recipe again until it says that it is done. From nothing, in this order:
 #   recipes/pocket.sh && recipes/prior.sh
 #   export POCKET=runs/pocket-2/weights PRIOR=runs/prior/weights BRIDGE=runs/bridge/weights
-#   recipes/pairs.sh && recipes/bridge.sh && recipes/bridge-detail.sh
+#   recipes/pairs.sh && recipes/bridge.sh && recipes/bridge-detail.sh && recipes/bridge-coarse.sh
 #   recipes/bridge-plain.sh                        # and peers: hgd, flowpure, flowpure-gauss, adbm, codefend-r, fare
 #   recipes/compare.sh && recipes/ablations.sh     # tables
 #   recipes/prompts.sh                             # words around the question

@@ -48,7 +48,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     for kind in ("prior", "bridge", "hgd", "flowpure", "flowpure-gauss", "adbm", "codefend-r"):
         save_net(folder / kind, random_net(), kind=kind)
-    save_net(folder / "bridge-detail", random_net(), kind="bridge")
+    for name in ("bridge-detail", "bridge-coarse"):
+        save_net(folder / name, random_net(), kind="bridge")
     return folder
 
 

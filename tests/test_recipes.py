@@ -77,7 +77,7 @@ def test_the_bridges_trainings_follow_one_another_on_banks_that_exist(
     assert all(set(made["pairs"]) <= banks for made in (*ours, *detail))
 
 
-@pytest.mark.parametrize("name", ["bridge", "bridge-detail"])
+@pytest.mark.parametrize("name", ["bridge", "bridge-detail", "bridge-coarse"])
 def test_recipe_repeats_what_the_shipped_weights_say_of_themselves(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

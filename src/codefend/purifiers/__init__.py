@@ -203,6 +203,12 @@ PURIFIERS: dict[str, PurifierSpec] = {
             _shipped("bridge-detail", "bridge-detail"),
         ),
         PurifierSpec(
+            "bridge-coarse",
+            "the bridge trained for words alone, behind noise of 0.1: best at attacks it never met, least detail",
+            "CoDefend; as bridge",
+            _shipped("bridge-coarse", "bridge-coarse"),
+        ),
+        PurifierSpec(
             "hgd",
             "peer: one residual evaluation, trained on static pairs to keep a model's features",
             "HGD, Liao et al. 2018, arXiv 1712.02976",
