@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The three policies that ship for the pocket, behind BRIDGE, then all of them side by side. GEPA's search goes another
-# way each time the victim or the purifier changes.
+# A policy of each kind for the pocket, behind BRIDGE, then all of them side by side. generator-pocket came from this;
+# soft-pocket and gepa-pocket were searched behind an earlier bridge, as their cards say.
 source "$(dirname "$0")/common.sh"
 
 # search METHOD KEY=VALUE...: one search; its policy is in prompt-METHOD/policy.

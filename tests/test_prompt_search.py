@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 
 from codefend.attacks import ATTACKS
+from codefend.attacks.text import Asked
 from codefend.defense import DefendedVictim, Defense
 from codefend.images import quantize8
 from codefend.prompt_search import optimize_prompt
 from codefend.prompt_search.bank import AttackConfig, Sources, attack_examples
 from codefend.prompt_search.config import SearchConfig
+from codefend.prompt_search.search import make_items
 from codefend.prompts import load, load_any
 from codefend.prompts.folders import load_folder, save_folder
 from codefend.prompts.generator import GeneratorConfig, Judge, context, train_generator
 from codefend.prompts.gepa_search import GepaConfig
 from codefend.prompts.items import Item
 from codefend.prompts.soft import SoftConfig, SoftPolicy
-from codefend.runs import read_rows
+from codefend.runs import open_run, read_rows
 from codefend.types import UserError
 from prompts_kit import BANK, HELP, Killed, Suggestible, black_box, picture, sources, tiny_writer
 from toys import task
@@ -173,6 +175,27 @@ def test_the_bank_leaves_an_attack_with_a_bound_of_its_own_unclipped(family: str
     clean, attacked = torch.stack([e.image for e in noisy]), torch.stack(found.images)
     assert float((attacked - clean).abs().max()) > 4 / 255
     assert ATTACKS[family].build().outside(attacked, clean).tolist() == [0, 0, 0, 0]
+
+
+def test_attackers_plant_other_sentences_in_the_search_than_in_the_selection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked_for(*_: object) -> Asked:
+        """The longer the prompt, the better for the attacker."""
+        return lambda prompts: lambda images: -torch.tensor([float(len(prompt)) for prompt in prompts])
+
+    monkeypatch.setattr("codefend.prompt_search.bank.asked_for", asked_for)
+    bank = replace(CONFIG.bank, seen=("planted",), held_out=("injection",), search_scenes=12, says=("one", "two"))
+    known = sources()
+    with open_run(tmp_path, {}) as run:
+        made = make_items(replace(CONFIG, bank=bank), run, known.victim(CONFIG.victim), known)
+    searched, selected = (" ".join(i.prompt for i in items if i.group == "attacked") for items in made)
+    target = known.task(bank.tasks[0], "val", 1).target
+    assert "one" in searched.split()
+    assert "two" in searched.split()
+    assert target
+    assert target not in searched
+    assert target in selected
 
 
 def test_a_generator_learns_to_write_what_the_victim_is_better_with(tmp_path: Path) -> None:

@@ -69,10 +69,9 @@ def _laid_over(config: Any, settings: Sequence[tuple[Sequence[str], str]], above
     """All of a dataclass's settings at once: what it checks of several fields together is checked at the end."""
     kinds, values = get_type_hints(type(config)), {}
     for name in dict.fromkeys(path[0] for path, _ in settings):
-        mine, key, inner = [(path[1:], text) for path, text in settings if path[0] == name], f"{above}{name}", None
-        if is_dataclass(getattr(config, name)):
-            inner = _laid_over(getattr(config, name), mine, f"{key}.")
-        values[name] = inner or _read(mine[-1][1], kinds[name], key)
+        old, key = getattr(config, name), above + name
+        mine = [(path[1:], text) for path, text in settings if path[0] == name]
+        values[name] = _laid_over(old, mine, f"{key}.") if is_dataclass(old) else _read(mine[0][1], kinds[name], key)
     return replace(config, **values)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -33,13 +32,6 @@ def _saying(module: str, attribute: str, *, says: bool = False) -> Callable[[str
         return cast("TextAttack", getattr(import_module(f"codefend.attacks.{module}"), attribute)(**options))
 
     return build
-
-
-def _injection(say: str = "") -> TextAttack:
-    from codefend.attacks.text import INJECTIONS, Planted
-
-    attack = Planted(plants=INJECTIONS, name="injection")
-    return replace(attack, say=say) if say else attack
 
 
 def _planting_joint(say: str = "") -> TextAttack:
@@ -318,7 +310,7 @@ TEXT_ATTACKS: dict[str, TextAttackSpec] = _by_name(
         "an instruction injected behind the question: plain, behind blank lines, as a new task, or all at once",
         "Liu et al. 2024, arXiv 2310.12815",
         "score",
-        _injection,
+        _saying("text", "Injection", says=True),
         "targeted",
         steps=5,
         changes="prompt",

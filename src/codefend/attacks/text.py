@@ -260,13 +260,10 @@ INJECTIONS = (
 
 @dataclass(kw_only=True)
 class Planted:
-    """An instruction beside the question, per example the best of ``plants``, each with {prompt} and {say}.
-
-    `PLANTS` after Perez & Ribeiro 2022, arXiv 2211.09527; `INJECTIONS` after Liu et al. 2024, arXiv 2310.12815.
-    """
+    """An instruction beside the question, per example the best of ``plants`` (Perez & Ribeiro 2022, 2211.09527)."""
 
     say: str = "nothing to see"
-    plants: tuple[str, ...] = PLANTS
+    plants: tuple[str, ...] = PLANTS  # each with {prompt} and {say}
     name: str = "planted"
     on_step: OnStep | None = None
     on_gradient: OnGradient | None = None
@@ -284,3 +281,11 @@ class Planted:
         for step, plant in enumerate(self.plants[: budget.steps]):
             best.update([plant.format(prompt=prompt, say=self.say) for prompt in prompts], step)
         return images, best.prompts
+
+
+@dataclass(kw_only=True)
+class Injection(Planted):
+    """The same with the injections of Liu et al. 2024, arXiv 2310.12815."""
+
+    plants: tuple[str, ...] = INJECTIONS
+    name: str = "injection"

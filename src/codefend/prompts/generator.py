@@ -84,10 +84,7 @@ class GeneratedPolicy:
 
     def around(self, prompt: str) -> tuple[str, str]:
         """What stands before and after the user's words."""
-        words = self.prefix(prompt)
-        if not words:
-            return "", ""
-        return (f"{words}\n", "") if self.place == "before" else ("", f"\n{words}")
+        return around(self.prefix(prompt), self.place)
 
     def wrap(self, prompt: str) -> str:
         before, after = self.around(prompt)
@@ -95,6 +92,13 @@ class GeneratedPolicy:
 
     def __call__(self, prompt: str) -> str:
         return self.wrap(prompt)
+
+
+def around(words: str, place: Place) -> tuple[str, str]:
+    """What stands before and after a query when ``words`` stand at ``place``; nothing for no words."""
+    if not words:
+        return "", ""
+    return (f"{words}\n", "") if place == "before" else ("", f"\n{words}")
 
 
 def context(writer: Writer, query: str) -> list[int]:
@@ -122,11 +126,10 @@ def writer_key(writer: Writer, config: GeneratorConfig) -> str:
     return fingerprint(b"".join([REQUEST.encode(), config.place.encode(), str(config.tokens).encode(), *values]))
 
 
-def rewards(victim: Victim, item: Item, texts: Sequence[str], place: Place = "before") -> Tensor:
+def rewards(victim: Victim, item: Item, texts: Sequence[str], place: Place) -> Tensor:
     """``[n]``: log-likelihood of the right answer beside each text; of a black box, the judge's score."""
     images = item.image[None].expand(len(texts), -1, -1, -1)
-    parts = [(text, item.prompt) if place == "before" else (item.prompt, text) for text in texts]
-    prompts = ["\n".join(filter(None, pair)) for pair in parts]
+    prompts = [item.prompt.join(around(text, place)) for text in texts]
     if isinstance(victim, WhiteBox):
         with torch.no_grad():
             return -victim.loss(images, prompts, [item.answer] * len(texts))
