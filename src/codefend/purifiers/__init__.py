@@ -204,7 +204,7 @@ PURIFIERS: dict[str, PurifierSpec] = {
         ),
         PurifierSpec(
             "bridge-coarse",
-            "the bridge trained for words alone, behind noise of 0.1: more captions kept at unseen attacks, less detail",
+            "the bridge trained for words alone, behind noise of 0.1: more captions kept at unseen attacks",
             "CoDefend; as bridge",
             _shipped("bridge-coarse", "bridge-coarse"),
         ),
