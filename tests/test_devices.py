@@ -70,4 +70,4 @@ def test_purifiers_follow_the_images(name: str) -> None:
 def test_mixed_precision_is_for_machines_that_have_it() -> None:
     with devices.training_precision(torch.device("cpu")):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
-    assert product.dtype == (torch.bfloat16 if devices._has_amx() else torch.float32)
+    assert product.dtype == (torch.bfloat16 if devices._multiplies_bfloat16() else torch.float32)

@@ -38,17 +38,17 @@ def device_named(name: str, said: str) -> torch.device:
 
 
 def training_precision(device: torch.device) -> AbstractContextManager[None]:
-    """Mixed precision where it pays: bfloat16 on a GPU or a CPU with AMX tiles, else float32.
+    """Mixed precision where it pays: bfloat16 on a GPU or a CPU with units for it (AMX, AVX512-BF16), else float32.
 
     A CPU without such units emulates bfloat16, tens of times slower than float32. Never for an attack that is judged:
     its gradients are exact in float32 only.
     """
-    amx = device.type == "cpu" and _has_amx()
-    if device.type == "cuda" or amx:
+    if device.type == "cuda" or (device.type == "cpu" and _multiplies_bfloat16()):
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
 
 
-def _has_amx() -> bool:
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private, so it may be gone in another release
-    return bool(probe and probe())
+def _multiplies_bfloat16() -> bool:
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # private, so they may be gone in another release
+    probes = (getattr(torch.cpu, name, None) for name in names)
+    return any(probe() for probe in probes if probe)

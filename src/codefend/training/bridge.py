@@ -88,6 +88,7 @@ class BridgeConfig:
     # the share of batches that start at random instead of in a bank; of mining's own settings only `max_eps` counts.
     replay: int = 1
     replay_step: float = 0.5  # by how much, in units of each pair's own radius
+    blocks: tuple[int, ...] = ()  # of each resolution, finest first, where the prior has fewer: new ones do nothing yet
 
     def __post_init__(self) -> None:
         if self.replay < 1 or self.save_every % self.replay:
@@ -204,15 +205,22 @@ def _attacks_average(config: BridgeConfig, step: int) -> bool:
 
 
 def start_from_prior(config: BridgeConfig) -> PurifierNet:
-    """The prior's weights in a network with the bridge's residual bound; the identity where the prior is "none"."""
+    """The prior's weights in a network with the bridge's residual bound; the identity where the prior is "none".
+
+    ``config.blocks`` deepens it by blocks that add nothing at first. Raises UserError where they are fewer than it has.
+    """
     from codefend.purifiers import WEIGHTS
 
+    torch.manual_seed(config.seed)  # the network's initial weights only
     if config.prior == "none":
-        torch.manual_seed(config.seed)  # the network's initial weights only
-        return PurifierNet(NetConfig(residual_bound=config.residual_bound))
+        shape = NetConfig(residual_bound=config.residual_bound)
+        return PurifierNet(replace(shape, blocks=config.blocks or shape.blocks))
     prior, _ = load_net(config.prior or WEIGHTS / "prior")
-    net = PurifierNet(NetConfig(**{**prior.config.__dict__, "residual_bound": config.residual_bound}))
-    net.load_state_dict(prior.state_dict())
+    had, blocks = prior.config.blocks, config.blocks or prior.config.blocks
+    if len(blocks) != len(had) or any(n < old for n, old in zip(blocks, had, strict=True)):
+        raise UserError(f"blocks={','.join(map(str, blocks))} cannot hold the prior's {','.join(map(str, had))}")
+    net = PurifierNet(replace(prior.config, residual_bound=config.residual_bound, blocks=blocks))
+    net.load_state_dict({**net.state_dict(), **prior.state_dict()})
     return net
 
 
