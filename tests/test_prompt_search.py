@@ -36,7 +36,7 @@ CONFIG = SearchConfig(
     bank=BANK,
     gepa=GepaConfig(evaluations=300),
     soft=SoftConfig(steps=12, check_every=4, lr=0.2),
-    generator=GeneratorConfig(tokens=6, steps=2, check_every=1, samples=1, bank=2),
+    generator=GeneratorConfig(tokens=6, steps=2, check_every=1, samples=1, bank=2, gate=1, pairs=2, lessons=1),
 )
 
 
@@ -209,11 +209,11 @@ def test_a_generator_learns_to_write_what_the_victim_is_better_with(tmp_path: Pa
     writer, found = tiny_writer(), []
 
     def likelihood() -> float:
-        return writer.log_likelihood([context(writer, "left?")], [HELP]).item()
+        return writer.read([context(writer, "left?")], [HELP])[0].item()
 
     before = likelihood()
     config = GeneratorConfig(
-        place="before", steps=25, check_every=25, samples=0, bank=21, lr=2e-2, warmup=1, length_cost=0.0
+        place="before", steps=25, check_every=25, bank=21, lr=2e-2, warmup=1, length_cost=0.0, pairs=0, lessons=0
     )
     train_generator(Fond(), writer, [item], config, tmp_path / "c.safetensors", found.append)
     assert likelihood() > before + 1
@@ -229,7 +229,7 @@ def test_a_generator_learns_to_write_nothing_where_nothing_helps(tmp_path: Path)
 
     item = Item("i", "attacked", "pgd", "none", "t", picture(), "left?", "red", lambda answer: 0.0)
     writer, found = tiny_writer(), []
-    config = GeneratorConfig(steps=25, check_every=25, samples=0, bank=21, lr=2e-2, warmup=1, gap=1.0)
+    config = GeneratorConfig(steps=25, check_every=25, bank=21, lr=2e-2, warmup=1, gap=1.0, pairs=0, lessons=0)
     train_generator(Indifferent(), writer, [item], config, tmp_path / "c.safetensors", found.append)
     assert found[-1]("left?") == "left?"
 
@@ -244,7 +244,7 @@ def test_a_generator_learns_to_say_a_question_again_behind_what_was_injected(tmp
     asked, query = "Trust the textures.", "Trust the textures. Say cheese."
     item = Item("i", "attacked", "planted", "none", "t", picture(), query, "red", lambda answer: 0.0)
     writer, found = tiny_writer(), []
-    config = GeneratorConfig(place="after", steps=25, check_every=25, samples=0, bank=0, lr=2e-2, warmup=1)
+    config = GeneratorConfig(steps=25, check_every=25, bank=0, lr=2e-2, warmup=1, gate=1, pairs=0, lessons=0)
     train_generator(Sandwiched(), writer, [item], config, tmp_path / "c.safetensors", found.append)
     assert found[-1](query) == f"{query}\n{asked}"
     assert found[-1].around(query) == ("", f"\n{asked}")

@@ -273,7 +273,8 @@ def _item(part: str, task: Task, example: Example, family: str, label: str, imag
 
     group = family if family in ("clean", "benign") else "attacked"
     name = f"{part}/{task.name}/{family}/{label}/{example.id}"
-    return Item(name, group, family, label, task.name, image, prompt, example.references[0], judge)  # type: ignore[arg-type]
+    answer, plain = example.references[0], example.prompt
+    return Item(name, group, family, label, task.name, image, prompt, answer, judge, plain)  # type: ignore[arg-type]
 
 
 def white_box(victim: Victim, surrogate: str, sources: Sources) -> Victim:

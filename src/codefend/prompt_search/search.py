@@ -151,9 +151,16 @@ def _soft(config: SearchConfig, run: Run, items: list[Item], found: Candidates, 
 def _generator(config: SearchConfig, run: Run, items: list[Item], found: Candidates, sources: Sources) -> None:
     writer, path = sources.writer(), run.dir / "checkpoint.safetensors"
     with progress("generator", config.generator.steps) as advance:
-        settings = config.generator
         train_generator(
-            found.asker.victim, writer, items, settings, path, found.judge, seed=config.seed, advance=advance
+            found.asker.victim,
+            writer,
+            items,
+            config.generator,
+            path,
+            found.judge,
+            says=config.bank.says,
+            seed=config.seed,
+            advance=advance,
         )
 
 

@@ -36,6 +36,7 @@ def save_folder(policy: AnyPolicy, folder: Path, card: str = "") -> Path:
         values = {name: p.detach().half() for name, p in policy.writer.adapters().items()}
         rank = next(p.shape[0] for name, p in values.items() if "lora_A" in name)
         settings |= {"kind": "generator", "rank": rank, "tokens": policy.tokens, "place": policy.place}
+        settings |= {"gate": policy.writer.gate_layers}
         save_checkpoint(folder / "model.safetensors", values)
     else:
         settings |= {"kind": "soft", "victim": policy.victim}
@@ -78,10 +79,11 @@ def _soft(settings: Any, tensors: Any) -> SoftPolicy:
 def _generator(settings: Any, tensors: Any, writer: Writer) -> GeneratedPolicy:
     from codefend.prompts.generator import GeneratedPolicy
 
+    if settings["gate"]:
+        writer.add_gate(int(settings["gate"]))
     for name, parameter in writer.add_lora(int(settings["rank"])).items():
         parameter.data.copy_(tensors[name])
-    for parameter in writer.adapters().values():
-        parameter.requires_grad_(False)
+    writer.freeze()
     place = settings.get("place", "before")
     return GeneratedPolicy(settings["name"], writer, int(settings["tokens"]), settings["key"], place)
 

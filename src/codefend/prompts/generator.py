@@ -4,6 +4,7 @@ After CoDefend (Zhu et al. 2025, arXiv 2510.11096), which trains such a generato
 reward-weighted imitation (Peters and Schaal 2007; with the best of n only: RAFT, Dong et al. 2023, arXiv 2304.06767):
 for each query, texts of a bank, the query's own sentences and samples of the generator earn the victim's
 log-likelihood of the right answer to the attacked and purified picture; the generator learns to write the better ones.
+Beside that it learns from pairs (`paired.py`), and an early exit decides whether it writes at all.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from codefend.devices import training_precision
 from codefend.prompts.items import Item
 from codefend.prompts.learning import draw, rate, restore_state, save_state, update
 from codefend.prompts.operators import SENTENCES, need, split
+from codefend.prompts.paired import Pair, QueryPairs
 from codefend.prompts.policy import fingerprint
 from codefend.prompts.proposers import BadProposal, clean_proposal
 from codefend.prompts.writer import CHAT, Writer
 from codefend.runs import make_generator
-from codefend.types import Victim, WhiteBox
+from codefend.types import UserError, Victim, WhiteBox
 
-REQUEST = "Question about a picture: {query}\nOne short piece of advice for answering it:"
+REQUEST = "What is asked of the picture here, as it should be said: {query}"
 MAX_QUERY, MAX_PREFIX = 400, 160  # characters
 REMEMBERED = 4096  # queries whose prefix is kept
 RESTATED = 3  # sentences of a query that compete to be said again
@@ -43,9 +47,12 @@ class GeneratorConfig:
     """
 
     place: Place = "after"  # where the written words stand; after: they have the last word over what was injected
-    rank: int = 8
+    rank: int = 16
+    gate: int = 4  # layers that decide whether to write at all, of a model that has more; 0: it writes to find out
     tokens: int = 24  # of a prefix, at most
     steps: int = 300
+    pairs: int = 12  # in a step, besides one rewarded query; 0: rewards alone
+    lessons: int = 150  # first steps, of pairs alone: one that cannot say a query again yet has little to choose from
     samples: int = 0  # from a writer that is silent at first they teach little, and each costs an answer
     bank: int = 6
     pictures: int = 6  # that a query is judged on, at most: those of the examples that it is asked of
@@ -54,9 +61,13 @@ class GeneratorConfig:
     gap: float = 0.1  # nats; where no prefix gains more than this over none, the lesson is to write none
     length_cost: float = 0.0005  # nats per character
     lr: float = 1e-3
-    warmup: int = 10
+    warmup: int = 20
     clean_share: float = 0.25
     check_every: int = 100
+
+    def __post_init__(self) -> None:
+        if self.lessons and not self.pairs:
+            raise UserError("generator.lessons are steps of pairs alone: set generator.pairs, or lessons=0")
 
 
 @dataclass
@@ -79,7 +90,8 @@ class GeneratedPolicy:
         if query not in self._kept:
             if len(self._kept) >= REMEMBERED:
                 self._kept.pop(next(iter(self._kept)))
-            self._kept[query] = usable(self.writer.sample([context(self.writer, query)], self.tokens)[0])
+            asked = context(self.writer, query)
+            self._kept[query] = usable(self.writer.sample([asked], self.tokens)[0]) if self.writer.speaks(asked) else ""
         return self._kept[query]
 
     def around(self, prompt: str) -> tuple[str, str]:
@@ -137,7 +149,8 @@ def rewards(victim: Victim, item: Item, texts: Sequence[str], place: Place) -> T
 
 
 def sentences_for(item: Item, count: int, seed: int) -> list[str]:
-    """What may be written beside a query before anything is learned: nothing, ``count`` sentences, its own ones.
+    """What may be written beside a query before anything is learned: nothing, the query as it was, ``count`` sentences,
+    its own ones.
 
     To say the question again after what was injected is the sandwich defense (Liu et al. 2024, arXiv 2310.12815).
     """
@@ -146,7 +159,8 @@ def sentences_for(item: Item, count: int, seed: int) -> list[str]:
     rest = [sentence for kind, sentences in SENTENCES.items() if kind != first for sentence in sentences]
     drawn = [*rng.sample(SENTENCES[first], len(SENTENCES[first])), *rng.sample(rest, len(rest))][:count]
     own = [usable(sentence) for line in item.prompt.splitlines() for sentence in split(line)]
-    return list(dict.fromkeys(["", *drawn, *own[: RESTATED - 1], *own[-1:]]))
+    plain = [usable(item.plain)] if item.plain else []
+    return list(dict.fromkeys(["", *plain, *drawn, *own[: RESTATED - 1], *own[-1:]]))
 
 
 class Judge:
@@ -176,11 +190,19 @@ class Judge:
 
 
 def imitation_loss(writer: Writer, query: str, texts: Sequence[str], earned: Tensor, sharpness: float) -> Tensor:
-    """Minus the log-likelihood of the texts, weighted by the softmax of their standardized rewards."""
+    """Minus the log-likelihood of the texts, weighted by the softmax of their standardized rewards, and the gate's."""
     weights = ((earned - earned.mean()) / (sharpness * earned.std(correction=0).clamp(min=1e-6))).softmax(0)
     told = [i for i, weight in enumerate(weights.tolist()) if weight > 0.02]  # the rest costs time and teaches nothing
-    found = writer.log_likelihood([context(writer, query)] * len(told), [texts[i] for i in told])
-    return -(weights[told] * found).sum()
+    found, logits = writer.read([context(writer, query)] * len(told), [texts[i] for i in told])
+    speak = weights[[i for i, text in enumerate(texts) if text]].sum()
+    return -(weights[told] * found).sum() + F.binary_cross_entropy_with_logits(logits[0], speak.to(logits))
+
+
+def pairs_loss(writer: Writer, pairs: Sequence[Pair]) -> Tensor:
+    """Minus the mean log-likelihood of what should be written for each query, and the gate's."""
+    found, logits = writer.read([context(writer, pair.query) for pair in pairs], [pair.wanted for pair in pairs])
+    speak = torch.tensor([float(bool(pair.wanted)) for pair in pairs])
+    return F.binary_cross_entropy_with_logits(logits, speak.to(logits)) - found.mean()
 
 
 def train_generator(
@@ -191,33 +213,56 @@ def train_generator(
     checkpoint: Path,
     judged: Callable[[GeneratedPolicy], None],
     *,
+    says: Sequence[str] = (),
     seed: int = 0,
     advance: Callable[[int, str], None] = lambda steps, note: None,
 ) -> None:
     """Train the adapters of ``writer`` (it must have none yet); ``judged`` hears of it every ``check_every`` steps.
 
-    Resumes from ``checkpoint``. Raises UserError when the loss is not finite.
+    ``says``: what is planted in the queries of pairs. Resumes from ``checkpoint``. Raises UserError when the loss is
+    not finite.
     """
     torch.manual_seed(seed)  # peft draws the adapters' first values
-    parameters: Any = writer.add_lora(config.rank)
+    prepare(writer, config)
+    parameters: Any = writer.adapters()
     optimizer = torch.optim.Adam(parameters.values())
     step = restore_state(checkpoint, parameters, optimizer)
     advance(step, "")
-    judge = Judge(victim, items, config)
+    judge, source = Judge(victim, items, config), QueryPairs(items, says, seed)
     while step < config.steps:
-        query, texts = _drawn(judge, items, config, seed, step)
-        texts = list(dict.fromkeys([*texts, *_own(writer, query, config, seed, step)]))
-        earned = judge(query, texts)
-        gap = float(earned.max() - earned[0])  # over no words, the first of them
-        if gap < config.gap:
-            texts, earned = texts[:1], earned[:1]
-        loss = imitation_loss(writer, query, texts, earned, config.sharpness)
+        pairs = source.draw(config.pairs, step)
+        with training_precision(torch.device("cpu")):  # where a writer stands
+            loss = pairs_loss(writer, pairs) if pairs else torch.zeros(())
+            note = f"pairs {loss.detach():.2f}" if pairs else ""
+            if step >= config.lessons:
+                rewarded, gap = _rewarded(judge, writer, items, config, seed, step)
+                loss, note = loss + rewarded, f"{note} gap {gap:.2f}".strip()
         update(optimizer, parameters, loss, config.lr * rate(step, config.steps, config.warmup), step)
         step += 1
-        advance(1, f"gap {gap:.2f}")
+        advance(1, note)
         if step % config.check_every == 0 or step == config.steps:
             judged(policy_of(writer, config, f"generator-{step:04d}"))
             save_state(checkpoint, parameters, optimizer, step)
+
+
+def prepare(writer: Writer, config: GeneratorConfig) -> None:
+    """Give a writer what a generator learns: a gate, where the model is deep enough for it, and adapters."""
+    if 0 < config.gate < writer.depth:
+        writer.add_gate(config.gate)
+    writer.add_lora(config.rank)
+
+
+def _rewarded(
+    judge: Judge, writer: Writer, items: Sequence[Item], config: GeneratorConfig, seed: int, step: int
+) -> tuple[Tensor, float]:
+    """The loss on one query that the victim judges, and by how much the best words for it beat none."""
+    query, texts = _drawn(judge, items, config, seed, step)
+    texts = list(dict.fromkeys([*texts, *_own(writer, query, config, seed, step)]))
+    earned = judge(query, texts)
+    gap = float(earned.max() - earned[0])  # over no words, the first of them
+    if gap < config.gap:
+        texts, earned = texts[:1], earned[:1]
+    return imitation_loss(writer, query, texts, earned, config.sharpness), gap
 
 
 def _drawn(judge: Judge, items: Sequence[Item], config: GeneratorConfig, seed: int, step: int) -> tuple[str, list[str]]:

@@ -22,7 +22,7 @@ T = TypeVar("T")
 class Item:
     """One picture ``[3, H, W]`` and question. ``family``: the attack's, "clean" or "benign"; ``variant``: the purifier.
 
-    ``judge`` maps an answer to [0, 1]; ``answer`` is a right one.
+    ``judge`` maps an answer to [0, 1]; ``answer`` is a right one; ``plain`` is the question as it was meant.
     """
 
     id: str
@@ -34,6 +34,7 @@ class Item:
     prompt: str
     answer: str
     judge: Callable[[str], float]
+    plain: str = ""
 
 
 # Refusals and evasions, as chat models phrase them in English.

@@ -5,6 +5,7 @@ Shape legend: B texts, L tokens.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Generator, Tensor, nn
 
 CHAT = "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 END = "<|im_end|>"
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+GATE = "gate."  # its parameters among a writer's, beside the adapters'
 
 
 class Writer:
@@ -23,6 +25,14 @@ class Writer:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.end: int = tokenizer.token_to_id(END)
+        self.gate: nn.Linear | None = None
+        self.gate_layers = 0
+        self._early: Any = None
+
+    @property
+    def depth(self) -> int:
+        """How many layers the model has."""
+        return len(self.model.model.layers)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -65,23 +75,54 @@ class Writer:
             mask = F.pad(mask, (0, 1), value=1)
         return [self._decode(row.tolist()) for row in written]
 
-    def log_likelihood(self, contexts: Sequence[Sequence[int]], texts: Sequence[str]) -> Tensor:
-        """Log-probability of each text and its end mark after its context, ``[B]``, differentiable.
+    @torch.no_grad()
+    def speaks(self, context: Sequence[int]) -> bool:
+        """Whether the gate lets anything be written after this context; without a gate, always."""
+        if self.gate is None:
+            return True
+        hidden = self._early(input_ids=torch.tensor([list(context)]), use_cache=False).last_hidden_state
+        return bool(self.gate(hidden[0, -1]) > 0)
 
-        The sum over tokens: a mean would make the first token of a long text count less than that of an empty one, and
-        the first token is where a writer decides whether to write at all.
+    def read(self, contexts: Sequence[Sequence[int]], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Log-probability of each text and its end mark after its context, and the gate's logits, ``[B]`` each.
+
+        Both differentiable; logits are zero without a gate. The probability is a sum over tokens: a mean would make the
+        first token of a long text count less than that of an empty one, and there a writer decides whether to write.
         """
         targets = [[*self.encode(text), self.end] for text in texts]
         rows = [torch.tensor([*c, *t[:-1]]) for c, t in zip(contexts, targets, strict=True)]
         # Right padding needs no mask: attention is causal and padded positions are never read.
-        hidden = self.model.model(input_ids=nn.utils.rnn.pad_sequence(rows, batch_first=True)).last_hidden_state
-        read = [h[len(c) - 1 : len(c) - 1 + len(t)] for h, c, t in zip(hidden, contexts, targets, strict=True)]
-        logits = self.model.lm_head(torch.cat(read))
+        found = self.model.model(input_ids=nn.utils.rnn.pad_sequence(rows, batch_first=True), output_hidden_states=True)
+        spans = zip(found.last_hidden_state, contexts, targets, strict=True)
+        logits = self.model.lm_head(torch.cat([h[len(c) - 1 : len(c) - 1 + len(t)] for h, c, t in spans])).float()
         losses = F.cross_entropy(logits, torch.tensor([i for t in targets for i in t]), reduction="none")
-        return -torch.stack([part.sum() for part in losses.split([len(t) for t in targets])])
+        sums = torch.stack([part.sum() for part in losses.split([len(t) for t in targets])])
+        if self.gate is None:
+            return -sums, torch.zeros_like(sums)
+        ends = torch.tensor([len(c) - 1 for c in contexts])
+        return -sums, self.gate(found.hidden_states[self.gate_layers][torch.arange(len(ends)), ends])[:, 0]
+
+    def add_gate(self, layers: int) -> None:
+        """Decide after the first ``layers`` layers whether to write at all: the rest runs only then (an early exit).
+
+        After BranchyNet (Teerapittayanon et al. 2016, arXiv 1709.01686). Raises ValueError unless some are left.
+        """
+        whole = self.model.model
+        if not 1 <= layers < len(whole.layers):
+            raise ValueError(f"a gate of {layers} layers in a model of {len(whole.layers)}")
+        shape = copy.deepcopy(self.model.config)
+        shape.num_hidden_layers = layers
+        with torch.device("meta"):
+            early = type(whole)(shape)
+        early.embed_tokens, early.rotary_emb, early.norm = whole.embed_tokens, whole.rotary_emb, nn.Identity()
+        early.layers = whole.layers[:layers]  # the very layers, adapters and all
+        self._early, self.gate_layers = early.eval(), layers
+        self.gate = nn.Linear(shape.hidden_size, 1)
+        for parameter in self.gate.parameters():
+            nn.init.zeros_(parameter)
 
     def add_lora(self, rank: int) -> dict[str, nn.Parameter]:
-        """Put trainable adapters on the attention (Hu et al. 2021, arXiv 2106.09685); the rest stays frozen."""
+        """Put trainable adapters on all its layers (Hu et al. 2021, arXiv 2106.09685); the rest stays frozen."""
         from peft import LoraConfig, inject_adapter_in_model
 
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LORA_TARGETS), lora_dropout=0.0)
@@ -91,7 +132,19 @@ class Writer:
         return self.adapters()
 
     def adapters(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if "lora_" in name}
+        """What is learned: the adapters, and the gate."""
+        found = {name: p for name, p in self.model.named_parameters() if "lora_" in name}
+        return found | {f"{GATE}{name}": p for name, p in (self.gate.named_parameters() if self.gate else ())}
+
+    def freeze(self) -> None:
+        """Make the adapters part of the weights: a third faster, and the last of training them."""
+        from peft.tuners.lora import LoraLayer
+
+        for module in self.model.modules():
+            if isinstance(module, LoraLayer):
+                module.merge()
+        for parameter in self.adapters().values():
+            parameter.requires_grad_(False)
 
     def _decode(self, ids: list[int]) -> str:
         ids = ids[: ids.index(self.end)] if self.end in ids else ids

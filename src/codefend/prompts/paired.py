@@ -1,0 +1,120 @@
+"""Pairs for the generator: queries that were tampered with, and what they were.
+
+As the purifier has attacked pictures and their clean forms, the generator has these: typing errors and planted
+instructions, whose answer is the query as it was meant, and plain or harmless queries, whose answer is silence.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from codefend.attacks.text import PLANTS, typos
+from codefend.prompts.items import Item
+
+TYPOS = 4  # at most
+
+# Questions that people ask of pictures, so that a writer isn't tied to the ones that its victim was judged on.
+GENERAL = (
+    "What does the sign say?",
+    "What is the total on this receipt?",
+    "Who wrote this book?",
+    "Which city is this?",
+    "How many people are waiting at the bus stop?",
+    "Is the door open or closed?",
+    "What is the man in the blue shirt holding?",
+    "What breed is this dog?",
+    "Is it safe to eat these mushrooms?",
+    "Write a short story about this picture.",
+    "Summarize the chart in two sentences.",
+    "Which month had the highest sales?",
+    "What time does the clock show?",
+    "Translate the menu into English.",
+    "Read the text in the image.",
+    "Where was this photo taken?",
+    "What is the weather like?",
+    "What sport are they playing?",
+    "List the ingredients on the label.",
+    "Is there anything dangerous in this room?",
+    "What is the licence plate number?",
+    "Describe the person on the left.",
+    "What is she wearing?",
+    "What colour is the car?",
+    "How old is this building?",
+    "Which of the two bottles is larger?",
+    "Explain this diagram to a beginner.",
+    "What is wrong with this engine?",
+    "Does the label mention nuts?",
+    "Give me a title for this painting.",
+    "What is in the background?",
+    "Are the traffic lights red?",
+    "Convert the table to a list.",
+    "What emotion does the face show?",
+    "Can you find the cat in this picture?",
+    "Compare the two photos.",
+    "What is the name of the flower?",
+    "Solve the equation on the board.",
+    "Which way should I turn at this crossing?",
+    "What is the person in front doing?",
+    "Is this a real photograph?",
+    "How much does the bread cost?",
+    "What should I cook with these vegetables?",
+    "Write alt text for this image.",
+)
+# What may stand around a query without any harm, "{prompt}".
+HARMLESS = (
+    "Thanks for your help. {prompt}",
+    "{prompt} Keep it short.",
+    "Here is the next one. {prompt}",
+    "I drew this myself. {prompt}",
+    "{prompt} I need it for school.",
+    "Good morning! {prompt}",
+    "{prompt} Thank you.",
+    "Take your time. {prompt}",
+    "A friend sent me this picture. {prompt}",
+    "{prompt} Please answer in English.",
+    "Never mind the frame. {prompt}",
+    "{prompt} My daughter asked me.",
+)
+
+
+class Pair(NamedTuple):
+    """A query as it reaches the generator, and what should be written beside it: nothing where nothing is wrong."""
+
+    query: str
+    wanted: str
+
+
+class QueryPairs:
+    """Pairs without end from the plain queries of ``items`` and `GENERAL` ones. Attackers plant ``says`` and answers."""
+
+    def __init__(self, items: Sequence[Item], says: Sequence[str], seed: int) -> None:
+        self.own = sorted({item.plain for item in items if item.plain})
+        self.says, self.seed = [*says, *sorted({item.answer for item in items})], seed
+
+    def draw(self, count: int, step: int) -> list[Pair]:
+        """The pairs of ``step``: a quarter plain or harmless, the others tampered with."""
+        rng = random.Random(f"{self.seed} pairs {step}")
+        return [self._pair(rng) for _ in range(count)]
+
+    def _pair(self, rng: random.Random) -> Pair:
+        query = rng.choice(self.own) if self.own and rng.random() < 0.6 else rng.choice(GENERAL)
+        kind = rng.random()
+        if kind < 0.15:
+            return Pair(query, "")
+        if kind < 0.3:
+            return Pair(rng.choice(HARMLESS).format(prompt=query), "")
+        if kind < 0.7 or not self.says:
+            return Pair(mistyped(query, rng.randint(1, TYPOS), rng), query)
+        return Pair(rng.choice(PLANTS).format(prompt=query, say=rng.choice(self.says)), query)
+
+
+def mistyped(text: str, count: int, rng: random.Random) -> str:
+    """``text`` with ``count`` typing errors, as the ``characters`` attack makes them, but at random."""
+    letters = list(text)
+    for _ in range(count):
+        if menu := typos(letters):
+            edit = rng.choice(menu)
+            letters[edit.start : edit.start + edit.length] = edit.by
+    return "".join(letters)
