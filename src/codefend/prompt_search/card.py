@@ -15,7 +15,7 @@ RULE = "|---|---|---|---|---|"
 WORDS = {
     "gepa": "GEPA (arXiv 2507.19457) over prefix and suffix",
     "soft": "a soft prefix, prompt tuning (arXiv 2104.08691)",
-    "generator": "a prefix generator: SmolLM2-135M-Instruct with LoRA, reward-weighted (after arXiv 2510.11096)",
+    "generator": "a prefix generator: SmolLM2-135M-Instruct, LoRA, rewards and pairs (after arXiv 2510.11096)",
 }
 
 

@@ -9,7 +9,9 @@ Beside that it learns from pairs (`paired.py`), and an early exit decides whethe
 
 from __future__ import annotations
 
+import difflib
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +36,8 @@ REQUEST = "What is asked of the picture here, as it should be said: {query}"
 MAX_QUERY, MAX_PREFIX = 400, 160  # characters
 REMEMBERED = 4096  # queries whose prefix is kept
 RESTATED = 3  # sentences of a query that compete to be said again
+ALIKE = 0.6  # of `difflib`: a word of seven letters with two typing errors still is
+TELLING = 4  # letters of a word that must have been said; two typing errors leave nothing of a shorter one
 TRIES = 16  # queries looked at for one that teaches what is wanted
 
 Place = Literal["before", "after"]
@@ -91,7 +95,8 @@ class GeneratedPolicy:
             if len(self._kept) >= REMEMBERED:
                 self._kept.pop(next(iter(self._kept)))
             asked = context(self.writer, query)
-            self._kept[query] = usable(self.writer.sample([asked], self.tokens)[0]) if self.writer.speaks(asked) else ""
+            words = usable(self.writer.sample([asked], self.tokens)[0]) if self.writer.speaks(asked) else ""
+            self._kept[query] = words if faithful(query, words) else ""
         return self._kept[query]
 
     def around(self, prompt: str) -> tuple[str, str]:
@@ -125,6 +130,17 @@ def usable(text: str) -> str:
         return clean_proposal(text, max_chars=MAX_PREFIX)
     except BadProposal:
         return ""
+
+
+def faithful(query: str, words: str) -> bool:
+    """Whether words may stand beside a query: a sentence of the bank, or what the query itself says, spelled right.
+
+    A small writer sometimes says a word that it knows better than the one that was asked about.
+    """
+    if any(words in sentences for sentences in SENTENCES.values()):
+        return True
+    said, written = (re.findall(r"\w+", text.lower()) for text in (query, words))
+    return all(difflib.get_close_matches(word, said, 1, ALIKE) for word in written if len(word) >= TELLING)
 
 
 def policy_of(writer: Writer, config: GeneratorConfig, name: str) -> GeneratedPolicy:
