@@ -18,7 +18,7 @@ from codefend.prompts.generator import (
     train_generator,
 )
 from codefend.prompts.items import Item
-from codefend.prompts.paired import HARMLESS, Pair, QueryPairs, mistyped
+from codefend.prompts.paired import HARMLESS, TYPOS, Pair, QueryPairs, mistyped
 from codefend.types import UserError
 from prompts_kit import Suggestible, picture, tiny_writer
 
@@ -33,14 +33,13 @@ def test_pairs_hold_the_plain_query_where_it_was_tampered_with_and_silence_where
     assert {form.format(prompt=ASKED) for form in HARMLESS} & set(silent)
     assert ASKED in silent
     assert 0.2 < len(silent) / len(pairs) < 0.4
-    planted = [p for p in spoken if p.wanted in p.query]
-    assert all("cheese" in p.query or "red" in p.query for p in planted)
+    planted = [p for p in spoken if len(p.query) > len(p.wanted) + TYPOS]
+    assert all(p.wanted in p.query and ("cheese" in p.query or "red" in p.query) for p in planted)
     assert 0.3 < len(planted) / len(spoken) < 0.7
-    assert all(abs(len(p.query) - len(p.wanted)) <= 4 for p in spoken if p not in planted)
     assert len({p.wanted for p in spoken}) > 100  # most are about other things than the items
     assert QueryPairs([ITEM], ["cheese"], seed=1).draw(8, 3) == drawn[3] != drawn[4]
     alone = [pair for step in range(20) for pair in QueryPairs([], [], seed=1).draw(8, step)]
-    assert all(not p.wanted or p.wanted not in p.query for p in alone)  # nothing to plant
+    assert all(not p.wanted or len(p.query) <= len(p.wanted) + TYPOS for p in alone)  # nothing to plant
 
 
 @pytest.mark.parametrize("count", [1, 4])
