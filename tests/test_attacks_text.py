@@ -19,8 +19,10 @@ from codefend.attacks.text import (
     Asked,
     Characters,
     Edit,
+    Glyphs,
     Planted,
     Words,
+    lookalikes,
     rewordings,
     rewrite,
     typos,
@@ -154,6 +156,22 @@ def test_a_typo_is_one_edit(text: str) -> None:
         changed = "".join(rewrite(list(text), [edit]))
         assert changed != text
         assert levenshtein(changed, text) <= (2 if edit.length == 2 else 1)
+
+
+def test_lookalikes_change_letters_that_still_read_the_same() -> None:
+    word = "Is a7?"
+    menu = ["".join(rewrite(list(word), [edit])) for edit in lookalikes(list(word))]
+    assert {"Ís a7?", "Is á7?", "Is а7?"} <= set(menu)  # the last: a Cyrillic a
+    assert len(menu) == len(set(menu)) > 20
+    assert all(len(m) == len(word) and m[2] == " " and m.endswith("7?") for m in menu)
+    assert all(sum(a != b for a, b in zip(m, word, strict=True)) == 1 for m in menu)
+
+
+def test_glyphs_changes_letters_only_and_a_few_at_most() -> None:
+    asked = asked_for(TEXT_ATTACKS["glyphs"], Reader(), ANSWERS, "")
+    changed = Glyphs(edits=2)(asked, pictures(), QUESTIONS, Budget(steps=30), generator=seeded())[1]
+    differing = [sum(a != b for a, b in zip(p, q, strict=True)) for p, q in zip(changed, QUESTIONS, strict=True)]
+    assert all(1 <= count <= 2 for count in differing)
 
 
 def test_rewordings_keep_most_words() -> None:

@@ -114,7 +114,7 @@ _UNSEEN = (
     *("square:steps=1000", "universal", "patch", "stadv", "perc-al"),
 )
 _ADAPTIVE = ("apgd:bpda=true", "apgd:process=1", "apgd:evade=10")
-_TEXT = ("characters", "words", "planted", "injection", "typographic", "joint", "joint-targeted")
+_TEXT = ("characters", "glyphs", "words", "planted", "injection", "typographic", "joint", "joint-targeted")
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset

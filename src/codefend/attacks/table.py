@@ -288,6 +288,14 @@ TEXT_ATTACKS: dict[str, TextAttackSpec] = _by_name(
         changes="prompt",
     ),
     TextAttackSpec(
+        "glyphs",
+        "letters of the question that only look alike, by random search",
+        "after VIPER, Eger et al. 2019, arXiv 1903.11508",
+        "score",
+        _saying("text", "Glyphs"),
+        changes="prompt",
+    ),
+    TextAttackSpec(
         "words",
         "small rewordings of the question, by random search",
         "operations of EDA, Wei & Zou 2019, arXiv 1901.11196",

@@ -7,6 +7,7 @@ image attack.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -144,6 +145,20 @@ def typos(characters: Sequence[str]) -> list[Edit]:
     return found
 
 
+# Cyrillic letters that print like Latin ones.
+_TWINS = dict(zip("acehijopsxyABCEHKMOPTX", "асеһіјорѕхуАВСЕНКМОРТХ", strict=True))
+_ACCENTED = tuple(chr(code) for code in range(0xC0, 0x250) if len(unicodedata.normalize("NFD", chr(code))) == 2)
+
+
+def lookalikes(characters: Sequence[str]) -> list[Edit]:
+    """Every exchange of a letter for one that looks like it: with an accent, or of another alphabet."""
+    found = []
+    for i, letter in enumerate(characters):
+        alike = [other for other in _ACCENTED if unicodedata.normalize("NFD", other)[0] == letter]
+        found += [Edit(i, 1, (other,)) for other in (*alike, *_TWINS.get(letter, ""))]
+    return found
+
+
 # Words that may go or be exchanged without changing what is asked.
 _SPARE = frozenset(
     ("a", "an", "the", "of", "is", "are", "there", "do", "does", "please", "in", "on", "this", "that", "it")
@@ -225,6 +240,18 @@ class Characters(_Edits):
     @staticmethod
     def menu(units: Sequence[str]) -> list[Edit]:
         return typos(units)
+
+
+@dataclass(kw_only=True)
+class Glyphs(_Edits):
+    """Up to ``edits`` letters that only look alike, by random search (after VIPER, Eger et al. 2019, 1903.11508)."""
+
+    edits: int = 4  # letters per prompt
+    name: str = "glyphs"
+
+    @staticmethod
+    def menu(units: Sequence[str]) -> list[Edit]:
+        return lookalikes(units)
 
 
 @dataclass(kw_only=True)

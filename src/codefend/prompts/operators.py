@@ -43,7 +43,7 @@ SENTENCES: dict[Need, tuple[str, ...]] = {
     ),
 }
 MOST = 4  # sentences in one field
-_WORDS = ("planted", "injection", "joint", "typographic", "words", "characters")  # attacks that put words in
+_WORDS = ("planted", "injection", "joint", "typographic", "words", "characters", "glyphs")  # attacks that put words in
 
 
 def split(text: str) -> list[str]:
