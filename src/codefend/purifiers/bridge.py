@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
-from codefend.diffusion import bridge_purify
+from codefend.diffusion import bridge_purify, noise_like
 from codefend.nets import PurifierNet
-from codefend.purifiers.base import NetPurifier, spelled
+from codefend.purifiers.base import NetPurifier, clip, spelled
 from codefend.types import UserError
 
 
@@ -19,6 +19,7 @@ class BridgeOptions:
     evaluations: int = 1
     sigma: float = 0.0  # noise added before the first evaluation, pixels in [0, 1]
     copies: int = 1  # purified with noise of their own, and averaged
+    after: float = 0.0  # noise added to the purified picture
     checkpoint: bool = False
 
     def __post_init__(self) -> None:
@@ -26,6 +27,8 @@ class BridgeOptions:
             raise UserError(f"bridge evaluations must be 1 to 4, got {self.evaluations}")
         if not 0 <= self.sigma <= 0.5:
             raise UserError(f"bridge sigma must be 0 to 0.5, got {self.sigma:g}")
+        if not 0 <= self.after <= 0.5:
+            raise UserError(f"bridge after must be 0 to 0.5, got {self.after:g}")
         if not 1 <= self.copies <= 64 or (self.copies > 1 and not self.sigma):
             raise UserError(f"bridge copies must be 1 to 64, and 1 without sigma, got {self.copies}")
 
@@ -37,7 +40,7 @@ class Bridge(NetPurifier):
         super().__init__(net)
         self.options = options = options or BridgeOptions()
         self.evaluations = options.evaluations * options.copies
-        self.stochastic = options.sigma > 0
+        self.stochastic = options.sigma > 0 or options.after > 0
         self.name = name or spelled("bridge", options, BridgeOptions())
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
@@ -50,4 +53,6 @@ class Bridge(NetPurifier):
             checkpoint=o.checkpoint,
             generator=generator,
         )
-        return found.unflatten(0, (o.copies, len(images))).mean(0) if o.copies > 1 else found
+        if o.copies > 1:
+            found = found.unflatten(0, (o.copies, len(images))).mean(0)
+        return clip(found) + o.after * noise_like(found, generator) if o.after else found

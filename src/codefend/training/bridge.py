@@ -88,6 +88,7 @@ class BridgeConfig:
     # the share of batches that start at random instead of in a bank; of mining's own settings only `max_eps` counts.
     replay: int = 1
     replay_step: float = 0.5  # by how much, in units of each pair's own radius
+    after: float = 0.0  # half to one and a half times this much noise is added to purified pictures for the guide
     blocks: tuple[int, ...] = ()  # of each resolution, finest first, where the prior has fewer: new ones do nothing yet
 
     def __post_init__(self) -> None:
@@ -154,7 +155,7 @@ def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
             advance(1, f"loss {sum(terms.values()):.3f}")
             if isinstance(run, Run) and (step % config.save_every == 0 or step == config.steps):
                 save_training(checkpoint, parameters, optimizer, step, average)
-                options = {"sigma": config.sigma} if config.sigma else {}
+                options = {name: value for name in ("sigma", "after") if (value := getattr(config, name))}
                 save_net(run.dir / "weights", averaged(net, average), kind="bridge", options=options, dtype=HALF)
                 write_card(run, "bridge")
     return run.dir / "weights"
@@ -339,6 +340,9 @@ def bridge_terms(step: Step, net: PurifierNet, clean: Tensor, attacked: Tensor) 
         untouched = round(config.clean * len(clean))
         terms["identity"] = config.w_identity * distance[:untouched].sum() / len(clean)
     seen = restored.clamp(0, 1)
+    if config.after:
+        level = config.after * (0.5 + torch.rand(len(seen), 1, 1, 1, generator=draw).to(seen))
+        seen = (seen + level * noise_like(seen, draw)).clamp(0, 1)
     if config.w_features or config.w_direction:
         tower = guide.tower(step.number)
         with torch.no_grad():
