@@ -18,8 +18,7 @@ class BridgeOptions:
 
     evaluations: int = 1
     sigma: float = 0.0  # noise added before the first evaluation, pixels in [0, 1]
-    copies: int = 1  # purified with noise of their own, and averaged
-    after: float = 0.0  # noise added to the purified picture
+    after: float = 0.0  # noise added to the purified picture: what is left of an attack drowns in it, and detail
     checkpoint: bool = False
 
     def __post_init__(self) -> None:
@@ -29,30 +28,21 @@ class BridgeOptions:
             raise UserError(f"bridge sigma must be 0 to 0.5, got {self.sigma:g}")
         if not 0 <= self.after <= 0.5:
             raise UserError(f"bridge after must be 0 to 0.5, got {self.after:g}")
-        if not 1 <= self.copies <= 64 or (self.copies > 1 and not self.sigma):
-            raise UserError(f"bridge copies must be 1 to 64, and 1 without sigma, got {self.copies}")
 
 
 class Bridge(NetPurifier):
-    """One to four network evaluations along the bridge; deterministic unless ``sigma`` adds noise first."""
+    """One to four network evaluations along the bridge; deterministic unless ``sigma`` or ``after`` add noise."""
 
     def __init__(self, net: PurifierNet, options: BridgeOptions | None = None, *, name: str | None = None) -> None:
         super().__init__(net)
         self.options = options = options or BridgeOptions()
-        self.evaluations = options.evaluations * options.copies
+        self.evaluations = options.evaluations
         self.stochastic = options.sigma > 0 or options.after > 0
         self.name = name or spelled("bridge", options, BridgeOptions())
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
         o = self.options
         found = bridge_purify(
-            self.net,
-            images.repeat(o.copies, 1, 1, 1) if o.copies > 1 else images,
-            evaluations=o.evaluations,
-            sigma=o.sigma,
-            checkpoint=o.checkpoint,
-            generator=generator,
+            self.net, images, evaluations=o.evaluations, sigma=o.sigma, checkpoint=o.checkpoint, generator=generator
         )
-        if o.copies > 1:
-            found = found.unflatten(0, (o.copies, len(images))).mean(0)
         return clip(found) + o.after * noise_like(found, generator) if o.after else found
