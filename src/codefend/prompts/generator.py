@@ -54,9 +54,9 @@ class GeneratorConfig:
     rank: int = 16
     gate: int = 4  # layers that decide whether to write at all, of a model that has more; 0: it writes to find out
     tokens: int = 24  # of a prefix, at most
-    steps: int = 300
+    steps: int = 600
     pairs: int = 12  # in a step, besides one rewarded query; 0: rewards alone
-    lessons: int = 150  # first steps, of pairs alone: one that cannot say a query again yet has little to choose from
+    lessons: int = 400  # first steps, of pairs alone: one that cannot say a query again yet has little to choose from
     samples: int = 0  # from a writer that is silent at first they teach little, and each costs an answer
     bank: int = 6
     pictures: int = 6  # that a query is judged on, at most: those of the examples that it is asked of
@@ -67,7 +67,7 @@ class GeneratorConfig:
     lr: float = 1e-3
     warmup: int = 20
     clean_share: float = 0.25
-    check_every: int = 100
+    check_every: int = 200
 
     def __post_init__(self) -> None:
         if self.lessons and not self.pairs:
