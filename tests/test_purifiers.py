@@ -251,19 +251,6 @@ def test_one_evaluation_of_the_bridge_is_the_network() -> None:
     assert torch.equal(Bridge(net)(images), net(images, torch.ones(2), torch.zeros(2)).clamp(0, 1))
 
 
-def test_noise_after_purification_is_drawn_anew_and_as_large_as_asked_for() -> None:
-    net, images = random_net(), torch.full((2, 3, 32, 32), 0.5)
-    bare, noisy = Bridge(net), Bridge(net, BridgeOptions(after=0.05))
-    assert noisy.stochastic
-    assert not bare.stochastic
-    one, two = ((noisy(images, generator=gen(seed)) - bare(images)).detach() for seed in (1, 2))
-    assert float(one.std()) == pytest.approx(0.05, rel=0.1)
-    assert not torch.equal(one, two)
-    assert torch.equal(one, (noisy(images, generator=gen(1)) - bare(images)).detach())
-    with pytest.raises(UserError, match="after"):
-        BridgeOptions(after=0.6)
-
-
 def test_untrained_bridge_is_the_identity_at_any_size() -> None:
     images = torch.rand(1, 3, 37, 50, generator=gen())
     for evaluations in (1, 4):

@@ -195,14 +195,6 @@ def test_every_term_has_its_switch(field: str, term: str) -> None:
     assert {k: v for k, v in off.items() if k != term} == {k: v for k, v in full.items() if k != term}
 
 
-def test_noise_after_purification_is_for_the_guide_alone() -> None:
-    bare, _ = terms(CONFIG)
-    noisy, _ = terms(replace(CONFIG, after=0.2))
-    assert noisy["bridge"] == bare["bridge"]
-    assert noisy["words"] != bare["words"]
-    assert noisy["features"] != bare["features"]
-
-
 def test_no_term_that_looks_through_the_encoder_no_encoding() -> None:
     _, guide = terms(replace(CONFIG, w_features=0.0, w_direction=0.0, w_words=0.0))
     assert guide.pocket.gradients == 0
@@ -345,22 +337,6 @@ def test_training_starts_from_the_prior_or_from_nothing(tmp_path: Path) -> None:
     fresh = bridge.start_from_prior(BridgeConfig(prior="none"))
     images = torch.rand(1, 3, 16, 16, generator=gen())
     assert torch.allclose(fresh(images, torch.ones(1), torch.zeros(1)), images, atol=1e-6)
-
-
-def test_a_deeper_network_starts_as_its_prior(tmp_path: Path) -> None:
-    prior = small_net()
-    save_net(tmp_path, prior, kind="bridge")
-    had = prior.config.blocks
-    more = tuple(n + 1 for n in had)
-    bound = prior.config.residual_bound
-    deeper = bridge.start_from_prior(BridgeConfig(prior=str(tmp_path), residual_bound=bound, blocks=more))
-    images, ones = torch.rand(2, 3, 16, 16, generator=gen()), torch.ones(2)
-    assert deeper.config.blocks == more
-    torch.testing.assert_close(deeper(images, ones, 0.1 * ones), prior(images, ones, 0.1 * ones))
-    assert sum(p.numel() for p in deeper.parameters()) > sum(p.numel() for p in prior.parameters())
-    for wrong in (had[:-1], tuple(n - 1 for n in had)):
-        with pytest.raises(UserError, match="cannot hold the prior's"):
-            bridge.start_from_prior(BridgeConfig(prior=str(tmp_path), blocks=wrong))
 
 
 def test_a_run_from_before_a_switch_existed_goes_on(tmp_path: Path) -> None:

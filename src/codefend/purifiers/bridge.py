@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
-from codefend.diffusion import bridge_purify, noise_like
+from codefend.diffusion import bridge_purify
 from codefend.nets import PurifierNet
-from codefend.purifiers.base import NetPurifier, clip, spelled
+from codefend.purifiers.base import NetPurifier, spelled
 from codefend.types import UserError
 
 
@@ -18,7 +18,6 @@ class BridgeOptions:
 
     evaluations: int = 1
     sigma: float = 0.0  # noise added before the first evaluation, pixels in [0, 1]
-    after: float = 0.0  # noise added to the purified picture: what is left of an attack drowns in it, and detail
     checkpoint: bool = False
 
     def __post_init__(self) -> None:
@@ -26,23 +25,20 @@ class BridgeOptions:
             raise UserError(f"bridge evaluations must be 1 to 4, got {self.evaluations}")
         if not 0 <= self.sigma <= 0.5:
             raise UserError(f"bridge sigma must be 0 to 0.5, got {self.sigma:g}")
-        if not 0 <= self.after <= 0.5:
-            raise UserError(f"bridge after must be 0 to 0.5, got {self.after:g}")
 
 
 class Bridge(NetPurifier):
-    """One to four network evaluations along the bridge; deterministic unless ``sigma`` or ``after`` add noise."""
+    """One to four network evaluations along the bridge; deterministic unless ``sigma`` adds noise first."""
 
     def __init__(self, net: PurifierNet, options: BridgeOptions | None = None, *, name: str | None = None) -> None:
         super().__init__(net)
         self.options = options = options or BridgeOptions()
         self.evaluations = options.evaluations
-        self.stochastic = options.sigma > 0 or options.after > 0
+        self.stochastic = options.sigma > 0
         self.name = name or spelled("bridge", options, BridgeOptions())
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
         o = self.options
-        found = bridge_purify(
+        return bridge_purify(
             self.net, images, evaluations=o.evaluations, sigma=o.sigma, checkpoint=o.checkpoint, generator=generator
         )
-        return clip(found) + o.after * noise_like(found, generator) if o.after else found

@@ -88,8 +88,6 @@ class BridgeConfig:
     # the share of batches that start at random instead of in a bank; of mining's own settings only `max_eps` counts.
     replay: int = 1
     replay_step: float = 0.5  # by how much, in units of each pair's own radius
-    after: float = 0.0  # half to one and a half times this much noise is added to purified pictures for the guide
-    blocks: tuple[int, ...] = ()  # of each resolution, finest first, where the prior has fewer: new ones do nothing yet
 
     def __post_init__(self) -> None:
         if self.replay < 1 or self.save_every % self.replay:
@@ -155,7 +153,7 @@ def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
             advance(1, f"loss {sum(terms.values()):.3f}")
             if isinstance(run, Run) and (step % config.save_every == 0 or step == config.steps):
                 save_training(checkpoint, parameters, optimizer, step, average)
-                options = {name: value for name in ("sigma", "after") if (value := getattr(config, name))}
+                options = {"sigma": config.sigma} if config.sigma else {}
                 save_net(run.dir / "weights", averaged(net, average), kind="bridge", options=options, dtype=HALF)
                 write_card(run, "bridge")
     return run.dir / "weights"
@@ -206,22 +204,15 @@ def _attacks_average(config: BridgeConfig, step: int) -> bool:
 
 
 def start_from_prior(config: BridgeConfig) -> PurifierNet:
-    """The prior's weights in a network with the bridge's residual bound; the identity where the prior is "none".
-
-    ``config.blocks`` deepens it by blocks that add nothing at first. Raises UserError where they are fewer than it has.
-    """
+    """The prior's weights in a network with the bridge's residual bound; the identity where the prior is "none"."""
     from codefend.purifiers import WEIGHTS
 
-    torch.manual_seed(config.seed)  # the network's initial weights only
     if config.prior == "none":
-        shape = NetConfig(residual_bound=config.residual_bound)
-        return PurifierNet(replace(shape, blocks=config.blocks or shape.blocks))
+        torch.manual_seed(config.seed)  # the network's initial weights only
+        return PurifierNet(NetConfig(residual_bound=config.residual_bound))
     prior, _ = load_net(config.prior or WEIGHTS / "prior")
-    had, blocks = prior.config.blocks, config.blocks or prior.config.blocks
-    if len(blocks) != len(had) or any(n < old for n, old in zip(blocks, had, strict=True)):
-        raise UserError(f"blocks={','.join(map(str, blocks))} cannot hold the prior's {','.join(map(str, had))}")
-    net = PurifierNet(replace(prior.config, residual_bound=config.residual_bound, blocks=blocks))
-    net.load_state_dict({**net.state_dict(), **prior.state_dict()})
+    net = PurifierNet(NetConfig(**{**prior.config.__dict__, "residual_bound": config.residual_bound}))
+    net.load_state_dict(prior.state_dict())
     return net
 
 
@@ -340,9 +331,6 @@ def bridge_terms(step: Step, net: PurifierNet, clean: Tensor, attacked: Tensor) 
         untouched = round(config.clean * len(clean))
         terms["identity"] = config.w_identity * distance[:untouched].sum() / len(clean)
     seen = restored.clamp(0, 1)
-    if config.after:
-        level = config.after * (0.5 + torch.rand(len(seen), 1, 1, 1, generator=draw).to(seen))
-        seen = (seen + level * noise_like(seen, draw)).clamp(0, 1)
     if config.w_features or config.w_direction:
         tower = guide.tower(step.number)
         with torch.no_grad():
