@@ -14,21 +14,10 @@ from attacks_kit import ANSWERS, Defended, Dim, ToyVictim, pictures
 from codefend.attacks import TEXT_ATTACKS, TextAttackSpec, asked_for
 from codefend.attacks.norms import distance
 from codefend.attacks.search import Trace
-from codefend.attacks.text import (
-    PLANTS,
-    Asked,
-    Characters,
-    Edit,
-    Glyphs,
-    Planted,
-    Words,
-    lookalikes,
-    rewordings,
-    rewrite,
-    typos,
-)
+from codefend.attacks.text import PLANTS, Asked, Characters, Glyphs, Planted, Words
 from codefend.attacks.typographic import Typographic, render, write_on
 from codefend.defense import Defense
+from codefend.edits import Edit, lookalikes, rewordings, rewrite, typos
 from codefend.types import Budget, Objective, UserError
 
 QUESTIONS = ["What is left of the picture?", "Describe the image.", "How many red objects are there?"]

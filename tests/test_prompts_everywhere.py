@@ -91,8 +91,11 @@ class Counter:
     def encode(self, text: str) -> str:
         return text
 
+    def speaks(self, context: str) -> bool:
+        return True
+
     def sample(self, contexts: Sequence[str], max_new_tokens: int) -> list[str]:
-        return [f"Length {len(context)}." for context in contexts]
+        return [f"It's {len(context)}." for context in contexts]  # short words: longer ones must be the query's
 
 
 def test_a_generator_reads_the_query_behind_the_gateway(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from codefend.attacks.text import typos
+from codefend.edits import typos
 from codefend.prompts.items import Item
 
 TYPOS = 4  # at most
