@@ -61,6 +61,13 @@ def test_averaging_and_resubmission_satisfy(tmp_path: Path) -> None:
     assert not {"random without EOT", "judged once"} & names(evaluate(config, tmp_path, loaders=toys.loaders()))
 
 
+@pytest.mark.parametrize(("eot", "chased"), [(1, True), (256, False)])
+def test_an_attack_that_follows_single_draws_of_the_noise_is_seen(tmp_path: Path, eot: int, chased: bool) -> None:
+    fog = replace(toys.loaders(), purifier=lambda name, **o: toys.Jitter(0.3))
+    config = replace(FOOLING, defenses=("fog",), attacks=("apgd",), threats=("T2",), steps=10, eot=eot)
+    assert ("noise chased" in names(evaluate(config, tmp_path, loaders=fog))) == chased
+
+
 def test_honest_defenses_raise_nothing(rows: list[Row]) -> None:
     assert not names(rows, defense="none", attack="apgd")
     assert not names(rows, defense="leaky", attack="apgd")

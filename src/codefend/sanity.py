@@ -24,6 +24,7 @@ MEANINGFUL = 0.02  # differences of score below this share of the clean score ar
 STANDARD_ERRORS = 2.0  # a paired difference counts from here on
 UNCONVERGED = 0.25  # share of examples whose loss still fell at the end
 STILL_STANDING = 0.1  # share of the clean score below which nobody asks whether the attack could do better
+CHASED = 0.1  # share of an attack's gain that was one draw of the noise; at 0.13 three times the samples halved a score
 UNBOUNDED = 0.5  # l-inf radius that lets every pixel be grey
 ENOUGH = 100  # examples; with 100 the 95% interval of a share is about +-10 points
 
@@ -116,6 +117,22 @@ def random_without_eot(groups: Groups) -> list[Flag]:
         if aimed and all(row["budget"]["eot"] == 1 for row in rows if row.get("budget")):
             reason = "the defense is randomized and the attack averaged one sample per step: raise eot"
             flags.append(_flag("random without EOT", reason, group, rows))
+    return flags
+
+
+def noise_chased(groups: Groups) -> list[Flag]:
+    """What the attack gained is in part the noise that it happened to see: under fresh noise it is not there."""
+    flags = []
+    for group, rows in _attacked(groups, "T2"):
+        crafted = [row for row in rows if row.get("curve") and row["objective"].get("source") is not None]
+        found = [(row["curve"], row["objective"]["source"], row["budget"]["eot"]) for row in crafted]
+        if not found or not rows[0]["randomized"] or rows[0]["access"] != "white-box":
+            continue
+        gain = statistics.fmean(curve["start"] - curve["end"] for curve, _, _ in found)
+        kept = statistics.fmean(curve["start"] - fresh for curve, fresh, _ in found)
+        if gain > 0 and kept < (1 - CHASED) * gain:
+            reason = f"{1 - kept / gain:.0%} of the gain is gone under fresh noise: raise eot above {found[0][2]}"
+            flags.append(_flag("noise chased", reason, group, rows))
     return flags
 
 
@@ -243,6 +260,7 @@ CHECKS: dict[str, Callable[[Groups], list[Flag]]] = {
     "zero gradient": gradient_zero,
     "exploding gradient": gradient_exploding,
     "random without EOT": random_without_eot,
+    "noise chased": noise_chased,
     "judged once": judged_once,
     "adaptive weaker": adaptive_weaker,
     "larger budget helps the defender": budget_helps_defender,
