@@ -11,7 +11,7 @@ stage codefend eval standard --run "$RUNS/compare" --victim "$POCKET" --set "def
   --set eps=2,4,8 --set attacks=apgd,apgd-targeted,feature
 # Through the whole defense, gradients averaged over its noise; FARE's pocket has no purifier to see through.
 stage codefend eval standard --run "$RUNS/compare-adaptive" --victim "$POCKET" --set "defenses=$defenses" \
-  --set "adaptive=${defenses#none,}" --set threats=T2 --set eps=2,4,8 --set attacks=word-head,apgd --set eot=4 \
+  --set "adaptive=${defenses#none,}" --set threats=T2 --set eps=2,4,8 --set attacks=word-head,apgd --set eot=12 \
   --set resubmissions=3 --set limit=32 --set adaptive_limit=32
 stage codefend eval standard --run "$RUNS/compare-fare" --victim "$RUNS/fare/weights" --set defenses=none --set adaptive= \
   --set eps=2,4,8 --set attacks=apgd,apgd-targeted,feature,word-head

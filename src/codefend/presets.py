@@ -186,7 +186,7 @@ PRESETS: dict[str, Preset] = {
             "standard",
             "evaluate in an hour or two on 2 cores: 64 images a task, APGD-100 oblivious, adaptive on the bridge",
             _config(
-                "evaluate", "EvalConfig", defenses=_DEFENSES, limit=64, adaptive=("bridge",), adaptive_limit=24, eot=4
+                "evaluate", "EvalConfig", defenses=_DEFENSES, limit=64, adaptive=("bridge",), adaptive_limit=24, eot=12
             ),
         ),
         Preset(
