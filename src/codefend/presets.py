@@ -184,7 +184,7 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "standard",
-            "evaluate in an hour or two on 2 cores: 64 images a task, APGD-100 oblivious, adaptive on the bridge",
+            "evaluate in some hours on 2 cores: 64 images a task, APGD-100 oblivious, adaptive on the bridge",
             _config(
                 "evaluate", "EvalConfig", defenses=_DEFENSES, limit=64, adaptive=("bridge",), adaptive_limit=24, eot=12
             ),
