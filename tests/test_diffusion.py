@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from codefend import diffusion as d
@@ -29,29 +28,6 @@ def gaussian_denoiser(x: Tensor, s: Tensor, sigma: Tensor) -> Tensor:
     """Exact for pixels that are independently N(0.5, 0.25^2)."""
     skip = (0.0625 / (0.0625 + sigma**2)).view(-1, 1, 1, 1)
     return 0.5 + skip * (x - 0.5)
-
-
-# --- noise -----------------------------------------------------------------------------------------------------------
-
-
-def test_noise_of_several_octaves_does_not_average_out() -> None:
-    white, coarse = (d.noise_like(torch.zeros(16, 3, 96, 80), gen(), octaves=octaves) for octaves in (1, 5))
-    assert torch.equal(white, torch.randn(16, 3, 96, 80, generator=gen()))
-    assert float(coarse.std()) == pytest.approx(1, rel=0.05)
-    for cell in (4, 8, 16):
-        blocks = [float(F.avg_pool2d(noise, cell).std()) for noise in (white, coarse)]
-        assert blocks[0] == pytest.approx(1 / cell, rel=0.1)
-        assert blocks[1] > 0.4
-    pixels = coarse.movedim(1, 0).flatten(1)
-    assert abs(float(torch.corrcoef(pixels)[0, 1])) < 0.05  # colours are independent
-
-
-@pytest.mark.parametrize("size", [(1, 1), (5, 33), (64, 64)])
-def test_coarse_noise_of_any_size_is_seeded(size: tuple[int, int]) -> None:
-    first, again = (d.noise_like(torch.zeros(2, 3, *size), gen(), octaves=6) for _ in range(2))
-    assert torch.equal(first, again)
-    assert bool(first.isfinite().all())
-    assert not torch.equal(first[0], first[1])
 
 
 # --- schedules -------------------------------------------------------------------------------------------------------
@@ -178,21 +154,6 @@ def test_bridge_level_is_the_noise_that_is_really_there() -> None:
     x, level = d.bridge_state(clean, clean, torch.tensor([0.5]), 0.08, gamma=0.06, generator=gen())
     assert float(level) == pytest.approx(math.hypot(0.5 * 0.08, 0.06 * 0.5))
     assert float(x.std()) == pytest.approx(float(level), rel=0.01)
-
-
-def test_coarse_noise_is_in_the_bridge_as_in_its_serving() -> None:
-    clean = torch.full((1, 3, 128, 128), 0.5)
-    seen: list[Tensor] = []
-
-    def net(x: Tensor, s: Tensor, sigma: Tensor) -> Tensor:
-        seen.append(x)
-        assert sigma.tolist() == pytest.approx([0.1])
-        return x
-
-    d.bridge_predict(net, clean, clean, torch.ones(1), 0.1, octaves=5, generator=gen())
-    d.bridge_purify(net, clean, sigma=0.1, octaves=5, generator=gen())
-    assert torch.allclose(seen[0], seen[1])
-    assert float(F.avg_pool2d(seen[0], 8).std()) > 0.04
 
 
 def test_charbonnier_is_per_example_and_zero_for_a_perfect_predictor() -> None:

@@ -166,7 +166,6 @@ def test_diffpure_takes_the_papers_step_count_by_default() -> None:
         ("diffpure:t=0.9", "at most 0.3"),
         ("bridge:evaluations=9", "1 to 4"),
         ("bridge:sigma=-1", "0 to 0.5"),
-        ("bridge:octaves=9", "1 to 8"),
         ("flowpure:steps=0", "1 to 1000"),
         ("flowpure:start=0", "above 0"),
         ("flowpure-gauss:noise=2", "0 to 0.6"),

@@ -123,8 +123,8 @@ def test_the_budget_ramps_up() -> None:
 def test_noise_is_fresh_at_every_look(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn, noise_like = [], bridge.noise_like
 
-    def spy(images: Tensor, generator: Any = None, **options: Any) -> Tensor:
-        drawn.append(noise_like(images, generator, **options))
+    def spy(images: Tensor, generator: Any = None) -> Tensor:
+        drawn.append(noise_like(images, generator))
         return drawn[-1]
 
     monkeypatch.setattr(bridge, "noise_like", spy)

@@ -16,7 +16,6 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -37,29 +36,14 @@ def _wide(value: Tensor) -> Tensor:
     return value.view(-1, 1, 1, 1)  # [B] against [B,3,H,W]
 
 
-def noise_like(images: Tensor, generator: Generator | None = None, *, octaves: int = 1) -> Tensor:
-    """Normal noise of unit variance, of the images' shape, dtype and device, drawn from ``generator``.
+def noise_like(images: Tensor, generator: Generator | None = None) -> Tensor:
+    """Standard normal noise of the images' shape, dtype and device, drawn from ``generator``.
 
-    White for one octave; else as much again at half the resolution, a quarter and so on: white noise averages out over
-    a few pixels, and an attack that is smooth over them does not. Drawn on the generator's own device, so that one CPU
-    seed gives the same noise on every device.
+    Drawn on the generator's own device, so that one CPU seed gives the same noise on every device.
     """
     source = images.device if generator is None else generator.device
     noise = torch.randn(images.shape, generator=generator, device=source, dtype=images.dtype)
-    for octave in range(1, octaves):
-        noise = noise + _coarse_noise(images, 2**octave, generator, source)
-    return (noise / math.sqrt(octaves)).to(images.device)
-
-
-def _coarse_noise(images: Tensor, cell: int, generator: Generator | None, source: torch.device) -> Tensor:
-    """Noise that is smooth over ``cell`` pixels, at a random place on its grid; unit variance over all places."""
-    count, channels, height, width = images.shape
-    shape = (count, channels, height // cell + 2, width // cell + 2)
-    grid = torch.randn(shape, generator=generator, device=source, dtype=images.dtype)
-    top, left = torch.randint(cell, (2,), generator=generator, device=source).tolist()
-    # Linear interpolation between independent values leaves 2/3 of the variance on an axis.
-    smooth = 1.5 * F.interpolate(grid, scale_factor=cell, mode="bilinear")
-    return smooth[..., top : top + height, left : left + width]
+    return noise.to(images.device)
 
 
 # --- Schedules ---------------------------------------------------------------------------------------------------
@@ -218,7 +202,6 @@ def bridge_state(
     sigma: Tensor | float = 0.0,
     *,
     gamma: float = 0.0,
-    octaves: int = 1,
     generator: Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A point of the bridge and the noise level in it: ``[B,3,H,W]`` and ``[B]``.
@@ -228,7 +211,7 @@ def bridge_state(
     """
     sigma = per_image(sigma, clean)
     level = (s**2 * sigma**2 + gamma**2 * s * (1 - s)).sqrt()  # n and xi are independent: one draw serves both
-    return clean + _wide(s) * (attacked - clean) + _wide(level) * noise_like(clean, generator, octaves=octaves), level
+    return clean + _wide(s) * (attacked - clean) + _wide(level) * noise_like(clean, generator), level
 
 
 def bridge_predict(
@@ -239,11 +222,10 @@ def bridge_predict(
     sigma: Tensor | float = 0.0,
     *,
     gamma: float = 0.0,
-    octaves: int = 1,
     generator: Generator | None = None,
 ) -> Tensor:
     """The network's clean image from a random point of the bridge: what the bridge and guidance losses compare."""
-    x, level = bridge_state(clean, attacked, s, sigma, gamma=gamma, octaves=octaves, generator=generator)
+    x, level = bridge_state(clean, attacked, s, sigma, gamma=gamma, generator=generator)
     return net(x, s, level)
 
 
@@ -258,7 +240,6 @@ def bridge_purify(
     *,
     evaluations: int = 1,
     sigma: float = 0.0,  # noise added before the first evaluation, pixels in [0, 1]
-    octaves: int = 1,  # of that noise
     checkpoint: bool = False,
     generator: Generator | None = None,
 ) -> Tensor:
@@ -267,7 +248,7 @@ def bridge_purify(
     One evaluation returns the network's own prediction. Shift and noise shrink together along the line through x0,
     so the level at s is s * sigma and a perfect predictor gives the same image for any number of evaluations.
     """
-    x = images + sigma * noise_like(images, generator, octaves=octaves) if sigma > 0 else images
+    x = images + sigma * noise_like(images, generator) if sigma > 0 else images
     times = [0.5**k for k in range(evaluations)] + [0.0]
     for now, then in pairwise(times):
         x0 = evaluate(net, x, per_image(now, x), per_image(now * sigma, x), checkpoint=checkpoint)

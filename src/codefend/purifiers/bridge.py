@@ -18,7 +18,6 @@ class BridgeOptions:
 
     evaluations: int = 1
     sigma: float = 0.0  # noise added before the first evaluation, pixels in [0, 1]
-    octaves: int = 1  # of that noise: 1 is white
     checkpoint: bool = False
 
     def __post_init__(self) -> None:
@@ -26,8 +25,6 @@ class BridgeOptions:
             raise UserError(f"bridge evaluations must be 1 to 4, got {self.evaluations}")
         if not 0 <= self.sigma <= 0.5:
             raise UserError(f"bridge sigma must be 0 to 0.5, got {self.sigma:g}")
-        if not 1 <= self.octaves <= 8:
-            raise UserError(f"bridge octaves must be 1 to 8, got {self.octaves}")
 
 
 class Bridge(NetPurifier):
@@ -43,11 +40,5 @@ class Bridge(NetPurifier):
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
         o = self.options
         return bridge_purify(
-            self.net,
-            images,
-            evaluations=o.evaluations,
-            sigma=o.sigma,
-            octaves=o.octaves,
-            checkpoint=o.checkpoint,
-            generator=generator,
+            self.net, images, evaluations=o.evaluations, sigma=o.sigma, checkpoint=o.checkpoint, generator=generator
         )

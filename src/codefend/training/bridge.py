@@ -24,7 +24,6 @@ from codefend.diffusion import bridge_predict, charbonnier, noise_like, sample_b
 from codefend.nets import NetConfig, PurifierNet, load_net, save_net
 from codefend.pairs import read_pairs
 from codefend.purifiers.base import clip
-from codefend.purifiers.bridge import BridgeOptions
 from codefend.runs import Run, check_run, make_generator
 from codefend.tasks.language import training_texts
 from codefend.tasks.pictures import own_photographs, training_pictures
@@ -77,7 +76,6 @@ class BridgeConfig:
     noise_free: float = 0.5  # share of pictures, and of mined steps, without noise
     min_sigma: float = 0.0  # least noise of the others
     sigma: float = 0.0  # noise that the finished purifier adds unless told otherwise
-    octaves: int = 1  # of all that noise, see `diffusion.noise_like`
     at_one: float = 0.6  # share of pictures at s = 1, where one evaluation starts
     eps_ramp: int = 0  # steps in which the budget of mining grows evenly from 1/255 to max_eps
     lean: bool = False  # mine by `sign_steps`: a third cheaper, and each picture has its own eps
@@ -155,8 +153,7 @@ def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
             advance(1, f"loss {sum(terms.values()):.3f}")
             if isinstance(run, Run) and (step % config.save_every == 0 or step == config.steps):
                 save_training(checkpoint, parameters, optimizer, step, average)
-                served = {"sigma": config.sigma, "octaves": config.octaves}
-                options = {key: value for key, value in served.items() if value != getattr(BridgeOptions, key)}
+                options = {"sigma": config.sigma} if config.sigma else {}
                 save_net(run.dir / "weights", averaged(net, average), kind="bridge", options=options, dtype=HALF)
                 write_card(run, "bridge")
     return run.dir / "weights"
@@ -289,7 +286,7 @@ def mine(step: Step, net: PurifierNet, clean: Tensor) -> Tensor:
     inner = _inner(step, clean, rng)
 
     def objective(images: Tensor) -> Tensor:
-        noised = images + sigma * noise_like(images, draw, octaves=config.octaves) if sigma else images
+        noised = images + sigma * noise_like(images, draw) if sigma else images
         return inner(clip(net(noised, ones, ones * sigma)))  # a judged attack, too, passes clipping straight through
 
     grown = min(1.0, (step.number + 1) / config.eps_ramp) if config.eps_ramp else 1.0
@@ -327,9 +324,7 @@ def bridge_terms(step: Step, net: PurifierNet, clean: Tensor, attacked: Tensor) 
     sigma = sample_bridge_sigmas(
         len(clean), clean=config.noise_free, low=config.min_sigma, high=config.max_sigma, generator=draw
     ).to(clean)
-    restored = bridge_predict(
-        net, clean, attacked, s, sigma, gamma=config.gamma, octaves=config.octaves, generator=draw
-    )
+    restored = bridge_predict(net, clean, attacked, s, sigma, gamma=config.gamma, generator=draw)
     distance = charbonnier(restored, clean)
     terms = {"bridge": config.w_bridge * distance.mean()}
     if config.w_identity:
