@@ -34,7 +34,6 @@ def rewrite(units: Sequence[str], edits: Sequence[Edit]) -> list[str]:
 
 Menu = Callable[[Sequence[str]], list[Edit]]  # every single edit that may be made to these units
 
-
 _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 
 

@@ -24,7 +24,7 @@ MEANINGFUL = 0.02  # differences of score below this share of the clean score ar
 STANDARD_ERRORS = 2.0  # a paired difference counts from here on
 UNCONVERGED = 0.25  # share of examples whose loss still fell at the end
 STILL_STANDING = 0.1  # share of the clean score below which nobody asks whether the attack could do better
-CHASED = 0.1  # share of an attack's gain that was one draw of the noise; at 0.13 three times the samples halved a score
+CHASED = 0.1  # share of an attack's gain that was one draw of the noise; 0.13 let a score of .15 pass for .25 (LOG.md)
 UNBOUNDED = 0.5  # l-inf radius that lets every pixel be grey
 ENOUGH = 100  # examples; with 100 the 95% interval of a share is about +-10 points
 
@@ -112,9 +112,8 @@ def gradient_exploding(groups: Groups) -> list[Flag]:
 def random_without_eot(groups: Groups) -> list[Flag]:
     """A randomized defense attacked along single gradient samples looks stronger than it is."""
     flags = []
-    for group, rows in _attacked(groups, "T2"):
-        aimed = rows[0]["randomized"] and rows[0]["access"] == "white-box"
-        if aimed and all(row["budget"]["eot"] == 1 for row in rows if row.get("budget")):
+    for group, rows in _through_noise(groups):
+        if all(row["budget"]["eot"] == 1 for row in rows if row.get("budget")):
             reason = "the defense is randomized and the attack averaged one sample per step: raise eot"
             flags.append(_flag("random without EOT", reason, group, rows))
     return flags
@@ -123,15 +122,13 @@ def random_without_eot(groups: Groups) -> list[Flag]:
 def noise_chased(groups: Groups) -> list[Flag]:
     """What the attack gained is in part the noise that it happened to see: under fresh noise it is not there."""
     flags = []
-    for group, rows in _attacked(groups, "T2"):
-        crafted = [row for row in rows if row.get("curve") and row["objective"].get("source") is not None]
-        found = [(row["curve"], row["objective"]["source"], row["budget"]["eot"]) for row in crafted]
-        if not found or not rows[0]["randomized"] or rows[0]["access"] != "white-box":
-            continue
-        gain = statistics.fmean(curve["start"] - curve["end"] for curve, _, _ in found)
-        kept = statistics.fmean(curve["start"] - fresh for curve, fresh, _ in found)
+    for group, rows in _through_noise(groups):
+        found = [row for row in rows if row.get("curve") and row["objective"].get("source") is not None]
+        gain = math.fsum(row["curve"]["start"] - row["curve"]["end"] for row in found)
+        kept = math.fsum(row["curve"]["start"] - row["objective"]["source"] for row in found)
         if gain > 0 and kept < (1 - CHASED) * gain:
-            reason = f"{1 - kept / gain:.0%} of the gain is gone under fresh noise: raise eot above {found[0][2]}"
+            eot = found[0]["budget"]["eot"]
+            reason = f"{1 - kept / gain:.0%} of the gain is gone under fresh noise: raise eot above {eot}"
             flags.append(_flag("noise chased", reason, group, rows))
     return flags
 
@@ -278,6 +275,13 @@ CHECKS: dict[str, Callable[[Groups], list[Flag]]] = {
 def _attacked(groups: Groups, threat: str | None = None) -> Iterator[tuple[Group, list[Row]]]:
     for group, rows in groups.items():
         if group.attack != CLEAN and threat in (None, group.threat):
+            yield group, rows
+
+
+def _through_noise(groups: Groups) -> Iterator[tuple[Group, list[Row]]]:
+    """The groups whose attack followed gradients through a randomized defense."""
+    for group, rows in _attacked(groups, "T2"):
+        if rows[0]["randomized"] and rows[0]["access"] == "white-box":
             yield group, rows
 
 

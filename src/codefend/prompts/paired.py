@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from codefend.edits import typos
+from codefend.edits import rewrite, typos
 from codefend.prompts.items import Item
 
 TYPOS = 4  # at most
@@ -175,6 +175,5 @@ def mistyped(text: str, count: int, rng: random.Random) -> str:
     letters = list(text)
     for _ in range(count):
         if menu := typos(letters):
-            edit = rng.choice(menu)
-            letters[edit.start : edit.start + edit.length] = edit.by
+            letters = rewrite(letters, [rng.choice(menu)])
     return "".join(letters)
