@@ -126,7 +126,8 @@ def noise_chased(groups: Groups) -> list[Flag]:
         found = [row for row in rows if row.get("curve") and row["objective"].get("source") is not None]
         gain = math.fsum(row["curve"]["start"] - row["curve"]["end"] for row in found)
         kept = math.fsum(row["curve"]["start"] - row["objective"]["source"] for row in found)
-        if gain > 0 and kept < (1 - CHASED) * gain:
+        standing = _mean(rows) > STILL_STANDING * _clean_mean(groups, group)
+        if standing and gain > 0 and kept < (1 - CHASED) * gain:
             eot = found[0]["budget"]["eot"]
             reason = f"{1 - kept / gain:.0%} of the gain is gone under fresh noise: raise eot above {eot}"
             flags.append(_flag("noise chased", reason, group, rows))
