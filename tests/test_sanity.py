@@ -64,7 +64,7 @@ def test_averaging_and_resubmission_satisfy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("eot", "chased"), [(1, True), (256, False)])
 def test_an_attack_that_follows_single_draws_of_the_noise_is_seen(tmp_path: Path, eot: int, chased: bool) -> None:
     fog = replace(toys.loaders(), purifier=lambda name, **o: toys.Jitter(0.3))
-    config = replace(FOOLING, defenses=("fog",), attacks=("apgd",), threats=("T2",), steps=10, eot=eot)
+    config = replace(FOOLING, defenses=("fog",), attacks=("apgd",), threats=("T2",), eps=(4.0,), steps=10, eot=eot)
     assert ("noise chased" in names(evaluate(config, tmp_path, loaders=fog))) == chased
 
 
