@@ -12,8 +12,10 @@ pytest.importorskip("skimage")
 
 from codefend.cli import main
 from codefend.evaluate import evaluate
-from codefend.evaluate.photographs import SEEN, PhotographsConfig, crops
+from codefend.evaluate.photographs import SEEN, PhotographsConfig, _as_noisy, crops, names
+from codefend.images import save
 from codefend.purifiers import WEIGHTS
+from codefend.runs import make_generator
 from codefend.tasks.pictures import HELD_OUT
 from codefend.tasks.scenes import PHOTOGRAPHS
 from codefend.types import UserError
@@ -43,6 +45,30 @@ def test_seen_is_what_the_shipped_bridge_was_guided_by() -> None:
     assert set(PhotographsConfig().encoders) > set(SEEN)
 
 
+def test_noise_is_as_large_as_the_change() -> None:
+    clean = torch.full((2, 3, 64, 64), 0.5)
+    changed = clean + torch.tensor([0.02, 0.1]).view(2, 1, 1, 1)
+    noised = _as_noisy(clean, changed, make_generator(0))
+    sizes = (noised - clean).square().mean((1, 2, 3)).sqrt()
+    assert sizes.tolist() == pytest.approx([0.02, 0.1], rel=0.05)
+    assert abs(float((noised - clean).mean())) < 0.002
+
+
+def test_photographs_of_ones_own_are_judged_by_name(tmp_path: Path) -> None:
+    for name, level in (("b.png", 0.2), ("deep/a.png", 0.8)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save(tmp_path / name, torch.full((3, 130, 140), level))
+    config = PhotographsConfig(limit=2, side=64, photographs=str(tmp_path))
+    assert names(config) == ["b.png", "deep/a.png"]
+    assert crops("deep/a.png", config).shape == (2, 3, 64, 64)
+    assert float(crops("deep/a.png", config).mean()) == pytest.approx(0.8, abs=0.01)
+    assert "photographs" not in PhotographsConfig().recorded()
+    assert config.recorded()["photographs"] == str(tmp_path)
+    with pytest.raises(UserError, match="holds no pictures"):
+        evaluate(PhotographsConfig(photographs=str(tmp_path / "none")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.weights
 def test_rows_show_the_attack_and_the_repair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = PhotographsConfig(**TINY, defenses=("none", "jpeg", "blur:sigma=2"))
@@ -52,7 +78,7 @@ def test_rows_show_the_attack_and_the_repair(tmp_path: Path, capsys: pytest.Capt
     for name in HELD_OUT:
         bare, jpeg = by[name, "none"], by[name, "jpeg"]
         assert bare["cosine_clean"] == pytest.approx(1, abs=1e-4)
-        assert bare["agrees_clean"] == 1
+        assert bare["agrees_clean"] == bare["agrees_noised"] == 1
         assert bare["psnr_clean"] is None  # infinite: nothing was changed
         assert bare["cosine_attacked"] < 0.8
         assert bare["psnr_attacked"] > 29.9  # 8/255 at most

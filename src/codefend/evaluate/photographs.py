@@ -3,7 +3,8 @@
 Crops of the held-out photographs (`tasks.pictures.HELD_OUT`) at several scales. Each encoder is attacked on the bare
 picture (oblivious): its tokens are driven away from the clean ones. The task is to agree with the encoder's own class
 for the clean crop. Lite0 and Lite2 guided the shipped bridge, Lite1 never did. Crops of one photograph are no
-independent examples: with four photographs the figures say how these fare, not how all would.
+independent examples: with four photographs the figures say how these fare, not how all would. A folder of other
+photographs can be judged instead.
 """
 
 from __future__ import annotations
@@ -16,20 +17,21 @@ from statistics import fmean
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
 from codefend.attacks.apgd import APGD
 from codefend.attacks.norms import quantize_in_budget
 from codefend.attacks.objectives import features_away
 from codefend.defense import Defense
 from codefend.devices import default_device
+from codefend.diffusion import noise_like
 from codefend.evaluate.config import rejoin
 from codefend.images import quantize8
 from codefend.pairs import Tower
 from codefend.results import BARE
 from codefend.runs import Row, check_run, make_generator, open_run, progress
 from codefend.tasks.image_metrics import psnr
-from codefend.tasks.pictures import HELD_OUT
+from codefend.tasks.pictures import HELD_OUT, own_paths, own_photographs
 from codefend.types import Budget, UserError
 from codefend.victims.efficientnet_lite import NAMES
 
@@ -48,6 +50,7 @@ class PhotographsConfig:
     limit: int | None = None  # crops a photograph; None: 8
     side: int = 224
     seed: int = 0
+    photographs: str = ""  # a folder of other ones, which no training saw either; empty: the held-out ones
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "defenses", rejoin(self.defenses))
@@ -60,6 +63,10 @@ class PhotographsConfig:
     @property
     def count(self) -> int:
         return 8 if self.limit is None else self.limit
+
+    def recorded(self) -> dict[str, object]:
+        """What the run's config holds: runs from before one could name a folder go on."""
+        return {name: value for name, value in self.__dict__.items() if name != "photographs" or value}
 
 
 class Encoder(Tower):
@@ -75,23 +82,40 @@ class Encoder(Tower):
         return self.encoder.logits(images.to(self.encoder.fc.weight.device)).argmax(1).to(images.device)
 
 
-def crops(name: str, config: PhotographsConfig) -> Tensor:
-    """``[count, 3, side, side]`` in [0, 1], 8 bits: windows of a whole to a half of the photograph's shorter side.
+def names(config: PhotographsConfig) -> list[str]:
+    """The photographs: the held-out ones, or the folder's files by their place in it.
 
-    Raises UserError when scikit-image is missing.
+    Raises UserError for a folder without pictures.
     """
+    if not config.photographs:
+        return list(HELD_OUT)
+    return [str(path.relative_to(config.photographs)) for path in own_paths(config.photographs)]
+
+
+def whole(name: str, config: PhotographsConfig) -> Tensor:
+    """The photograph ``[3, H, W]`` in [0, 1]. Raises UserError when it can't be read, or scikit-image is missing."""
+    if config.photographs:
+        return own_photographs(config.photographs)[names(config).index(name)]
     try:
         from skimage import data
     except ImportError as error:
         raise UserError("the photographs are scikit-image's: pip install 'codefend[train]'") from error
-    whole = torch.from_numpy(getattr(data, name)().copy()).permute(2, 0, 1)[None].float() / 255
-    height, width = whole.shape[-2:]
+    return torch.from_numpy(getattr(data, name)().copy()).permute(2, 0, 1).float() / 255
+
+
+def crops(name: str, config: PhotographsConfig) -> Tensor:
+    """``[count, 3, side, side]`` in [0, 1], 8 bits: windows of a whole to a half of the photograph's shorter side.
+
+    Raises UserError as `whole` does.
+    """
+    picture = whole(name, config)[None]
+    height, width = picture.shape[-2:]
     found = []
     for index in range(config.count):
-        rng = np.random.default_rng([config.seed, 13, HELD_OUT.index(name), index])
+        rng = np.random.default_rng([config.seed, 13, names(config).index(name), index])
         window = int(min(height, width) * rng.uniform(0.5, 1.0))
         top, left = int(rng.integers(height - window + 1)), int(rng.integers(width - window + 1))
-        view = whole[..., top : top + window, left : left + window]
+        view = picture[..., top : top + window, left : left + window]
         size = (config.side, config.side)
         found.append(F.interpolate(view, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1))
     return quantize8(torch.cat(found))
@@ -104,12 +128,13 @@ def run_photographs(config: PhotographsConfig, folder: str | Path) -> list[Row]:
     """
     from codefend.evaluate.bench import Loaders, contender
 
-    described = {"photographs": True, **config.__dict__}
+    described = {"photographs": True, **config.recorded()}
     check_run(folder, described)
-    probe = crops(HELD_OUT[0], config)[:1]
+    found = names(config)
+    probe = crops(found[0], config)[:1]
     defenses = {label: contender(label, Loaders(), probe, config.seed).defense for label in config.defenses}
     with open_run(folder, described) as run:
-        work = [(encoder, name) for encoder in config.encoders for name in HELD_OUT]
+        work = [(encoder, name) for encoder in config.encoders for name in found]
         with progress("photographs", len(work)) as advance:
             for encoder, name in work:
                 keys = [f"{encoder}|{name}-{i}|{label}" for i in range(config.count) for label in defenses]
@@ -139,6 +164,8 @@ def _judge(config: PhotographsConfig, encoder: Encoder, name: str, defenses: dic
                 found[f"cosine_{kind}"] = F.cosine_similarity(encoder.features(seen), right, dim=-1).mean(1)
             found[f"agrees_{kind}"] = (encoder.classes(seen) == label).float()
             found[f"psnr_{kind}"] = psnr(seen, clean)
+            if kind == "clean":
+                found["agrees_noised"] = (encoder.classes(_as_noisy(clean, seen, draw)) == label).float()
         for i in range(len(clean)):
             place = {"encoder": encoder.name, "photograph": name, "crop": i, "defense": defense_name}
             key = f"{encoder.name}|{name}-{i}|{defense_name}"
@@ -146,15 +173,25 @@ def _judge(config: PhotographsConfig, encoder: Encoder, name: str, defenses: dic
     return rows
 
 
+def _as_noisy(clean: Tensor, changed: Tensor, draw: Generator) -> Tensor:
+    """White noise on ``clean`` as large, picture by picture, as its change: what any change of that size costs."""
+    sizes = (changed - clean).square().mean((1, 2, 3), keepdim=True).sqrt()
+    return quantize8((clean + sizes * noise_like(clean, draw)).clamp(0, 1))
+
+
 def table(config: PhotographsConfig, rows: Sequence[Row]) -> str:
     """Markdown: a line for each defense; means over all crops, for every encoder its own attack."""
     heads = [f"{e} ({'seen' if e in SEEN else 'unseen'}): cosine, class" for e in config.encoders]
+    found = names(config)
+    which = (
+        f"{len(found)} photographs of your own" if config.photographs else f"Held-out photographs ({', '.join(found)})"
+    )
     lines = [
-        f"Held-out photographs ({', '.join(HELD_OUT)}), {config.count} crops of {config.side} px each; APGD-"
+        f"{which}, {config.count} crops of {config.side} px each; APGD-"
         f"{config.steps} on the encoder's features at {config.eps:g}/255, oblivious. Cosine of the tokens to the clean "
-        f"picture's and agreement with its class, attacked (n = {config.count * len(HELD_OUT)} each); clean agreement "
-        f"over all encoders (n = {config.count * len(HELD_OUT) * len(config.encoders)}). Seen: it guided the shipped "
-        "bridge; other weights may have seen others.",
+        f"picture's and agreement with its class, attacked (n = {config.count * len(found)} each); clean agreement "
+        f"over all encoders (n = {config.count * len(found) * len(config.encoders)}), in brackets under white noise as "
+        "large as what the defense changed. Seen: it guided the shipped bridge; other weights may have seen others.",
         "",
         f"| defense | clean, dB | clean class | {' | '.join(heads)} |",
         "|---" * (3 + len(heads)) + "|",
@@ -168,6 +205,8 @@ def table(config: PhotographsConfig, rows: Sequence[Row]) -> str:
             own = [row for row in mine if row["encoder"] == encoder]
             cosine, agrees = (fmean(row[f"{what}_attacked"] for row in own) for what in ("cosine", "agrees"))
             cells.append(f"{cosine:.3f}, {agrees:.0%}")
-        agreement = fmean(row["agrees_clean"] for row in mine)
-        lines.append(f"| {defense} | {pixels} | {agreement:.1%} | {' | '.join(cells)} |")
+        agreement = f"{fmean(row['agrees_clean'] for row in mine):.1%}"
+        if all("agrees_noised" in row for row in mine):  # rows from before it was asked have none
+            agreement += f" ({fmean(row['agrees_noised'] for row in mine):.1%})"
+        lines.append(f"| {defense} | {pixels} | {agreement} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -48,10 +48,15 @@ def own_photographs(folder: str) -> tuple[Tensor, ...]:
     """
     if not folder:
         return ()
+    return tuple(_at_most(images.load(path, first_frame=True).pixels, path) for path in own_paths(folder))
+
+
+def own_paths(folder: str) -> list[Path]:
+    """The files of `own_photographs`, in its order. Raises UserError when there is none."""
     paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in images.READABLE and p.name[0] != ".")
     if not paths:
         raise UserError(f"{folder} holds no pictures; looked for {' '.join(sorted(images.READABLE))}")
-    return tuple(_at_most(images.load(path, first_frame=True).pixels, path) for path in paths)
+    return paths
 
 
 def _at_most(pixels: Tensor, path: Path) -> Tensor:
