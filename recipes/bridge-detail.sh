@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The bridge without noise as it ships, by its model card: four trainings from the bridge's second on, then the
+# The bridge without noise as it ships, by its model card: six trainings from the bridge's second on, then the
 # detection score. Needs bridge.sh.
 source "$(dirname "$0")/common.sh"
 
@@ -12,7 +12,11 @@ training bridge "$bridge-4" "$bridge-3/weights" "$a,$b,$b,$b,$c,$c,$c" "${short[
   answers=0.5 answers_batch=4 w_answers=0.3
 training bridge "$bridge-5" "$bridge-4/weights" "$a,$d,$b,$b,$b,$c,$c,$c,$c,$e,$e,$e,$e" "${late[@]}" steps=600 seed=4 \
   w_identity=28 clean=0.3 mined=0 lr=4e-4 w_words=0.8 w_features=1.2
-training bridge "$bridge" "$bridge-5/weights" "$a,$d,$f,$f,$f,$c,$c,$e,$e,$e" noise_free=0.85 at_one=0.9 warmup=20 \
+training bridge "$bridge-6" "$bridge-5/weights" "$a,$d,$f,$f,$f,$c,$c,$e,$e,$e" noise_free=0.85 at_one=0.9 warmup=20 \
   steps=500 seed=5 w_identity=32 clean=0.3 mined=0 lr=4e-4 w_words=0.7 w_features=1.4
+h="$RUNS/pairs-h"
+long=(noise_free=1 at_one=1 clean=0.19 mined=0 w_identity=16 w_direction=0.3 lr=8e-4 warmup=30 save_every=100)
+training bridge "$bridge-7" "$bridge-6/weights" "$h,$h,$RUNS/pairs-g" "${long[@]}" steps=2400 seed=21 w_features=3 w_words=0.5
+training bridge "$bridge" "$bridge-7/weights" "$h,$h,$RUNS/pairs-g" "${long[@]}" steps=1900 seed=22 w_features=4 w_words=0.6
 stage codefend calibrate "$bridge/weights" --set "pairs=$RUNS/pairs-held-out"
 echo "done: $bridge/weights"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The banks of pairs: one for the peers and the bridge's first training, A to F (the bridge's model card) for its other
+# The banks of pairs: one for the peers and the bridge's first training, A to H (the bridges' model cards) for the other
 # trainings, and one of other pictures to calibrate detection scores on.
 source "$(dirname "$0")/common.sh"
 
@@ -18,5 +18,7 @@ bank pairs-d seed=21 count=1536 kinds=words,words,features steps=10 max_eps=12/2
 bank pairs-e seed=22 count=192 kinds=answers answer_shards=100 answer_steps=8 max_eps=10/255
 # PHOTOGRAPHS: a folder of your own; for the shipped bridge ten of Debian's lomiri-wallpapers-16.04 (the model card).
 bank pairs-f seed=31 count=1536 kinds=features,features,towards steps=10 max_eps=12/255 "photographs=${PHOTOGRAPHS:-}"
+bank pairs-g seed=41 count=1024 kinds=features,towards,words,words steps=10 max_eps=12/255
+bank pairs-h seed=51 count=4096 kinds=features,features,towards steps=10 max_eps=12/255 "photographs=${PHOTOGRAPHS:-}"
 bank pairs-held-out seed=1 count=640
-echo "done: $RUNS/pairs, $RUNS/pairs-a to $RUNS/pairs-f, $RUNS/pairs-held-out"
+echo "done: $RUNS/pairs, $RUNS/pairs-a to $RUNS/pairs-h, $RUNS/pairs-held-out"

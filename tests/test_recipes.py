@@ -18,7 +18,7 @@ from codefend.purifiers import WEIGHTS
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(path.name for path in RECIPES.glob("*.sh") if path.name != "common.sh")
-BANKS = {11: "a", 12: "b", 13: "c", 21: "d", 22: "e", 31: "f"}  # the shipped bridge's banks by their seeds
+BANKS = {11: "a", 12: "b", 13: "c", 21: "d", 22: "e", 31: "f", 41: "g", 51: "h"}  # the shipped bridges' banks by their seeds
 pytestmark = pytest.mark.skipif(shutil.which("timeout") is None, reason="recipes need GNU coreutils")
 
 
@@ -73,7 +73,7 @@ def test_the_bridges_trainings_follow_one_another_on_banks_that_exist(
     assert [made["prior"] for made in ours] == ["P", *(f"{made['run']}/weights" for made in ours[:-1])]
     starts = [f"{ours[1]['run']}/weights", *(f"{made['run']}/weights" for made in detail[:-1])]
     assert [made["prior"] for made in detail] == starts
-    assert (len(ours), len(detail)) == (4, 4)
+    assert (len(ours), len(detail)) == (4, 6)
     assert all(set(made["pairs"]) <= banks for made in (*ours, *detail))
 
 
