@@ -221,6 +221,22 @@ def test_a_prompt_that_scares_shows_as_refusals(run: Run, toys: dict[str, Any], 
     assert (cells["none"]["clean_cost"], cells["doubt"]["clean_cost"]) == (0, 1)
 
 
+def test_purifiers_of_a_table_keep_their_options_and_unknown_ones_leave_nothing(
+    run: Run, toys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str, **options: object) -> Any:
+        raise UserError(f"unknown purifier {name!r}")
+
+    monkeypatch.setattr("codefend.purifiers.load", load)
+    code, out, _ = table(run, tmp_path / "x", "--set", "purifiers=none,diffpure:t=0.1,steps=5,jpeg", "--dry-run")
+    assert code == 0
+    assert json.loads(out)["purifiers"] == ["none", "diffpure:t=0.1,steps=5", "jpeg"]
+    code, _, err = table(run, tmp_path / "y", "--purifier", "nothing")
+    assert code == 2
+    assert "unknown purifier 'nothing'" in err
+    assert not (tmp_path / "y").exists()
+
+
 def test_a_table_at_t2_attacks_each_cell_through_its_own_defense(
     run: Run, toys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

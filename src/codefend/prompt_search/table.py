@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from codefend import prompts
+from codefend.evaluate.config import rejoin
 from codefend.prompt_search.bank import BARE, AttackConfig, Kitchen, Sources, check_families, white_box
 from codefend.prompts.asking import Asker, Policy, prompted
 from codefend.prompts.items import Item, is_refusal
 from codefend.runs import Row, Run, check_run, open_run, plain, progress
 from codefend.tasks.metrics import Interval, bootstrap_interval
-from codefend.types import UserError, Victim
+from codefend.types import Purifier, UserError, Victim
 
 TIMED = 6  # items whose answers are timed one by one, per policy
 
@@ -45,6 +46,9 @@ class TableConfig:
     threat: Literal["T0", "T2"] = "T0"
     batch: int = 8
     attack: AttackConfig = field(default_factory=AttackConfig)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "purifiers", rejoin(self.purifiers))
 
     def groups(self) -> dict[str, tuple[str, ...]]:
         """Columns of the table and the families that each averages."""
@@ -71,8 +75,9 @@ def make_table(config: TableConfig, folder: Path, *, sources: Sources | None = N
     described = {"table": "prompts", **plain(config), "frozen": frozen}
     check_run(folder, described)
     victim = sources.victim(config.victim)
-    with open_run(folder, described) as run:
-        items = _items(config, run, victim, sources, policies)
+    purifiers = {name: None if name == BARE else sources.purifier(name) for name in config.purifiers}
+    with open_run(folder, described) as run:  # a misspelt name has left nothing behind
+        items = _items(config, run, victim, purifiers, sources, policies)
         asker = Asker(victim, run, batch=config.batch)
         with progress("answers", sum(map(len, items.values()))) as advance:
             asker.watch = advance
@@ -84,10 +89,14 @@ def make_table(config: TableConfig, folder: Path, *, sources: Sources | None = N
 
 
 def _items(
-    config: TableConfig, run: Run, victim: Victim, sources: Sources, policies: Mapping[str, Policy]
+    config: TableConfig,
+    run: Run,
+    victim: Victim,
+    purifiers: dict[str, Purifier | None],
+    sources: Sources,
+    policies: Mapping[str, Policy],
 ) -> dict[str, list[Item]]:
     """What each policy is asked: at T0 the same for all."""
-    purifiers = {name: None if name == BARE else sources.purifier(name) for name in config.purifiers}
     attacked = white_box(victim, config.surrogate, sources)
     families = [*config.seen, *config.unseen, *config.joint]
     tasks = [sources.task(name, config.split, config.scenes) for name in config.tasks]
