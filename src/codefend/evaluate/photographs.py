@@ -182,7 +182,7 @@ def _as_noisy(clean: Tensor, changed: Tensor, draw: Generator) -> Tensor:
 def table(config: PhotographsConfig, rows: Sequence[Row]) -> str:
     """Markdown: a line for each defense; means over all crops, for every encoder its own attack."""
     heads = [f"{e} ({'seen' if e in SEEN else 'unseen'}): cosine, class" for e in config.encoders]
-    found = names(config)
+    found = list(dict.fromkeys(row["photograph"] for row in rows))  # not read again: the folder may be gone
     which = (
         f"{len(found)} photographs of your own" if config.photographs else f"Held-out photographs ({', '.join(found)})"
     )
