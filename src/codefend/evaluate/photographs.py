@@ -108,11 +108,11 @@ def crops(name: str, config: PhotographsConfig) -> Tensor:
 
     Raises UserError as `whole` does.
     """
-    picture = whole(name, config)[None]
+    picture, place = whole(name, config)[None], names(config).index(name)
     height, width = picture.shape[-2:]
     found = []
     for index in range(config.count):
-        rng = np.random.default_rng([config.seed, 13, names(config).index(name), index])
+        rng = np.random.default_rng([config.seed, 13, place, index])
         window = int(min(height, width) * rng.uniform(0.5, 1.0))
         top, left = int(rng.integers(height - window + 1)), int(rng.integers(width - window + 1))
         view = picture[..., top : top + window, left : left + window]
