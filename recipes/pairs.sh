@@ -20,5 +20,5 @@ bank pairs-e seed=22 count=192 kinds=answers answer_shards=100 answer_steps=8 ma
 bank pairs-f seed=31 count=1536 kinds=features,features,towards steps=10 max_eps=12/255 "photographs=${PHOTOGRAPHS:-}"
 bank pairs-g seed=41 count=1024 kinds=features,towards,words,words steps=10 max_eps=12/255
 bank pairs-h seed=51 count=4096 kinds=features,features,towards steps=10 max_eps=12/255 "photographs=${PHOTOGRAPHS:-}"
-bank pairs-held-out seed=1 count=640
+bank pairs-held-out seed=99 count=640 kinds=features,words,towards,words steps=10
 echo "done: $RUNS/pairs, $RUNS/pairs-a to $RUNS/pairs-h, $RUNS/pairs-held-out"
