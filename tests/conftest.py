@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from codefend.runs import Row, Run
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+os.environ["CODEFEND_PRECISION"] = "float32"  # the same numbers on any machine, and two ways to one of them agree
 
 
 @pytest.fixture(scope="session")

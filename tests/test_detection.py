@@ -13,7 +13,7 @@ from torch import Tensor
 from codefend import purifiers, runs
 from codefend.nets import NetConfig, PurifierNet, save_net
 from codefend.purifiers.bridge import Bridge, BridgeOptions
-from codefend.purifiers.detection import FLOOR, Detector, features, fit, threshold_at
+from codefend.purifiers.detection import FLOOR, RAMP, Detector, features, fit, threshold_at
 from codefend.training.calibrate import CalibrateConfig, calibrate
 from codefend.types import UserError
 
@@ -121,7 +121,7 @@ def bank(folder: Path, seed: int) -> Path:
 @pytest.fixture
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(
-        "codefend.training.calibrate.training_pictures", lambda rng, count, first_scene: smooth(first_scene, count)
+        "codefend.training.calibrate.training_pictures", lambda rng, count, first_scene, own: smooth(first_scene, count)
     )
     save_net(tmp_path / "mine", smoothing_net(), kind="bridge", options={"evaluations": 2})
     return tmp_path / "mine"
@@ -145,10 +145,44 @@ def test_a_calibrated_score_travels_with_the_weights(weights: Path, tmp_path: Pa
     assert torch.equal(other.score(clean), bare.score(clean))
 
 
+def test_a_gate_lets_clean_pictures_pass_and_purifies_the_others(weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="calibrate"):
+        purifiers.load(f"{weights}:gate=true")
+    detector = calibrate(weights, CalibrateConfig(pairs=(str(bank(tmp_path / "bank", 1)),), clean=400, rate=0.02))
+    gated, plain = purifiers.load(f"{weights}:gate=true"), purifiers.load(weights)
+    with pytest.raises(UserError, match="gate"):
+        purifiers.load(f"{weights}:gate=true,evaluations=1")
+    clean = smooth(78, 16)
+    attacked = (clean + 8 / 255 * torch.randn(clean.shape, generator=gen()).sign()).clamp(0, 1)
+    share = detector.suspicion(clean, plain(clean))
+    assert float((share == 0).float().mean()) > 0.5
+    assert torch.equal(gated(clean)[share == 0], clean[share == 0])
+    assert not torch.equal(plain(clean), clean)
+    assert torch.equal(gated(attacked), plain(attacked))
+    # What was let through doesn't hide what was found.
+    both = torch.cat([clean, attacked])
+    assert torch.equal(gated.score(both), plain.score(both))
+    assert torch.equal(gated.judge(both, gated(both)), plain.score(both))
+
+
+def test_a_gate_opens_evenly_below_the_threshold_and_has_a_gradient() -> None:
+    detector = Detector((1.0, 0.0, 0.0, 0.0), 0.0, 0.01, 0.01)  # the logit is the log RMS of what was removed
+    purified = torch.full((5, 3, 8, 8), 0.5)
+    at = torch.tensor(0.01 / 0.99).log()
+    sizes = torch.stack([at - 2 * RAMP, at - RAMP, at - RAMP / 2, at, at + RAMP]).exp()
+    images = (purified + sizes.view(-1, 1, 1, 1)).requires_grad_()
+    share = detector.suspicion(images, purified)
+    assert share.tolist() == pytest.approx([0, 0, 0.5, 1, 1], abs=0.02)
+    share[2].backward()
+    assert images.grad is not None
+    assert float(images.grad[2].abs().min()) > 0
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"pairs": ()}, "held-out pairs"),
+        ({"photographs": "no-such-folder"}, "holds no pictures"),
         ({"clean": 20}, "draw more"),
         ({"rate": 0.0}, "draw more"),
     ],

@@ -67,7 +67,29 @@ def test_purifiers_follow_the_images(name: str) -> None:
     assert purifier(IMAGES.to("meta"), generator=make_generator(0)).device == META
 
 
-def test_mixed_precision_is_for_machines_that_have_it() -> None:
-    with devices.training_precision(torch.device("cpu")):
-        product = torch.ones(2, 2) @ torch.ones(2, 2)
-    assert product.dtype == (torch.bfloat16 if devices._multiplies_bfloat16() else torch.float32)
+def test_mixed_precision_is_for_machines_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def product() -> torch.dtype:
+        with devices.mixed_precision(torch.device("cpu")):
+            return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+
+    assert product() == torch.float32  # as the tests want it
+    monkeypatch.delenv(devices.PRECISION)
+    assert product() == (torch.bfloat16 if devices._multiplies_bfloat16() else torch.float32)
+    monkeypatch.setenv(devices.PRECISION, "bf16")
+    with pytest.raises(UserError, match="CODEFEND_PRECISION=bf16"):
+        product()
+
+
+def test_purifying_is_mixed_and_an_attack_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_multiplies_bfloat16", lambda: True)  # emulated where there are no units
+    purifier = purifiers.load("bridge")
+    images = torch.rand(1, 3, 32, 32, generator=make_generator(1))
+
+    def purified(pictures: torch.Tensor) -> torch.Tensor:
+        return purifier(pictures, generator=make_generator(2)).detach()
+
+    exact = purified(images)
+    monkeypatch.delenv(devices.PRECISION)
+    assert torch.equal(purified(images.clone().requires_grad_()), exact)
+    with torch.no_grad():
+        assert 0 < float((purified(images.clone().requires_grad_()) - exact).abs().max()) < 2 / 255

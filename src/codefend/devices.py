@@ -13,6 +13,7 @@ import torch
 from codefend.types import UserError
 
 VARIABLE = "CODEFEND_DEVICE"
+PRECISION = "CODEFEND_PRECISION"  # float32: nothing in mixed precision, for figures that are the same on any machine
 
 
 def default_device() -> torch.device:
@@ -37,15 +38,25 @@ def device_named(name: str, said: str) -> torch.device:
     return device
 
 
-def training_precision(device: torch.device) -> AbstractContextManager[None]:
-    """Mixed precision where it pays: bfloat16 on a GPU or a CPU with units for it (AMX, AVX512-BF16), else float32.
+def precision(device: torch.device) -> str:
+    """What pays there: "bfloat16" on a GPU or a CPU with units for it (AMX, AVX512-BF16), else "float32".
 
-    A CPU without such units emulates bfloat16, tens of times slower than float32. Never for an attack that is judged:
-    its gradients are exact in float32 only.
+    A CPU without such units emulates bfloat16, tens of times slower than float32. ``CODEFEND_PRECISION=float32`` turns
+    it off. Raises UserError when that is set to something else.
     """
-    if device.type == "cuda" or (device.type == "cpu" and _multiplies_bfloat16()):
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
+    wanted = os.environ.get(PRECISION, "")
+    if wanted not in ("", "float32"):
+        raise UserError(f"{PRECISION}={wanted}: set it to float32, or not at all")
+    units = device.type == "cuda" or (device.type == "cpu" and _multiplies_bfloat16())
+    return "bfloat16" if units and not wanted else "float32"
+
+
+def mixed_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Autocast to what pays there, for trainings and for purifying. Raises UserError as `precision`.
+
+    Never for an attack that is judged: its gradients are exact in float32 only.
+    """
+    return torch.autocast(device.type, torch.bfloat16) if precision(device) == "bfloat16" else nullcontext()
 
 
 def _multiplies_bfloat16() -> bool:

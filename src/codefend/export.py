@@ -46,8 +46,8 @@ def export_onnx(name: str | Path, out: str | Path) -> Exported:
     """Export ``bridge``, ``bridge:evaluations=2`` or a folder of weights to the file ``out`` (``.onnx``).
 
     Batch, height and width stay free. Padding and tiles are the caller's (`integrations.onnx_purifier` does both).
-    Raises UserError for a purifier without a network or with noise, a missing package, a name that does not end in
-    .onnx, or when the exported model differs from torch.
+    Raises UserError for a purifier without a network, or with noise or a gate, for a missing package, a name that does
+    not end in .onnx, or when the exported model differs from torch.
     """
     path = Path(out)
     if path.suffix != ".onnx":
@@ -58,6 +58,8 @@ def export_onnx(name: str | Path, out: str | Path) -> Exported:
     purifier = purifiers.load(name)
     if not isinstance(purifier, NetPurifier) or purifier.stochastic:
         raise UserError(f"{purifier.name!r} cannot be exported: it has no network of its own, or it draws noise")
+    if purifier.gate:
+        raise UserError(f"{purifier.name!r} cannot be exported: its gate looks at whole pictures; leave gate=true out")
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "model.onnx"
         _write(purifier, draft)
@@ -101,5 +103,6 @@ def _largest_difference(purifier: NetPurifier, path: Path) -> float:
         images = rng.random((batch, 3, *sides), dtype=np.float32)
         seen = session.run(None, {"images": images})[0]
         with torch.no_grad():
-            differences.append(np.abs(seen - purifier(torch.from_numpy(images)).numpy()).max())
+            wanted = purifier.denoise(torch.from_numpy(images), None).clamp(0, 1)  # in float32, as exported
+            differences.append(np.abs(seen - wanted.numpy()).max())
     return float(max(differences))

@@ -291,9 +291,12 @@ def environment() -> Row:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
     system = f"{platform.system()} {platform.machine()}"
-    cpu = {"cpu": _cpu(), "cores": os.cpu_count(), "threads": threads}
+    cpu: Row = {"cpu": _cpu(), "cores": os.cpu_count(), "threads": None}
+    if "torch" in sys.modules:
+        from codefend.devices import default_device, precision
+
+        cpu |= {"threads": sys.modules["torch"].get_num_threads(), "precision": precision(default_device())}
     return {"python": platform.python_version(), "system": system, **cpu, "versions": versions}
 
 

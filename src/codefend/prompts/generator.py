@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codefend.devices import training_precision
+from codefend.devices import mixed_precision
 from codefend.prompts.items import Item
 from codefend.prompts.learning import draw, rate, restore_state, save_state, update
 from codefend.prompts.operators import SENTENCES, need, split
@@ -247,7 +247,7 @@ def train_generator(
     judge, source = Judge(victim, items, config), QueryPairs(items, says, seed)
     while step < config.steps:
         pairs = source.draw(config.pairs, step)
-        with training_precision(torch.device("cpu")):  # where a writer stands
+        with mixed_precision(torch.device("cpu")):  # where a writer stands
             loss = pairs_loss(writer, pairs) if pairs else torch.zeros(())
             note = f"pairs {loss.detach():.2f}" if pairs else ""
             if step >= config.lessons:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -82,8 +82,15 @@ def wrap_net(net: PurifierNet, meta: Mapping[str, Any], settings: Mapping[str, o
     defaults = configure(fallback, meta.get("options", {}))
     options = configure(defaults, settings)
     purifier: ImagePurifier = make(net, options, name=spelled(name, options, defaults))
-    if meta.get("detector") and options == defaults:  # other options leave other residuals: its rates wouldn't hold
+    gate = getattr(options, "gate", False)
+    ungated = replace(options, gate=defaults.gate) if gate else options
+    if meta.get("detector") and ungated == defaults:  # other options leave other residuals: its rates wouldn't hold
         purifier.detector = Detector.from_dict(meta["detector"])
+    elif gate:
+        raise UserError(
+            f"{purifier.name} has no detection score to open its gate by: use the weights' own options, or calibrate "
+            "them (`codefend calibrate`)"
+        )
     return purifier
 
 

@@ -19,6 +19,7 @@ class BridgeOptions:
     evaluations: int = 1
     sigma: float = 0.0  # noise added before the first evaluation, pixels in [0, 1]
     checkpoint: bool = False
+    gate: bool = False  # let pictures pass as they are that the weights' detector finds clean
 
     def __post_init__(self) -> None:
         if not 1 <= self.evaluations <= 4:
@@ -35,6 +36,7 @@ class Bridge(NetPurifier):
         self.options = options = options or BridgeOptions()
         self.evaluations = options.evaluations
         self.stochastic = options.sigma > 0
+        self.gate = options.gate
         self.name = name or spelled("bridge", options, BridgeOptions())
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:

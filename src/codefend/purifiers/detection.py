@@ -8,6 +8,7 @@ purification's own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from codefend.types import UserError
 
 FLOOR = 1e-4  # a fortieth of an 8-bit level: keeps logarithms and their gradients finite
 BLOCK = 8  # pixels
+RAMP = 2.0  # of the logit below the threshold, over which a gate opens
 
 
 def features(images: Tensor, purified: Tensor) -> Tensor:
@@ -62,6 +64,14 @@ class Detector:
         """The score before the sigmoid, ``[B]``: an attacker descends this one, whose gradient doesn't fade."""
         found = features(images, purified)
         return found @ found.new_tensor(self.weights) + self.bias
+
+    def suspicion(self, images: Tensor, purified: Tensor) -> Tensor:
+        """How much of the purification a gate lets through, ``[B]``: all from the threshold on, none RAMP below it.
+
+        Between them it grows evenly, so that an attacker has a gradient to follow and no edge to hide behind.
+        """
+        above = self.logit(images, purified) - math.log(self.threshold / (1 - self.threshold))
+        return (1 + above / RAMP).clamp(0, 1)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from codefend.devices import default_device, training_precision
+from codefend.devices import default_device, mixed_precision
 from codefend.diffusion import bridge_predict, charbonnier, noise_like, sample_bridge_times
 from codefend.pairs import Tower
 from codefend.purifiers.hf_latent import add_adapters, load_latents, save_adapters
@@ -187,7 +187,7 @@ def _descend(
 ) -> dict[str, Tensor]:
     """Add the gradients of micro-batch ``number``; its weighted terms."""
     device, draw = default_device(), make_generator(config.seed, "backbone", number)
-    with training_precision(device):
+    with mixed_precision(device):
         loss, seen = tuner.loss(clean.to(device), attacked.to(device), draw)
         terms = {"pairs": loss}
         if towers:

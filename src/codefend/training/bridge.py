@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 
 from codefend.attacks import objectives
 from codefend.attacks.pgd import PGD
-from codefend.devices import default_device, training_precision
+from codefend.devices import default_device, mixed_precision
 from codefend.diffusion import bridge_predict, charbonnier, noise_like, sample_bridge_sigmas, sample_bridge_times
 from codefend.nets import NetConfig, PurifierNet, load_net, save_net
 from codefend.pairs import read_pairs
@@ -31,6 +31,7 @@ from codefend.tasks.scenes import compose, load_photographs
 from codefend.training.banks import StreamedBank
 from codefend.training.card import write_card
 from codefend.training.feed import feed
+from codefend.training.growth import grown
 from codefend.training.guides import Guide, OwnGuide, find_guide
 from codefend.training.mining import sign_steps
 from codefend.training.parallel import Workers
@@ -88,6 +89,8 @@ class BridgeConfig:
     # the share of batches that start at random instead of in a bank; of mining's own settings only `max_eps` counts.
     replay: int = 1
     replay_step: float = 0.5  # by how much, in units of each pair's own radius
+    channels: tuple[int, ...] = ()  # of a larger network than the prior's, which it starts from; empty: the prior's
+    blocks: tuple[int, ...] = ()  # the same
 
     def __post_init__(self) -> None:
         if self.replay < 1 or self.save_every % self.replay:
@@ -174,7 +177,7 @@ def _add_gradients(
     clean, attacked = clean.to(device), attacked.to(device)
     step = Step(config, guide, number, make_generator(config.seed, "bridge", number), texts)
     replayed, slot = config.replay > 1, number % config.micro
-    with training_precision(device):
+    with mixed_precision(device):
         if replayed:
             if number // config.micro % config.replay == 0:
                 untouched = round(config.clean * len(clean))
@@ -209,11 +212,12 @@ def start_from_prior(config: BridgeConfig) -> PurifierNet:
 
     if config.prior == "none":
         torch.manual_seed(config.seed)  # the network's initial weights only
-        return PurifierNet(NetConfig(residual_bound=config.residual_bound))
+        small = PurifierNet(NetConfig(residual_bound=config.residual_bound))
+        return grown(small, channels=config.channels, blocks=config.blocks, seed=config.seed)
     prior, _ = load_net(config.prior or WEIGHTS / "prior")
     net = PurifierNet(NetConfig(**{**prior.config.__dict__, "residual_bound": config.residual_bound}))
     net.load_state_dict(prior.state_dict())
-    return net
+    return grown(net, channels=config.channels, blocks=config.blocks, seed=config.seed)
 
 
 class Bank:

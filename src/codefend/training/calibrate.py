@@ -18,7 +18,7 @@ from codefend.pairs import read_pairs
 from codefend.purifiers.base import NetPurifier
 from codefend.purifiers.detection import Detector, features, fit, threshold_at
 from codefend.runs import make_generator, progress, read_config, read_rows, write_atomic
-from codefend.tasks.pictures import training_pictures
+from codefend.tasks.pictures import own_photographs, training_pictures
 from codefend.types import UserError
 
 BATCH = 16
@@ -32,6 +32,7 @@ class CalibrateConfig:
     clean: int = 2000  # further clean pictures, which cost no attack: half for the threshold, half to measure its rate
     rate: float = 0.01  # wanted share of clean pictures above the threshold
     seed: int = 0
+    photographs: str = ""  # a folder of your own photographs among the clean pictures
 
 
 def calibrate(folder: str | Path, config: CalibrateConfig) -> Detector:
@@ -48,6 +49,7 @@ def calibrate(folder: str | Path, config: CalibrateConfig) -> Detector:
     _refuse_training_banks(Path(folder), config.pairs)
     if not 0 < config.rate < 0.5 or config.clean * config.rate < 2:
         raise UserError(f"a rate of {config.rate:g} can't be set on {config.clean} clean pictures: draw more")
+    own_photographs(config.photographs)  # a missing folder is told now
     clean, attacked, eps = _bank_features(purifier, config)
     if len(clean) < 32:
         raise UserError(f"{len(clean)} pairs are too few to calibrate on: make some hundred")
@@ -102,12 +104,12 @@ def _bank_features(purifier: NetPurifier, config: CalibrateConfig) -> tuple[Tens
 
 def _fresh_features(purifier: NetPurifier, config: CalibrateConfig) -> Tensor:
     """Features of clean pictures that no bank and no training has, ``[clean, 4]``."""
-    parts = []
+    parts, own = [], own_photographs(config.photographs)
     with progress("clean pictures", config.clean) as advance:
         for start in range(0, config.clean, BATCH):
             rng = np.random.default_rng([config.seed, 12, start])
             count = min(BATCH, config.clean - start)
-            images = (training_pictures(rng, count, first_scene=9_000_000 + start) * 255).round() / 255
+            images = (training_pictures(rng, count, first_scene=9_000_000 + start, own=own) * 255).round() / 255
             parts.append(_features(purifier, images, config.seed, "clean", start))
             advance(count)
     return torch.cat(parts)

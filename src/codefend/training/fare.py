@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from codefend.devices import default_device, training_precision
+from codefend.devices import default_device, mixed_precision
 from codefend.runs import make_generator, open_run, progress, save_checkpoint, write_atomic
 from codefend.tasks.pictures import training_pictures
 from codefend.training.card import write_card
@@ -68,7 +68,7 @@ def train_fare(config: FareConfig, folder: str | Path) -> Path:
         for clean in feed(partial(_pictures, config), step, config.steps, device):
             started = time.perf_counter()
             set_rate(optimizer, cosine_rate(step, config.steps, warmup=config.warmup))
-            with training_precision(device):
+            with mixed_precision(device):
                 loss, before = fare_loss(config, encoder, original, clean.to(device), step)
             norm = descend(optimizer, loss)
             step += 1

@@ -18,7 +18,7 @@ import torch
 from torch import Generator, Tensor
 
 from codefend import peers, victims
-from codefend.devices import default_device, training_precision
+from codefend.devices import default_device, mixed_precision
 from codefend.diffusion import noise_like
 from codefend.nets import NetConfig, PurifierNet, load_net, save_net
 from codefend.pairs import WORDS, Tower, word_objective
@@ -115,7 +115,7 @@ def train_peer(config: PeerConfig, folder: str | Path) -> Path:
             started = time.perf_counter()
             set_rate(optimizer, cosine_rate(step, config.steps, warmup=config.warmup))
             draw = make_generator(config.seed, config.method, step)
-            with training_precision(device):
+            with mixed_precision(device):
                 terms = peer_terms(config, net, frozen, clean.to(device), attacked.to(device), step, draw)
             loss = torch.stack(list(terms.values())).sum()
             norm = descend(optimizer, loss)

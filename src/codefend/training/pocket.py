@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codefend import images as pictures
-from codefend.devices import default_device, training_precision
+from codefend.devices import default_device, mixed_precision
 from codefend.pairs import WORDS
 from codefend.runs import Run, check_run, open_run, progress, save_checkpoint, write_atomic
 from codefend.tasks.easyvqa import load_easyvqa
@@ -241,7 +241,7 @@ def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
 def _instruct(
     pocket: Pocket, optimizer: torch.optim.Optimizer, batch: Tensor, texts: Sequence[Sequence[tuple[str, str]]]
 ) -> dict[str, float]:
-    with training_precision(pocket.device):
+    with mixed_precision(pocket.device):
         loss, short, caption = packed_loss(pocket, batch, texts)
     optimizer.zero_grad()
     loss.backward()

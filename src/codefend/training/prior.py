@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from codefend.devices import default_device, training_precision
+from codefend.devices import default_device, mixed_precision
 from codefend.diffusion import prior_loss, sample_sigmas
 from codefend.nets import NetConfig, PurifierNet, save_net
 from codefend.runs import make_generator, open_run, progress
@@ -54,7 +54,7 @@ def train_prior(config: PriorConfig, folder: str | Path) -> Path:
             set_rate(optimizer, cosine_rate(step, config.steps, warmup=config.warmup))
             draw = make_generator(config.seed, "prior", step)
             sigma = sample_sigmas(config.batch, generator=draw).to(device)
-            with training_precision(device):
+            with mixed_precision(device):
                 loss = prior_loss(net, clean.to(device), sigma, generator=draw).mean()
             norm = descend(optimizer, loss)
             average.update(parameters)

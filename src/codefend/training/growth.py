@@ -1,0 +1,57 @@
+"""A larger network that starts from a smaller one's weights and does nearly what that did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from codefend.nets import PurifierNet
+from codefend.types import UserError
+
+
+def grown(old: PurifierNet, *, channels: Sequence[int] = (), blocks: Sequence[int] = (), seed: int = 0) -> PurifierNet:
+    """``old`` with more channels or blocks at some of its resolutions (empty: as many as it has).
+
+    As Net2Net does (Chen et al. 2016, arXiv 1511.05641), but new channels of the residual stream start at zero instead
+    of as copies, and layers that read them at random, so that they learn. Exact for new blocks. New channels shrink
+    what the norms divide by; their weights make up for it but for the stream's mean. Raises UserError for fewer
+    channels or blocks than there are, or for other resolutions.
+    """
+    config = replace(
+        old.config, channels=tuple(channels) or old.config.channels, blocks=tuple(blocks) or old.config.blocks
+    )
+    for name in ("channels", "blocks"):
+        wanted, had = getattr(config, name), getattr(old.config, name)
+        if len(wanted) != len(had) or any(a < b for a, b in zip(wanted, had, strict=True)):
+            raise UserError(f"{name}={wanted}: a network only grows, from {had}, at the same {len(had)} resolutions")
+    if config == old.config:
+        return old
+    torch.manual_seed(seed)  # the new weights only
+    new = PurifierNet(config)
+    known = dict(old.named_parameters())
+    with torch.no_grad():
+        for name, parameter in new.named_parameters():
+            if name in known:
+                _lay_in(name, parameter, known[name])
+    return new
+
+
+def _lay_in(name: str, new: Tensor, old: Tensor) -> None:
+    """Copy ``old`` into the first places of ``new``, and prepare the others."""
+    layer = name.split(".")[-2]
+    if layer == "film":  # scales of all channels, then their shifts
+        new, old = new.unflatten(0, (2, -1)), old.unflatten(0, (2, -1))
+        new.zero_()
+    elif layer == "norm":
+        share = (len(old) / len(new)) ** 0.5
+        new.fill_(share if name.endswith("weight") else 0.0)
+        old = old * share if name.endswith("weight") else old
+    elif layer == "conv2":
+        new.zero_()  # neither reads the new hidden channels yet, nor writes to the stream's
+    elif layer != "conv1":
+        written = 1 if name.startswith("ups.") and new.dim() == 4 else 0  # the dimension of the outputs
+        new.narrow(written, old.shape[written], new.shape[written] - old.shape[written]).zero_()
+    new[tuple(slice(size) for size in old.shape)] = old
