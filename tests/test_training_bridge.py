@@ -316,6 +316,18 @@ def test_batches_for_the_language_model_are_scenes_with_texts() -> None:
     assert (len(plain[0]), plain[1].numel(), plain[2]) == (4, 0, [])
 
 
+def test_a_share_of_the_pairs_is_compressed_under_its_own_perturbation() -> None:
+    clean = torch.rand(64, 3, 16, 16, generator=gen())
+    attacked = (clean + 4 / 255 * torch.randn(clean.shape, generator=gen(1)).sign()).clamp(0, 1)
+    kept = bridge.compressed(clean, attacked, np.random.default_rng(0), share=0.0)
+    assert all(torch.equal(a, b) for a, b in zip(kept, (clean, attacked), strict=True))
+    coded, perturbed = bridge.compressed(clean, attacked, np.random.default_rng(0), share=0.25)
+    changed = (coded - clean).abs().amax((1, 2, 3)) > 0
+    assert 8 < int(changed.sum()) < 24
+    assert torch.allclose(perturbed, (coded + attacked - clean).clamp(0, 1))
+    assert torch.allclose((coded[changed] * 255).round() / 255, coded[changed])  # what a file holds has 8 bits
+
+
 def test_a_share_of_the_steps_attacks_the_average() -> None:
     assert not any(bridge._attacks_average(CONFIG, step) for step in range(50))
     chosen = [bridge._attacks_average(replace(CONFIG, mined_average=0.3), step) for step in range(300)]

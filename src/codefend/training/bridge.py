@@ -24,6 +24,7 @@ from codefend.diffusion import bridge_predict, charbonnier, noise_like, sample_b
 from codefend.nets import NetConfig, PurifierNet, load_net, save_net
 from codefend.pairs import read_pairs
 from codefend.purifiers.base import clip
+from codefend.purifiers.shallow import Jpeg, JpegOptions
 from codefend.runs import Run, check_run, make_generator
 from codefend.tasks.language import training_texts
 from codefend.tasks.pictures import own_photographs, training_pictures
@@ -41,6 +42,7 @@ from codefend.types import Budget, Objective, UserError
 
 Text = tuple[str, str]  # prompt, answer
 HALF = torch.float16
+QUALITIES = 40, 96  # of JPEG, even
 Images = tuple[Tensor, Tensor, list[Text]]  # clean, attacked, texts: see `_images`
 
 
@@ -91,6 +93,7 @@ class BridgeConfig:
     replay_step: float = 0.5  # by how much, in units of each pair's own radius
     channels: tuple[int, ...] = ()  # of a larger network than the prior's, which it starts from; empty: the prior's
     blocks: tuple[int, ...] = ()  # the same
+    jpeg: float = 0.0  # share of a bank's pairs whose clean picture is compressed first
 
     def __post_init__(self) -> None:
         if self.replay < 1 or self.save_every % self.replay:
@@ -261,7 +264,7 @@ def _drawn(config: BridgeConfig, bank: Bank | StreamedBank, step: int) -> Images
     rng = np.random.default_rng([config.seed, 7, step])
     first = 3_000_000 + step * config.batch
     if rng.random() >= config.mined:
-        return *bank.draw(rng, config.batch), []
+        return *compressed(*bank.draw(rng, config.batch), rng, share=config.jpeg), []
     if config.answers and rng.random() < config.answers:
         scenes = [compose("train", first + i, photographs=load_photographs()) for i in range(config.answers_batch)]
         said = [training_texts(scene, rng) for scene in scenes]
@@ -269,6 +272,19 @@ def _drawn(config: BridgeConfig, bank: Bank | StreamedBank, step: int) -> Images
         return torch.stack([scene.image for scene in scenes]), torch.empty(0), chosen
     own = own_photographs(config.photographs)
     return training_pictures(rng, config.batch, first_scene=first, own=own), torch.empty(0), []
+
+
+def compressed(clean: Tensor, attacked: Tensor, rng: np.random.Generator, *, share: float) -> tuple[Tensor, Tensor]:
+    """A ``share`` of the pairs as if the clean picture had been a JPEG file, under the same perturbation.
+
+    Most photographs were: a network that never saw that takes the codec's traces for an attack's.
+    """
+    chosen = rng.random(len(clean)) < share if share else ()
+    kept, changes = clean.clone(), attacked - clean
+    for index in np.flatnonzero(chosen):
+        codec = Jpeg(JpegOptions(quality=int(rng.integers(*QUALITIES))))
+        kept[index] = codec(clean[index][None])[0]
+    return kept, (kept + changes).clamp(0, 1)
 
 
 def training_pair(step: Step, net: PurifierNet, clean: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
