@@ -13,7 +13,7 @@ from torch import Tensor
 from codefend import purifiers, runs
 from codefend.nets import NetConfig, PurifierNet, save_net
 from codefend.purifiers.bridge import Bridge, BridgeOptions
-from codefend.purifiers.detection import FLOOR, RAMP, Detector, features, fit, threshold_at
+from codefend.purifiers.detection import FLOOR, RAMP, TEXTURE_FLOOR, Detector, features, fit, threshold_at
 from codefend.training.calibrate import CalibrateConfig, calibrate
 from codefend.types import UserError
 
@@ -37,7 +37,8 @@ def test_features_are_the_sizes_they_say() -> None:
     assert float(small[0]) == pytest.approx(FLOOR, rel=0.01)  # a flat change has no fine part
     assert float(small[1]) == pytest.approx(0.09, rel=0.15)  # a checkerboard is nothing else
     assert worst.tolist() == pytest.approx([0.1, 0.1, 0.3], rel=1e-4)
-    assert texture.tolist() == pytest.approx([FLOOR] * 3, rel=1e-3)
+    assert texture.tolist() == pytest.approx([TEXTURE_FLOOR] * 3, rel=1e-3)
+    assert float(features(purified, purified, texture_floor=0.1)[0, 3].exp()) == pytest.approx(0.1, rel=1e-3)
 
 
 def test_nothing_removed_gives_finite_scores_and_gradients() -> None:
@@ -134,6 +135,7 @@ def test_a_calibrated_score_travels_with_the_weights(weights: Path, tmp_path: Pa
     assert made.calibration["clean_measured"] == 200
     assert made.calibration["found"]["4-8/255"]["share"] > 0.9
     purifier = purifiers.load(weights)
+    assert made.texture_floor == TEXTURE_FLOOR
     assert purifier.detector == Detector.from_dict(json.loads(json.dumps(made.to_dict())))
     clean = smooth(77, 16)
     attacked = (clean + 8 / 255 * torch.randn(clean.shape, generator=gen()).sign()).clamp(0, 1)

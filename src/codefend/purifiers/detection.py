@@ -20,22 +20,24 @@ from torch import Tensor
 from codefend.types import UserError
 
 FLOOR = 1e-4  # a fortieth of an 8-bit level: keeps logarithms and their gradients finite
+TEXTURE_FLOOR = 0.01  # 2.5 levels: a smoother picture leaves no smaller residual, so it counts as this smooth
 BLOCK = 8  # pixels
 RAMP = 2.0  # of the logit below the threshold, over which a gate opens
 
 
-def features(images: Tensor, purified: Tensor) -> Tensor:
+def features(images: Tensor, purified: Tensor, *, texture_floor: float = TEXTURE_FLOOR) -> Tensor:
     """``[B, 4]``: log RMS, in [0, 1] pixels, of the residual, its fine part, its worst block, and of the texture.
 
-    ``images`` and ``purified`` are ``[B,3,H,W]``; the texture is the fine part of the purified picture.
+    ``images`` and ``purified`` are ``[B,3,H,W]``; the texture is the fine part of the purified picture, never taken
+    for less than ``texture_floor``.
     """
     wide = torch.promote_types(images.dtype, torch.float32)  # squares of a fine residual vanish in half precision
     images, purified = images.to(wide), purified.to(wide)
     residual = images - purified
     block = min(BLOCK, *images.shape[-2:])
     worst = F.avg_pool2d(residual.square().mean(1, keepdim=True), block).flatten(1).amax(1)
-    squares = (_power(residual), _power(_fine(residual)), worst, _power(_fine(purified)))
-    return 0.5 * (torch.stack(squares, 1) + FLOOR**2).log()
+    squares = torch.stack([_power(residual), _power(_fine(residual)), worst, _power(_fine(purified))], 1)
+    return 0.5 * (squares + squares.new_tensor([FLOOR, FLOOR, FLOOR, texture_floor]).square()).log()
 
 
 def _fine(images: Tensor) -> Tensor:
@@ -55,6 +57,7 @@ class Detector:
     threshold: float  # of the score
     false_positive_rate: float  # share of clean pictures above it, measured on pictures that no fit has seen
     calibration: Mapping[str, Any] = field(default_factory=dict)  # on what, and what it detects
+    texture_floor: float = FLOOR  # what those had that were saved before there was another
 
     def __call__(self, images: Tensor, purified: Tensor) -> Tensor:
         """Score in (0, 1), ``[B]``: the probability of an attack if as many pictures were attacked as not."""
@@ -62,7 +65,7 @@ class Detector:
 
     def logit(self, images: Tensor, purified: Tensor) -> Tensor:
         """The score before the sigmoid, ``[B]``: an attacker descends this one, whose gradient doesn't fade."""
-        found = features(images, purified)
+        found = features(images, purified, texture_floor=self.texture_floor)
         return found @ found.new_tensor(self.weights) + self.bias
 
     def suspicion(self, images: Tensor, purified: Tensor) -> Tensor:

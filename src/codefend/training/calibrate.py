@@ -16,7 +16,7 @@ from codefend import purifiers
 from codefend.nets import CONFIG_FILE
 from codefend.pairs import read_pairs
 from codefend.purifiers.base import NetPurifier
-from codefend.purifiers.detection import Detector, features, fit, threshold_at
+from codefend.purifiers.detection import TEXTURE_FLOOR, Detector, features, fit, threshold_at
 from codefend.runs import make_generator, progress, read_config, read_rows, write_atomic
 from codefend.tasks.pictures import own_photographs, training_pictures
 from codefend.types import UserError
@@ -65,7 +65,7 @@ def calibrate(folder: str | Path, config: CalibrateConfig) -> Detector:
         "found": _found_by_strength(found, eps[1::2]),
         "seed": config.seed,
     }
-    detector = Detector(weights, bias, threshold, rate, report)
+    detector = Detector(weights, bias, threshold, rate, report, texture_floor=TEXTURE_FLOOR)
     path = Path(folder) / CONFIG_FILE
     meta: dict[str, Any] = {**json.loads(path.read_text(encoding="utf-8")), "detector": detector.to_dict()}
     write_atomic(path, json.dumps(meta, indent=2) + "\n")
