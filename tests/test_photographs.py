@@ -88,11 +88,28 @@ def test_rows_show_the_attack_and_the_repair(tmp_path: Path, capsys: pytest.Capt
     assert [line.split(" |")[0] for line in table.splitlines()[4:]] == ["| none", "| jpeg", "| blur:sigma=2"]
     assert "lite1 (unseen)" in table
     assert f"(n = {len(HELD_OUT)} each)" in table
+    assert table.splitlines()[5].split(" | ")[3] == "-"  # nothing detects
     before = (tmp_path / "rows.jsonl").read_text()
     assert evaluate(config, tmp_path) == rows
     assert (tmp_path / "rows.jsonl").read_text() == before
     assert main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out == table
+
+
+@pytest.mark.weights
+def test_a_gate_shows_in_what_is_unchanged_and_flagged(tmp_path: Path) -> None:
+    labels = ("bridge-detail", "bridge-detail:gate=true")
+    rows = evaluate(PhotographsConfig(encoders=("lite1",), limit=1, side=224, steps=3, defenses=labels), tmp_path)
+    plain, gated = ([row for row in rows if row["defense"] == label] for label in labels)
+    for one, other in zip(plain, gated, strict=True):
+        assert one["flagged_clean"] == other["flagged_clean"] == 0
+        assert one["flagged_attacked"] == other["flagged_attacked"] == 1
+        assert one["cosine_attacked"] == pytest.approx(other["cosine_attacked"], abs=1e-4)
+        assert one["psnr_clean"] < 60
+        assert other["psnr_clean"] is None or other["psnr_clean"] > one["psnr_clean"]
+    lines = (tmp_path / "photographs.md").read_text().splitlines()[-2:]
+    assert [line.split(" | ")[3] for line in lines] == ["0%, 100%"] * 2
+    assert lines[1].split(" | ")[1] == "-" or "unchanged" in lines[1]
 
 
 def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

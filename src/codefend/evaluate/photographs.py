@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -164,6 +165,8 @@ def _judge(config: PhotographsConfig, encoder: Encoder, name: str, defenses: dic
                 found[f"cosine_{kind}"] = F.cosine_similarity(encoder.features(seen), right, dim=-1).mean(1)
             found[f"agrees_{kind}"] = (encoder.classes(seen) == label).float()
             found[f"psnr_{kind}"] = psnr(seen, clean)
+            if (flagged := _flagged(defense, images, seen)) is not None:
+                found[f"flagged_{kind}"] = flagged
             if kind == "clean":
                 found["agrees_noised"] = (encoder.classes(_as_noisy(clean, seen, draw)) == label).float()
         for i in range(len(clean)):
@@ -171,6 +174,17 @@ def _judge(config: PhotographsConfig, encoder: Encoder, name: str, defenses: dic
             key = f"{encoder.name}|{name}-{i}|{defense_name}"
             rows.append({"key": key, **place, **{what: float(values[i]) for what, values in found.items()}})
     return rows
+
+
+@torch.no_grad()
+def _flagged(defense: Defense, images: Tensor, purified: Tensor) -> Tensor | None:
+    """Which pictures the purifier's calibrated detector finds suspicious, ``[B]``; None where there is none."""
+    detector = getattr(defense.purifier, "detector", None)
+    if detector is None:
+        return None
+    purifier: Any = defense.purifier  # whatever has a detector judges
+    flagged: Tensor = (purifier.judge(images, purified) > detector.threshold).float()
+    return flagged
 
 
 def _as_noisy(clean: Tensor, changed: Tensor, draw: Generator) -> Tensor:
@@ -191,15 +205,22 @@ def table(config: PhotographsConfig, rows: Sequence[Row]) -> str:
         f"{config.steps} on the encoder's features at {config.eps:g}/255, oblivious. Cosine of the tokens to the clean "
         f"picture's and agreement with its class, attacked (n = {config.count * len(found)} each); clean agreement "
         f"over all encoders (n = {config.count * len(found) * len(config.encoders)}), in brackets under white noise as "
-        "large as what the defense changed. Seen: it guided the shipped bridge; other weights may have seen others.",
+        "large as what the defense changed. Flagged: clean and attacked pictures above the detector's threshold. dB: "
+        "of the pictures that were changed. Seen: it guided the shipped bridge; other weights may have seen others.",
         "",
-        f"| defense | clean, dB | clean class | {' | '.join(heads)} |",
-        "|---" * (3 + len(heads)) + "|",
+        f"| defense | clean, dB | clean class | flagged | {' | '.join(heads)} |",
+        "|---" * (4 + len(heads)) + "|",
     ]
     for defense in config.defenses:
         mine = [row for row in rows if row["defense"] == defense]
         finite = [row["psnr_clean"] for row in mine if row["psnr_clean"] is not None]
         pixels = f"{fmean(finite):.1f}" if finite else "-"
+        if 0 < len(finite) < len(mine):
+            pixels += f" ({1 - len(finite) / len(mine):.0%} unchanged)"
+        flagged = "-"
+        if all("flagged_clean" in row for row in mine):
+            shares = [fmean(row[f"flagged_{kind}"] for row in mine) for kind in ("clean", "attacked")]
+            flagged = ", ".join(f"{share:.0%}" for share in shares)
         cells = []
         for encoder in config.encoders:
             own = [row for row in mine if row["encoder"] == encoder]
@@ -208,5 +229,5 @@ def table(config: PhotographsConfig, rows: Sequence[Row]) -> str:
         agreement = f"{fmean(row['agrees_clean'] for row in mine):.1%}"
         if all("agrees_noised" in row for row in mine):  # rows from before it was asked have none
             agreement += f" ({fmean(row['agrees_noised'] for row in mine):.1%})"
-        lines.append(f"| {defense} | {pixels} | {agreement} | {' | '.join(cells)} |")
+        lines.append(f"| {defense} | {pixels} | {agreement} | {flagged} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
