@@ -82,7 +82,7 @@ def test_the_bridges_trainings_follow_one_another_on_banks_that_exist(
     assert [made["prior"] for made in ours] == ["P", *(f"{made['run']}/weights" for made in ours[:-1])]
     starts = [f"{ours[1]['run']}/weights", *(f"{made['run']}/weights" for made in detail[:-1])]
     assert [made["prior"] for made in detail] == starts
-    assert (len(ours), len(detail)) == (4, 6)
+    assert (len(ours), len(detail)) == (4, 7)
     assert all(set(made["pairs"]) <= banks for made in (*ours, *detail))
 
 

@@ -107,6 +107,9 @@ def test_leaderboard_page_ranks_several_runs_and_states_the_rules(evaluated: Pat
     assert "newcomer" in first
     assert "newcomer" not in text.split("\n## ")[3]
     assert "seed 5" in text
+    gap = next(line for line in first.splitlines() if line.startswith("| questions | T2 | 8/255 | leaky |"))
+    assert re.search(r"\| [01]\.\d\d \[.*\] \| 6 \| (yes|no) \|$", gap)
+    assert gap.split(" | ")[4] in read.text
     for rule in ("Ranked by the worst case", "other conditions make another table", "T2: white box"):
         assert rule in read.text
         assert rule in text

@@ -6,11 +6,11 @@ Only runs made under the same conditions share a table.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from codefend.report import Report, read_report
-from codefend.report.tables import RULES, THREAT_WORDS, Table, leaderboard
+from codefend.report.tables import RULES, THREAT_WORDS, Table, differences, leaderboard
 from codefend.results import BARE, summarize
 from codefend.runs import Row, write_atomic
 from codefend.sanity import check
@@ -33,6 +33,7 @@ class Board:
 
     table: Table
     conditions: str
+    differences: Table  # paired, from the best
 
 
 def boards(run_dirs: Sequence[str | Path]) -> list[Board]:
@@ -46,7 +47,10 @@ def boards(run_dirs: Sequence[str | Path]) -> list[Board]:
     found = []
     for words, reports in alike.items():
         merged = merge(reports)
-        found += [Board(leaderboard(merged, task), words) for task in merged.tasks]
+        gaps = differences(merged)
+        for task in merged.tasks:
+            mine = replace(gaps, title="", lines=tuple(line for line in gaps.lines if line[0] == task))
+            found.append(Board(leaderboard(merged, task), words, mine))
     return found
 
 
@@ -93,6 +97,9 @@ def write_board(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     for board in found:
         title, *body = (line for line in markdown(board.table) if line.startswith(("#", "|")))
         lines += [title, "", f"Conditions: {board.conditions}", "", *body, ""]
+        if board.differences.lines:
+            body = [line for line in markdown(board.differences) if line.startswith("|")]
+            lines += [*board.differences.notes, "", *body, ""]
     lines += ["## Rules", "", *(f"- {rule}" for rule in rules), ""]
     write_atomic(path, render("board.html", boards=found, rules=rules))
     write_atomic(path.with_suffix(".md"), "\n".join(lines))

@@ -249,7 +249,7 @@ def differences(report: Report) -> Table:
         for g, gap in found.items()
     ]
     columns = ("task", "threat", "eps", "defense", "below the best by", "n", "clear?")
-    notes = ("paired over the examples that both were judged on; clear: the 95% interval leaves 0 out.",)
+    notes = ("Paired over the examples that both were judged on; clear: the 95% interval leaves 0 out.",)
     return Table("Paired differences of worst cases", columns, tuple(lines), notes, frozenset(columns[:4]))
 
 
