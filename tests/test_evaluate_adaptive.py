@@ -136,7 +136,7 @@ def test_detector_of_the_weights_sets_the_limit() -> None:
 
     class Judged:
         class detector:
-            threshold = 0.5
+            limit = 0.0
 
             @staticmethod
             def logit(images: Tensor, purified: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -70,8 +69,7 @@ def unsuspected(
 
     detector = getattr(unwrapped(purifier), "detector", None)
     if detector is not None:
-        share = min(max(float(detector.threshold), 1e-6), 1 - 1e-6)
-        return evading(objective, score, math.log(share / (1 - share)), weight=weight)
+        return evading(objective, score, detector.limit, weight=weight)
     with torch.no_grad():
         limit = score(clean)
     return evading(objective, score, limit, weight=weight)

@@ -68,13 +68,18 @@ class Detector:
         found = features(images, purified, texture_floor=self.texture_floor)
         return found @ found.new_tensor(self.weights) + self.bias
 
+    @property
+    def limit(self) -> float:
+        """The threshold as a logit; finite for a score that float32 rounds to 0 or 1."""
+        share = min(max(self.threshold, 1e-6), 1 - 1e-6)
+        return math.log(share / (1 - share))
+
     def suspicion(self, images: Tensor, purified: Tensor) -> Tensor:
         """How much of the purification a gate lets through, ``[B]``: all from the threshold on, none RAMP below it.
 
         Between them it grows evenly, so that an attacker has a gradient to follow and no edge to hide behind.
         """
-        above = self.logit(images, purified) - math.log(self.threshold / (1 - self.threshold))
-        return (1 + above / RAMP).clamp(0, 1)
+        return (1 + (self.logit(images, purified) - self.limit) / RAMP).clamp(0, 1)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
