@@ -62,6 +62,7 @@ def calibrate(folder: str | Path, config: CalibrateConfig) -> Detector:
         "pairs": list(config.pairs),
         "pairs_fitted": len(clean[::2]),
         "clean_measured": len(fresh[1::2]),
+        "own_photographs": bool(config.photographs),  # among them
         "found": _found_by_strength(found, eps[1::2]),
         "seed": config.seed,
     }
