@@ -115,7 +115,7 @@ class NetPurifier(ImagePurifier):
     """A purifier around a network, which follows the images to their device.
 
     It purifies in mixed precision where the processor is quicker at that (see `devices`): on photographs a pixel
-    differs by a third of a level of 255 without noise, with it by about one, at most. While gradients are wanted it
+    differs by half a level of 255 without noise, with it by about one, at most. While gradients are wanted it
     computes in the network's own dtype.
     """
 
