@@ -202,6 +202,13 @@ def test_max_asr_wants_a_share_and_an_attack(
     assert (code, "nothing was attacked" in err) == (2, True)
 
 
+def test_a_misspelt_precision_is_told_before_anything_starts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CODEFEND_PRECISION", "float16")
+    code, out, err = run("list", "victims")
+    assert (code, out) == (2, "")
+    assert "'float16' is not one of 'float32'" in err
+
+
 def test_rows_and_leaderboard_verbs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Run) -> None:
     calls: list[tuple[Any, ...]] = []
 

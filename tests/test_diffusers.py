@@ -288,6 +288,7 @@ def test_our_network_is_a_diffusers_model(images: Tensor, tmp_path: Path, monkey
         ("hub:{empty}", "cannot load"),
         ("hf-latent:{ddpm}", "a Stable Diffusion text-to-image model is needed"),
         ("hf-diffpure:{ddpm}:t=0", "above 0"),
+        ("hf-bridge:{ddpm}:gate=true", "no detection score"),
         ("hf-diffpure:{ddpm}:step=3", "did you mean 'steps'"),
         ("hf-latent:{stable}:t=2", "0 to 1"),
     ],

@@ -70,7 +70,7 @@ def test_serving_does_not_import_torch(model: Path) -> None:
 def test_mistakes_are_named(tmp_path: Path, model: Path) -> None:
     with pytest.raises(UserError, match=r"\*\.onnx"):
         export.export_onnx("bridge", tmp_path / "model.pt")
-    for name in ("jpeg", "bridge:sigma=0.1"):
+    for name in ("jpeg", "bridge:sigma=0.1", "bridge-detail:gate=true"):
         with pytest.raises(UserError, match="cannot be exported"):
             export.export_onnx(name, tmp_path / "model.onnx")
     (tmp_path / "bad.onnx").write_bytes(b"no")

@@ -18,16 +18,7 @@ from codefend.purifiers import WEIGHTS
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(path.name for path in RECIPES.glob("*.sh") if path.name != "common.sh")
-BANKS = {
-    11: "a",
-    12: "b",
-    13: "c",
-    21: "d",
-    22: "e",
-    31: "f",
-    41: "g",
-    51: "h",
-}  # the shipped bridges' banks by their seeds
+BANKS = dict(zip((11, 12, 13, 21, 22, 31, 41, 51), "abcdefgh", strict=True))  # the shipped bridges', by their seeds
 pytestmark = pytest.mark.skipif(shutil.which("timeout") is None, reason="recipes need GNU coreutils")
 
 

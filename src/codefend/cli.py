@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -96,10 +96,17 @@ def codefend(
     device: Annotated[
         str, typer.Option(envvar="CODEFEND_DEVICE", help="Where networks run: cpu, cuda, cuda:1.", show_default="a GPU")
     ] = "",
+    precision: Annotated[
+        Literal["float32"] | None,
+        typer.Option(
+            envvar="CODEFEND_PRECISION", help="The same figures on any machine.", show_default="what is quick"
+        ),
+    ] = None,
 ) -> None:
     """Purify adversarial images before a multimodal LLM sees them, and measure honestly whether it helped."""
-    if device:
-        os.environ["CODEFEND_DEVICE"] = device  # worker processes inherit it
+    for name, value in (("CODEFEND_DEVICE", device), ("CODEFEND_PRECISION", precision)):
+        if value:
+            os.environ[name] = value  # worker processes inherit it
 
 
 @app.command("list")

@@ -48,14 +48,16 @@ class ImagePurifier:
         return 0
 
     def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
-        """Purify ``[B,3,H,W]``. Raises ValueError on another shape or on integers."""
+        """Purify ``[B,3,H,W]``. Raises ValueError on another shape, on integers, or for a gate without detector."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or images.numel() == 0:
             raise ValueError(f"expected float images [B,3,H,W], got {images.dtype} {tuple(images.shape)}")
         purified = self._ungated(images, generator)
-        if self.gate and self.detector is not None:
-            share = self.detector.suspicion(images, purified).to(images.dtype)
-            purified = torch.lerp(images, purified, share.view(-1, 1, 1, 1))
-        return purified
+        if not self.gate:
+            return purified
+        if self.detector is None:
+            raise ValueError(f"{self.name} has a gate, and no detector to open it by")
+        share = self.detector.suspicion(images, purified).to(images.dtype)
+        return torch.lerp(images, purified, share.view(-1, 1, 1, 1))
 
     def _ungated(self, images: Tensor, generator: Generator | None) -> Tensor:
         height, width = images.shape[-2:]

@@ -80,7 +80,10 @@ def build_diffpure(name: str, settings: Mapping[str, object]) -> DiffPure:
 
 
 def build_bridge(name: str, settings: Mapping[str, object]) -> Bridge:
-    """``hf-bridge:ID_OR_FOLDER``: the model asked at s = 1, one evaluation, no noise; meant to be fine-tuned first."""
+    """``hf-bridge:ID_OR_FOLDER``: the model asked at s = 1, one evaluation, no noise; meant to be fine-tuned first.
+
+    Raises UserError for a wrong option before anything is loaded.
+    """
     options = configure(BridgeOptions(), settings)
     if options.gate:
         raise UserError(f"{name} has no detection score to open a gate by: leave gate=true out")
