@@ -22,7 +22,7 @@ pytest.importorskip("sacrebleu")
 
 import gateway_kit
 import hf_tiny
-from codefend import pairs, purifiers
+from codefend import purifiers
 from codefend.cli import main
 from codefend.gateway.app import create_app
 from codefend.nets import NetConfig, PurifierNet, save_net
@@ -45,9 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     save_net(root / "prior", PurifierNet(TINY), kind="prior")
     own = f"--set victim=hf:{victim}:max_new_tokens=4,device=cpu".split()
     made = ["pairs", "own-pairs", "--run", str(root / "pairs"), "--parquet", str(root / "table"), *own]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pairs, "SHARD", 8)
-        assert main([*made, *settings(["count=24", "steps=1", "answer_steps=1"])]) == 0
+    assert main([*made, *settings(["count=24", "steps=1", "answer_steps=1", "shard=8"])]) == 0
     return {"root": root, "victim": victim, "prior": root / "prior", "pairs": root / "pairs", "table": root / "table"}
 
 

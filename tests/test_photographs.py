@@ -97,6 +97,17 @@ def test_rows_show_the_attack_and_the_repair(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.weights
+def test_an_encoder_behind_a_resizing_is_attacked_through_it(tmp_path: Path) -> None:
+    labels = ("lite1", "lite1@96")
+    rows = evaluate(PhotographsConfig(**{**TINY, "encoders": labels}, defenses=("none",)), tmp_path)
+    plain, resized = ([row for row in rows if row["encoder"] == label] for label in labels)
+    assert all(row["cosine_attacked"] < 0.8 for row in rows)
+    assert all(a["cosine_attacked"] != b["cosine_attacked"] for a, b in zip(plain, resized, strict=True))
+    assert all(row["psnr_attacked"] > 29.9 for row in rows)  # 8/255 of the crop's own pixels
+    assert "lite1@96 (unseen)" in (tmp_path / "photographs.md").read_text()
+
+
+@pytest.mark.weights
 def test_a_gate_shows_in_what_is_unchanged_and_flagged(tmp_path: Path) -> None:
     labels = ("bridge-detail", "bridge-detail:gate=true")
     rows = evaluate(PhotographsConfig(encoders=("lite1",), limit=1, side=224, steps=3, defenses=labels), tmp_path)
@@ -113,7 +124,9 @@ def test_a_gate_shows_in_what_is_unchanged_and_flagged(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for change, words in (({"encoders": ("vit",)}, "known: lite0"), ({"side": 50}, "multiple of 32")):
+    wrong: list[tuple[dict[str, object], str]] = [({"encoders": ("vit",)}, "known: lite0"), ({"side": 50}, "of 32")]
+    wrong += [({"encoders": (label,)}, "after the @") for label in ("lite1@", "lite1@100", "lite0@0", "lite0@wide")]
+    for change, words in wrong:
         with pytest.raises(UserError, match=words):
             PhotographsConfig(**change)  # type: ignore[arg-type]
     run = ["eval", "photographs", "--run", str(tmp_path / "a")]

@@ -42,7 +42,14 @@ def test_own_photographs_make_their_share_of_the_pictures() -> None:
     assert float(share) == pytest.approx(0.75 * OWN_SHARES[1], abs=0.1)
 
 
+def test_shares_of_ones_own() -> None:
+    flat = torch.tensor([0.9, 0.1, 0.5])[:, None, None].expand(3, 300, 400)
+    pictures = training_pictures(np.random.default_rng(0), 60, first_scene=0, own=(flat,), shares=(0, 1, 0))
+    share = (pictures.flatten(2).std(2).amax(1) < 1e-3).float().mean()
+    assert float(share) == pytest.approx(0.75, abs=0.15)
+
+
 def test_runs_from_before_own_photographs_go_on() -> None:
-    assert "photographs" not in PairsConfig().recorded()
+    assert not {"photographs", "views", "shares", "shard"} & set(PairsConfig().recorded())
     assert "photographs" not in BridgeConfig().recorded()
     assert PairsConfig(photographs="mine").recorded()["photographs"] == "mine"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from codefend.runs import read_rows
 from codefend.training import train
 from codefend.training.prior import PriorConfig, crops
 from codefend.types import UserError
+from codefend.views import draw_view
 
 if TYPE_CHECKING:
     from codefend.victims.pocket import Pocket
@@ -75,8 +77,7 @@ def test_pairs_then_bridge(bare_pocket: Pocket, tmp_path: Path, monkeypatch: pyt
     from codefend.training.bridge import BridgeConfig
 
     monkeypatch.setattr(victims, "load", lambda name: bare_pocket)
-    monkeypatch.setattr(pairs, "SHARD", 8)
-    config = pairs.PairsConfig(encoders=("lite0",), count=16, kinds=("features", "words"), steps=2)
+    config = pairs.PairsConfig(encoders=("lite0",), count=16, kinds=("features", "words"), steps=2, shard=8)
     bank = pairs.make_pairs(config, tmp_path / "pairs")
     before = (bank / "rows.jsonl").read_text()
     pairs.make_pairs(config, bank)
@@ -111,9 +112,40 @@ def test_pairs_then_bridge(bare_pocket: Pocket, tmp_path: Path, monkeypatch: pyt
 
 def test_banks_of_different_seeds_share_no_scene() -> None:
     shards = range(300)
-    whole = [{pairs.first_scene(seed, s) + i for s in shards for i in range(pairs.SHARD)} for seed in (0, 1, 99)]
-    assert not whole[0] & whole[1]
-    assert not whole[1] & whole[2]
+    for size in (32, 256):
+        whole = [{pairs.first_scene(seed, s, size) + i for s in shards for i in range(size)} for seed in (0, 1, 99)]
+        assert not whole[0] & whole[1]
+        assert not whole[1] & whole[2]
+        assert len(whole[0]) == 300 * size
+
+
+@pytest.mark.weights
+def test_a_bank_says_which_views_were_attacked(
+    bare_pocket: Pocket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from codefend import victims
+
+    monkeypatch.setattr(victims, "load", lambda name: bare_pocket)
+    shown = []
+    monkeypatch.setattr(pairs, "draw_view", lambda rng: shown.append(draw_view(rng)) or shown[-1])
+    config = pairs.PairsConfig(encoders=("lite0",), count=24, kinds=("features", "words"), steps=2, shard=8, views=1.0)
+    rows = read_rows(pairs.make_pairs(config, tmp_path))
+    assert [row.get("view") for row in rows] == [asdict(shown[0]), None, asdict(shown[2])]  # of words none is recorded
+    assert all(np.mean([pair["fall"] for pair in row["pairs"]]) > 0.05 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"shard": 6}, "multiple of 4"),
+        ({"views": 1.5}, "from 0 to 1"),
+        ({"shares": (0.5, 0.5)}, "three that sum to 1"),
+        ({"shares": (0.5, 0.6, -0.1)}, "three that sum to 1"),
+    ],
+)
+def test_a_bank_that_cannot_be_made_is_told(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        pairs.PairsConfig(**changes)
 
 
 def test_a_bank_without_pairs_is_told(tmp_path: Path) -> None:

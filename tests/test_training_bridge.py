@@ -14,6 +14,7 @@ from torch import Tensor
 
 from codefend import runs
 from codefend.nets import NetConfig, PurifierNet, load_net, save_net
+from codefend.pairs import Tower
 from codefend.presets import PRESETS
 from codefend.training import bridge, guides
 from codefend.training.bridge import BridgeConfig, Step
@@ -198,6 +199,20 @@ def test_every_term_has_its_switch(field: str, term: str) -> None:
 def test_no_term_that_looks_through_the_encoder_no_encoding() -> None:
     _, guide = terms(replace(CONFIG, w_features=0.0, w_direction=0.0, w_words=0.0))
     assert guide.pocket.gradients == 0
+
+
+def test_some_steps_are_guided_by_another_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Towered(Tower):
+        def __init__(self) -> None:
+            self.name, self.view = "toy", None
+
+    towers = [bridge._shown(of(replace(CONFIG, views=0.3), number=n), Towered()) for n in range(100)]
+    views = [tower.view for tower in towers if isinstance(tower, Tower)]
+    assert 20 <= sum(view is not None for view in views) <= 40
+    assert len(set(views)) > 8
+    assert all(bridge._shown(of(CONFIG, number=n), tower) is tower for n, tower in enumerate(towers))
+    own = cast(Any, Pocket())  # a victim of one's own prepares its pictures itself
+    assert bridge._shown(of(replace(CONFIG, views=1.0)), own) is own
 
 
 def test_the_answers_term_needs_texts_and_a_weight() -> None:

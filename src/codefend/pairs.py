@@ -7,7 +7,8 @@ the objective fell); ``pairs-00000.safetensors`` and so on hold them as 8-bit ``
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from copy import copy
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +37,13 @@ from codefend.tasks.scenes import compose, load_photographs
 from codefend.types import Budget, Objective, UserError, WhiteBox
 from codefend.victims.efficientnet_lite import NAMES, EfficientNetLite
 from codefend.victims.pocket import Pocket, fit_square
+from codefend.views import View, draw_view
 
 WORDS = tuple(f" {c} {t.name}" for t in THINGS if t.tinted for c in COLOURS) + tuple(
     f" {t.name}" for t in THINGS if not t.tinted
 )
 KINDS = ("features", "towards", "words", "answers")
 OWN = "victim"  # among the encoders: the victim's own
-SHARD = 32  # pairs a file, made and written together
 
 
 class Tower:
@@ -50,9 +51,17 @@ class Tower:
 
     def __init__(self, name: str) -> None:
         self.name, self.encoder = name, EfficientNetLite(name).to(default_device())
+        self.view: View | None = None
+
+    def through(self, view: View) -> Tower:
+        """The same encoder, shown another view of each picture."""
+        other = copy(self)
+        other.view = view
+        return other
 
     def features(self, images: Tensor) -> Tensor:
-        tokens: Tensor = self.encoder(fit_square(images.to(self.encoder.fc.weight.device)))
+        shown = fit_square(images.to(self.encoder.fc.weight.device))
+        tokens: Tensor = self.encoder(shown if self.view is None else self.view(shown))
         return tokens.to(images.device)
 
     def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
@@ -75,11 +84,26 @@ class PairsConfig:
     answer_steps: int = 6  # through the language model: twenty times dearer
     answer_shards: int = 8  # at most this many shards of "answers"; the rest becomes "features"
     seed: int = 0
+    # What follows is left out of the saved config while it is as here: banks from before it existed go on.
     photographs: str = ""  # a folder of your own photographs, for "features" and "towards"
+    views: float = 0.0  # share of "features" and "towards" shards whose encoder sees another view (`views.py`)
+    shares: tuple[float, ...] = ()  # of scenes, photographs and dead leaves in them; empty: `tasks.pictures`' own
+    shard: int = 32  # pairs a file, made and written together, a quarter of them attacked at once; a GPU takes more
+
+    def __post_init__(self) -> None:
+        if self.shard < 4 or self.shard % 4:
+            raise UserError(f"shard must be a multiple of 4, got {self.shard}")
+        if not 0 <= self.views <= 1:
+            raise UserError(f"views is a share from 0 to 1, got {self.views}")
+        if self.shares and (len(self.shares) != 3 or min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6):
+            raise UserError(f"shares are three that sum to 1 (scenes, photographs, dead leaves), got {self.shares}")
 
     def recorded(self) -> dict[str, object]:
-        """The fields for the run's config; a bank from before there were own photographs goes on."""
-        return {name: value for name, value in asdict(self).items() if name != "photographs" or value}
+        """The fields for the run's config: all of the first ones, of the later ones those that are set."""
+        names = [f.name for f in fields(self)]
+        later = fields(self)[names.index("photographs") :]
+        unset = {f.name for f in later if getattr(self, f.name) == f.default}
+        return {name: value for name, value in asdict(self).items() if name not in unset}
 
 
 def make_pairs(config: PairsConfig, folder: str | Path) -> Path:
@@ -98,18 +122,18 @@ def make_pairs(config: PairsConfig, folder: str | Path) -> Path:
     victim = victims.load_white_box(config.victim)
     towers: list[Tower | WhiteBox] = [victim if name == OWN else Tower(name) for name in config.encoders]
     run = open_run(folder, described)  # a misspelt name has left nothing behind
-    shards = -(-config.count // SHARD)
-    with progress("pairs", shards * SHARD) as advance:
+    shards = -(-config.count // config.shard)
+    with progress("pairs", shards * config.shard) as advance:
         for shard in range(shards):
             if not run.has(f"shard-{shard}"):
                 _make_shard(config, run, victim, towers, shard)
-            advance(SHARD)
+            advance(config.shard)
     return run.dir
 
 
-def first_scene(seed: int, shard: int) -> int:
+def first_scene(seed: int, shard: int, size: int = 32) -> int:
     """Where a shard's scenes begin: banks of different seeds share none, so that one can be held out."""
-    return 2_000_000 + seed * 10_000_000 + shard * SHARD
+    return 2_000_000 + seed * 10_000_000 + shard * size
 
 
 def _make_shard(
@@ -120,13 +144,15 @@ def _make_shard(
     if kind == "answers" and shard // len(config.kinds) >= config.answer_shards:
         kind = "features"
     tower = towers[int(rng.integers(len(towers)))]
+    if config.views and rng.random() < config.views and isinstance(tower, Tower):
+        tower = tower.through(draw_view(rng))
     own = own_photographs(config.photographs)
-    clean, build = _objective(kind, victim, tower, rng, first_scene=first_scene(config.seed, shard), own=own)
+    clean, build = _objective(config, kind, victim, tower, rng, shard=shard, own=own)
     clean = quantize8(clean).to(default_device())
     # One eps per pair, drawn evenly; an attack has one budget a call, so the pairs of a call share their eps.
     attacked, falls = [], []
     steps = config.answer_steps if kind == "answers" else config.steps
-    parts = clean.split(SHARD // 4)
+    parts = clean.split(config.shard // 4)
     for part, images in enumerate(parts):
         budget = Budget(eps=float(rng.uniform(1 / 255, config.max_eps)), steps=steps)
         objective = build(slice(part * len(images), (part + 1) * len(images)), images)
@@ -141,26 +167,30 @@ def _make_shard(
     save_checkpoint(path, {"clean": _bytes(clean), "attacked": _bytes(torch.cat(attacked))}, {"kind": kind})
     target = tower.name if kind in ("features", "towards") else victim.name
     pairs = [{"eps": eps, "fall": fall} for eps, fall in falls]
-    run.append({"key": f"shard-{shard}", "kind": kind, "target": target, "steps": steps, "pairs": pairs})
+    view = getattr(tower, "view", None)
+    seen = {"view": asdict(view)} if view and kind in ("features", "towards") else {}
+    run.append({"key": f"shard-{shard}", "kind": kind, "target": target, "steps": steps, "pairs": pairs, **seen})
 
 
 def _objective(
+    config: PairsConfig,
     kind: str,
     victim: WhiteBox,
     tower: Tower | WhiteBox,
     rng: np.random.Generator,
     *,
-    first_scene: int,
+    shard: int,
     own: Sequence[Tensor],
 ) -> tuple[Tensor, Callable[[slice, Tensor], Objective]]:
     """The clean pictures of a shard and a function from a part of them to the attack's objective."""
+    count, first = config.shard, first_scene(config.seed, shard, config.shard)
     if kind in ("features", "towards"):
-        clean = training_pictures(rng, SHARD, first_scene=first_scene, own=own)
+        clean = training_pictures(rng, count, first_scene=first, own=own, shares=config.shares)
         if kind == "features":
             return clean, lambda part, images: objectives.features_away(tower, images)
-        others = training_pictures(rng, SHARD, first_scene=first_scene + 1_000_000, own=own)
+        others = training_pictures(rng, count, first_scene=first + 1_000_000, own=own, shares=config.shares)
         return clean, lambda part, images: objectives.features_towards(tower, others[part].to(images.device))
-    scenes = [compose("train", first_scene + i, photographs=load_photographs()) for i in range(SHARD)]
+    scenes = [compose("train", first + i, photographs=load_photographs()) for i in range(count)]
     clean = torch.stack([scene.image for scene in scenes])
     if kind == "words":
         pocket = victim
@@ -174,7 +204,7 @@ def _objective(
         )
     if kind == "answers":
         texts = [training_texts(scene, rng)[int(rng.integers(1, 4))] for scene in scenes]
-        for i in range(0, SHARD, 2):
+        for i in range(0, count, 2):
             texts[i] = (CAPTION_PROMPT, captions(scenes[i])[0])
         prompts, answers = [t[0] for t in texts], [t[1] for t in texts]
         if rng.random() < 0.5:  # towards another picture's answer

@@ -2,9 +2,10 @@
 
 Crops of the held-out photographs (`tasks.pictures.HELD_OUT`) at several scales. Each encoder is attacked on the bare
 picture (oblivious): its tokens are driven away from the clean ones. The task is to agree with the encoder's own class
-for the clean crop. Lite0 and Lite2 guided the shipped bridge, Lite1 never did. Crops of one photograph are no
-independent examples: with four photographs the figures say how these fare, not how all would. A folder of other
-photographs can be judged instead.
+for the clean crop. Lite0 and Lite2 guided the shipped bridge, Lite1 never did. ``lite1@320`` sees each crop resized to
+320 pixels, as models do whose preprocessing resizes: the attack's pattern then lies on another grid than the crop's
+pixels. Crops of one photograph are no independent examples: with four photographs the figures say how these fare, not
+how all would. A folder of other photographs can be judged instead.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from codefend.tasks.image_metrics import psnr
 from codefend.tasks.pictures import HELD_OUT, own_paths, own_photographs
 from codefend.types import Budget, UserError
 from codefend.victims.efficientnet_lite import NAMES
+from codefend.views import View
 
 SEEN = ("lite0", "lite2")  # encoders that guided the shipped bridge
 
@@ -43,7 +45,7 @@ SEEN = ("lite0", "lite2")  # encoders that guided the shipped bridge
 class PhotographsConfig:
     """Crops are ``side`` pixels; of each photograph the first ``limit`` are judged."""
 
-    encoders: tuple[str, ...] = ("lite0", "lite2", "lite1")
+    encoders: tuple[str, ...] = ("lite0", "lite2", "lite1")  # or lite1@320: at that many pixels instead of ``side``
     # DiffPure at its best t on the pocket's tasks (LOG.md), and quicker.
     defenses: tuple[str, ...] = (BARE, "jpeg", "diffpure:t=0.03", "diffpure:t=0.05,steps=5", "bridge")
     eps: float = 8.0  # in 1/255, l-inf
@@ -55,9 +57,11 @@ class PhotographsConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "defenses", rejoin(self.defenses))
-        unknown = [name for name in self.encoders if name not in NAMES]
+        unknown = [label for label in self.encoders if label.partition("@")[0] not in NAMES]
         if unknown or not self.encoders:
             raise UserError(f"unknown encoder {unknown[0] if unknown else ''!r}; known: {', '.join(NAMES)}")
+        for label in self.encoders:
+            _shown_side(label, self.side)
         if self.side % 32 or self.side < 32:
             raise UserError(f"side must be a multiple of 32, got {self.side}")
 
@@ -70,17 +74,34 @@ class PhotographsConfig:
         return {name: value for name, value in self.__dict__.items() if name != "photographs" or value}
 
 
+def _shown_side(label: str, side: int) -> int:
+    """The pixels a side that the encoder of ``label`` sees. Raises UserError unless a multiple of 32 follows an @."""
+    _, at, wanted = label.partition("@")
+    if not at:
+        return side
+    if not wanted.isdecimal() or int(wanted) % 32 or not int(wanted):
+        raise UserError(f"{label}: after the @ stands a multiple of 32, the pixels a side that the encoder sees")
+    return int(wanted)
+
+
 class Encoder(Tower):
-    """An encoder at the crops' own size, where `Tower` would shrink them."""
+    """An encoder that sees the crops at ``shown`` pixels a side, where `Tower` would shrink them to its own."""
+
+    def __init__(self, name: str, shown: int) -> None:
+        super().__init__(name)
+        self.shown = View(shown)
 
     def features(self, images: Tensor) -> Tensor:
-        tokens: Tensor = self.encoder(images.to(self.encoder.fc.weight.device))
+        tokens: Tensor = self.encoder(self._seen(images))
         return tokens.to(images.device)
 
     @torch.no_grad()
     def classes(self, images: Tensor) -> Tensor:
         """ImageNet-1k classes ``[B]``."""
-        return self.encoder.logits(images.to(self.encoder.fc.weight.device)).argmax(1).to(images.device)
+        return self.encoder.logits(self._seen(images)).argmax(1).to(images.device)
+
+    def _seen(self, images: Tensor) -> Tensor:
+        return self.shown(images.to(self.encoder.fc.weight.device))
 
 
 def names(config: PhotographsConfig) -> list[str]:
@@ -140,7 +161,7 @@ def run_photographs(config: PhotographsConfig, folder: str | Path) -> list[Row]:
             for encoder, name in work:
                 keys = [f"{encoder}|{name}-{i}|{label}" for i in range(config.count) for label in defenses]
                 if not all(run.has(key) for key in keys):
-                    for row in _judge(config, Encoder(encoder), name, defenses):
+                    for row in _judge(config, encoder, name, defenses):
                         run.append(row)
                 advance(1, f"{encoder} {name}")
         rows = run.rows()
@@ -148,30 +169,31 @@ def run_photographs(config: PhotographsConfig, folder: str | Path) -> list[Row]:
     return rows
 
 
-def _judge(config: PhotographsConfig, encoder: Encoder, name: str, defenses: dict[str, Defense]) -> list[Row]:
+def _judge(config: PhotographsConfig, label: str, name: str, defenses: dict[str, Defense]) -> list[Row]:
     clean = crops(name, config).to(default_device())
+    encoder = Encoder(label.partition("@")[0], _shown_side(label, config.side))
     budget = Budget(eps=config.eps / 255, steps=config.steps)
-    draw = make_generator(config.seed, "photographs", encoder.name, name)
+    draw = make_generator(config.seed, "photographs", label, name)
     attacked = APGD()(features_away(encoder, clean), clean, budget, generator=draw)
     attacked = quantize_in_budget(attacked, clean, budget)
-    right, label = encoder.features(clean), encoder.classes(clean)
+    right, classes = encoder.features(clean), encoder.classes(clean)
     rows: list[Row] = []
     for defense_name, defense in defenses.items():
         found: dict[str, Tensor] = {}
         for kind, images in (("clean", clean), ("attacked", attacked)):
             with torch.no_grad():
-                draw = make_generator(config.seed, "defense", encoder.name, name, kind)
+                draw = make_generator(config.seed, "defense", label, name, kind)
                 seen = quantize8(defense.images(images, generator=draw))
                 found[f"cosine_{kind}"] = F.cosine_similarity(encoder.features(seen), right, dim=-1).mean(1)
-            found[f"agrees_{kind}"] = (encoder.classes(seen) == label).float()
+            found[f"agrees_{kind}"] = (encoder.classes(seen) == classes).float()
             found[f"psnr_{kind}"] = psnr(seen, clean)
             if (flagged := _flagged(defense, images, seen)) is not None:
                 found[f"flagged_{kind}"] = flagged
             if kind == "clean":
-                found["agrees_noised"] = (encoder.classes(_as_noisy(clean, seen, draw)) == label).float()
+                found["agrees_noised"] = (encoder.classes(_as_noisy(clean, seen, draw)) == classes).float()
         for i in range(len(clean)):
-            place = {"encoder": encoder.name, "photograph": name, "crop": i, "defense": defense_name}
-            key = f"{encoder.name}|{name}-{i}|{defense_name}"
+            place = {"encoder": label, "photograph": name, "crop": i, "defense": defense_name}
+            key = f"{label}|{name}-{i}|{defense_name}"
             rows.append({"key": key, **place, **{what: float(values[i]) for what, values in found.items()}})
     return rows
 
@@ -195,7 +217,8 @@ def _as_noisy(clean: Tensor, changed: Tensor, draw: Generator) -> Tensor:
 
 def table(config: PhotographsConfig, rows: Sequence[Row]) -> str:
     """Markdown: a line for each defense; means over all crops, for every encoder its own attack."""
-    heads = [f"{e} ({'seen' if e in SEEN else 'unseen'}): cosine, class" for e in config.encoders]
+    seen = ["seen" if e.partition("@")[0] in SEEN else "unseen" for e in config.encoders]
+    heads = [f"{e} ({known}): cosine, class" for e, known in zip(config.encoders, seen, strict=True)]
     found = list(dict.fromkeys(row["photograph"] for row in rows))  # not read again: the folder may be gone
     which = (
         f"{len(found)} photographs of your own" if config.photographs else f"Held-out photographs ({', '.join(found)})"

@@ -70,14 +70,22 @@ def _at_most(pixels: Tensor, path: Path) -> Tensor:
     return F.interpolate(pixels[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
-def training_pictures(rng: np.random.Generator, count: int, *, first_scene: int, own: Sequence[Tensor] = ()) -> Tensor:
+def training_pictures(
+    rng: np.random.Generator,
+    count: int,
+    *,
+    first_scene: int,
+    own: Sequence[Tensor] = (),
+    shares: Sequence[float] = (),
+) -> Tensor:
     """``[count, 3, 128, 128]`` in [0, 1]. Scenes are numbered from ``first_scene`` of "train".
 
-    Mixed by SHARES; with the user's ``own`` photographs by OWN_SHARES, and three photographs of four are theirs.
+    Mixed by ``shares``; without them by SHARES, with the user's ``own`` photographs by OWN_SHARES. Three photographs of
+    four are theirs then.
     """
     pictures = []
     for i in range(count):
-        kind = rng.choice(3, p=OWN_SHARES if own else SHARES)
+        kind = rng.choice(3, p=shares or (OWN_SHARES if own else SHARES))
         if kind == 0:
             pictures.append(compose("train", first_scene + i, photographs=load_photographs()).image)
         elif kind == 1 and own and rng.random() < 0.75:

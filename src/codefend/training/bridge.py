@@ -22,7 +22,7 @@ from codefend.attacks.pgd import PGD
 from codefend.devices import default_device, mixed_precision
 from codefend.diffusion import bridge_predict, charbonnier, noise_like, sample_bridge_sigmas, sample_bridge_times
 from codefend.nets import NetConfig, PurifierNet, load_net, save_net
-from codefend.pairs import read_pairs
+from codefend.pairs import Tower, read_pairs
 from codefend.purifiers.base import clip
 from codefend.purifiers.shallow import Jpeg, JpegOptions
 from codefend.runs import Run, check_run, make_generator
@@ -38,7 +38,8 @@ from codefend.training.mining import sign_steps
 from codefend.training.parallel import Workers
 from codefend.training.replay import Replays
 from codefend.training.state import Average, cosine_rate, restore_training, save_training, set_rate
-from codefend.types import Budget, Objective, UserError
+from codefend.types import Budget, Objective, UserError, WhiteBox
+from codefend.views import draw_view
 
 Text = tuple[str, str]  # prompt, answer
 HALF = torch.float16
@@ -94,6 +95,7 @@ class BridgeConfig:
     channels: tuple[int, ...] = ()  # of a larger network than the prior's, which it starts from; empty: the prior's
     blocks: tuple[int, ...] = ()  # the same
     jpeg: float = 0.0  # share of a bank's pairs whose clean picture is compressed first
+    views: float = 0.0  # share of steps guided by another view of the pictures (`views.py`)
 
     def __post_init__(self) -> None:
         if self.replay < 1 or self.save_every % self.replay:
@@ -352,7 +354,7 @@ def bridge_terms(step: Step, net: PurifierNet, clean: Tensor, attacked: Tensor) 
         terms["identity"] = config.w_identity * distance[:untouched].sum() / len(clean)
     seen = restored.clamp(0, 1)
     if config.w_features or config.w_direction:
-        tower = guide.tower(step.number)
+        tower = _shown(step, guide.tower(step.number))
         with torch.no_grad():
             right, wrong = tower.features(clean), tower.features(attacked)
         tokens = tower.features(seen)
@@ -366,6 +368,14 @@ def bridge_terms(step: Step, net: PurifierNet, clean: Tensor, attacked: Tensor) 
         loss = guide.victim.loss(seen, [t[0] for t in step.texts], [t[1] for t in step.texts])
         terms["answers"] = config.w_answers * loss.mean()
     return terms
+
+
+def _shown(step: Step, tower: Tower | WhiteBox) -> Tower | WhiteBox:
+    """The tower, in a share of steps through another view: what is restored must not be so on one grid only."""
+    rng = np.random.default_rng([step.config.seed, 11, step.number])
+    if isinstance(tower, Tower) and rng.random() < step.config.views:
+        return tower.through(draw_view(rng))
+    return tower
 
 
 def _direction(tokens: Tensor, right: Tensor, wrong: Tensor, *, margin: float = 0.1) -> Tensor:

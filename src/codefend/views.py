@@ -1,0 +1,42 @@
+"""A picture as another model's preprocessing would show it to its encoder: at another size, turned or mirrored.
+
+A perturbation is a pattern on the grid of the encoder it was made for, and a purifier that has met one grid undoes
+little on another. Input diversity (Xie et al. 2019, arXiv 1803.06978) does for attacks what this does for pairs and
+guidance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SIDES = (96, 128, 160, 192, 224)  # of a training picture of 128 pixels: from three quarters to one and three quarters
+
+
+@dataclass(frozen=True)
+class View:
+    """``side`` pixels, a multiple of 32; ``quarters`` turns of 90 degrees, then mirrored or not."""
+
+    side: int
+    quarters: int = 0
+    mirrored: bool = False
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, H]`` to ``[B, 3, side, side]``, differentiable."""
+        if images.shape[-1] != self.side:
+            size = (self.side, self.side)
+            images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+        turned = torch.rot90(images, self.quarters, (2, 3))
+        return turned.flip(-1) if self.mirrored else turned
+
+
+def draw_view(rng: np.random.Generator) -> View:
+    """Any of SIDES, half of the time turned or mirrored."""
+    side = SIDES[int(rng.integers(len(SIDES)))]
+    if rng.random() < 0.5:
+        return View(side)
+    return View(side, int(rng.integers(4)), bool(rng.integers(2)))
