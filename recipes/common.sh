@@ -3,6 +3,7 @@
 #   recipes/pocket.sh && recipes/prior.sh
 #   export POCKET=runs/pocket-2/weights PRIOR=runs/prior/weights BRIDGE=runs/bridge/weights
 #   recipes/pairs.sh && recipes/bridge.sh && recipes/bridge-detail.sh && recipes/bridge-coarse.sh
+#   recipes/bridge-large.sh                        # on a GPU
 #   recipes/bridge-plain.sh                        # and peers: hgd, flowpure, flowpure-gauss, adbm, codefend-r, fare
 #   recipes/compare.sh && recipes/ablations.sh     # tables
 #   recipes/prompts.sh                             # words around the question
@@ -27,6 +28,12 @@ stage() {
 settings() {
   options=()
   for setting in "$@"; do options+=(--set "$setting"); done
+}
+
+# bank RUN [KEY=VALUE...]: pairs.
+bank() {
+  settings "victim=$POCKET" "${@:2}"
+  stage codefend pairs --run "$RUNS/$1" "${options[@]}"
 }
 
 # training PRESET RUN START BANKS KEY=VALUE...: one of the bridge's trainings, from the weights in START.

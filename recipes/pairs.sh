@@ -3,12 +3,6 @@
 # trainings, and one of other pictures to calibrate detection scores on.
 source "$(dirname "$0")/common.sh"
 
-# bank NAME [KEY=VALUE...]
-bank() {
-  settings "victim=$POCKET" "${@:2}"
-  stage codefend pairs --run "$RUNS/$1" "${options[@]}"
-}
-
 # Not exactly the shipped bridge's: it had another first bank (1,600 pairs), and B and C were made on an earlier pocket.
 bank pairs
 bank pairs-a seed=11 count=2048 kinds=features,towards,words,words steps=10

@@ -62,7 +62,7 @@ def test_photographs_of_ones_own_are_judged_by_name(tmp_path: Path) -> None:
     assert names(config) == ["b.png", "deep/a.png"]
     assert crops("deep/a.png", config).shape == (2, 3, 64, 64)
     assert float(crops("deep/a.png", config).mean()) == pytest.approx(0.8, abs=0.01)
-    assert "photographs" not in PhotographsConfig().recorded()
+    assert not {"photographs", "adaptive", "eot"} & set(PhotographsConfig().recorded())
     assert config.recorded()["photographs"] == str(tmp_path)
     with pytest.raises(UserError, match="holds no pictures"):
         evaluate(PhotographsConfig(photographs=str(tmp_path / "none")), tmp_path / "run")
@@ -97,6 +97,24 @@ def test_rows_show_the_attack_and_the_repair(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.weights
+def test_an_attacker_who_sees_the_defense_leaves_less(tmp_path: Path) -> None:
+    labels = ("none", "blur:sigma=1.5")
+    config = PhotographsConfig(**TINY, defenses=labels, adaptive=labels[1:])
+    rows = evaluate(config, tmp_path)
+    assert len(rows) == len(HELD_OUT) * 3
+    blurred = [row for row in rows if row["defense"] == labels[1]]
+    plain, seen = ([row for row in blurred if ("threat" in row) == adaptive] for adaptive in (False, True))
+    assert len(plain) == len(seen) == len(HELD_OUT)
+    assert all(row["cosine_attacked"] > other["cosine_attacked"] + 0.1 for row, other in zip(plain, seen, strict=True))
+    assert not any("agrees_clean" in row for row in seen)
+    last = (tmp_path / "photographs.md").read_text().splitlines()[-1]
+    assert last.startswith("| blur:sigma=1.5, seen by the attacker (T2) | - | - | - | ")
+    before = (tmp_path / "rows.jsonl").read_text()
+    assert evaluate(config, tmp_path) == rows
+    assert (tmp_path / "rows.jsonl").read_text() == before
+
+
+@pytest.mark.weights
 def test_an_encoder_behind_a_resizing_is_attacked_through_it(tmp_path: Path) -> None:
     labels = ("lite1", "lite1@96")
     rows = evaluate(PhotographsConfig(**{**TINY, "encoders": labels}, defenses=("none",)), tmp_path)
@@ -125,6 +143,7 @@ def test_a_gate_shows_in_what_is_unchanged_and_flagged(tmp_path: Path) -> None:
 
 def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong: list[tuple[dict[str, object], str]] = [({"encoders": ("vit",)}, "known: lite0"), ({"side": 50}, "of 32")]
+    wrong += [({"adaptive": (label,)}, "is none of them") for label in ("none", "blur")]
     wrong += [({"encoders": (label,)}, "after the @") for label in ("lite1@", "lite1@100", "lite0@0", "lite0@wide")]
     for change, words in wrong:
         with pytest.raises(UserError, match=words):

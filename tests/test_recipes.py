@@ -19,6 +19,7 @@ from codefend.purifiers import WEIGHTS
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(path.name for path in RECIPES.glob("*.sh") if path.name != "common.sh")
 BANKS = dict(zip((11, 12, 13, 21, 22, 31, 41, 51), "abcdefgh", strict=True))  # the shipped bridges', by their seeds
+BANKS |= {seed: f"views-{seed}" for seed in (80, 81)}
 pytestmark = pytest.mark.skipif(shutil.which("timeout") is None, reason="recipes need GNU coreutils")
 
 
@@ -65,19 +66,21 @@ def test_every_command_is_one_that_the_program_takes(
 def test_the_bridges_trainings_follow_one_another_on_banks_that_exist(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    banks = {config(call, capsys)["run"] for call in calls("pairs.sh", tmp_path)}
-    ours, detail = (
+    made = [call for name in ("pairs.sh", "bridge-large.sh") for call in calls(name, tmp_path) if call[0] == "pairs"]
+    banks = {config(call, capsys)["run"] for call in made}
+    ours, detail, large = (
         [config(call, capsys) for call in calls(name, tmp_path, PRIOR="P") if call[0] == "train"]
-        for name in ("bridge.sh", "bridge-detail.sh")
+        for name in ("bridge.sh", "bridge-detail.sh", "bridge-large.sh")
     )
     assert [made["prior"] for made in ours] == ["P", *(f"{made['run']}/weights" for made in ours[:-1])]
     starts = [f"{ours[1]['run']}/weights", *(f"{made['run']}/weights" for made in detail[:-1])]
     assert [made["prior"] for made in detail] == starts
-    assert (len(ours), len(detail)) == (4, 7)
-    assert all(set(made["pairs"]) <= banks for made in (*ours, *detail))
+    assert [made["prior"] for made in large] == [f"{made['run']}/weights" for made in (detail[-1], large[0])]
+    assert (len(ours), len(detail), len(large)) == (4, 7, 2)
+    assert all(set(made["pairs"]) <= banks for made in (*ours, *detail, *large))
 
 
-@pytest.mark.parametrize("name", ["bridge", "bridge-detail", "bridge-coarse"])
+@pytest.mark.parametrize("name", ["bridge", "bridge-detail", "bridge-large", "bridge-coarse"])
 def test_recipe_repeats_what_the_shipped_weights_say_of_themselves(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -89,10 +92,12 @@ def test_recipe_repeats_what_the_shipped_weights_say_of_themselves(
     assert {key: last[key] for key in wanted} == wanted
     shipped = {f"{tmp_path}/runs/pairs-{BANKS[bank['config']['seed']]}": bank for bank in told["pairs"]}
     assert Counter(last["pairs"]) == {folder: bank["times"] for folder, bank in shipped.items()}
-    made = {bank["run"]: bank for bank in (config(call, capsys) for call in calls("pairs.sh", tmp_path))}
+    banks = [call for script in ("pairs.sh", f"{name}.sh") for call in calls(script, tmp_path) if call[0] == "pairs"]
+    made = {bank["run"]: bank for bank in (config(call, capsys) for call in banks)}
     for folder, bank in shipped.items():
         steps = "answer_steps" if made[folder]["kinds"] == ["answers"] else "steps"
-        for key in ("seed", "kinds", "max_eps", steps):
+        later = {"views", "shares"} & set(bank["config"])
+        for key in ("seed", "kinds", "max_eps", steps, *later):
             assert made[folder][key] == bank["config"][key]
         assert made[folder]["count"] == sum(kind["pairs"] for kind in bank["made"])  # some were stopped short
 

@@ -4,17 +4,18 @@ Crops of the held-out photographs (`tasks.pictures.HELD_OUT`) at several scales.
 picture (oblivious): its tokens are driven away from the clean ones. The task is to agree with the encoder's own class
 for the clean crop. Lite0 and Lite2 guided the shipped bridge, Lite1 never did. ``lite1@320`` sees each crop resized to
 320 pixels, as models do whose preprocessing resizes: the attack's pattern then lies on another grid than the crop's
-pixels. Crops of one photograph are no independent examples: with four photographs the figures say how these fare, not
-how all would. A folder of other photographs can be judged instead.
+pixels. ``adaptive`` defenses are also attacked through themselves (T2). Crops of one photograph are no independent
+examples: with four photographs the figures say how these fare, not how all would. A folder of other photographs can be
+judged instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from torch import Generator, Tensor
 from codefend.attacks.apgd import APGD
 from codefend.attacks.norms import quantize_in_budget
 from codefend.attacks.objectives import features_away
-from codefend.defense import Defense
+from codefend.defense import DefendedVictim, Defense
 from codefend.devices import default_device
 from codefend.diffusion import noise_like
 from codefend.evaluate.config import rejoin
@@ -34,9 +35,12 @@ from codefend.results import BARE
 from codefend.runs import Row, check_run, make_generator, open_run, progress
 from codefend.tasks.image_metrics import psnr
 from codefend.tasks.pictures import HELD_OUT, own_paths, own_photographs
-from codefend.types import Budget, UserError
+from codefend.types import Budget, UserError, WhiteBox
 from codefend.victims.efficientnet_lite import NAMES
 from codefend.views import View
+
+if TYPE_CHECKING:
+    from codefend.evaluate.bench import Contender
 
 SEEN = ("lite0", "lite2")  # encoders that guided the shipped bridge
 
@@ -53,10 +57,16 @@ class PhotographsConfig:
     limit: int | None = None  # crops a photograph; None: 8
     side: int = 224
     seed: int = 0
+    # What follows is left out of the saved config while it is as here: runs from before it existed go on.
     photographs: str = ""  # a folder of other ones, which no training saw either; empty: the held-out ones
+    adaptive: tuple[str, ...] = ()  # of the defenses: those whose attacker sees them
+    eot: int = 1  # draws of noise that such an attacker averages over, where a defense draws any
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "defenses", rejoin(self.defenses))
+        object.__setattr__(self, "adaptive", rejoin(self.adaptive))
+        if foreign := [label for label in self.adaptive if label not in self.defenses or label == BARE]:
+            raise UserError(f"adaptive names some of the defenses, and {foreign[0]!r} is none of them")
         unknown = [label for label in self.encoders if label.partition("@")[0] not in NAMES]
         if unknown or not self.encoders:
             raise UserError(f"unknown encoder {unknown[0] if unknown else ''!r}; known: {', '.join(NAMES)}")
@@ -70,8 +80,9 @@ class PhotographsConfig:
         return 8 if self.limit is None else self.limit
 
     def recorded(self) -> dict[str, object]:
-        """What the run's config holds: runs from before one could name a folder go on."""
-        return {name: value for name, value in self.__dict__.items() if name != "photographs" or value}
+        """The fields for the run's config: all of the first ones, of the later ones those that are set."""
+        later = {f.name: f.default for f in fields(self) if f.name in ("photographs", "adaptive", "eot")}
+        return {name: value for name, value in self.__dict__.items() if name not in later or value != later[name]}
 
 
 def _shown_side(label: str, side: int) -> int:
@@ -154,14 +165,15 @@ def run_photographs(config: PhotographsConfig, folder: str | Path) -> list[Row]:
     check_run(folder, described)
     found = names(config)
     probe = crops(found[0], config)[:1]
-    defenses = {label: contender(label, Loaders(), probe, config.seed).defense for label in config.defenses}
+    contenders = {label: contender(label, Loaders(), probe, config.seed) for label in config.defenses}
     with open_run(folder, described) as run:
         work = [(encoder, name) for encoder in config.encoders for name in found]
         with progress("photographs", len(work)) as advance:
             for encoder, name in work:
-                keys = [f"{encoder}|{name}-{i}|{label}" for i in range(config.count) for label in defenses]
+                judged = (*config.defenses, *(f"{label}|T2" for label in config.adaptive))
+                keys = [f"{encoder}|{name}-{i}|{label}" for i in range(config.count) for label in judged]
                 if not all(run.has(key) for key in keys):
-                    for row in _judge(config, encoder, name, defenses):
+                    for row in _judge(config, encoder, name, contenders):
                         run.append(row)
                 advance(1, f"{encoder} {name}")
         rows = run.rows()
@@ -169,33 +181,49 @@ def run_photographs(config: PhotographsConfig, folder: str | Path) -> list[Row]:
     return rows
 
 
-def _judge(config: PhotographsConfig, label: str, name: str, defenses: dict[str, Defense]) -> list[Row]:
+def _judge(config: PhotographsConfig, label: str, name: str, contenders: Mapping[str, Contender]) -> list[Row]:
     clean = crops(name, config).to(default_device())
     encoder = Encoder(label.partition("@")[0], _shown_side(label, config.side))
-    budget = Budget(eps=config.eps / 255, steps=config.steps)
     draw = make_generator(config.seed, "photographs", label, name)
-    attacked = APGD()(features_away(encoder, clean), clean, budget, generator=draw)
-    attacked = quantize_in_budget(attacked, clean, budget)
+    attacked = _attacked(config, encoder, clean, draw)
     right, classes = encoder.features(clean), encoder.classes(clean)
+    place = {"encoder": label, "photograph": name}
     rows: list[Row] = []
-    for defense_name, defense in defenses.items():
-        found: dict[str, Tensor] = {}
-        for kind, images in (("clean", clean), ("attacked", attacked)):
-            with torch.no_grad():
-                draw = make_generator(config.seed, "defense", label, name, kind)
-                seen = quantize8(defense.images(images, generator=draw))
-                found[f"cosine_{kind}"] = F.cosine_similarity(encoder.features(seen), right, dim=-1).mean(1)
-            found[f"agrees_{kind}"] = (encoder.classes(seen) == classes).float()
-            found[f"psnr_{kind}"] = psnr(seen, clean)
-            if (flagged := _flagged(defense, images, seen)) is not None:
-                found[f"flagged_{kind}"] = flagged
-            if kind == "clean":
-                found["agrees_noised"] = (encoder.classes(_as_noisy(clean, seen, draw)) == classes).float()
+
+    def seen_through(defense: Defense, kind: str, images: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            draw = make_generator(config.seed, "defense", label, name, kind)
+            seen = quantize8(defense.images(images, generator=draw))
+            found = {f"cosine_{kind}": F.cosine_similarity(encoder.features(seen), right, dim=-1).mean(1)}
+        found[f"agrees_{kind}"] = (encoder.classes(seen) == classes).float()
+        found[f"psnr_{kind}"] = psnr(seen, clean)
+        if (flagged := _flagged(defense, images, seen)) is not None:
+            found[f"flagged_{kind}"] = flagged
+        if kind == "clean":
+            found["agrees_noised"] = (encoder.classes(_as_noisy(clean, seen, draw)) == classes).float()
+        return found
+
+    def add(defense: str, found: dict[str, Tensor], suffix: str = "", **more: str) -> None:
         for i in range(len(clean)):
-            place = {"encoder": label, "photograph": name, "crop": i, "defense": defense_name}
-            key = f"{label}|{name}-{i}|{defense_name}"
-            rows.append({"key": key, **place, **{what: float(values[i]) for what, values in found.items()}})
+            key = f"{label}|{name}-{i}|{defense}{suffix}"
+            values = {what: float(column[i]) for what, column in found.items()}
+            rows.append({"key": key, **place, "crop": i, "defense": defense, **more, **values})
+
+    for defense, which in contenders.items():
+        found = seen_through(which.defense, "clean", clean)
+        add(defense, found | seen_through(which.defense, "attacked", attacked))
+    for defense in config.adaptive:
+        which = contenders[defense]
+        draw = make_generator(config.seed, "photographs", label, name, defense)
+        behind = DefendedVictim(encoder, which.adaptive, generator=draw)
+        through = _attacked(config, behind, clean, draw, eot=config.eot if which.randomized else 1)
+        add(defense, seen_through(which.defense, "attacked", through), "|T2", threat="T2")
     return rows
+
+
+def _attacked(config: PhotographsConfig, victim: WhiteBox, clean: Tensor, draw: Generator, eot: int = 1) -> Tensor:
+    budget = Budget(eps=config.eps / 255, steps=config.steps, eot=eot)
+    return quantize_in_budget(APGD()(features_away(victim, clean), clean, budget, generator=draw), clean, budget)
 
 
 @torch.no_grad()
@@ -229,28 +257,39 @@ def table(config: PhotographsConfig, rows: Sequence[Row]) -> str:
         f"picture's and agreement with its class, attacked (n = {config.count * len(found)} each); clean agreement "
         f"over all encoders (n = {config.count * len(found) * len(config.encoders)}), in brackets under white noise as "
         "large as what the defense changed. Flagged: clean and attacked pictures above the detector's threshold. dB: "
-        "of the pictures that were changed. Seen: it guided the shipped bridge; other weights may have seen others.",
+        "of the pictures that were changed. Seen: it guided the shipped bridge; other weights may have seen others. "
+        "T2: attacked through the defense.",
         "",
         f"| defense | clean, dB | clean class | flagged | {' | '.join(heads)} |",
         "|---" * (4 + len(heads)) + "|",
     ]
     for defense in config.defenses:
-        mine = [row for row in rows if row["defense"] == defense]
+        mine = [row for row in rows if row["defense"] == defense and "threat" not in row]
         finite = [row["psnr_clean"] for row in mine if row["psnr_clean"] is not None]
         pixels = f"{fmean(finite):.1f}" if finite else "-"
         if 0 < len(finite) < len(mine):
             pixels += f" ({1 - len(finite) / len(mine):.0%} unchanged)"
-        flagged = "-"
-        if all("flagged_clean" in row for row in mine):
-            shares = [fmean(row[f"flagged_{kind}"] for row in mine) for kind in ("clean", "attacked")]
-            flagged = ", ".join(f"{share:.0%}" for share in shares)
-        cells = []
-        for encoder in config.encoders:
-            own = [row for row in mine if row["encoder"] == encoder]
-            cosine, agrees = (fmean(row[f"{what}_attacked"] for row in own) for what in ("cosine", "agrees"))
-            cells.append(f"{cosine:.3f}, {agrees:.0%}")
         agreement = f"{fmean(row['agrees_clean'] for row in mine):.1%}"
         if all("agrees_noised" in row for row in mine):  # rows from before it was asked have none
             agreement += f" ({fmean(row['agrees_noised'] for row in mine):.1%})"
-        lines.append(f"| {defense} | {pixels} | {agreement} | {flagged} | {' | '.join(cells)} |")
+        cells = " | ".join((_share_flagged(mine, ("clean", "attacked")), *_attacked_cells(config, mine)))
+        lines.append(f"| {defense} | {pixels} | {agreement} | {cells} |")
+        if through := [row for row in rows if row["defense"] == defense and row.get("threat") == "T2"]:
+            cells = " | ".join((_share_flagged(through, ("attacked",)), *_attacked_cells(config, through)))
+            lines.append(f"| {defense}, seen by the attacker (T2) | - | - | {cells} |")
     return "\n".join(lines) + "\n"
+
+
+def _share_flagged(rows: Sequence[Row], kinds: Sequence[str]) -> str:
+    if not all(f"flagged_{kind}" in row for row in rows for kind in kinds):
+        return "-"
+    return ", ".join(f"{fmean(row[f'flagged_{kind}'] for row in rows):.0%}" for kind in kinds)
+
+
+def _attacked_cells(config: PhotographsConfig, rows: Sequence[Row]) -> list[str]:
+    cells = []
+    for encoder in config.encoders:
+        own = [row for row in rows if row["encoder"] == encoder]
+        cosine, agrees = (fmean(row[f"{what}_attacked"] for row in own) for what in ("cosine", "agrees"))
+        cells.append(f"{cosine:.3f}, {agrees:.0%}")
+    return cells
