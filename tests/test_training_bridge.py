@@ -295,12 +295,18 @@ def test_an_interrupted_training_on_replayed_pairs_equals_an_uninterrupted_one(
     monkeypatch.setattr(bridge, "find_guide", lambda *_: Guide())
     monkeypatch.setattr(bridge, "open_bank", lambda _: SmallBank())
     save_net(tmp_path / "prior", small_net(), kind="prior")
-    config = replace(REPLAYED, prior=str(tmp_path / "prior"))
+    config = replace(REPLAYED, prior=str(tmp_path / "prior"), strength=1.1)
     whole = bridge.train_bridge(config, tmp_path / "whole")
+    assert load_net(whole)[1]["options"] == {"strength": 1.1}
     interrupt(lambda: bridge.train_bridge(config, tmp_path / "cut"), 5)
     cut = bridge.train_bridge(config, tmp_path / "cut")
     ours, theirs = (load_net(folder)[0].state_dict() for folder in (whole, cut))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_a_strength_that_no_purifier_takes_is_refused() -> None:
+    with pytest.raises(UserError, match=r"above 0, to 1\.5"):
+        BridgeConfig(strength=2)
 
 
 def test_replays_that_a_checkpoint_would_cut_are_refused() -> None:

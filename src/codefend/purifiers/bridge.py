@@ -19,6 +19,7 @@ class BridgeOptions:
     evaluations: int = 1
     sigma: float = 0.0  # noise added before the first evaluation, pixels in [0, 1]
     checkpoint: bool = False
+    strength: float = 1.0  # of the change that is made; under 1 keeps more of the picture, above 1 goes further
     gate: bool = False  # let pictures pass as they are that the weights' detector finds clean
 
     def __post_init__(self) -> None:
@@ -26,6 +27,8 @@ class BridgeOptions:
             raise UserError(f"bridge evaluations must be 1 to 4, got {self.evaluations}")
         if not 0 <= self.sigma <= 0.5:
             raise UserError(f"bridge sigma must be 0 to 0.5, got {self.sigma:g}")
+        if not 0 < self.strength <= 1.5:
+            raise UserError(f"bridge strength must be above 0, to 1.5, got {self.strength:g}")
 
 
 class Bridge(NetPurifier):
@@ -41,6 +44,7 @@ class Bridge(NetPurifier):
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
         o = self.options
-        return bridge_purify(
+        clean = bridge_purify(
             self.net, images, evaluations=o.evaluations, sigma=o.sigma, checkpoint=o.checkpoint, generator=generator
         )
+        return clean if o.strength == 1 else images + o.strength * (clean - images)

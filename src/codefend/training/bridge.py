@@ -95,6 +95,7 @@ class BridgeConfig:
     channels: tuple[int, ...] = ()  # of a larger network than the prior's, which it starts from; empty: the prior's
     blocks: tuple[int, ...] = ()  # the same
     jpeg: float = 0.0  # share of a bank's pairs whose clean picture is compressed first
+    strength: float = 1.0  # of the change that the finished purifier makes unless told otherwise
     views: float = 0.0  # share of steps guided by another view of the pictures (`views.py`)
 
     def __post_init__(self) -> None:
@@ -102,6 +103,8 @@ class BridgeConfig:
             raise UserError(f"replay must divide save_every={self.save_every}, got {self.replay}")
         if self.replay > 1 and {"features", "words"} & set(self.without):
             raise UserError("replayed pairs climb the whole loss, features and words: set replay=1 to leave one out")
+        if not 0 < self.strength <= 1.5:
+            raise UserError(f"strength must be above 0, to 1.5, got {self.strength:g}")
         if self.mined and {"features", "words"} <= set(self.without):
             raise UserError("without=features,words leaves nothing to mine: keep one, or set mined=0")
 
@@ -162,6 +165,7 @@ def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
             if isinstance(run, Run) and (step % config.save_every == 0 or step == config.steps):
                 save_training(checkpoint, parameters, optimizer, step, average)
                 options = {"sigma": config.sigma} if config.sigma else {}
+                options |= {"strength": config.strength} if config.strength != 1 else {}
                 save_net(run.dir / "weights", averaged(net, average), kind="bridge", options=options, dtype=HALF)
                 write_card(run, "bridge")
     return run.dir / "weights"
