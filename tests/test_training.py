@@ -139,6 +139,7 @@ def test_a_bank_says_which_views_were_attacked(
     [
         ({"shard": 6}, "multiple of 4"),
         ({"views": 1.5}, "from 0 to 1"),
+        ({"views": 0.5, "encoders": ("victim",)}, "encoders by name"),
         ({"shares": (0.5, 0.5)}, "three that sum to 1"),
         ({"shares": (0.5, 0.6, -0.1)}, "three that sum to 1"),
     ],

@@ -304,6 +304,11 @@ def test_an_interrupted_training_on_replayed_pairs_equals_an_uninterrupted_one(
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
+def test_views_of_a_victim_of_ones_own_are_refused() -> None:
+    with pytest.raises(UserError, match="encoders by name"):
+        BridgeConfig(views=0.3, encoders=("victim",))
+
+
 def test_a_strength_that_no_purifier_takes_is_refused() -> None:
     with pytest.raises(UserError, match=r"above 0, to 1\.5"):
         BridgeConfig(strength=2)

@@ -95,6 +95,10 @@ class PairsConfig:
             raise UserError(f"shard must be a multiple of 4, got {self.shard}")
         if not 0 <= self.views <= 1:
             raise UserError(f"views is a share from 0 to 1, got {self.views}")
+        if self.views and set(self.encoders) <= {OWN}:
+            raise UserError(
+                f"views are of encoders by name, {', '.join(NAMES)}: a victim of your own sees its own view"
+            )
         if self.shares and (len(self.shares) != 3 or min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6):
             raise UserError(f"shares are three that sum to 1 (scenes, photographs, dead leaves), got {self.shares}")
 

@@ -22,7 +22,7 @@ from codefend.attacks.pgd import PGD
 from codefend.devices import default_device, mixed_precision
 from codefend.diffusion import bridge_predict, charbonnier, noise_like, sample_bridge_sigmas, sample_bridge_times
 from codefend.nets import NetConfig, PurifierNet, load_net, save_net
-from codefend.pairs import Tower, read_pairs
+from codefend.pairs import OWN, Tower, read_pairs
 from codefend.purifiers.base import clip
 from codefend.purifiers.shallow import Jpeg, JpegOptions
 from codefend.runs import Run, check_run, make_generator
@@ -105,6 +105,8 @@ class BridgeConfig:
             raise UserError("replayed pairs climb the whole loss, features and words: set replay=1 to leave one out")
         if not 0 < self.strength <= 1.5:
             raise UserError(f"strength must be above 0, to 1.5, got {self.strength:g}")
+        if self.views and set(self.encoders) <= {OWN}:
+            raise UserError("views are of encoders by name, such as lite0: a victim of your own sees its own view")
         if self.mined and {"features", "words"} <= set(self.without):
             raise UserError("without=features,words leaves nothing to mine: keep one, or set mined=0")
 
