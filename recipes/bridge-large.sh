@@ -2,7 +2,7 @@
 # The bridge without noise in a network five times as large, by its model card: two trainings from bridge-detail's weights,
 # on pairs of which many were attacked through another view. Both banks and the first training want a GPU: on one H200
 # fourteen banks side by side took 95 seconds, a step .13; the second training took an hour of two cores. Needs pairs.sh
-# and bridge-detail.sh; PHOTOGRAPHS as in pairs.sh.
+# (for the held-out bank) and bridge-detail.sh; PHOTOGRAPHS as in pairs.sh.
 source "$(dirname "$0")/common.sh"
 
 bridge="$RUNS/bridge-large" banks=""
@@ -18,8 +18,8 @@ for seed in 80 81; do
   bank "pairs-views-$seed" seed="$seed" count=1536 kinds=features,features,towards steps=10 max_eps=12/255 views=0.4 \
     shares=0.15,0.7,0.15 "photographs=${PHOTOGRAPHS:-}"
 done
-training bridge "$bridge" "$bridge-1/weights" "$RUNS/pairs-views-80,$RUNS/pairs-views-81,$RUNS/pairs-h" "${late[@]}" steps=1150 seed=32 \
-  batch=32 lr=1e-4 warmup=20 clean=0.12 w_bridge=4 w_words=0.4 jpeg=0.2 views=0.3
+training bridge "$bridge" "$bridge-1/weights" "$RUNS/pairs-views-80,$RUNS/pairs-views-81" "${late[@]}" steps=900 seed=33 batch=32 \
+  lr=8e-5 warmup=20 clean=0.12 w_bridge=4 w_words=0.4 jpeg=0.2 views=0.4
 settings "pairs=$RUNS/pairs-held-out" "photographs=${PHOTOGRAPHS:-}"
 stage codefend calibrate "$bridge/weights" "${options[@]}"
 echo "done: $bridge/weights"

@@ -48,7 +48,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     for kind in ("prior", "bridge", "hgd", "flowpure", "flowpure-gauss", "adbm", "codefend-r"):
         save_net(folder / kind, random_net(), kind=kind)
-    for name in ("bridge-detail", "bridge-coarse"):
+    for name in ("bridge-detail", "bridge-large", "bridge-coarse"):
         save_net(folder / name, random_net(), kind="bridge")
     return folder
 
@@ -166,6 +166,8 @@ def test_diffpure_takes_the_papers_step_count_by_default() -> None:
         ("diffpure:t=0.9", "at most 0.3"),
         ("bridge:evaluations=9", "1 to 4"),
         ("bridge:sigma=-1", "0 to 0.5"),
+        ("bridge:strength=0", "above 0, to 1.5"),
+        ("bridge:strength=1.6", "above 0, to 1.5"),
         ("flowpure:steps=0", "1 to 1000"),
         ("flowpure:start=0", "above 0"),
         ("flowpure-gauss:noise=2", "0 to 0.6"),
@@ -249,6 +251,14 @@ def test_one_evaluation_of_the_bridge_is_the_network() -> None:
     net = random_net()
     images = torch.rand(2, 3, 16, 24, generator=gen())
     assert torch.equal(Bridge(net)(images), net(images, torch.ones(2), torch.zeros(2)).clamp(0, 1))
+
+
+def test_strength_scales_the_change() -> None:
+    net, images = random_net(), 0.3 + 0.4 * torch.rand(2, 3, 16, 24, generator=gen())
+    whole, half, more = (Bridge(net, BridgeOptions(strength=s))(images).detach() - images for s in (1.0, 0.5, 1.2))
+    assert float(whole.abs().max()) > 0.01
+    assert torch.allclose(half, 0.5 * whole, atol=1e-6)
+    assert torch.allclose(more, 1.2 * whole, atol=1e-6)
 
 
 def test_untrained_bridge_is_the_identity_at_any_size() -> None:

@@ -210,6 +210,12 @@ PURIFIERS: dict[str, PurifierSpec] = {
             _shipped("bridge-detail", "bridge-detail"),
         ),
         PurifierSpec(
+            "bridge-large",
+            "bridge-detail in a network five times as large, for a GPU: photographs, attacks through any resizing",
+            "CoDefend; as bridge",
+            _shipped("bridge-large", "bridge-large"),
+        ),
+        PurifierSpec(
             "bridge-coarse",
             "the bridge trained for words alone, behind noise of 0.1: more captions kept at unseen attacks",
             "CoDefend; as bridge",
