@@ -72,6 +72,8 @@ class PhotographsConfig:
             raise UserError(f"unknown encoder {unknown[0] if unknown else ''!r}; known: {', '.join(NAMES)}")
         for label in self.encoders:
             _shown_side(label, self.side)
+        if self.eot < 1:
+            raise UserError(f"eot is at least 1, got {self.eot}")
         if self.side % 32 or self.side < 32:
             raise UserError(f"side must be a multiple of 32, got {self.side}")
 

@@ -211,7 +211,7 @@ PURIFIERS: dict[str, PurifierSpec] = {
         ),
         PurifierSpec(
             "bridge-large",
-            "bridge-detail in a network five times as large, for a GPU: photographs, attacks through any resizing",
+            "bridge-detail in a network five times as large, for a GPU: also for models that resize their pictures",
             "CoDefend; as bridge",
             _shipped("bridge-large", "bridge-large"),
         ),
