@@ -46,7 +46,7 @@ def test_a_tower_through_a_view_sees_that_view() -> None:
     tower, images = Tower("lite0"), torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))
     turned = tower.through(View(160, quarters=1))
     assert turned.encoder is tower.encoder
-    assert tower.view is None
+    assert tower.view == View()
     assert turned.features(images).shape[1] == 25
     wanted = tower.encoder(View(160, quarters=1)(images))
     assert torch.allclose(turned.features(images), wanted)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +30,14 @@ from codefend.runs import (
     read_rows,
     save_checkpoint,
 )
+from codefend.settings import recorded
 from codefend.tasks.language import CAPTION_PROMPT, captions, training_texts
 from codefend.tasks.objects import COLOURS, THINGS
 from codefend.tasks.pictures import own_photographs, training_pictures
 from codefend.tasks.scenes import compose, load_photographs
 from codefend.types import Budget, Objective, UserError, WhiteBox
 from codefend.victims.efficientnet_lite import NAMES, EfficientNetLite
-from codefend.victims.pocket import Pocket, fit_square
+from codefend.victims.pocket import Pocket
 from codefend.views import View, draw_view
 
 WORDS = tuple(f" {c} {t.name}" for t in THINGS if t.tinted for c in COLOURS) + tuple(
@@ -49,9 +50,9 @@ OWN = "victim"  # among the encoders: the victim's own
 class Tower:
     """A bare image encoder as a white box that has features only: a second family to attack."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, view: View | None = None) -> None:
         self.name, self.encoder = name, EfficientNetLite(name).to(default_device())
-        self.view: View | None = None
+        self.view = view or View()
 
     def through(self, view: View) -> Tower:
         """The same encoder, shown another view of each picture."""
@@ -60,8 +61,7 @@ class Tower:
         return other
 
     def features(self, images: Tensor) -> Tensor:
-        shown = fit_square(images.to(self.encoder.fc.weight.device))
-        tokens: Tensor = self.encoder(shown if self.view is None else self.view(shown))
+        tokens: Tensor = self.encoder(self.view(images.to(self.encoder.fc.weight.device)))
         return tokens.to(images.device)
 
     def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
@@ -103,11 +103,8 @@ class PairsConfig:
             raise UserError(f"shares are three that sum to 1 (scenes, photographs, dead leaves), got {self.shares}")
 
     def recorded(self) -> dict[str, object]:
-        """The fields for the run's config: all of the first ones, of the later ones those that are set."""
-        names = [f.name for f in fields(self)]
-        later = fields(self)[names.index("photographs") :]
-        unset = {f.name for f in later if getattr(self, f.name) == f.default}
-        return {name: value for name, value in asdict(self).items() if name not in unset}
+        """The fields for the run's config."""
+        return recorded(self, later="photographs")
 
 
 def make_pairs(config: PairsConfig, folder: str | Path) -> Path:
@@ -135,7 +132,7 @@ def make_pairs(config: PairsConfig, folder: str | Path) -> Path:
     return run.dir
 
 
-def first_scene(seed: int, shard: int, size: int = 32) -> int:
+def first_scene(seed: int, shard: int, size: int) -> int:
     """Where a shard's scenes begin: banks of different seeds share none, so that one can be held out."""
     return 2_000_000 + seed * 10_000_000 + shard * size
 
@@ -171,8 +168,9 @@ def _make_shard(
     save_checkpoint(path, {"clean": _bytes(clean), "attacked": _bytes(torch.cat(attacked))}, {"kind": kind})
     target = tower.name if kind in ("features", "towards") else victim.name
     pairs = [{"eps": eps, "fall": fall} for eps, fall in falls]
-    view = getattr(tower, "view", None)
-    seen = {"view": asdict(view)} if view and kind in ("features", "towards") else {}
+    seen = {}
+    if kind in ("features", "towards") and isinstance(tower, Tower) and tower.view != View():
+        seen = {"view": asdict(tower.view)}
     run.append({"key": f"shard-{shard}", "kind": kind, "target": target, "steps": steps, "pairs": pairs, **seen})
 
 

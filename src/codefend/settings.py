@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -32,6 +32,16 @@ def number(text: str) -> float:
         return float(top) / float(bottom) if slash else float(top)
     except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"{text!r} is not a number; write it as 0.03 or 8/255") from error
+
+
+def recorded(config: Any, *, later: str) -> dict[str, object]:
+    """The fields that a run holds: all before the one named ``later``, from there on those that are set.
+
+    So runs from before a later field existed go on.
+    """
+    names = [field.name for field in fields(config)]
+    unset = {f.name for f in fields(config)[names.index(later) :] if getattr(config, f.name) == f.default}
+    return {name: value for name, value in asdict(config).items() if name not in unset}
 
 
 def known_keys(config: Any) -> list[str]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from codefend.victims.pocket import SIDE, fit_square
 
 SIDES = (96, 128, 160, 192, 224)  # of a training picture of 128 pixels: from three quarters to one and three quarters
 
@@ -21,16 +22,13 @@ SIDES = (96, 128, 160, 192, 224)  # of a training picture of 128 pixels: from th
 class View:
     """``side`` pixels, a multiple of 32; ``quarters`` turns of 90 degrees, then mirrored or not."""
 
-    side: int
+    side: int = SIDE
     quarters: int = 0
     mirrored: bool = False
 
     def __call__(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, H]`` to ``[B, 3, side, side]``, differentiable."""
-        if images.shape[-1] != self.side:
-            size = (self.side, self.side)
-            images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
-        turned = torch.rot90(images, self.quarters, (2, 3))
+        """``[B, 3, H, W]`` to ``[B, 3, side, side]`` as `fit_square` does it, then turned; differentiable."""
+        turned = torch.rot90(fit_square(images, self.side), self.quarters, (2, 3))
         return turned.flip(-1) if self.mirrored else turned
 
 

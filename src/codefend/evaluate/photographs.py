@@ -12,7 +12,7 @@ judged instead.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from codefend.images import quantize8
 from codefend.pairs import Tower
 from codefend.results import BARE
 from codefend.runs import Row, check_run, make_generator, open_run, progress
+from codefend.settings import recorded
 from codefend.tasks.image_metrics import psnr
 from codefend.tasks.pictures import HELD_OUT, own_paths, own_photographs
 from codefend.types import Budget, UserError, WhiteBox
@@ -82,9 +83,8 @@ class PhotographsConfig:
         return 8 if self.limit is None else self.limit
 
     def recorded(self) -> dict[str, object]:
-        """The fields for the run's config: all of the first ones, of the later ones those that are set."""
-        later = {f.name: f.default for f in fields(self) if f.name in ("photographs", "adaptive", "eot")}
-        return {name: value for name, value in self.__dict__.items() if name not in later or value != later[name]}
+        """The fields for the run's config."""
+        return recorded(self, later="photographs")
 
 
 def _shown_side(label: str, side: int) -> int:
@@ -98,23 +98,13 @@ def _shown_side(label: str, side: int) -> int:
 
 
 class Encoder(Tower):
-    """An encoder that sees the crops at ``shown`` pixels a side, where `Tower` would shrink them to its own."""
-
-    def __init__(self, name: str, shown: int) -> None:
-        super().__init__(name)
-        self.shown = View(shown)
-
-    def features(self, images: Tensor) -> Tensor:
-        tokens: Tensor = self.encoder(self._seen(images))
-        return tokens.to(images.device)
+    """A tower that names classes, too."""
 
     @torch.no_grad()
     def classes(self, images: Tensor) -> Tensor:
         """ImageNet-1k classes ``[B]``."""
-        return self.encoder.logits(self._seen(images)).argmax(1).to(images.device)
-
-    def _seen(self, images: Tensor) -> Tensor:
-        return self.shown(images.to(self.encoder.fc.weight.device))
+        seen = self.view(images.to(self.encoder.fc.weight.device))
+        return self.encoder.logits(seen).argmax(1).to(images.device)
 
 
 def names(config: PhotographsConfig) -> list[str]:
@@ -185,7 +175,7 @@ def run_photographs(config: PhotographsConfig, folder: str | Path) -> list[Row]:
 
 def _judge(config: PhotographsConfig, label: str, name: str, contenders: Mapping[str, Contender]) -> list[Row]:
     clean = crops(name, config).to(default_device())
-    encoder = Encoder(label.partition("@")[0], _shown_side(label, config.side))
+    encoder = Encoder(label.partition("@")[0], View(_shown_side(label, config.side)))
     draw = make_generator(config.seed, "photographs", label, name)
     attacked = _attacked(config, encoder, clean, draw)
     right, classes = encoder.features(clean), encoder.classes(clean)

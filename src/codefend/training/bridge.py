@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from codefend.pairs import OWN, Tower, read_pairs
 from codefend.purifiers.base import clip
 from codefend.purifiers.shallow import Jpeg, JpegOptions
 from codefend.runs import Run, check_run, make_generator
+from codefend.settings import recorded
 from codefend.tasks.language import training_texts
 from codefend.tasks.pictures import own_photographs, training_pictures
 from codefend.tasks.scenes import compose, load_photographs
@@ -111,11 +112,8 @@ class BridgeConfig:
             raise UserError("without=features,words leaves nothing to mine: keep one, or set mined=0")
 
     def recorded(self) -> dict[str, object]:
-        """The fields for the run's config: all of the first ones, of the later ones those that are set."""
-        names = [f.name for f in fields(self)]
-        later = fields(self)[names.index("stream") :]
-        unset = {f.name for f in later if getattr(self, f.name) == f.default}
-        return {name: value for name, value in asdict(self).items() if name not in unset}
+        """The fields for the run's config."""
+        return recorded(self, later="stream")
 
 
 @dataclass(frozen=True)
