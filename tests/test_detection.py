@@ -32,12 +32,17 @@ def test_features_are_the_sizes_they_say() -> None:
     rows, columns = torch.arange(16), torch.arange(24)
     fine += 0.1 * ((rows[:, None] + columns) % 2 * 2 - 1)
     patch[:, :8, 8:16] = 0.3
-    rms, small, worst, texture = features(purified + torch.stack([flat, fine, patch]), purified).exp().T
+    found = features(purified + torch.stack([flat, fine, patch]), purified).exp().T
+    rms, small, worst, texture, grey, half, quarter, mean = found
     assert rms.tolist() == pytest.approx([0.1, 0.1, 0.3 * (1 / 6) ** 0.5], rel=1e-4)
     assert float(small[0]) == pytest.approx(FLOOR, rel=0.01)  # a flat change has no fine part
     assert float(small[1]) == pytest.approx(0.09, rel=0.15)  # a checkerboard is nothing else
     assert worst.tolist() == pytest.approx([0.1, 0.1, 0.3], rel=1e-4)
     assert texture.tolist() == pytest.approx([TEXTURE_FLOOR] * 3, rel=1e-3)
+    assert grey.tolist() == pytest.approx(rms.tolist(), rel=1e-4)  # the same in all colours
+    assert float(half[1]) == pytest.approx(FLOOR, rel=0.01)  # the checkerboard's squares are one pixel wide
+    assert float(quarter[2]) > 0.05  # the patch has edges there
+    assert mean.tolist() == pytest.approx([0.1, 0.1, 0.3 / 6], rel=1e-3)  # a patch changes few pixels much
     assert float(features(purified, purified, texture_floor=0.1)[0, 3].exp()) == pytest.approx(0.1, rel=1e-3)
 
 
@@ -47,8 +52,16 @@ def test_nothing_removed_gives_finite_scores_and_gradients() -> None:
     detector.logit(images, images.detach()).sum().backward()
     assert images.grad is not None
     assert bool(images.grad.isfinite().all())
+    dot = torch.full((1, 3, 1, 1), 0.5)
+    assert features(dot, 0.9 * dot).isfinite().all()
     half = torch.rand(1, 3, 16, 16, generator=gen())
     assert features(half.half(), half.half() * 0.999).isfinite().all()
+
+
+def test_a_detector_of_four_weights_goes_by_the_first_four_features() -> None:
+    images, purified = torch.rand(2, 2, 3, 16, 16, generator=gen())
+    four, eight = (Detector((1.0, -2.0, 0.5, 3.0, *zeros), 0.1, 0.5, 0.01) for zeros in ((), (0.0,) * 4))
+    assert torch.equal(four.logit(images, purified), eight.logit(images, purified))
 
 
 def test_fit_is_the_regularized_optimum() -> None:

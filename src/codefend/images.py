@@ -304,10 +304,18 @@ def is_lossless(kind: str, *, quality: int | None = None) -> bool:
     return kind in _LOSSLESS or (kind == "WEBP" and quality is None)
 
 
-def encode(pixels: Tensor, kind: str = "PNG", *, quality: int | None = None, icc: bytes | None = None) -> bytes:
+def encode(
+    pixels: Tensor,
+    kind: str = "PNG",
+    *,
+    quality: int | None = None,
+    subsampling: int = 0,
+    icc: bytes | None = None,
+) -> bytes:
     """Encode ``[3, H, W]`` or ``[4, H, W]`` in ``[0, 1]``, never resized. Metadata is left out, apart from ``icc``.
 
-    ``quality`` 1-100 is for JPEG (95 when None) and WebP (lossless when None). Alpha is composited on white where the
+    ``quality`` 1-100 is for JPEG (95 when None) and WebP (lossless when None); ``subsampling`` of JPEG's chroma is 0, 1
+    or 2: none, along the rows, both ways. Alpha is composited on white where the
     format has none. Raises UserError when the format is unknown or cannot hold a picture of this size.
     """
     if kind not in _WRITABLE:
@@ -316,7 +324,7 @@ def encode(pixels: Tensor, kind: str = "PNG", *, quality: int | None = None, icc
         pixels = pixels[:3] * pixels[3:] + _colour(WHITE).to(pixels) * (1 - pixels[3:])
     options: dict[str, Any] = {} if icc is None or kind == "BMP" else {"icc_profile": icc}
     if kind == "JPEG":
-        options |= {"quality": quality or 95, "subsampling": 0}
+        options |= {"quality": quality or 95, "subsampling": subsampling}
     elif kind == "WEBP":
         options |= {"lossless": True, "exact": True} if quality is None else {"quality": quality, "exact": True}
     buffer = io.BytesIO()

@@ -1,9 +1,9 @@
 """How suspicious a picture is, from what purification took out of it: calibrated, free, and differentiable.
 
 The size of the residual is FlowPure's detector in its deterministic form (||v||^2, arXiv 2505.13280). But a busy
-picture loses more than a plain one when nobody attacks, a perturbation is finer than what else is lost, and a patch
-sits in one place: a logistic regression over the four tells them apart. It needs no evaluation beside the
-purification's own.
+picture loses more than a plain one when nobody attacks, a perturbation is finer than what else is lost, a patch sits
+in one place, and the noise of a camera is spread over scales, colours and sizes otherwise than an attack: a logistic
+regression tells them apart. It needs no evaluation beside the purification's own.
 """
 
 from __future__ import annotations
@@ -22,22 +22,34 @@ from codefend.types import UserError
 FLOOR = 1e-4  # a fortieth of an 8-bit level: keeps logarithms and their gradients finite
 TEXTURE_FLOOR = 0.01  # 2.5 levels: a smoother picture leaves no smaller residual, so it counts as this smooth
 BLOCK = 8  # pixels
+TEXTURE = 3  # its place among the features
+SIZES = 4, 8  # how many features a detector goes by, the first ones: four in weights from before there were more
 RAMP = 2.0  # of the logit below the threshold, over which a gate opens
 
 
 def features(images: Tensor, purified: Tensor, *, texture_floor: float = TEXTURE_FLOOR) -> Tensor:
-    """``[B, 4]``: log RMS, in [0, 1] pixels, of the residual, its fine part, its worst block, and of the texture.
+    """``[B, 8]``, logarithms of sizes in [0, 1] pixels.
 
-    ``images`` and ``purified`` are ``[B,3,H,W]``; the texture is the fine part of the purified picture, never taken
-    for less than ``texture_floor``.
+    RMS of the residual, of its fine part, of its worst block, and of the texture; RMS of the residual's grey part and
+    of what is fine in it at a half and a quarter of the resolution; its mean absolute value. ``images`` and
+    ``purified`` are ``[B,3,H,W]``; the texture is the fine part of the purified picture, never taken for less than
+    ``texture_floor``.
     """
     wide = torch.promote_types(images.dtype, torch.float32)  # squares of a fine residual vanish in half precision
     images, purified = images.to(wide), purified.to(wide)
     residual = images - purified
-    block = min(BLOCK, *images.shape[-2:])
-    worst = F.avg_pool2d(residual.square().mean(1, keepdim=True), block).flatten(1).amax(1)
-    squares = torch.stack([_power(residual), _power(_fine(residual)), worst, _power(_fine(purified))], 1)
-    return 0.5 * (squares + squares.new_tensor([FLOOR, FLOOR, FLOOR, texture_floor]).square()).log()
+    worst = _pooled(residual.square().mean(1, keepdim=True), BLOCK).flatten(1).amax(1)
+    grey = _power(residual.mean(1, keepdim=True))
+    half, quarter = (_power(_fine(_pooled(residual, by))) for by in (2, 4))
+    powers = [_power(residual), _power(_fine(residual)), worst, _power(_fine(purified)), grey, half, quarter]
+    powers.append(residual.abs().flatten(1).mean(1).square())
+    squares = torch.stack(powers, 1)
+    floors = squares.new_tensor([texture_floor if i == TEXTURE else FLOOR for i in range(len(powers))])
+    return 0.5 * (squares + floors.square()).log()
+
+
+def _pooled(images: Tensor, side: int) -> Tensor:
+    return F.avg_pool2d(images, min(side, *images.shape[-2:]))
 
 
 def _fine(images: Tensor) -> Tensor:
@@ -65,7 +77,7 @@ class Detector:
 
     def logit(self, images: Tensor, purified: Tensor) -> Tensor:
         """The score before the sigmoid, ``[B]``: an attacker descends this one, whose gradient doesn't fade."""
-        found = features(images, purified, texture_floor=self.texture_floor)
+        found = features(images, purified, texture_floor=self.texture_floor)[:, : len(self.weights)]
         return found @ found.new_tensor(self.weights) + self.bias
 
     @property
@@ -93,13 +105,13 @@ class Detector:
             raise UserError(
                 f"the weights' detector is not readable ({error}); run `codefend calibrate` again"
             ) from error
-        if len(found.weights) != 4:
-            raise UserError(f"the weights' detector has {len(found.weights)} features, not 4; calibrate it again")
+        if len(found.weights) not in SIZES:
+            raise UserError(f"the weights' detector has {len(found.weights)} features, not 8; calibrate it again")
         return found
 
 
-def fit(clean: Tensor, attacked: Tensor, *, ridge: float = 1e-3) -> tuple[tuple[float, ...], float]:
-    """Logistic regression on features ``[N, 4]`` and ``[M, 4]``, both classes weighing alike: weights and bias.
+def fit(clean: Tensor, attacked: Tensor, *, ridge: float = 1e-4) -> tuple[tuple[float, ...], float]:
+    """Logistic regression on features ``[N, K]`` and ``[M, K]``, both classes weighing alike: weights and bias.
 
     Newton's method on standardized features, with a small ridge so that separable classes have a finite answer.
     """
@@ -108,8 +120,8 @@ def fit(clean: Tensor, attacked: Tensor, *, ridge: float = 1e-3) -> tuple[tuple[
     inputs = torch.cat([(both - mean) / std, both.new_ones(len(both), 1)], 1)
     labels = torch.cat([both.new_zeros(len(clean)), both.new_ones(len(attacked))])
     share = torch.cat([both.new_full((len(part),), 0.5 / len(part)) for part in (clean, attacked)])
-    penalty = ridge * torch.eye(5, dtype=both.dtype)
-    solution = both.new_zeros(5)
+    penalty = ridge * torch.eye(inputs.shape[1], dtype=both.dtype)
+    solution = both.new_zeros(inputs.shape[1])
     for _ in range(50):
         said = (inputs @ solution).sigmoid()
         slope = inputs.T @ (share * (said - labels)) + penalty @ solution
@@ -118,8 +130,8 @@ def fit(clean: Tensor, attacked: Tensor, *, ridge: float = 1e-3) -> tuple[tuple[
         solution = solution - step
         if float(step.abs().max()) < 1e-9:
             break
-    weights = solution[:4] / std
-    return tuple(weights.tolist()), float(solution[4] - (weights * mean).sum())
+    weights = solution[:-1] / std
+    return tuple(weights.tolist()), float(solution[-1] - (weights * mean).sum())
 
 
 def threshold_at(clean_scores: Tensor, rate: float) -> float:

@@ -24,9 +24,9 @@ from codefend.diffusion import bridge_predict, charbonnier, noise_like, sample_b
 from codefend.nets import NetConfig, PurifierNet, load_net, save_net
 from codefend.pairs import OWN, Tower, read_pairs
 from codefend.purifiers.base import clip
-from codefend.purifiers.shallow import Jpeg, JpegOptions
 from codefend.runs import Run, check_run, make_generator
 from codefend.settings import recorded
+from codefend.tasks.camera import jpeg_file
 from codefend.tasks.language import training_texts
 from codefend.tasks.pictures import own_photographs, training_pictures
 from codefend.tasks.scenes import compose, load_photographs
@@ -44,7 +44,6 @@ from codefend.views import draw_view
 
 Text = tuple[str, str]  # prompt, answer
 HALF = torch.float16
-QUALITIES = 40, 96  # of JPEG, even
 Images = tuple[Tensor, Tensor, list[Text]]  # clean, attacked, texts: see `_images`
 
 
@@ -257,8 +256,13 @@ def open_bank(config: BridgeConfig) -> Bank | StreamedBank:
 
 def _images(config: BridgeConfig, bank: Bank | StreamedBank, number: int) -> Images:
     """The pictures of micro-batch ``number``: those of the first step that trains on them."""
+    return _drawn(config, bank, _first_of_replays(config, number))
+
+
+def _first_of_replays(config: BridgeConfig, number: int) -> int:
+    """The micro-batch that was the first to train on the pictures of micro-batch ``number``; itself without replay."""
     step, slot = divmod(number, config.micro)
-    return _drawn(config, bank, step // config.replay * config.replay * config.micro + slot)
+    return step // config.replay * config.replay * config.micro + slot
 
 
 @lru_cache(maxsize=8)  # replayed pictures are not composed again
@@ -288,8 +292,7 @@ def compressed(clean: Tensor, attacked: Tensor, rng: np.random.Generator, *, sha
     chosen = rng.random(len(clean)) < share if share else ()
     kept, changes = clean.clone(), attacked - clean
     for index in np.flatnonzero(chosen):
-        codec = Jpeg(JpegOptions(quality=int(rng.integers(*QUALITIES))))
-        kept[index] = codec(clean[index][None])[0]
+        kept[index] = jpeg_file(clean[index], rng)
     return kept, (kept + changes).clamp(0, 1)
 
 
@@ -375,8 +378,11 @@ def bridge_terms(step: Step, net: PurifierNet, clean: Tensor, attacked: Tensor) 
 
 
 def _shown(step: Step, tower: Tower | WhiteBox) -> Tower | WhiteBox:
-    """The tower, in a share of steps through another view: what is restored must not be so on one grid only."""
-    rng = np.random.default_rng([step.config.seed, 11, step.number])
+    """The tower, in a share of steps through another view: what is restored must not be so on one grid only.
+
+    Replays of the same pictures keep theirs: a perturbation that climbs through one view climbs nowhere through many.
+    """
+    rng = np.random.default_rng([step.config.seed, 11, _first_of_replays(step.config, step.number)])
     if isinstance(tower, Tower) and rng.random() < step.config.views:
         return tower.through(draw_view(rng))
     return tower

@@ -18,6 +18,7 @@ from codefend.pairs import read_pairs
 from codefend.purifiers.base import NetPurifier
 from codefend.purifiers.detection import TEXTURE_FLOOR, Detector, features, fit, threshold_at
 from codefend.runs import make_generator, progress, read_config, read_rows, write_atomic
+from codefend.tasks.camera import WAYS, photographed
 from codefend.tasks.pictures import own_photographs, training_pictures
 from codefend.types import UserError
 
@@ -39,7 +40,8 @@ def calibrate(folder: str | Path, config: CalibrateConfig) -> Detector:
     """Fit, set the threshold, measure, and write ``detector`` into ``folder``'s config.json; returns it.
 
     Half of the pairs fit the score, the other half measures how many attacked pictures are found at the threshold;
-    clean pictures drawn anew set the threshold and measure its false-positive rate. Training's own banks are refused:
+    clean pictures drawn anew set the threshold and measure its false-positive rate. All are seen as they are, as JPEG
+    files and with a camera's noise (`tasks.camera`), beneath the attack as well. Training's own banks are refused:
     their residuals are smaller than those of pictures never seen. Raises UserError for that, too few pictures, or a
     folder that is no purifier's.
     """
@@ -53,7 +55,7 @@ def calibrate(folder: str | Path, config: CalibrateConfig) -> Detector:
     clean, attacked, eps = _bank_features(purifier, config)
     if len(clean) < 32:
         raise UserError(f"{len(clean)} pairs are too few to calibrate on: make some hundred")
-    weights, bias = fit(clean[::2], attacked[::2])
+    weights, bias = fit(clean[::2].flatten(0, 1), attacked[::2].flatten(0, 1))
     fresh = _scores(_fresh_features(purifier, config), weights, bias)
     threshold = threshold_at(fresh[::2], config.rate)
     rate = float((fresh[1::2] > threshold).float().mean())
@@ -84,33 +86,35 @@ def _refuse_training_banks(folder: Path, pairs: Iterable[str]) -> None:
 
 
 def _bank_features(purifier: NetPurifier, config: CalibrateConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Features of all clean and all attacked pictures of the banks, ``[N, 4]`` each, and each pair's eps ``[N]``."""
+    """Features of the banks' clean and attacked pictures in each of WAYS, ``[N, 3, 8]`` each, and their eps ``[N]``."""
     if not config.pairs:
         raise UserError("calibration needs held-out pairs: `codefend pairs --set seed=1`, then --set pairs=FOLDER")
     shards = [shard for place in config.pairs for shard in read_pairs(place)]
     rows = [row for place in config.pairs for row in sorted(read_rows(place), key=lambda row: int(row["key"][6:]))]
     eps = torch.tensor([pair["eps"] for row in rows for pair in row["pairs"]])
-    with progress("calibrate", 2 * len(shards)) as advance:
-        halves = []
-        for half in (0, 1):
-            parts = []
-            for number, (clean, attacked, _) in enumerate(shards):
-                images = (attacked if half else clean).float() / 255
-                parts.append(_features(purifier, images, config.seed, half, number))
-                advance()
-            halves.append(torch.cat(parts))
-    known = min(len(eps), len(halves[0]))  # a bank that was cut short has a shard without its row
-    return halves[0][:known], halves[1][:known], eps[:known]
+    clean, attacked = [], []
+    with progress("calibrate", len(shards)) as advance:
+        for number, (plain, perturbed, _) in enumerate(shards):
+            rng = np.random.default_rng([config.seed, 13, number])
+            changes = (perturbed.float() - plain.float()) / 255
+            seen = [photographed(plain.float() / 255, rng, [way]) for way in WAYS]
+            found = [_features(purifier, kept, config.seed, 0, number) for kept in seen]
+            clean.append(torch.stack(found, 1))
+            found = [_features(purifier, (kept + changes).clamp(0, 1), config.seed, 1, number) for kept in seen]
+            attacked.append(torch.stack(found, 1))
+            advance()
+    known = min(len(eps), sum(map(len, clean)))  # a bank that was cut short has a shard without its row
+    return torch.cat(clean)[:known], torch.cat(attacked)[:known], eps[:known]
 
 
 def _fresh_features(purifier: NetPurifier, config: CalibrateConfig) -> Tensor:
-    """Features of clean pictures that no bank and no training has, ``[clean, 4]``."""
+    """Features of clean pictures that no bank and no training has, ``[clean, 8]``."""
     parts, own = [], own_photographs(config.photographs)
     with progress("clean pictures", config.clean) as advance:
         for start in range(0, config.clean, BATCH):
             rng = np.random.default_rng([config.seed, 12, start])
             count = min(BATCH, config.clean - start)
-            images = (training_pictures(rng, count, first_scene=9_000_000 + start, own=own) * 255).round() / 255
+            images = photographed(training_pictures(rng, count, first_scene=9_000_000 + start, own=own), rng)
             parts.append(_features(purifier, images, config.seed, "clean", start))
             advance(count)
     return torch.cat(parts)
