@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ import torch
 from torch import Generator, Tensor
 
 import toys
-from codefend.evaluate import EvalConfig, evaluate
+from codefend.defense import StraightThrough
+from codefend.evaluate import EvalConfig, evaluate, judge
 from codefend.results import CLEAN
 from codefend.runs import Row
 from codefend.types import Purifier, UserError
+from evaluate_kit import untimed
 
 SMALL = EvalConfig(
     victim="toy", tasks=("questions",), defenses=("none", "leaky"), attacks=("apgd",), steps=12, batch=6, panels=0
@@ -150,6 +154,52 @@ def test_detector_of_the_weights_sets_the_limit() -> None:
     assert suspicion(judged, images, judged(images)).tolist() == [-0.25, 0.25]
     fined = unsuspected(lambda x: torch.zeros(len(x)), judged, images, 8.0, None)
     assert fined(images).tolist() == [0.0, 2.0]  # logit(0.5) = 0
+
+
+def test_evasion_has_a_gradient_where_the_purifier_has_none() -> None:
+    from codefend.evaluate.adaptive import unsuspected
+
+    images = torch.full((2, 3, 4, 4), 0.498).requires_grad_()
+    seen = StraightThrough(StraightThrough(toys.Rounded()))
+    fined = unsuspected(lambda x: torch.zeros(len(x)), seen, torch.zeros(2, 3, 4, 4), 1.0, None)
+    fined(images).sum().backward()
+    assert images.grad is not None
+    assert float(images.grad.abs().min()) > 0  # towards what rounding leaves as it is
+
+
+def test_behind_a_gate_the_doubt_is_about_what_it_judged() -> None:
+    class Gated:
+        """Its noise says whether it is drawn as the judge's first submission drew it."""
+
+        gate = True
+
+        class detector:
+            @staticmethod
+            def logit(images: Tensor, purified: Tensor) -> Tensor:
+                return (images - purified).flatten(1).mean(1)
+
+        def ungated(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+            return torch.randn(images.shape, generator=generator)
+
+        def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+            return images
+
+    images = torch.zeros(2, 3, 4, 4)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(7))
+    found = judge._doubts(Gated(), images, judge.Submissions([["a", "b"]], images, 0.0, 0.0, 7))
+    assert torch.allclose(found, -noise.flatten(1).mean(1))
+
+
+def test_rows_of_a_loss_that_is_not_finite_can_be_judged_again(tmp_path: Path) -> None:
+    class Lost(toys.ToyVictim):
+        def loss(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
+            return super().loss(images, prompts, targets) * torch.nan
+
+    config = replace(SMALL, defenses=("none",), threats=("T0",))
+    whole = evaluate(config, tmp_path, loaders=toys.loaders(Lost()))
+    kept = [row for row in whole if row["attack"] == CLEAN]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    assert untimed(evaluate(config, tmp_path, loaders=toys.loaders(Lost()))) == untimed(whole)
 
 
 @pytest.mark.parametrize("name", ["quick", "standard", "full", "seen-unseen", "transfer"])

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("skimage")
 
+from codefend.attacks.objectives import features_away
 from codefend.cli import main
-from codefend.evaluate import evaluate
+from codefend.evaluate import evaluate, photographs
 from codefend.evaluate.photographs import SEEN, PhotographsConfig, _as_noisy, crops, names
 from codefend.images import save
+from codefend.nets import NetConfig, PurifierNet, save_net
 from codefend.purifiers import WEIGHTS
 from codefend.runs import make_generator
 from codefend.tasks.pictures import HELD_OUT
@@ -112,6 +116,34 @@ def test_an_attacker_who_sees_the_defense_leaves_less(tmp_path: Path) -> None:
     before = (tmp_path / "rows.jsonl").read_text()
     assert evaluate(config, tmp_path) == rows
     assert (tmp_path / "rows.jsonl").read_text() == before
+
+
+@pytest.mark.weights
+def test_who_sees_the_defense_is_judged_by_what_the_attack_lowered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def away(victim: Any, clean: Tensor, *, reference: Any = None) -> Any:
+        asked.append(type(reference or victim).__name__)
+        return features_away(victim, clean, reference=reference)
+
+    monkeypatch.setattr(photographs, "features_away", away)
+    config = PhotographsConfig(**TINY, defenses=("blur:sigma=1.5",), adaptive=("blur:sigma=1.5",))
+    evaluate(config, tmp_path)
+    assert set(asked) == {"Encoder"}  # the bare encoder's tokens of the clean picture, as the table's
+
+
+@pytest.mark.weights
+def test_weights_may_not_change_while_photographs_are_judged(tmp_path: Path) -> None:
+    save_net(tmp_path / "mine", PurifierNet(NetConfig(channels=(4,), blocks=(1,), embedding=8)), kind="bridge")
+    config = PhotographsConfig(**TINY, defenses=(str(tmp_path / "mine"),))
+    rows = evaluate(config, tmp_path / "run")
+    assert evaluate(config, tmp_path / "run") == rows
+    meta = json.loads((tmp_path / "mine" / "config.json").read_text())
+    (tmp_path / "mine" / "config.json").write_text(json.dumps({**meta, "options": {"evaluations": 2}}))
+    with pytest.raises(UserError, match=r"the weights of '.*mine' changed since"):
+        evaluate(config, tmp_path / "run")
 
 
 @pytest.mark.weights

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from codefend.report import read_report
+from codefend.report import Report, read_report
 from codefend.report.attacks import seen_and_unseen, success
 from codefend.report.plots import score_against_eps
-from codefend.report.tables import flags_of, leaderboard, number, rate, results
+from codefend.report.tables import flags_of, leaderboard, number, overview, rate, results
 from codefend.results import (
     CLEAN,
+    OVERALL,
     WORST,
     Group,
     Rate,
@@ -22,6 +23,7 @@ from codefend.results import (
     gate,
     group_of,
     grouped,
+    overall,
     paired,
     scores,
     strongest,
@@ -79,6 +81,44 @@ def test_worst_case_leaves_out_examples_that_not_every_attack_reached() -> None:
     found = worst_rows(grouped(rows))
     assert [(g.attack, [r["example"] for r in chosen]) for g, chosen in found.items()] == [(WORST, ["0"])]
     assert next(iter(found.values()))[0]["attack"] == "b"
+
+
+def test_the_leaderboards_worst_case_has_attacks_with_a_bound_of_their_own() -> None:
+    clean = [made(i, 1.0, attack=CLEAN, threat="clean", eps=0.0) for i in range(2)]
+    weak = [made(i, 1.0, eps=0.05) for i in range(2)]
+    ball = [made(0, 0.5), made(1, 1.0), made(0, 0.4, threat="T2"), made(1, 1.0, threat="T2")]
+    words = [made(0, 1.0, attack="words", eps=0.0), made(1, 0.2, attack="words", eps=0.0)]
+    rows = [*clean, *weak, *ball, *words]
+    assert [entry.score.mean for entry in overall(rows)] == pytest.approx([0.35, 0.3])
+    assert {e.group.eps: e.score.mean for e in summarize(rows) if e.group[2:4] == ("T0", WORST)} == pytest.approx(
+        {0.05: 1.0, 0.1: 0.75, 0.0: 0.6}
+    )
+    flag = Flag("zero gradient", "why", "t", "", "T0", "words", 0.0, norm="l2")
+    report = Report(Path(), {"seen": ["a"]}, {"tasks": {"t": {}}}, rows, summarize(rows), [flag])
+    ((_, _, _, oblivious, adaptive, *_),) = leaderboard(report, "t").lines
+    assert (oblivious[:4], adaptive[:4]) == ("0.35", "0.30")
+    assert leaderboard(report, "t").title == "t: m at 0.1 or an attack's own bound"
+    assert overview(report).lines == (("d", "1.00 n=2", "0.35 n=2", "0.30 n=2"),)
+    assert [line[4][:4] for line in results(report, "t").lines if line[1:4] == ("T0", WORST, "0.1")] == ["0.75"]
+
+
+def test_the_leaderboard_inherits_doubts_about_every_attack_that_counts() -> None:
+    group = Group("t", "d", "T2", OVERALL, 0.1)
+    doubts = [Flag("zero gradient", "why", "t", "d", "T2", attack, eps) for attack, eps in (("words", 0.0), ("a", 0.1))]
+    weaker = Flag("zero gradient", "why", "t", "d", "T2", "a", 0.05)
+    assert flags_of(group, [*doubts, weaker]) == doubts
+    assert flags_of(group._replace(attack=WORST), [*doubts, weaker]) == doubts[1:]
+
+
+def test_unseen_attacks_count_with_their_own_bounds() -> None:
+    kinds = {"access": "white-box"}
+    clean = [made(i, 1.0, attack=CLEAN, threat="clean", eps=0.0, **kinds) for i in range(2)]
+    ball = [made(i, 0.9, **kinds) for i in range(2)]
+    patch = [made(i, 0.3, attack="patch", eps=0.0, **kinds) for i in range(2)]
+    rows = [*clean, *ball, *patch]
+    report = Report(Path(), {"seen": ["a"]}, {"tasks": {"t": {}}}, rows, summarize(rows), [])
+    ((_, _, _, eps, seen, unseen, gap, n),) = seen_and_unseen(report).lines
+    assert (eps, seen[:4], unseen[:4], gap[:4], n) == ("0.1", "0.90", "0.30", "0.60", "2")
 
 
 def test_unscored_is_not_zero() -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from codefend import images
 from codefend.report import export_rows, print_overview, print_summary, read_report, write_leaderboard, write_report
-from codefend.report.board import merge
+from codefend.report.board import conditions, merge
 from codefend.report.exports import csv_text, markdown_text
 from codefend.report.panels import panels
 from codefend.report.plots import score_against_eps
@@ -124,6 +124,18 @@ def test_runs_with_the_same_defense_keep_both(evaluated: Path, tmp_path: Path) -
     assert {"leaky", "leaky (twin)", "none"} <= names
     assert "none (twin)" not in names
     assert len({(row["defense"], row["key"]) for row in merged.rows}) == len(merged.rows)
+
+
+def test_runs_whose_folders_share_a_name_are_told_apart(evaluated: Path, tmp_path: Path) -> None:
+    runs = [evaluated, *(copied(evaluated, tmp_path / parent / "eval") for parent in ("x", "y"))]
+    merged = merge([read_report(run) for run in runs])
+    assert {"leaky", "leaky (eval)", "leaky (y/eval)"} <= {row["defense"] for row in merged.rows}
+    assert len({(row["defense"], row["key"]) for row in merged.rows}) == len(merged.rows)
+
+
+@pytest.mark.parametrize("key", ["target", "surrogate"])
+def test_other_targets_and_surrogates_are_other_conditions(key: str) -> None:
+    assert conditions({"seed": 0, key: "a"}) != conditions({"seed": 0, key: "b"})
 
 
 def test_markdown_tables_are_rectangular(evaluated: Path) -> None:

@@ -327,6 +327,17 @@ def test_flag_says_where_and_covers_its_figure() -> None:
     assert flag.covers(Group("vqa", "bridge", "T2", "apgd", 8 / 255))
     assert not flag.covers(Group("vqa", "jpeg", "T2", "apgd", 8 / 255))
     assert Flag("too few examples", "why", "vqa").covers(Group("vqa", "jpeg", "T0", "apgd", 8 / 255))
+    own = Flag("zero gradient", "why", "vqa", "bridge", "T2", "patch", 0.0)  # a bound of its own, not any
+    assert own.covers(Group("vqa", "bridge", "T2", "patch", 0.0))
+    assert not own.covers(Group("vqa", "bridge", "T2", "patch", 8 / 255))
+
+
+def test_attacks_with_bounds_of_their_own_are_not_compared() -> None:
+    words = {"attack": "characters", "access": "score", "goal": "answer", "eps": 0.0}
+    patch = {"attack": "patch", "eps": 0.0}
+    assert fired(several(ALL, **patch) + several(NOTHING, **words)) == set()
+    corrupted = {"attack": "corruption", "access": "control", "eps": 0.0}
+    assert fired(several(MIXED, **patch) + several(MIXED, **corrupted)) == set()
 
 
 def test_unscored_rows_are_not_zeros() -> None:

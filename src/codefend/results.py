@@ -18,7 +18,8 @@ from codefend.tasks.intervals import Interval, bootstrap_interval
 
 CLEAN = "none"  # the attack of clean rows
 BARE = "none"  # the defense of undefended rows
-WORST = "worst case"  # the attack of entries that take each example's lowest score over all attacks
+WORST = "worst case"  # the attack of entries that take each example's lowest score over all attacks of one eps
+OVERALL = "worst of all"  # the same over the largest eps and the attacks that have a bound of their own
 THREATS = ("clean", "T0", "T1", "T2", "T2d")  # each attacker may also use the images of those before
 
 
@@ -120,31 +121,48 @@ def candidates(groups: dict[Group, list[Row]]) -> dict[Group, dict[str, list[Row
     An attacker of one threat level may use the images of every level before it, so T2 is never above T0. Only examples
     that every attack of the level reached are counted, or those attacked less would flatter the defense.
     """
-    found: dict[Group, dict[str, list[Row]]] = {}
-    levels = dict.fromkeys((g.task, g.defense, g.threat, g.eps) for g in groups if g.attack != CLEAN)
-    for task, defense, threat, eps in levels:
-        allowed = THREATS[1 : THREATS.index(threat) + 1]
-        by_example: dict[str, list[Row]] = {}
-        own: list[set[str]] = []
-        for group, rows in groups.items():
-            if (group.task, group.defense, group.eps) != (task, defense, eps) or group.threat not in allowed:
-                continue
-            if group.threat == threat:
-                own.append({row["example"] for row in rows})
-            for row in rows:
-                by_example.setdefault(row["example"], []).append(row)
-        common = set.intersection(*own)
-        chosen = {example: rows for example, rows in by_example.items() if example in common}
-        found[Group(task, defense, threat, WORST, eps)] = chosen
-    return found
+    levels = dict.fromkeys(group._replace(attack=WORST) for group in groups if group.attack != CLEAN)
+    return {level: _choices(groups, level, (level.eps,)) for level in levels}
+
+
+def _choices(groups: dict[Group, list[Row]], level: Group, sizes: Sequence[float]) -> dict[str, list[Row]]:
+    allowed = THREATS[1 : THREATS.index(level.threat) + 1]
+    by_example: dict[str, list[Row]] = {}
+    own: list[set[str]] = []
+    for group, rows in groups.items():
+        here = (group.task, group.defense) == (level.task, level.defense) and group.eps in sizes
+        if not here or group.threat not in allowed:
+            continue
+        if group.threat == level.threat:
+            own.append({row["example"] for row in rows})
+        for row in rows:
+            by_example.setdefault(row["example"], []).append(row)
+    common = set.intersection(*own)
+    return {example: rows for example, rows in by_example.items() if example in common}
 
 
 def worst_rows(groups: dict[Group, list[Row]]) -> dict[Group, list[Row]]:
     """Each example's row with the lowest score over all attacks, for every group of ``candidates``."""
-    return {
-        group: [min(rows, key=_for_minimum) for rows in by_example.values()]
-        for group, by_example in candidates(groups).items()
-    }
+    return {group: _lowest(by_example) for group, by_example in candidates(groups).items()}
+
+
+def overall_rows(
+    groups: dict[Group, list[Row]], *, among: Callable[[Group], bool] = lambda group: True
+) -> dict[Group, list[Row]]:
+    """The same for each task, defense and threat over all attacks: those at the largest eps and those with a bound of
+    their own (eps 0), as patches and words have. Only groups ``among`` which are counted; they do not decide the eps.
+    """
+    attacked = {group: rows for group, rows in groups.items() if group.attack != CLEAN}
+    tops: dict[str, float] = {}
+    for group in attacked:
+        tops[group.task] = max(group.eps, tops.get(group.task, 0.0))
+    counted = {g: rows for g, rows in attacked.items() if g.eps in (tops[g.task], 0.0) and among(g)}
+    levels = dict.fromkeys(group._replace(attack=OVERALL, eps=tops[group.task]) for group in counted)
+    return {level: _lowest(_choices(counted, level, (level.eps, 0.0))) for level in levels}
+
+
+def _lowest(by_example: dict[str, list[Row]]) -> list[Row]:
+    return [min(rows, key=_for_minimum) for rows in by_example.values()]
 
 
 def success_rates(rows: Iterable[Row], *, refused: Callable[[Row], bool] | None = None) -> dict[Group, Rate]:
@@ -203,15 +221,24 @@ def _for_minimum(row: Row) -> float:
 def summarize(rows: Sequence[Row], *, worst_cases: bool = True) -> list[Entry]:
     """The summary of a run: clean rows, every attack, and per threat and eps the worst case over the attacks."""
     groups = grouped(rows)
-    bare = {(row["task"], row["example"]): row for row in rows if row["defense"] == BARE and row["attack"] == CLEAN}
     everything = dict(groups)
     if worst_cases:
         everything |= worst_rows(groups)
-    return [_entry(group, found, bare) for group, found in everything.items() if found]
+    return _entries(everything, rows)
+
+
+def overall(rows: Sequence[Row]) -> list[Entry]:
+    """An entry for each group of ``overall_rows``: what a leaderboard ranks by."""
+    return _entries(overall_rows(grouped(rows)), rows)
+
+
+def _entries(groups: dict[Group, list[Row]], rows: Sequence[Row]) -> list[Entry]:
+    bare = {(row["task"], row["example"]): row for row in rows if row["defense"] == BARE and row["attack"] == CLEAN}
+    return [_entry(group, found, bare) for group, found in groups.items() if found]
 
 
 def _entry(group: Group, rows: list[Row], bare: dict[tuple[str, str], Row]) -> Entry:
-    worst = group.attack == WORST
+    worst = group.attack in (WORST, OVERALL)
     found = interval(rows, field="worst_scores" if worst else "mean_scores")
     before = [bare[key] for row in rows if (key := (row["task"], row["example"])) in bare]
     clean = scores(before).nanmean().item() if len(before) == len(rows) else math.nan

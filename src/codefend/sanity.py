@@ -31,7 +31,7 @@ ENOUGH = 100  # examples; with 100 the 95% interval of a share is about +-10 poi
 
 @dataclass(frozen=True)
 class Flag:
-    """One doubt: which check, what it saw, and about which figure (empty fields: about all)."""
+    """One doubt: which check, what it saw, and about which figure (empty and None: about all)."""
 
     check: str
     reason: str
@@ -39,19 +39,19 @@ class Flag:
     defense: str = ""
     threat: str = ""
     attack: str = ""
-    eps: float = 0.0
+    eps: float | None = None  # 0 for an attack with a bound of its own
     norm: str = "linf"
 
     @property
     def where(self) -> str:
         """The figure in words."""
-        parts = (self.task, self.defense, self.threat, self.attack, eps_label(self.eps, self.norm))
+        parts = (self.task, self.defense, self.threat, self.attack, eps_label(self.eps or 0.0, self.norm))
         return " · ".join(part for part in parts if part)
 
     def covers(self, group: Group) -> bool:
         """Whether the doubt is about this figure."""
         mine = (self.task, self.defense, self.threat, self.attack, self.eps)
-        return all(not a or a == b for a, b in zip(mine, group, strict=True))
+        return all(a in ("", None) or a == b for a, b in zip(mine, group, strict=True))
 
 
 def check(rows: Iterable[Row]) -> list[Flag]:
@@ -373,7 +373,9 @@ def _spent(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def _peers(groups: Groups, group: Group, access: str) -> Iterator[tuple[Group, list[Row]]]:
-    """Untargeted attacks of one kind of access on the same figure."""
+    """Untargeted attacks of one kind of access on the same figure; bounds of their own cannot be compared."""
+    if group.eps == 0:
+        return
     for other, rows in groups.items():
         same = other == group._replace(attack=other.attack) and other.attack != CLEAN
         if same and rows[0]["access"] == access and _untargeted(rows):

@@ -43,10 +43,18 @@ def unwrapped(purifier: Purifier) -> Any:
     return inner
 
 
+def _straight_through(purifier: Purifier) -> bool:
+    inner: Any = purifier
+    while not isinstance(inner, StraightThrough) and hasattr(inner, "purifier"):
+        inner = inner.purifier
+    return isinstance(inner, StraightThrough)
+
+
 def suspicion(purifier: Purifier, images: Tensor, purified: Tensor) -> Tensor:
     """How suspicious ``purifier`` finds each picture, ``[B]``, in units that an attacker can descend.
 
-    The logit of a calibrated detector, else the root mean square of what was removed in 8-bit levels.
+    The logit of a calibrated detector, else the root mean square of what was removed in 8-bit levels. ``purified`` is
+    what it makes of the pictures before a gate lets them pass.
     """
     detector = getattr(unwrapped(purifier), "detector", None)
     if detector is not None:
@@ -64,8 +72,13 @@ def unsuspected(
     them, too.
     """
 
+    detached = _straight_through(purifier)
+
     def score(images: Tensor) -> Tensor:
-        return suspicion(purifier, images, purifier(images, generator=generator))
+        purified = purifier(images, generator=generator)
+        # A backward pass as of the identity would cancel the residual's own gradient: nothing to descend would be left.
+        # A gate changes nothing here: it is wide open wherever there is a fine.
+        return suspicion(purifier, images, purified.detach() if detached else purified)
 
     detector = getattr(unwrapped(purifier), "detector", None)
     if detector is not None:

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from codefend.attacks import EVERY_ATTACK, NEEDS_SENTENCE, AttackSpec, TextAttackSpec
 from codefend.defense import Defense, StraightThrough
 from codefend.evaluate.config import AttackChoice, DefenseChoice, EvalConfig, check
+from codefend.evaluate.frozen import fingerprints
 from codefend.images import quantize8
 from codefend.prompts.asking import Policy, prompted
 from codefend.results import BARE
@@ -180,7 +181,14 @@ class Bench:
             "costs": costs,
             "attacks": attacks,
             "prompts": self.prompts(),
+            "weights": self.weights(),
         }
+
+    def weights(self) -> dict[str, str]:
+        """Fingerprints of the weights behind defenses and victims, as far as they lie in folders here."""
+        config = self.config
+        purifiers = {label: DefenseChoice.parse(label).name for label in (*self.contenders, config.surrogate) if label}
+        return fingerprints([*dict.fromkeys(purifiers.values()), config.victim, *filter(None, [config.craft_victim])])
 
     def prompts(self) -> dict[str, str]:
         """Fingerprints of the defenses' prompt policies: what is evaluated must not change on the way."""

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from codefend import images as pictures
 from codefend.attacks import NEEDS_SENTENCE
 from codefend.defense import DefendedVictim, Defense
-from codefend.evaluate.adaptive import suspicion
+from codefend.evaluate.adaptive import suspicion, unwrapped
 from codefend.evaluate.bench import Bench
 from codefend.evaluate.craft import (
     Cell,
@@ -160,7 +160,7 @@ def common_columns(
     scored = score_all(bench, cell.task, found.answers, examples)
     restored = psnr(found.purified, clean).tolist()
     purifier = contender.defense.purifier
-    doubted = [None] * len(examples) if purifier is None else suspicion(purifier, images, found.purified).tolist()
+    doubted = [None] * len(examples) if purifier is None else _doubts(purifier, images, found).tolist()
     return [
         {
             **_place_columns(bench, cell, batch, example, clean[i]),
@@ -178,6 +178,15 @@ def common_columns(
         }
         for i, example in enumerate(examples)
     ]
+
+
+@torch.no_grad()
+def _doubts(purifier: Purifier, images: Tensor, found: Submissions) -> Tensor:
+    """`suspicion` at the first submission, ``[B]``; before a gate, where there is one, with the same noise."""
+    inner = unwrapped(purifier)
+    if not getattr(inner, "gate", False):
+        return suspicion(purifier, images, found.purified)
+    return suspicion(purifier, images, inner.ungated(images, generator=torch.Generator().manual_seed(found.seed)))
 
 
 def _place_columns(bench: Bench, cell: Cell, batch: int, example: Example, clean: Tensor) -> Row:
@@ -249,7 +258,7 @@ def defended_objective(
     if bench.config.craft_victim:
         return [None] * len(examples)
     if cell.defense == BARE:
-        return [float(note["objective"]["bare"]) for note in notes]
+        return [_number(note["objective"]["bare"]) for note in notes]
     generator = make_generator(bench.config.seed, "objective", *cell, batch)
     victim = DefendedVictim(bench.victim, judged_defense(bench, cell, batch), generator=generator)
     return [*evaluate_objective(make_objective(bench, cell, victim, examples, clean_images(examples)), images)]

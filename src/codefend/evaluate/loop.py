@@ -14,11 +14,11 @@ from codefend.evaluate.adaptive import makes_sense
 from codefend.evaluate.bench import Bench, Loaders, open_bench
 from codefend.evaluate.config import AttackChoice, EvalConfig, Means, check
 from codefend.evaluate.craft import Cell, craft
+from codefend.evaluate.frozen import check_unchanged
 from codefend.evaluate.judge import attacked_rows, clean_rows, row_key
 from codefend.evaluate.reuse import check_donor, take_over
 from codefend.results import BARE, CLEAN, eps_label, score
 from codefend.runs import Row, Run, check_run, open_run, progress
-from codefend.types import UserError
 
 CleanRows = dict[tuple[str, str, str], Row]  # by task, defense, example
 
@@ -100,15 +100,14 @@ def run_grid(
 
 
 def _describe(bench: Bench, run: Run, total: int) -> None:
-    """Write ``bench.json``, once: costs are measured once. Raises UserError for a prompt policy that has changed."""
+    """Write ``bench.json``, once: costs are measured once. Raises UserError for weights or policies that changed."""
     path = run.dir / "bench.json"
     if not path.exists():
         run.write("bench.json", json.dumps({**bench.describe(), "rows": total}, indent=2) + "\n")
         return
-    frozen = json.loads(path.read_text(encoding="utf-8")).get("prompts", {})
-    changed = [label for label, key in bench.prompts().items() if frozen.get(label, key) != key]
-    if changed:
-        raise UserError(f"the prompt policy of {changed[0]!r} has changed since {run.dir} began; use another folder")
+    before = json.loads(path.read_text(encoding="utf-8"))
+    check_unchanged(run.dir, before.get("prompts", {}), bench.prompts(), what="prompt policy")
+    check_unchanged(run.dir, before.get("weights", {}), bench.weights())
 
 
 def _possible(bench: Bench, cell: Cell) -> bool:

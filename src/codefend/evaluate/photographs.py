@@ -11,6 +11,7 @@ judged instead.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,8 @@ from codefend.attacks.objectives import features_away
 from codefend.defense import DefendedVictim, Defense
 from codefend.devices import default_device
 from codefend.diffusion import noise_like
-from codefend.evaluate.config import rejoin
+from codefend.evaluate.config import DefenseChoice, rejoin
+from codefend.evaluate.frozen import check_unchanged, fingerprints
 from codefend.images import quantize8
 from codefend.pairs import Tower
 from codefend.results import BARE
@@ -149,7 +151,7 @@ def crops(name: str, config: PhotographsConfig) -> Tensor:
 def run_photographs(config: PhotographsConfig, folder: str | Path) -> list[Row]:
     """Fill ``folder`` with a row for each crop, encoder and defense, and ``photographs.md``; the same call resumes.
 
-    Raises UserError for an unknown encoder or defense, or a folder made with another config.
+    Raises UserError for an unknown encoder or defense, or a folder made with another config or other weights.
     """
     from codefend.evaluate.bench import Loaders, contender
 
@@ -158,7 +160,12 @@ def run_photographs(config: PhotographsConfig, folder: str | Path) -> list[Row]:
     found = names(config)
     probe = crops(found[0], config)[:1]
     contenders = {label: contender(label, Loaders(), probe, config.seed) for label in config.defenses}
+    weights = fingerprints(DefenseChoice.parse(label).name for label in config.defenses)
     with open_run(folder, described) as run:
+        if (bench := run.dir / "bench.json").exists():
+            check_unchanged(run.dir, json.loads(bench.read_text(encoding="utf-8"))["weights"], weights)
+        else:
+            run.write("bench.json", json.dumps({"weights": weights}, indent=2) + "\n")
         work = [(encoder, name) for encoder in config.encoders for name in found]
         with progress("photographs", len(work)) as advance:
             for encoder, name in work:
@@ -185,11 +192,12 @@ def _judge(config: PhotographsConfig, label: str, name: str, contenders: Mapping
     def seen_through(defense: Defense, kind: str, images: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
             draw = make_generator(config.seed, "defense", label, name, kind)
-            seen = quantize8(defense.images(images, generator=draw))
+            purified = defense.images(images, generator=draw)
+            seen = quantize8(purified)
             found = {f"cosine_{kind}": F.cosine_similarity(encoder.features(seen), right, dim=-1).mean(1)}
         found[f"agrees_{kind}"] = (encoder.classes(seen) == classes).float()
         found[f"psnr_{kind}"] = psnr(seen, clean)
-        if (flagged := _flagged(defense, images, seen)) is not None:
+        if (flagged := _flagged(defense, images, purified)) is not None:
             found[f"flagged_{kind}"] = flagged
         if kind == "clean":
             found["agrees_noised"] = (encoder.classes(_as_noisy(clean, seen, draw)) == classes).float()
@@ -208,14 +216,24 @@ def _judge(config: PhotographsConfig, label: str, name: str, contenders: Mapping
         which = contenders[defense]
         draw = make_generator(config.seed, "photographs", label, name, defense)
         behind = DefendedVictim(encoder, which.adaptive, generator=draw)
-        through = _attacked(config, behind, clean, draw, eot=config.eot if which.randomized else 1)
+        eot = config.eot if which.randomized else 1
+        through = _attacked(config, behind, clean, draw, eot=eot, reference=encoder)  # the tokens that it is judged by
         add(defense, seen_through(which.defense, "attacked", through), "|T2", threat="T2")
     return rows
 
 
-def _attacked(config: PhotographsConfig, victim: WhiteBox, clean: Tensor, draw: Generator, eot: int = 1) -> Tensor:
+def _attacked(
+    config: PhotographsConfig,
+    victim: WhiteBox,
+    clean: Tensor,
+    draw: Generator,
+    *,
+    eot: int = 1,
+    reference: WhiteBox | None = None,
+) -> Tensor:
     budget = Budget(eps=config.eps / 255, steps=config.steps, eot=eot)
-    return quantize_in_budget(APGD()(features_away(victim, clean), clean, budget, generator=draw), clean, budget)
+    objective = features_away(victim, clean, reference=reference)
+    return quantize_in_budget(APGD()(objective, clean, budget, generator=draw), clean, budget)
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ class ImagePurifier:
         """Purify ``[B,3,H,W]``. Raises ValueError on another shape, on integers, or for a gate without detector."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or images.numel() == 0:
             raise ValueError(f"expected float images [B,3,H,W], got {images.dtype} {tuple(images.shape)}")
-        purified = self._ungated(images, generator)
+        purified = self.ungated(images, generator=generator)
         if not self.gate:
             return purified
         if self.detector is None:
@@ -59,7 +59,8 @@ class ImagePurifier:
         share = self.detector.suspicion(images, purified).to(images.dtype)
         return torch.lerp(images, purified, share.view(-1, 1, 1, 1))
 
-    def _ungated(self, images: Tensor, generator: Generator | None) -> Tensor:
+    def ungated(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+        """As a call, but every picture is purified, however clean a gate finds it: what detectors go by."""
         height, width = images.shape[-2:]
         work = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
         work = pad_to_multiple(work, self.multiple)
@@ -73,7 +74,7 @@ class ImagePurifier:
 
     def score(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         """Detection score per image ``[B]``, see `judge`; costs one purification."""
-        return self._judge(images, self._ungated(images, generator))
+        return self._judge(images, self.ungated(images, generator=generator))
 
     def judge(self, images: Tensor, purified: Tensor) -> Tensor:
         """Detection score ``[B]`` of images whose purified form is at hand, without another evaluation but for a gate.
@@ -81,7 +82,7 @@ class ImagePurifier:
         High is suspicious: the calibrated probability of an attack where the weights have a ``detector``; without one
         the root mean square of what was removed, in [0, 1] pixels (FlowPure's ||v||^2, arXiv 2505.13280, at s = 1).
         """
-        return self._judge(images, self._ungated(images, None) if self.gate else purified)
+        return self._judge(images, self.ungated(images) if self.gate else purified)
 
     def _judge(self, images: Tensor, purified: Tensor) -> Tensor:
         if self.detector is not None:

@@ -11,10 +11,10 @@ from codefend.results import (
     gate,
     grouped,
     interval,
+    overall_rows,
     paired,
     strongest,
     success_rates,
-    worst_rows,
 )
 
 
@@ -47,7 +47,7 @@ def seen_and_unseen(report: Report) -> Table:
         g: rows for g, rows in grouped(report.rows).items() if g.attack == CLEAN or rows[0]["access"] != "control"
     }
     parts = [
-        worst_rows({g: rows for g, rows in groups.items() if g.attack != CLEAN and (g.attack in seen) is wanted})
+        overall_rows(groups, among=lambda group, wanted=wanted: (group.attack in seen) is wanted)  # type: ignore[misc]
         for wanted in (True, False)
     ]
     norm, lines = report.rows[0]["norm"], []

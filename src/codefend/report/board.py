@@ -18,7 +18,7 @@ from codefend.types import UserError
 
 CONDITIONS: tuple[str, ...] = (
     *("victim", "craft_victim", "split", "limit", "adaptive_limit", "norm", "eps", "attacks", "steps"),
-    *("eot", "restarts", "resubmissions", "threats", "seed"),
+    *("eot", "restarts", "resubmissions", "threats", "surrogate", "target", "seed"),
 )
 ENTRY = (
     "A defense enters by a run of `codefend eval` with the same conditions as the table; other conditions make another "
@@ -65,21 +65,31 @@ def conditions(config: Row) -> str:
 
 
 def merge(reports: Sequence[Report]) -> Report:
-    """Runs under the same conditions as one; a defense whose name is taken carries its run folder's name."""
+    """Runs under the same conditions as one; a defense whose name is taken carries its run folder's name.
+
+    Where that is taken as well, the folder above it, and so on.
+    """
     rows: list[Row] = []
     taken: set[tuple[str, str]] = set()
     for report in reports:
         mine = {(row["task"], row["defense"]) for row in report.rows}
-        names = {key: f"{key[1]} ({report.folder.name})" if key in taken else key[1] for key in mine}
+        names = {key: key[1] if key[1] == BARE else _untaken(key, report.folder, taken) for key in mine}
         again = {key for key in mine if key in taken and key[1] == BARE}
         rows += [
             row | {"defense": names[row["task"], row["defense"]]}
             for row in report.rows
             if (row["task"], row["defense"]) not in again
         ]
-        taken |= mine
+        taken |= {(task, names[task, defense]) for task, defense in mine}
     first = reports[0]
     return Report(first.folder, first.config, first.bench, rows, summarize(rows), check(rows))
+
+
+def _untaken(key: tuple[str, str], folder: Path, taken: set[tuple[str, str]]) -> str:
+    task, defense = key
+    parts = folder.resolve().parts
+    longer = (f"{defense} ({'/'.join(parts[-count:])})" for count in range(1, len(parts) + 1))
+    return next(name for name in (defense, *longer) if (task, name) not in taken)
 
 
 def write_board(run_dirs: Sequence[str | Path], out: str | Path) -> Path:

@@ -13,6 +13,7 @@ from codefend.report import Report
 from codefend.results import (
     BARE,
     CLEAN,
+    OVERALL,
     THREATS,
     WORST,
     Entry,
@@ -21,6 +22,7 @@ from codefend.results import (
     eps_label,
     gaps,
     grouped,
+    overall,
     scores,
     worst_rows,
 )
@@ -36,7 +38,8 @@ if TYPE_CHECKING:
 TERMINAL_LINES = 40  # longer result tables show clean and worst-case lines only
 RULES = (
     "Ranked by the worst case under the strongest threat in the run: for each example the lowest score over all "
-    "attacks of that threat and of every weaker one, all resubmissions of a randomized defense counted.",
+    "attacks of that threat and of every weaker one, at the largest eps or within a bound of their own, as patches and "
+    "words have; all resubmissions of a randomized defense counted.",
     "Defenses that were never attacked through themselves are listed without a rank: a score against an attacker who "
     "does not know the defense is no robustness. The bare victim has nothing to look through and is ranked by T0.",
     "Attacked images are rounded to 8 bits and stay inside the budget; scores are over all examples, wrong clean "
@@ -92,9 +95,15 @@ def percent(share: float) -> str:
 def flags_of(group: Group, flags: Sequence[Flag]) -> list[Flag]:
     """The doubts about one figure, those about everything left out; a worst case inherits those about its attacks."""
     own = [flag for flag in flags if flag.defense or flag.threat]
-    figure = [group._replace(attack=flag.attack) if group.attack == WORST else group for flag in own]
-    found = [flag for flag, mine in zip(own, figure, strict=True) if flag.covers(mine)]
+    found = [flag for flag in own if flag.covers(_doubted(group, flag))]
     return [flag for flag in found if flag.check != "too few examples" and group.attack != CLEAN]
+
+
+def _doubted(group: Group, flag: Flag) -> Group:
+    """The figure that a doubt would be about, if it is about one that ``group`` stands for."""
+    if group.attack == OVERALL and flag.eps == 0:
+        return group._replace(attack=flag.attack, eps=0.0)
+    return group._replace(attack=flag.attack) if group.attack in (WORST, OVERALL) else group
 
 
 def checks_of(group: Group, flags: Sequence[Flag]) -> str:
@@ -106,9 +115,9 @@ def checks_of(group: Group, flags: Sequence[Flag]) -> str:
 
 
 def leaderboard(report: Report, task: str) -> Table:
-    """Defenses of one task by their worst case under the strongest threat, at the largest eps."""
+    """Defenses of one task by their worst case under the strongest threat, over all attacks (``results.overall``)."""
     entries = [entry for entry in report.entries if entry.group.task == task]
-    worst = {(e.group.defense, e.group.threat): e for e in entries if e.group.attack == WORST and _largest(e, entries)}
+    worst = {(e.group.defense, e.group.threat): e for e in overall(report.rows) if e.group.task == task}
     clean = {e.group.defense: e for e in entries if e.group.attack == CLEAN}
     threats = [threat for threat in THREATS[1:] if any(threat == key[1] for key in worst)]
     judged = {defense: _ranked_by(defense, worst) for defense in clean}
@@ -135,13 +144,11 @@ def leaderboard(report: Report, task: str) -> Table:
     return Table(title, columns, tuple(lines), RULES, left)
 
 
-def _largest(entry: Entry, entries: Sequence[Entry]) -> bool:
-    return entry.group.eps == max(e.group.eps for e in entries)
-
-
 def _largest_label(entries: Sequence[Entry]) -> str:
     top = max(entries, key=lambda e: e.group.eps)
-    return eps_label(top.group.eps, top.norm)
+    label = eps_label(top.group.eps, top.norm)
+    own = any(e.group.eps == 0 and e.group.attack != CLEAN for e in entries)
+    return f"{label} or an attack's own bound" if label and own else label
 
 
 def _mean(entry: Entry | None) -> float:
@@ -155,13 +162,11 @@ def _ranked_by(defense: str, worst: dict[tuple[str, str], Entry]) -> Entry | Non
 
 
 def overview(report: Report) -> Table:
-    """One line per defense: mean scores of each task, clean and in the worst case of each threat at the largest eps."""
+    """One line per defense: mean scores of each task, clean and in the worst case of each threat over all attacks."""
     means: dict[tuple[str, str, str], str] = {}
-    for task in report.tasks:
-        entries = [entry for entry in report.entries if entry.group.task == task]
-        for e in entries:
-            if e.group.attack == CLEAN or (e.group.attack == WORST and _largest(e, entries)):
-                means[e.group.defense, task, e.group.threat] = f"{number(e.score.mean)} n={e.score.n}"
+    clean = [entry for entry in report.entries if entry.group.attack == CLEAN]
+    for e in (*clean, *overall(report.rows)):
+        means[e.group.defense, e.group.task, e.group.threat] = f"{number(e.score.mean)} n={e.score.n}"
     places = list(dict.fromkeys((task, threat) for _, task, threat in means))
     places.sort(key=lambda place: (report.tasks.index(place[0]), THREATS.index(place[1])))
     defenses = list(dict.fromkeys(defense for defense, _, _ in means))
