@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -88,6 +89,26 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]
 
         with monkeypatch.context() as patch:
             patch.setattr(runs.Run, "append", stop)
+            with pytest.raises(KeyboardInterrupt):
+                work()
+
+    return call
+
+
+@pytest.fixture
+def interrupt_saved(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object], ModuleType, int], None]:
+    """``interrupt_saved(work, module, step)`` trains until Ctrl-C comes, as soon as that step's checkpoint is there."""
+
+    def call(work: Callable[[], object], module: ModuleType, step: int) -> None:
+        save = vars(module)["save_training"]
+
+        def stop(path: Path, parameters: Any, optimizer: Any, number: int, *average: Any) -> None:
+            save(path, parameters, optimizer, number, *average)
+            if number == step:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "save_training", stop)
             with pytest.raises(KeyboardInterrupt):
                 work()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,8 +20,9 @@ from codefend import purifiers
 from codefend.pairs import read_pairs
 from codefend.purifiers.hf_latent import load_latents
 from codefend.runs import open_run, read_rows, save_checkpoint
-from codefend.training import train
+from codefend.training import backbones, train
 from codefend.training.backbones import HFBridgeConfig, LatentConfig, LatentTuner
+from codefend.training.banks import StreamedBank
 from codefend.types import UserError
 
 SHORT = {"steps": 3, "batch": 2, "micro": 2, "warmup": 1, "save_every": 1}
@@ -66,6 +69,25 @@ def test_an_interrupted_training_equals_an_uninterrupted_one(
     first, second = (purifiers.load(f)(image(), generator=torch.Generator().manual_seed(1)) for f in (whole, cut))
     assert torch.equal(first, second)
     assert [row["step"] for row in read_rows(tmp_path / "cut")] == [1, 2, 3]
+
+
+def test_a_training_cut_short_behind_its_last_checkpoint_has_its_weights(
+    places: dict[str, str], tmp_path: Path, interrupt_saved: Callable[..., None]
+) -> None:
+    chosen = config("hf-bridge", places, steps=2, micro=1, lr=1e-2)
+    whole = train(chosen, tmp_path / "whole")
+    interrupt_saved(lambda: train(chosen, tmp_path / "cut"), backbones, 2)
+    cut = train(chosen, tmp_path / "cut")  # nothing is left to do
+    assert torch.equal(purifiers.load(whole)(image()), purifiers.load(cut)(image()))
+
+
+def test_a_streamed_bank_can_be_sent_to_another_process(places: dict[str, str]) -> None:
+    bank = StreamedBank([places["pairs"]])
+    drawn = bank.draw(np.random.default_rng(0), 4)
+    sent = pickle.dumps(bank)
+    assert len(sent) < 2000  # without the shards that were read
+    again = pickle.loads(sent).draw(np.random.default_rng(0), 4)
+    assert all(torch.equal(a, b) for a, b in zip(drawn, again, strict=True))
 
 
 @pytest.mark.slow

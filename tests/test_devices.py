@@ -6,11 +6,15 @@ A meta tensor has a shape and a place but no values, and an operation that mixes
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
 from codefend import devices, purifiers
+from codefend.defense import Defense, StraightThrough
+from codefend.evaluate.craft import KnownSeed
+from codefend.evaluate.judge import Watched
 from codefend.nets import NetConfig, PurifierNet
 from codefend.pairs import Tower
 from codefend.runs import make_generator
@@ -65,6 +69,40 @@ def test_purifiers_follow_the_images(name: str) -> None:
     chosen = dict(item.split("=") for item in options.split(",") if item)
     purifier = purifiers.load(base, **{k: float(v) if "." in v else int(v) for k, v in chosen.items()})
     assert purifier(IMAGES.to("meta"), generator=make_generator(0)).device == META
+
+
+class Elsewhere:
+    """A purifier on another device: notes what it gets there, and gives a picture back that can come home."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def __call__(self, images: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
+        self.seen.append(images)
+        return torch.zeros(images.shape)
+
+
+WRAPPERS = [lambda p: p, StraightThrough, Watched, lambda p: KnownSeed(p, 0)]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS, ids=["bare", "straight through", "watched", "known seed"])
+def test_a_defense_purifies_on_the_default_device(wrap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(devices.VARIABLE, "meta")
+    purifier = Elsewhere()
+    purified = Defense(wrap(purifier)).images(IMAGES.clone().requires_grad_(), generator=make_generator(0))
+    assert purified.device == IMAGES.device
+    (seen,) = purifier.seen
+    assert seen.device == META
+    assert seen.requires_grad  # so that attacks go through
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS[:3], ids=["bare", "straight through", "watched"])
+def test_a_defense_on_the_images_device_changes_nothing(wrap: Any) -> None:
+    images, purifier = IMAGES[..., :32, :32].clone().requires_grad_(), purifiers.load("bridge")
+    purified = Defense(wrap(purifier)).images(images, generator=make_generator(2))
+    assert torch.equal(purified, purifier(images, generator=make_generator(2)))
+    (gradient,) = torch.autograd.grad(purified.square().sum(), images)
+    assert (gradient.flatten(1).norm(dim=1) > 0).all()
 
 
 def test_mixed_precision_is_for_machines_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from codefend import devices
 from codefend.attacks import objectives
 from codefend.attacks.apgd import APGD
 from codefend.types import Budget, UserError, WhiteBox
@@ -20,7 +22,7 @@ from codefend.types import Budget, UserError, WhiteBox
 pytest.importorskip("transformers")
 
 import hf_tiny
-from codefend.victims.hf import load
+from codefend.victims.hf import load, loading
 from codefend.victims.hf import victim as module
 from codefend.victims.hf.prompts import question
 from codefend.victims.hf.victim import HFVictim
@@ -62,7 +64,7 @@ def test_loss_is_the_models_own(name: str) -> None:
     text = question(v.processor, v.kind, PROMPTS[0])
     inputs = v.processor(images=[pixels.numpy()], text=[text], return_tensors="pt")
     inputs.pop("labels", None)
-    answer = torch.tensor([v._answer(TARGETS[0])])
+    answer = torch.tensor([v._answer(PROMPTS[0], TARGETS[0])])
     if v.model.config.get_text_config().is_encoder_decoder:
         inputs["labels"] = answer
     else:
@@ -127,7 +129,7 @@ def test_saved_folders_load_again(name: str, images: Tensor, tmp_path: Path) -> 
 def test_margins_follow_the_likelihood(images: Tensor) -> None:
     v = victim("llava")
     gaps = v.margins(images, PROMPTS, TARGETS)
-    assert [len(gap) for gap in gaps] == [len(v._answer(target)) for target in TARGETS]
+    assert [len(gap) for gap in gaps] == [len(v._answer(*pair)) for pair in zip(PROMPTS, TARGETS, strict=True)]
     likely = v.generate(images[:1], PROMPTS[:1])
     first = v.processor.tokenizer(likely[0], add_special_tokens=False)["input_ids"][0]
     text = v.processor.tokenizer.decode([first])
@@ -202,6 +204,126 @@ def test_chat_templates_end_where_the_answer_begins() -> None:
     }
     assert ends == {"llava": ["</s>"], "gemma3": ["<|im_end|>"]}
     assert question(victim("llava").processor, "llava", "what?") == "USER: <image>\nwhat? ASSISTANT:"
+
+
+USER = "{% if m['role'] == 'user' %}IMAGE{{ m['content'][1]['text'] }}<|im_end|>{% else %}"
+TEMPLATES = {  # a chat template, and the tokens of the answer "a red" by it
+    "a space, as SmolVLM's": (
+        "{% for m in messages %}{{ m['role'] | capitalize }}{% if m['content'][0]['type'] == 'image' %}:{% else %}: "
+        "{% endif %}{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% else %}IMAGE{% endif %}"
+        "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}",
+        ["Ġa", "Ġre", "d"],
+    ),
+    "answers as plain text": (
+        f"{{% for m in messages %}}{USER}{{{{ ' ' + m['content'] }}}}<|im_end|>{{% endif %}}{{% endfor %}}",
+        ["Ġa", "Ġre", "d"],
+    ),
+    "answers as they are": (
+        f"{{% for m in messages %}}{USER} {{{{ m['content'] }}}}<|im_end|>{{% endif %}}{{% endfor %}}",
+        ["Ġa", "Ġre", "d"],
+    ),
+    "no answers": (
+        f"{{% for m in messages %}}{USER}{{{{ raise_exception('one turn') }}}}{{% endif %}}{{% endfor %}}",
+        ["a", "Ġre", "d"],
+    ),
+    "another opening": (
+        f"{{% for m in messages %}}{USER} {{{{ m['content'] }}}}<|im_end|>{{% endif %}}{{% endfor %}}"
+        "{% if add_generation_prompt %}Assistant:{% endif %}",
+        ["a", "Ġre", "d"],
+    ),
+    "an answer that is thought over": (
+        hf_tiny.CHAT.replace("{{ c['text'] }}", "{{ '</think>' if m['role'] != 'user' }}{{ c['text'] }}"),
+        ["a", "Ġre", "d"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_answers_are_read_as_their_template_writes_them(name: str, images: Tensor) -> None:
+    template, expected = TEMPLATES[name]
+    model, processor = hf_tiny.build("idefics3")
+    processor.chat_template = template.replace("IMAGE", "<image>")
+    v = HFVictim(model, processor, name=name)
+    *words, end = processor.tokenizer.convert_ids_to_tokens(v._answer("what?", "a red"))
+    assert words == expected
+    assert end == ("</s>" if name == "no answers" else "<|im_end|>")
+    assert v._answer("what?", "") == v._end
+    assert torch.isfinite(v.loss(images, PROMPTS, TARGETS)).all()
+
+
+@every_family
+def test_an_answer_goes_on_where_the_question_ends(name: str) -> None:
+    v, tokenizer = victim(name), victim(name).processor.tokenizer
+    if not v.processor.chat_template:
+        assert v._answer("what?", "a red") == [*tokenizer("a red", add_special_tokens=False)["input_ids"], *v._end]
+        return
+    asking = [{"type": "image"}, {"type": "text", "text": "what?"}]
+    turns = [{"role": "user", "content": asking}]
+    turns += [{"role": "assistant", "content": [{"type": "text", "text": "a red"}]}]
+    whole = tokenizer.apply_chat_template(turns, chat_template=v.processor.chat_template, tokenize=False)
+    asked, said = question(v.processor, v.kind, "what?"), v._answer("what?", "a red")
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (asked, whole)]
+    assert ids[1][: len(ids[0]) + len(said)] == ids[0] + said
+
+
+def test_layouts_of_pictures_that_fill_their_tiles_hold_no_masks(images: Tensor) -> None:
+    v = HFVictim(*hf_tiny.build("idefics3"), name="idefics3")
+    text = question(v.processor, v.kind, PROMPTS[0])
+    (layout,) = v._lay_out(images[:1], PROMPTS[:1])
+    given = v.processor(images=[np.zeros((40, 52, 3), dtype=np.uint8)], text=[text], return_tensors="pt")
+    assert set(layout) == set(given) - {"pixel_values"}
+    assert all(torch.equal(value, given[key]) for key, value in layout.items())
+    held = sum(value.untyped_storage().nbytes() for value in layout.values())
+    assert held < given["pixel_attention_mask"].nbytes / 10
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "expected"),
+    [
+        ("device=cuda:1,dtype=bfloat16", "org/m", ("cuda:1", "bfloat16")),
+        ("dtype=bfloat16,device=cuda:1", "org/m", ("cuda:1", "bfloat16")),
+        ("device=cuda:1", "C:/models/m", ("cuda:1", "auto")),
+        ("", "org/m", ("auto", "auto")),
+    ],
+)
+def test_a_device_may_have_a_number(
+    options: str, name: str, expected: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = MagicMock()
+    monkeypatch.setattr(loading, "load_victim", loaded)
+    load(f"hf:{name}:{options}" if options else f"hf:{name}")
+    found, chosen = loaded.call_args.args
+    assert (found, chosen.device, chosen.dtype) == (name, *expected)
+
+
+@pytest.mark.parametrize(
+    ("asked", "environment", "expected"),
+    [
+        ("auto", {}, "auto"),
+        ("auto", {"CODEFEND_DEVICE": "cpu"}, None),
+        ("auto", {"CODEFEND_DEVICE": "cuda:1"}, "cuda:1"),
+        ("auto", {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "cuda:1"),
+        ("auto", {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "CODEFEND_DEVICE": "cuda"}, "cuda:1"),
+        ("auto", {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "CODEFEND_DEVICE": "cpu"}, None),
+        ("auto", {"WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "auto"),
+        ("cuda:0", {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "CODEFEND_DEVICE": "cpu"}, "cuda:0"),
+        ("cpu", {"CODEFEND_DEVICE": "cuda"}, None),
+    ],
+)
+def test_a_victim_stands_where_it_should(
+    asked: str, environment: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine with two GPUs."""
+    for name in ("CODEFEND_DEVICE", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(devices, "device_named", lambda name, said: torch.device(name))
+    placement = loading._placement(loading.HFOptions(device=asked))
+    assert placement.get("device_map") == expected
+    assert placement["dtype"] == (torch.float32 if expected is None else "auto")
 
 
 @pytest.mark.parametrize(

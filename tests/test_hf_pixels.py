@@ -106,6 +106,15 @@ def test_without_resampling_smooth_is_exact() -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_mixed_precision_does_not_reach_the_pixels(case: str) -> None:
+    reader, pixels = processor(case), as_tensor(pictures(40, 71))
+    with torch.autocast("cpu", torch.bfloat16):  # in which trainings guide
+        mixed = [pixel_values(reader, pixels, exact=exact) for exact in (False, True)]
+    assert torch.equal(mixed[0], pixel_values(reader, pixels))
+    assert torch.equal(mixed[1], pixel_values(reader, pixels, exact=True))
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_every_pixel_that_is_read_has_the_right_gradient(case: str) -> None:
     reader, rng = processor(case), torch.Generator().manual_seed(0)
     images = 0.4 + 0.2 * torch.rand(1, 3, 40, 71, generator=rng)  # away from black and white, where clipping bends

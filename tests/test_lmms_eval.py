@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -80,6 +81,34 @@ def test_answers_come_from_behind_the_defense_in_order(module: Any, batch: Any) 
     assert bare == ["blue"] * 3
     both = ready(module, documents).generate_until(requests(["both"], {"until": " and"}, documents))
     assert both == [toys.scene(0)[1]]
+
+
+def test_pictures_are_read_a_batch_at_a_time(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = MagicMock(side_effect=module.images.from_pil)
+    monkeypatch.setattr(module.images, "from_pil", reader)
+    documents = [{"pictures": [photograph(i)]} for i in range(6)]
+    model, read = ready(module, documents, batch_size=2), list[int]()
+
+    def generate(*asked: Any) -> list[str]:
+        read.append(reader.call_count)
+        answers: list[str] = module.DefendedVictim.generate(model.model, *asked)
+        return answers
+
+    monkeypatch.setattr(model.model, "generate", generate)
+    answers = model.generate_until(requests(["left?"] * 6, {}, documents))
+    assert answers == [toys.scene(i)[1] for i in range(6)]
+    assert read == [2, 4, 6]
+
+
+def test_pictures_that_a_camera_turned_are_asked_about_apart(module: Any) -> None:
+    upright, turned = photograph(0).resize((20, 16)), photograph(4).resize((20, 16))
+    turned.getexif()[0x0112] = 6  # orientation: shown 16 wide and 20 high
+    documents = [{"pictures": [upright]}, {"pictures": [turned]}]
+    answers = ready(module, documents, defense="none", batch_size=2).generate_until(
+        requests(["left?", "both"], {}, documents)
+    )
+    assert answers[0] == toys.scene(0)[1]
+    assert " and " in answers[1]
 
 
 def test_several_pictures_are_set_side_by_side(module: Any) -> None:

@@ -13,8 +13,8 @@ import torch
 
 from codefend import pairs
 from codefend.nets import NetConfig, load_net
-from codefend.runs import read_rows
-from codefend.training import train
+from codefend.runs import load_checkpoint, read_rows
+from codefend.training import pocket, prior, train
 from codefend.training.prior import PriorConfig, crops
 from codefend.types import UserError
 from codefend.views import View
@@ -44,6 +44,43 @@ def test_an_interrupted_prior_equals_an_uninterrupted_one(tmp_path: Path, interr
     cut = train(prior_config(), tmp_path / "cut")
     assert all(torch.equal(a, weights(cut)[name]) for name, a in weights(whole).items())
     assert [row["step"] for row in read_rows(tmp_path / "cut")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_training_cut_short_behind_its_last_checkpoint_has_its_weights(
+    tmp_path: Path, interrupt_saved: Callable[..., None]
+) -> None:
+    whole = train(prior_config(), tmp_path / "whole")
+    interrupt_saved(lambda: train(prior_config(), tmp_path / "cut"), prior, 6)
+    cut = train(prior_config(), tmp_path / "cut")  # nothing is left to do
+    assert all(torch.equal(a, weights(cut)[name]) for name, a in weights(whole).items())
+    assert "6 of 6 steps" in (cut / "README.md").read_text()
+
+
+def test_a_pocket_cut_short_behind_its_last_checkpoint_has_its_weights(
+    tmp_path: Path, interrupt_saved: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Part:
+        """What is trained of a pocket, without the rest."""
+
+        device, config = torch.device("cpu"), {"encoder": "none"}
+
+        def __init__(self, *_: object, **__: object) -> None:
+            self.trainable = {"connector.scale": torch.nn.Parameter(torch.ones(()))}
+
+        def to(self, device: torch.device) -> Part:
+            return self
+
+    def step(part: Part, *_: object) -> dict[str, float]:
+        part.trainable["connector.scale"].data += 1
+        return {"loss": 0.0}
+
+    made = {"Pocket": Part, "_easyvqa_dialogues": list, "_batch": lambda *_: ([], []), "_instruct": step}
+    for name, value in made.items():
+        monkeypatch.setattr(pocket, name, value)
+    config = pocket.PocketConfig(steps=4, save_every=2, grounding_epochs=0)
+    interrupt_saved(lambda: train(config, tmp_path), pocket, 4)
+    state, _ = load_checkpoint(train(config, tmp_path) / "model.safetensors")
+    assert float(state["connector.scale"]) == 5
 
 
 def test_the_prior_learns(tmp_path: Path) -> None:

@@ -305,6 +305,20 @@ def test_an_interrupted_training_on_replayed_pairs_equals_an_uninterrupted_one(
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
+def test_a_training_cut_short_behind_its_last_checkpoint_has_its_weights(
+    tmp_path: Path, interrupt_saved: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge, "find_guide", lambda *_: Guide())
+    monkeypatch.setattr(bridge, "open_bank", lambda _: SmallBank())
+    save_net(tmp_path / "prior", small_net(), kind="prior")
+    config = replace(REPLAYED, prior=str(tmp_path / "prior"), steps=6)
+    whole = bridge.train_bridge(config, tmp_path / "whole")
+    interrupt_saved(lambda: bridge.train_bridge(config, tmp_path / "cut"), bridge, 6)
+    cut = bridge.train_bridge(config, tmp_path / "cut")
+    ours, theirs = (load_net(folder)[0].state_dict() for folder in (whole, cut))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
 def test_views_of_a_victim_of_ones_own_are_refused() -> None:
     with pytest.raises(UserError, match="encoders by name"):
         BridgeConfig(views=0.3, encoders=("victim",))

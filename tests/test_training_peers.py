@@ -14,7 +14,7 @@ from torch import Tensor
 from codefend import purifiers, runs
 from codefend.nets import NetConfig, PurifierNet, load_net, save_net
 from codefend.presets import PRESETS
-from codefend.training import train
+from codefend.training import fare, peers, train
 from codefend.training.card import add_results, curve, refresh
 from codefend.training.fare import FareConfig, fare_loss
 from codefend.training.mining import sign_steps
@@ -100,6 +100,15 @@ def test_an_interrupted_peer_equals_an_uninterrupted_one(
     assert not torch.equal(weights(whole), weights(prior))
 
 
+def test_a_peer_cut_short_behind_its_last_checkpoint_has_its_weights(
+    prior: Path, bank: Path, tmp_path: Path, interrupt_saved: Callable[..., None]
+) -> None:
+    chosen = config("flowpure", prior, bank, steps=4, save_every=2)
+    whole = train(chosen, tmp_path / "whole")
+    interrupt_saved(lambda: train(chosen, tmp_path / "cut"), peers, 4)
+    assert torch.equal(weights(whole), weights(train(chosen, tmp_path / "cut")))
+
+
 def weights(folder: Path) -> Tensor:
     return torch.cat([value.flatten() for value in load_net(folder)[0].state_dict().values()])
 
@@ -179,6 +188,19 @@ def test_fare_trains_an_encoder_that_a_pocket_reads(base: Path, tmp_path: Path) 
     assert runs.read_rows(tmp_path / "again")[0]["clean"] == 0  # the original is now the tuned one
     with pytest.raises(UserError, match="another encoder"):
         read_encoder(EfficientNetLite("lite2"), load_checkpoint(again / "model.safetensors")[0], again)
+
+
+@pytest.mark.weights
+def test_fare_cut_short_behind_its_last_checkpoint_has_its_weights(
+    base: Path, tmp_path: Path, interrupt_saved: Callable[..., None]
+) -> None:
+    chosen = FareConfig(victim=str(base), steps=2, batch=1, mining_steps=1, warmup=1, save_every=1, lr=1e-3)
+    whole = train(chosen, tmp_path / "whole")
+    interrupt_saved(lambda: train(chosen, tmp_path / "cut"), fare, 2)
+    ours, theirs = (
+        runs.load_checkpoint(folder / "model.safetensors")[0] for folder in (whole, train(chosen, tmp_path / "cut"))
+    )
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 @pytest.mark.weights

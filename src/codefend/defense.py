@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from codefend.devices import default_device
 from codefend.prompts.asking import prompted
 from codefend.types import Purifier, Victim, WhiteBox
 
@@ -25,7 +26,10 @@ class Defense:
     name: str = "none"
 
     def images(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
-        return images if self.purifier is None else self.purifier(images, generator=generator)
+        """What the victim sees, ``[B,3,H,W]``, where the images lay; purified on the default device."""
+        if self.purifier is None:
+            return images
+        return self.purifier(images.to(default_device()), generator=generator).to(images.device)
 
     def prompts(self, prompts: Sequence[str]) -> list[str]:
         return list(prompts) if self.policy is None else [self.policy(p) for p in prompts]

@@ -72,10 +72,10 @@ def unsuspected(
     them, too.
     """
 
-    detached = _straight_through(purifier)
+    detached, defense = _straight_through(purifier), Defense(purifier)
 
     def score(images: Tensor) -> Tensor:
-        purified = purifier(images, generator=generator)
+        purified = defense.images(images, generator=generator)
         # A backward pass as of the identity would cancel the residual's own gradient: nothing to descend would be left.
         # A gate changes nothing here: it is wide open wherever there is a fine.
         return suspicion(purifier, images, purified.detach() if detached else purified)

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from codefend.attacks import EVERY_ATTACK, NEEDS_SENTENCE, AttackSpec, TextAttackSpec
 from codefend.defense import Defense, StraightThrough
+from codefend.devices import default_device
 from codefend.evaluate.config import AttackChoice, DefenseChoice, EvalConfig, check
 from codefend.evaluate.frozen import fingerprints
 from codefend.images import quantize8
@@ -213,7 +214,7 @@ def open_bench(config: EvalConfig, loaders: Loaders | None = None) -> Bench:
         targeted = [label for label, choice in attacks.items() if choice.spec.goal in NEEDS_SENTENCE]
         if targeted and not known.task.target:
             raise UserError(f"attack {targeted[0]!r} needs a target sentence, and task {name!r} has none")
-    probe = _picture(next(iter(tasks.values())))
+    probe = _picture(next(iter(tasks.values()))).to(default_device())
     contenders = {label: contender(label, loaders, probe, config.seed) for label in config.defenses}
     surrogate = contender(config.surrogate, loaders, probe, config.seed) if config.surrogate else None
     victim = loaders.victim(config.victim)
@@ -322,5 +323,5 @@ def _cost(purifier: Purifier | None, picture: Tensor, seed: int) -> dict[str, An
 
 def _seconds(purifier: Purifier, picture: Tensor, generator: Generator) -> float:
     start = time.perf_counter()
-    purifier(picture, generator=generator)
+    purifier(picture, generator=generator).cpu()  # waits for a GPU
     return time.perf_counter() - start

@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from codefend import images as pictures
 from codefend.attacks import NEEDS_SENTENCE
 from codefend.defense import DefendedVictim, Defense
+from codefend.devices import default_device
 from codefend.evaluate.adaptive import suspicion, unwrapped
 from codefend.evaluate.bench import Bench
 from codefend.evaluate.craft import (
@@ -83,7 +84,8 @@ def submit(bench: Bench, cell: Cell, batch: int, images: Tensor, examples: Seque
         generator = make_generator(bench.config.seed, *names, turn)
         answers.append(DefendedVictim(bench.victim, defense, generator=generator).generate(images, prompts))
         if turn == 0:
-            purified, seed = images if watched is None else watched.last, generator.initial_seed()
+            purified = images if watched is None else watched.last.to(images.device)
+            seed = generator.initial_seed()
     total, purify = time.perf_counter() - start, 0.0 if watched is None else watched.seconds
     share = len(images) * times
     return Submissions(answers, purified, purify / share, (total - purify) / share, seed)
@@ -186,7 +188,9 @@ def _doubts(purifier: Purifier, images: Tensor, found: Submissions) -> Tensor:
     inner = unwrapped(purifier)
     if not getattr(inner, "gate", False):
         return suspicion(purifier, images, found.purified)
-    return suspicion(purifier, images, inner.ungated(images, generator=torch.Generator().manual_seed(found.seed)))
+    draw = torch.Generator().manual_seed(found.seed)
+    ungated = inner.ungated(images.to(default_device()), generator=draw).to(images.device)
+    return suspicion(purifier, images, ungated)
 
 
 def _place_columns(bench: Bench, cell: Cell, batch: int, example: Example, clean: Tensor) -> Row:

@@ -44,17 +44,23 @@ class CoDefend(lmms):  # type: ignore[misc]  # lmms-eval has no types
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 1  # "auto": one
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """An answer for each request, cut at its ``until``; pictures of one size are asked about together."""
-        asked = [self._read(*request.args[:6]) for request in requests]
+        """An answer for each request, cut at its ``until``; pictures of one size are asked about together.
+
+        All are looked at for their sizes before the first answer, and read again, a batch at a time, for their pixels.
+        """
         answers = [""] * len(requests)
         with progress("lmms-eval", len(requests)) as advance:
-            for batch in self._batches([pixels.shape for pixels, _, _ in asked]):
-                stack = torch.stack([asked[i][0] for i in batch])
-                said = self.model.generate(stack, [asked[i][1] for i in batch])
-                for i, text in zip(batch, said, strict=True):
-                    answers[i] = _cut(text, asked[i][2])
-                    self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
-                advance(len(batch))
+            for group in self._batches([self._sizes(*request.args[2:6]) for request in requests]):
+                asked = {i: self._read(*requests[i].args[:6]) for i in group}
+                # Pictures of one size that a camera turned in different ways are of different shapes only now.
+                for places in self._batches([pixels.shape for pixels, _, _ in asked.values()]):
+                    batch = [group[place] for place in places]
+                    stack = torch.stack([asked[i][0] for i in batch])
+                    said = self.model.generate(stack, [asked[i][1] for i in batch])
+                    for i, text in zip(batch, said, strict=True):
+                        answers[i] = _cut(text, asked[i][2])
+                        self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
+                    advance(len(batch))
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -78,6 +84,9 @@ class CoDefend(lmms):  # type: ignore[misc]  # lmms-eval has no types
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         raise UserError("a victim answers one question about one picture: tasks of several rounds cannot be run")
 
+    def _sizes(self, visual: Any, doc_id: Any, task: str, split: str) -> tuple[Any, ...]:
+        return tuple(picture.size for picture in _found(visual, self.task_dict[task][split][doc_id]))
+
     def _read(self, context: str, options: dict[str, Any], visual: Any, doc_id: Any, task: str, split: str) -> Any:
         until = options.get("until") or []
         pixels = _pictures(visual, self.task_dict[task][split][doc_id])
@@ -97,16 +106,20 @@ def _cut(text: str, until: Sequence[str]) -> str:
     return text.strip()
 
 
-def _pictures(visual: Any, document: Any) -> Tensor:
-    """The document's pictures ``[3, H, W]`` in [0, 1], several side by side. Raises UserError for anything else."""
+def _found(visual: Any, document: Any) -> list[Any]:
+    """The document's Pillow pictures. Raises UserError where there are none, or anything else."""
     found = visual(document)
     if not found:
         raise UserError("a task without pictures: there is nothing to purify, and victims here want one")
-    parts = []
     for item in found:
         if not hasattr(item, "convert"):  # a Pillow picture has it
             raise UserError(f"a {type(item).__name__} is no picture; tasks with videos or sounds cannot be run")
-        parts.append(images.from_pil(item).pixels)
+    return list(found)
+
+
+def _pictures(visual: Any, document: Any) -> Tensor:
+    """The document's pictures ``[3, H, W]`` in [0, 1], several side by side. Raises UserError for anything else."""
+    parts = [images.from_pil(item).pixels for item in _found(visual, document)]
     tall = max(part.shape[1] for part in parts)
     padded = [F.pad(part, (0, GAP, 0, tall - part.shape[1]), value=1.0) for part in parts[:-1]]
     last = F.pad(parts[-1], (0, 0, 0, tall - parts[-1].shape[1]), value=1.0)

@@ -169,9 +169,9 @@ def train_backbone(config: TuneConfig, folder: str | Path) -> Path:
             run.append({"key": f"step-{step}", "step": step, **terms, **row})
             advance(1, f"loss {sum(terms.values()):.3f}")
             if isinstance(run, Run) and (step % config.save_every == 0 or step == config.steps):
-                save_training(checkpoint, parameters, optimizer, step, average)
                 tuner.save(run.dir / "weights", average.values)
                 write_card(run, kind)
+                save_training(checkpoint, parameters, optimizer, step, average)  # last: then the weights are there
     return run.dir / "weights"
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,15 @@ class StreamedBank:
             raise UserError("training needs pairs: make some with `codefend pairs`, then --set pairs=FOLDER")
         sizes = np.array([size for _, _, size in self.parts], dtype=float)
         self._odds = sizes / sizes.sum()
-        self._read = lru_cache(maxsize=KEPT)(_read)  # of this bank: another one's shards don't push these out
+        self._read = _remembering()  # of this bank: another one's shards don't push these out
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the shards in memory, which no worker process that isn't a fork could be sent."""
+        return {name: value for name, value in self.__dict__.items() if name != "_read"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._read = _remembering()
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
         """Pairs ``[count, 3, H, W]`` in [0, 1] from up to SPREAD shards, some mirrored. Raises UserError for mixed
@@ -46,6 +55,10 @@ class StreamedBank:
             raise UserError("the pairs have several sizes; training needs one size")
         first, second = torch.cat(clean).float() / 255, torch.cat(attacked).float() / 255
         return (first.flip(-1), second.flip(-1)) if rng.random() < 0.3 else (first, second)
+
+
+def _remembering() -> Callable[[Path, int], tuple[Tensor, Tensor]]:
+    return lru_cache(maxsize=KEPT)(_read)
 
 
 def _parts(folder: Path) -> list[tuple[Path, int, int]]:

@@ -162,11 +162,11 @@ def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
             run.append({"key": f"step-{step}", "step": step, **terms, **row})
             advance(1, f"loss {sum(terms.values()):.3f}")
             if isinstance(run, Run) and (step % config.save_every == 0 or step == config.steps):
-                save_training(checkpoint, parameters, optimizer, step, average)
                 options = {"sigma": config.sigma} if config.sigma else {}
                 options |= {"strength": config.strength} if config.strength != 1 else {}
                 save_net(run.dir / "weights", averaged(net, average), kind="bridge", options=options, dtype=HALF)
                 write_card(run, "bridge")
+                save_training(checkpoint, parameters, optimizer, step, average)  # last: then the weights are there
     return run.dir / "weights"
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from codefend import purifiers
+from codefend.devices import default_device
 from codefend.nets import CONFIG_FILE
 from codefend.pairs import read_pairs
 from codefend.purifiers.base import NetPurifier
@@ -123,7 +124,8 @@ def _fresh_features(purifier: NetPurifier, config: CalibrateConfig) -> Tensor:
 def _features(purifier: NetPurifier, images: Tensor, seed: int, *names: object) -> Tensor:
     with torch.no_grad():
         draw = make_generator(seed, "calibrate", *names)
-        return torch.cat([features(part, purifier(part, generator=draw)) for part in images.split(BATCH)])
+        parts = images.to(default_device()).split(BATCH)
+        return torch.cat([features(part, purifier(part, generator=draw)).cpu() for part in parts])
 
 
 def _scores(found: Tensor, weights: tuple[float, ...], bias: float) -> Tensor:

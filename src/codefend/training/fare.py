@@ -76,9 +76,9 @@ def train_fare(config: FareConfig, folder: str | Path) -> Path:
             run.append({"key": f"step-{step}", "step": step, **row, "seconds": time.perf_counter() - started})
             advance(1, f"loss {loss.item():.3f}")
             if step % config.save_every == 0 or step == config.steps:
-                save_training(checkpoint, parameters, optimizer, step)
                 _export(run.dir / "weights", base, state, parameters)
                 write_card(run, "fare")
+                save_training(checkpoint, parameters, optimizer, step)  # last: then the weights are there
     return run.dir / "weights"
 
 

@@ -125,10 +125,10 @@ def train_peer(config: PeerConfig, folder: str | Path) -> Path:
             run.append({"key": f"step-{step}", "step": step, **{k: v.item() for k, v in terms.items()}, **row})
             advance(1, f"loss {loss.item():.3f}")
             if step % config.save_every == 0 or step == config.steps:
-                save_training(checkpoint, parameters, optimizer, step, average)
                 finished = averaged(net, average)
                 save_net(run.dir / "weights", finished, kind=config.method, options=_options(config), dtype=HALF)
                 write_card(run, config.method)
+                save_training(checkpoint, parameters, optimizer, step, average)  # last: then the weights are there
     return run.dir / "weights"
 
 

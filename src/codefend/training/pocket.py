@@ -99,9 +99,9 @@ def train_pocket(config: PocketConfig, folder: str | Path) -> Path:
             run.append(row)
             advance(1, f"loss {losses['loss']:.3f}")
             if step % config.save_every == 0 or step == config.steps:
-                save_training(checkpoint, parameters, optimizer, step)
                 export_pocket(pocket, run.dir / "weights")
                 write_card(run, "pocket")
+                save_training(checkpoint, parameters, optimizer, step)  # last: then the weights are there
     return run.dir / "weights"
 
 

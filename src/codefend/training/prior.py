@@ -63,11 +63,11 @@ def train_prior(config: PriorConfig, folder: str | Path) -> Path:
             run.append({"key": f"step-{step}", "step": step, **row})
             advance(1, f"loss {loss.item():.3f}")
             if step % config.save_every == 0 or step == config.steps:
-                save_training(checkpoint, parameters, optimizer, step, average)
                 averaged = PurifierNet(config.net)
                 averaged.load_state_dict(average.values)
                 save_net(run.dir / "weights", averaged, kind="prior", dtype=torch.float16)
                 write_card(run, "prior")
+                save_training(checkpoint, parameters, optimizer, step, average)  # last: then the weights are there
     return run.dir / "weights"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from codefend.types import UserError
@@ -20,9 +21,8 @@ def load(spec: str) -> HFVictim:
     from codefend.settings import override, parse_settings
 
     rest = spec.removeprefix(PREFIX)
-    name, colon, tail = rest.rpartition(":")
-    if not colon or "=" not in tail:
-        name, tail = rest, ""
+    parts = re.fullmatch(r"(.*):(\w+=.*)", rest)  # a device has a colon of its own, as in device=cuda:1
+    name, tail = parts.groups() if parts else (rest, "")
     if not name:
         raise UserError("name a model, as in hf:HuggingFaceTB/SmolVLM-256M-Instruct or hf:./folder")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from codefend.devices import VARIABLE, default_device
 from codefend.types import UserError
 from codefend.victims.hf.pixels import family
 from codefend.victims.hf.victim import HFVictim
@@ -16,7 +18,8 @@ from codefend.victims.hf.victim import HFVictim
 
 @dataclass(frozen=True)
 class HFOptions:
-    """``device``: "cpu", "cuda:1", or "auto", which spreads the model over all that is there (accelerate).
+    """``device``: "cpu", "cuda:1", or "auto": the device that ``CODEFEND_DEVICE`` names, a launched process's own GPU,
+    else spread over all that is there (accelerate).
 
     Layers that fit on no accelerator wait elsewhere: slow, with the same gradients. Spreading and both quantizations
     are tested on tiny models on a CPU (the latter where bitsandbytes is installed), none of it on several GPUs.
@@ -59,11 +62,13 @@ def load_victim(name: str, options: HFOptions | None = None) -> HFVictim:
 
 
 def _placement(options: HFOptions) -> dict[str, Any]:
-    gpu = torch.cuda.is_available() and options.device != "cpu"
+    device = _device(options.device)
+    gpu = torch.cuda.is_available() and device != "cpu"
     dtype: Any = getattr(torch, options.dtype) if options.dtype != "auto" else ("auto" if gpu else torch.float32)
     placement: dict[str, Any] = {"dtype": dtype}
-    if options.device != "auto" or gpu:
-        placement["device_map"] = options.device
+    at_home = device == "cpu" and options.quantize == "none"  # where models are read to without accelerate
+    if gpu or (device != "auto" and not at_home):
+        placement["device_map"] = device
     if options.quantize != "none":
         if find_spec("bitsandbytes") is None:
             raise UserError("quantized victims need bitsandbytes; install it with `pip install bitsandbytes`")
@@ -79,6 +84,17 @@ def _placement(options: HFOptions) -> dict[str, Any]:
             bnb_4bit_quant_type="nf4",
         )
     return placement
+
+
+def _device(asked: str) -> str:
+    """What "auto" stands for here: one device where it is named or other processes have the rest, else "auto"."""
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if asked != "auto" or not (launched or os.environ.get(VARIABLE)):
+        return asked
+    device = default_device()
+    if launched and device == torch.device("cuda"):
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"  # as accelerate chooses
+    return str(device)
 
 
 def load_processor(source: str, config: Any, **extra: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 # For checkpoints that carry no chat template: the form their authors trained with. {image} is the placeholder token.
@@ -16,25 +17,30 @@ PLAIN = {
 
 def question(processor: Any, kind: str, prompt: str) -> str:
     """The text for the processor, up to where the answer begins. ``kind`` is the config's ``model_type``."""
-    tokenizer = processor.tokenizer
     if _template(processor):
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
-        text = _render(processor, [turn], open_answer=True)
-        begins = tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-        return text.removeprefix(tokenizer.bos_token) if begins else text  # or it would begin twice
+        return _render(processor, [_asking(prompt)], open_answer=True)
     image = getattr(processor, "image_token", "")
     return PLAIN.get(kind, "{image}\n{prompt}\n").format(image=getattr(image, "content", image), prompt=prompt)
+
+
+def answer_lead(processor: Any, kind: str, prompt: str, answer: str) -> str | None:
+    """What the chat template writes between `question` and ``answer``: nothing or a space, as behind "Assistant:".
+
+    None where it shows no such place: no template, none that takes answers, or an answer that opens in another way.
+    """
+    if not _template(processor):
+        return None
+    opening, whole = question(processor, kind, prompt), _answered(processor, prompt, answer)
+    end = whole.find(answer, len(opening)) if whole.startswith(opening) else -1
+    lead = whole[len(opening) : end]
+    return None if end < 0 or lead.strip() else lead
 
 
 def answer_end(processor: Any) -> list[int]:
     """The token that closes an answer: the one that ends a turn in the chat template, else the end of text."""
     tokenizer = processor.tokenizer
     if _template(processor):
-        turns = [
-            {"role": role, "content": [{"type": "text", "text": text}]}
-            for role, text in (("user", "a"), ("assistant", "qzx"))
-        ]
-        closing = _render(processor, turns, open_answer=False).rpartition("qzx")[2]
+        closing = _answered(processor, "a", "qzx").rpartition("qzx")[2]
         added = set(tokenizer.get_added_vocab().values())
         marks = [i for i in tokenizer(closing, add_special_tokens=False)["input_ids"] if i in added]
         if marks:
@@ -47,8 +53,26 @@ def _template(processor: Any) -> str | None:
     return template.get("default") if isinstance(template, dict) else template
 
 
+def _asking(prompt: str) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+
+
+def _answered(processor: Any, prompt: str, answer: str) -> str:
+    """Question and answer as the chat template writes them; empty where it takes no answers."""
+    parts = [{"type": "text", "text": answer}]
+    for content in (parts, answer):  # some templates want an answer's parts, some plain text
+        with suppress(Exception):  # jinja's errors or Python's own, as the template has it
+            turns = [_asking(prompt), {"role": "assistant", "content": content}]
+            whole = _render(processor, turns, open_answer=False)
+            if repr(parts) not in whole:
+                return whole
+    return ""
+
+
 def _render(processor: Any, turns: list[dict[str, Any]], *, open_answer: bool) -> str:
-    text = processor.tokenizer.apply_chat_template(
+    tokenizer = processor.tokenizer
+    text = tokenizer.apply_chat_template(
         turns, chat_template=_template(processor), tokenize=False, add_generation_prompt=open_answer
     )
-    return str(text)
+    begins = tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return str(text).removeprefix(tokenizer.bos_token) if begins else str(text)  # or it would begin twice

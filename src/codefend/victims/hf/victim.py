@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from codefend.types import UserError
 from codefend.victims.hf.pixels import pixel_values
-from codefend.victims.hf.prompts import answer_end, question
+from codefend.victims.hf.prompts import answer_end, answer_lead, question
 
 NEUTRAL = "Describe the picture."  # the question that `features` asks of encoders that read it (InstructBLIP)
 LAYOUTS = 4096  # texts whose layout is kept; an attack asks for the same few hundreds of times
@@ -111,8 +111,8 @@ class HFVictim:
 
     def _read(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> tuple[Tensor, list[list[int]]]:
         """Logits ``[sum of A, V]`` float32 where the answers' tokens are predicted, and those tokens."""
-        answers = [self._answer(target) for target in targets]
         layouts = self._lay_out(images, prompts)
+        answers = [self._answer(*pair) for pair in zip(prompts, targets, strict=True)]
         read = self._read_decoder if self._encoder_decoder else self._read_causal
         with self._recompute():
             return read(images, layouts, answers).float(), answers
@@ -123,9 +123,22 @@ class HFVictim:
         pixels = pixel_values(self._reader, images, exact=exact)
         return pixels.to(self.model.device, self.model.dtype)
 
-    def _answer(self, target: str) -> list[int]:
-        ids: list[int] = self.processor.tokenizer(target, add_special_tokens=False)["input_ids"]
-        return [*ids, *self._end]
+    def _answer(self, prompt: str, target: str) -> list[int]:
+        """The target's ids as they follow those of the question, and its end mark.
+
+        Behind "Assistant:" an answer begins with a space, which most tokenizers have in its first word's token.
+        """
+        lead = None if self._encoder_decoder else answer_lead(self.processor, self.kind, prompt, target)
+        if lead is not None:
+            opening = question(self.processor, self.kind, prompt)
+            asked, whole = self._ids(opening), self._ids(opening + lead + target)
+            if whole[: len(asked)] == asked:
+                return [*whole[len(asked) :], *self._end]
+        return [*self._ids(target), *self._end]
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def _lay_out(self, images: Tensor, prompts: Sequence[str]) -> list[Layout]:
         """The processor's view of each example, made once for each size and question."""
@@ -141,7 +154,7 @@ class HFVictim:
                 blank = np.zeros((height, width, 3), dtype=np.uint8)
                 text = question(self.processor, self.kind, prompt)
                 given = self.processor(images=[blank], text=[text], return_tensors="pt")
-                self._layouts[key] = {k: v for k, v in given.items() if k not in ("pixel_values", "labels")}
+                self._layouts[key] = {k: _light(v) for k, v in given.items() if k not in ("pixel_values", "labels")}
             layouts.append(self._layouts[key])
         return layouts
 
@@ -216,6 +229,12 @@ class HFVictim:
         finally:
             for layer in layers:
                 layer.gradient_checkpointing = layer.training = False
+
+
+def _light(value: Tensor) -> Tensor:
+    """The same in the memory of one number where all are equal: a mask of pixels (SmolVLM's) has four million."""
+    first = value.flatten()[:1]
+    return first.clone().expand(value.shape) if bool((value == first).all()) else value
 
 
 def _text_config(model: Any) -> Any:
