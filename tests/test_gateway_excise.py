@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
+from codefend.gateway import engine
 from codefend.gateway.engine import Engine
 from codefend.gateway.errors import Refused
 from codefend.gateway.excise import KEPT, LONG, excise, marks, restored
@@ -128,6 +129,22 @@ def test_a_body_of_much_that_is_no_image_is_refused() -> None:
         with pytest.raises(Refused) as refusal:
             ENGINE._read("chat", raw)
         assert refusal.value.code == "body_too_complex"
+
+
+@pytest.mark.parametrize("rest", [b"[]," * (6 << 20), b"1," * 1_000_001])
+def test_an_image_beside_it_does_not_let_such_a_body_be_parsed(rest: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = json.dumps(chat(LARGE)).encode()[:-1] + b',"metadata":[' + rest + b"0]}"
+    parsed: list[int] = []
+
+    def counting(given: bytes) -> Any:
+        parsed.append(len(given))
+        return {}
+
+    monkeypatch.setattr(engine, "parse", counting)
+    with pytest.raises(Refused) as refusal:
+        ENGINE._read("chat", raw)
+    assert refusal.value.code == "body_too_complex"
+    assert parsed == []
 
 
 def test_a_large_image_does_not_stop_the_event_loop() -> None:

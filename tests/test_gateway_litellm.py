@@ -140,3 +140,15 @@ def test_what_cannot_be_inspected_is_an_error_and_no_call(proxy: str, upstream: 
         answer = httpx2.post(f"{proxy}/v1/chat/completions", json=body, timeout=120)
         assert answer.status_code == 400, answer.text
     assert not upstream.requests
+
+
+def test_images_elsewhere_in_a_call_are_an_error_and_texts_there_are_none(proxy: str, upstream: Upstream) -> None:
+    upstream.requests.clear()
+    messages = chat(A)["messages"]
+    for aside in ({"fallbacks": [{"model": "m", "messages": messages}]}, {"extra_body": {"messages": messages}}):
+        answer = httpx2.post(f"{proxy}/v1/chat/completions", json=chat() | aside, timeout=120)
+        assert answer.status_code == 400, answer.text
+    assert not upstream.requests
+    plain = chat() | {"metadata": {"image": "kitchen"}, "fallbacks": [{"model": "m", "messages": chat()["messages"]}]}
+    answer = httpx2.post(f"{proxy}/v1/chat/completions", json=plain, timeout=120)
+    assert answer.status_code == 200, answer.text

@@ -80,7 +80,7 @@ def test_wrapped_openai() -> None:
     http = httpx2.Client(transport=Sync(upstream))
     client = openai.OpenAI(api_key="k", base_url="http://up.test/v1", http_client=http, max_retries=0)
     wrapped = wrap(client, Invert(), prompt="look-closely")
-    assert type(wrapped) is openai.OpenAI
+    assert isinstance(wrapped, openai.OpenAI)
     answer = wrapped.chat.completions.create(model="m", messages=chat(A, text="what?")["messages"])
     assert answer.choices[0].message.content == "hi"
     assert_purified(upstream)
@@ -138,6 +138,21 @@ def test_wrapped_async_openai_streams() -> None:
         assert http.is_closed
 
     run(work())
+
+
+@pytest.mark.parametrize("copy", [{}, {"timeout": 3}, {"data_residency": "eu"}, {"websocket_base_url": "wss://x"}])
+def test_wrapped_clients_open_no_websockets(copy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    module = types.ModuleType("websockets.sync.client")
+    module.connect = lambda url, **options: opened.append(url)  # type: ignore[attr-defined]
+    for name in ("websockets", "websockets.sync"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "websockets.sync.client", module)
+    client = wrap(openai.OpenAI(api_key="k", base_url="http://up.test/v1"), Invert()).with_options(**copy)
+    for manager in (client.responses.connect(), client.realtime.connect(model="m")):
+        with pytest.raises(TypeError, match="a wrapped client opens no WebSockets"):
+            manager.enter()
+    assert opened == []
 
 
 def test_wrapped_anthropic() -> None:
@@ -266,6 +281,52 @@ def test_litellm_guardrail_replaces_the_images(guardrail: Any) -> None:
         for bad in ({"messages": [{"content": [{"type": "video_url"}]}]}, {"input": [url(A)]}, {"image": A}):
             with pytest.raises(Exception, match=r"unknown|image"):
                 await rail.async_pre_call_hook(None, None, bad, "x")
+        await rail.engine.lane.close()
+
+    run(work())
+
+
+CHAT_BODY: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+SEEN = chat(A)["messages"]
+PART = {"type": "image_url", "image_url": {"url": url(A)}}
+ASIDE: list[tuple[str, dict[str, Any]]] = [
+    ("acompletion", CHAT_BODY | {"fallbacks": [{"model": "n", "messages": SEEN}]}),
+    ("acompletion", CHAT_BODY | {"extra_body": {"messages": SEEN}}),
+    ("agenerate_content", {"contents": [{"parts": [{"inlineData": {"mimeType": "image/png", "data": b64(A)}}]}]}),
+    ("agenerate_content", {"contents": [{"parts": [{"fileData": {"fileUri": "gs://bucket/a.png"}}]}]}),
+    ("aocr", {"model": "m", "document": PART}),
+    ("aocr", {"model": "m", "document": {"type": "document_url", "document_url": "https://example.org/a.pdf"}}),
+    ("aresponses", {"input": "hi", "prompt": {"variables": {"x": {"type": "input_image", "image_url": url(A)}}}}),
+    ("_arealtime", {"model": "m"}),
+    ("_aresponses_websocket", {"model": "m"}),
+]
+
+
+@pytest.mark.parametrize(("call_type", "body"), ASIDE)
+def test_litellm_guardrail_refuses_images_where_it_cannot_replace_them(
+    guardrail: Any, call_type: str, body: dict[str, Any]
+) -> None:
+    async def work() -> None:
+        rail = guardrail.CodefendGuardrail(Invert(), guardrail_name="codefend")
+        with pytest.raises(Exception, match=r"may hold an image|cannot be inspected"):
+            await rail.async_pre_call_hook(None, None, body, call_type)
+        await rail.engine.lane.close()
+
+    run(work())
+
+
+def test_litellm_guardrail_leaves_what_is_litellms_own(guardrail: Any) -> None:
+    async def work() -> None:
+        rail = guardrail.CodefendGuardrail(Invert(), guardrail_name="codefend")
+        data: dict[str, Any] = chat(A) | {"fallbacks": [{"model": "n"}], "api_key": "secret", "litellm_call_id": "1"}
+        data["metadata"] = {"requester_metadata": {"image": url(A)}}
+        data["proxy_server_request"] = {"body": {"messages": data["messages"]}}
+        data["proxy_server_request"]["body"]["proxy_server_request"] = data["proxy_server_request"]  # as LiteLLM has it
+        await rail.async_pre_call_hook(None, None, data, "acompletion")
+        logged = data["proxy_server_request"]["body"]
+        assert logged["messages"] is data["messages"]
+        assert b64(A) not in json.dumps(data["messages"])
+        assert "api_key" not in logged, "only what was purified"
         await rail.engine.lane.close()
 
     run(work())

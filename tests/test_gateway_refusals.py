@@ -104,6 +104,19 @@ def test_uploads_pass_where_the_operator_allows_them() -> None:
     run(work())
 
 
+def test_image_links_pass_as_text_where_the_operator_allows_them() -> None:
+    async def work() -> list[int]:
+        upstream, statuses = Upstream(), []
+        for flags in ({}, {"allow_image_links": True}):
+            async with gateway(upstream, **flags) as client:
+                for address in ("https://example.org/a.png", "data:image/png;base64,AAAA"):
+                    body = chat(A, text=f"what? ![]({address})")
+                    statuses.append((await client.post(CHAT, json=body)).status_code)
+        return statuses
+
+    assert run(work()) == [400, 400, 200, 400]
+
+
 def test_unknown_routes_are_json_errors() -> None:
     async def work() -> None:
         async with gateway(Upstream()) as client:

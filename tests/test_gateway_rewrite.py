@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 
 from codefend.gateway.errors import Api, Refused, error_body
 from codefend.gateway.rewrite import Picture, rebuild, survey
-from codefend.gateway.wire import api_of, dump, form_of, parse
+from codefend.gateway.suspicion import _STEP
+from codefend.gateway.wire import _no_repeats, api_of, dump, form_of, parse
 from codefend.prompts import PromptPolicy
 
 NEW = Picture("image/png", "UFVSRQ==")
@@ -171,11 +174,25 @@ def leaves(value: Any, parent: Any = None, key: Any = None) -> list[tuple[Any, A
 
 IMAGE = {"type": "image_url", "image_url": {"url": url("ORIGINAL")}}
 LONG_PNG = "iVBORw0KGgo" + "A" * 600
+PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(40)).decode()
+# To a server without MP4, a length of 0x220 in its first bytes is the head of a TGA picture.
+TGA = base64.b64encode(b"\0\0\x02 ftypM4A \x08\0\x08\0 " + bytes(40)).decode()
 
 
 def chat(*parts: Any, **extra: Any) -> dict[str, Any]:
     return {"model": "m", "messages": [{"role": "user", "content": list(parts)}], **extra}
 
+
+_HEADS = (
+    b"RIFF\x24\0\0\0WAVEfmt ",
+    b"ID3\x04",
+    b"\xff\xfb\x90\0",
+    b"OggS",
+    b"fLaC",
+    b"\0\0\0 ftypM4A ",
+    b"\x1aE\xdf\xa3",
+)
+SOUNDS = [base64.b64encode(head + bytes(40)).decode() for head in _HEADS]
 
 REFUSED: list[tuple[Api, Any]] = [
     ("chat", chat({"type": "video_url", "video_url": {"url": "https://x"}})),
@@ -215,6 +232,7 @@ REFUSED: list[tuple[Api, Any]] = [
     ("messages", {"system": [{"type": "document", "source": {"type": "url", "url": "https://x"}}], "messages": []}),
     ("other", {"messages": [{"role": "user", "content": [IMAGE]}]}),
     ("other", {"image": "https://x/a.png"}),
+    ("other", {"prompt": {"prompt_string": "<__media__>", "multimodal_data": ["UDYK"]}}),
     ("other", {"prompt": [url("ORIGINAL")]}),
     ("other", LONG_PNG),
 ]
@@ -229,10 +247,132 @@ def test_what_is_not_understood_is_refused(api: Api, body: Any) -> None:
     assert len(refusal.value.message) < 200
 
 
+def audio(data: Any, **extra: Any) -> dict[str, Any]:
+    return {"type": "input_audio", "input_audio": {"data": data, "format": "wav", **extra}}
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        audio(PNG),
+        audio(TGA),
+        audio(base64.b64encode(b"RIFF\0\0\0\0WEBPVP8 ").decode()),
+        audio("!" + PNG),
+        audio(url(PNG)),
+        audio(""),
+        audio(None),
+        audio(SOUNDS[0], url="https://x/a.png"),
+        {"type": "input_audio", "input_audio": PNG},
+    ],
+)
+@pytest.mark.parametrize("api", ["chat", "responses"])
+def test_audio_that_may_be_an_image_is_refused(api: Api, part: Any) -> None:
+    message = {"role": "user", "content": [part]}
+    with pytest.raises(Refused) as refusal:
+        survey(api, {"messages" if api == "chat" else "input": [message]})
+    assert refusal.value.code == "unknown_content"
+
+
+WRITTEN = [
+    "What? ![](data:image/png;base64,AAAA)",
+    "![a ![b](DATA:image/png;base64,AAAA)",
+    "![a [b](\n <data:image/png;base64,AAAA>)",
+    'What? <img src="data:image/png;base64,AAAA" />',
+    "<IMG alt='x' SRC = 'data:image/png;asset_id,1'>",
+]
+LINKED = ["![](https://evil.test/a.png)", "![a cat](http://evil.test/a.png)", '<img width=1 src="https://evil.test/a">']
+
+
+def holders(text: str) -> list[tuple[Api, Any]]:
+    """Bodies with this text wherever a server may read it."""
+    user = {"role": "user", "content": text}
+    tool = {"type": "function", "function": {"name": "f", "description": text}}
+    half = len(text) // 2
+    return [
+        ("chat", {"messages": [user]}),
+        ("chat", {"messages": [{"role": "tool", "tool_call_id": "1", "content": text}]}),
+        ("chat", chat({"type": "text", "text": text})),
+        ("chat", chat({"type": "text", "text": text[:half]}, {"type": "text", "text": text[half:]})),
+        ("chat", {"messages": [], "tools": [tool]}),
+        ("chat", {"messages": [], "tools": [{"function": {"parameters": {"properties": {text: {}}}}}]}),
+        ("responses", {"input": text}),
+        ("responses", {"input": [user], "instructions": text}),
+        ("responses", {"input": [{"type": "function_call_output", "call_id": "1", "output": text}]}),
+        ("messages", {"messages": [], "system": [{"type": "text", "text": text}]}),
+        ("other", {"prompt": text}),
+        ("other", {"prompt": [text]}),
+        ("other", text),
+    ]
+
+
+@pytest.mark.parametrize("text", WRITTEN + LINKED)
+def test_images_written_into_texts_are_refused(text: str) -> None:
+    for api, body in holders(text):
+        with pytest.raises(Refused) as refusal:
+            survey(api, body)
+        assert (refusal.value.status, refusal.value.code) == (400, "unknown_content")
+        if text in WRITTEN:
+            with pytest.raises(Refused):
+                survey(api, body, image_links=True)
+        else:
+            assert survey(api, body, image_links=True).slots == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[a link](https://x.org) and ![local](a.png) and <img src='a.png'>",
+        "!handlers[kind](data: string)",
+        "Markdown writes ![alt](address), HTML <img>, and https://x.org is a page",
+        "![alt] (https://x.org)",
+        "<img alt='x'> src=https://x.org",
+    ],
+)
+def test_other_texts_with_links_pass(text: str) -> None:
+    for api, body in holders(text):
+        assert survey(api, body).slots == ()
+
+
+def test_a_written_image_is_found_wherever_a_long_text_is_cut() -> None:
+    image = "![](data:image/png;base64,AAAA)"
+    for before in (_STEP - len(image) // 2, _STEP, 3 * _STEP + 7):
+        with pytest.raises(Refused, match="Markdown"):
+            survey("other", {"prompt": "x" * before + image + "x" * _STEP})
+
+
+# --- nesting and memory ----------------------------------------------------------------------------------------------
+
+
+def nested(levels: int, inner: Any) -> Any:
+    for _ in range(levels):
+        inner = [inner]
+    return inner
+
+
+@pytest.mark.parametrize("api", ["chat", "other"])
+def test_too_deep_nesting_is_a_clear_refusal(api: Api) -> None:
+    survey(api, {"messages": [], "metadata": nested(98, [])})
+    with pytest.raises(Refused, match="nested too deeply: the limit is 100 levels") as refusal:
+        survey(api, {"messages": [], "metadata": nested(100, [])})
+    assert (refusal.value.status, refusal.value.code) == (400, "invalid_json")
+
+
+@pytest.mark.parametrize("value", ["", [], {}])
+def test_searching_needs_no_memory_of_its_own(value: Any) -> None:
+    body = {"messages": [], "metadata": nested(90, [value] * 20_000)}
+    tracemalloc.start()
+    try:
+        survey("chat", body)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 200_000, "no place is kept for each of 20,000 values"
+
+
 ALLOWED: list[tuple[Api, Any]] = [
     ("chat", chat({"type": "text", "text": "see data:image/png;base64,AAAA"})),
     ("chat", chat({"type": "text", "text": url("AAAA")})),
-    ("chat", chat({"type": "input_audio", "input_audio": {"data": "UklGRAAA", "format": "wav"}})),
+    *(("chat", chat({"type": "input_audio", "input_audio": {"data": data, "format": "wav"}})) for data in SOUNDS),
     ("chat", chat(tools=[{"type": "function", "function": {"parameters": {"properties": {"image_url": {}}}}}])),
     ("chat", chat(metadata={"image": "kitchen"}, temperature=0.5, stop=["\n"], stream_options={"include_usage": True})),
     ("responses", {"input": None, "previous_response_id": "r"}),
@@ -308,6 +448,23 @@ def test_json_that_parsers_disagree_about_is_refused(raw: bytes) -> None:
     with pytest.raises(Refused) as refusal:
         parse(raw)
     assert refusal.value.code == "invalid_json"
+
+
+def test_a_repeated_key_is_found_without_comparing_all_with_all() -> None:
+    compared = 0
+
+    class Key(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    names = [f"k{i}" for i in range(2000)]
+    with pytest.raises(Refused, match="'last' appears twice"):
+        _no_repeats([(Key(name), 1) for name in [*names, "last", "last"]])
+    assert compared < 100 * len(names)
 
 
 def test_numbers_too_large_for_json_are_refused() -> None:

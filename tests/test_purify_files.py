@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +105,15 @@ def test_one_bad_file_is_a_user_error_and_writes_nothing(tmp_path: Path) -> None
         with pytest.raises(UserError):
             purify_paths(never, [source], tmp_path / out, Options())
     assert {path.name for path in tmp_path.iterdir()} == {"bad.png", "ok.png"}
+
+
+@pytest.mark.parametrize(
+    ("source", "out"), [("x" * 300 + ".png", "out.png"), ("in.png", "x" * 300 + ".png"), ("in.png", "x" * 300)]
+)
+def test_what_the_system_says_about_a_path_is_a_user_error(source: str, out: str, tmp_path: Path) -> None:
+    picture(tmp_path / "in.png")
+    with pytest.raises(UserError, match="File name too long"):
+        purify_paths(never, [tmp_path / source], tmp_path / out, Options())
 
 
 def test_alpha_is_kept_or_flattened(tmp_path: Path) -> None:
@@ -211,6 +222,41 @@ def test_one_bad_file_does_not_stop_the_rest_and_is_tried_again(folder: Path, tm
     (folder / "link.png").unlink()
     picture(folder / "broken.png")
     assert run([folder], tmp_path / "out", batch=2).done == 1
+
+
+def test_folders_that_are_not_looked_into_are_failures(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(tmp_path / "elsewhere" / "e.png")
+    (folder / "album").symlink_to(tmp_path / "elsewhere")
+    scan = os.scandir
+
+    def guarded(path: str) -> Any:
+        if Path(path).name == "er":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    outcome = run([folder], tmp_path / "out")
+    assert (outcome.done, [name for name, _ in outcome.failed]) == (
+        3,
+        [str(folder / "album"), str(folder / "deep" / "er")],
+    )
+    assert "name the folder itself" in outcome.failed[0][1]
+    assert "Permission denied" in outcome.failed[1][1]
+    again = purify_paths(never, [folder], tmp_path / "out", Options(purifier="noisy"))
+    assert (again.skipped, len(again.failed)) == (3, 2), "and are so again when all else is done"
+    with pytest.raises(UserError, match="Permission denied"):
+        purify_paths(never, [folder / "deep" / "er"], tmp_path / "new", Options())
+
+
+def test_a_link_in_a_circle_and_a_name_too_long_for_its_new_ending_do_not_stop_the_rest(
+    folder: Path, tmp_path: Path
+) -> None:
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / f"{'g' * 248}.gif").write_bytes((folder / "a.png").read_bytes())
+    outcome = run([folder], tmp_path / "out")
+    assert (outcome.done, [name[:4] for name, _ in outcome.failed]) == (4, ["gggg", "loop"])
 
 
 def test_a_raised_limit_goes_on_in_the_same_folder(folder: Path, tmp_path: Path) -> None:

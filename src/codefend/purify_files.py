@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -79,55 +80,78 @@ def purify_paths(
 ) -> Outcome:
     """Purify pictures and folders of them into ``out``, a picture's name for one file and a folder otherwise.
 
-    The purifier is loaded last, after everything cheap has been checked. Raises UserError for a missing path, an
-    output that exists, another config's output folder, or the one file when there is just one.
+    The purifier is loaded last, after everything cheap has been checked. Raises UserError for a missing path, one that
+    cannot be looked at, an output that exists, another config's output folder, or the one file when there is just one.
     """
     sources, target = [Path(path) for path in paths], Path(out)
-    for path in sources:
-        if not path.exists():
-            raise UserError(f"no such file or folder: {path}")
-    to_file = bool(target.suffix) and not target.is_dir() and not str(out).endswith(("/", os.sep))
-    if to_file and len(sources) == 1 and not sources[0].is_dir():
+    outcome = Outcome()
+    with _looking():
+        for path in sources:
+            if not path.exists():
+                raise UserError(f"no such file or folder: {path}")
+        to_file = bool(target.suffix) and not target.is_dir() and not str(out).endswith(("/", os.sep))
+        alone = to_file and len(sources) == 1 and not sources[0].is_dir()
+        jobs = [] if alone else plan(sources, target, ending=options.format, failed=outcome.failed)
+    if alone:
         return _purify_one(load_purifier, sources[0], target, options)
-    jobs = plan(sources, target, ending=options.format)
     with _open_manifest(target, options) as run:
-        return _purify_all(load_purifier, jobs, run, options)
+        return _purify_all(load_purifier, jobs, run, options, outcome)
+
+
+@contextmanager
+def _looking() -> Iterator[None]:
+    """What the system says about a path is the user's to mend: no permission, a name too long."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot use {error.filename}: {error.strerror or error}") from error
 
 
 # --- what to do ------------------------------------------------------------------------------------------------------
 
 
-def plan(sources: Sequence[Path], out: Path, *, ending: str | None = None) -> list[Job]:
+def plan(
+    sources: Sequence[Path], out: Path, *, ending: str | None = None, failed: list[tuple[str, str]] | None = None
+) -> list[Job]:
     """List the jobs for files and folders, in a fixed order; folders keep their inner paths below ``out``.
 
-    Raises UserError when there is nothing to do, an input is its own output, or two inputs have the same output.
+    Folders that are not looked into, with the reason, are added to ``failed``. Raises UserError when there is nothing
+    to do, an input is its own output, or two inputs have the same output.
     """
+    failed = [] if failed is None else failed
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; name a folder for the purified pictures")
     if ending is not None:
         images.format_of(f"x.{ending.lstrip('.')}")
     jobs: dict[Path, Job] = {}
-    for source, name in _listed(sources, out.resolve()):
+    for source, name in _listed(sources, os.path.realpath(out), failed):
         target = out / _target_name(name, ending)
         job = Job(source, target, name.as_posix())
-        if source.resolve() == target.resolve():
+        if os.path.realpath(source) == os.path.realpath(target):
             raise UserError(f"{source} would be overwritten by its own output; choose another folder")
-        if jobs.setdefault(target, job).source.resolve() != source.resolve():
+        if os.path.realpath(jobs.setdefault(target, job).source) != os.path.realpath(source):
             raise UserError(f"{jobs[target].source} and {source} would both be written to {target}")
+    if not jobs and failed:
+        raise UserError("; ".join(f"{name}: {reason}" for name, reason in failed[:5]))
     if not jobs:
         kinds = " ".join(sorted(images.READABLE))
         raise UserError(f"no pictures in {', '.join(map(str, sources))}; looked for {kinds}")
     return list(jobs.values())
 
 
-def _listed(sources: Sequence[Path], out: Path) -> Iterator[tuple[Path, Path]]:
+def _listed(sources: Sequence[Path], out: str, failed: list[tuple[str, str]]) -> Iterator[tuple[Path, Path]]:
+    def unreadable(error: OSError) -> None:
+        failed.append((str(error.filename), f"cannot look into this folder: {error.strerror}"))
+
     for source in sources:
         if not source.is_dir():
             yield source, Path(source.name)
             continue
-        for folder, inner, files in os.walk(source):
+        for folder, inner, files in os.walk(source, onerror=unreadable):
             here = Path(folder)
-            inner[:] = sorted(name for name in inner if name[0] != "." and (here / name).resolve() != out)
+            inner[:] = sorted(name for name in inner if name[0] != "." and os.path.realpath(here / name) != out)
+            links = [str(here / name) for name in inner if os.path.islink(here / name)]
+            failed.extend((link, "a link to a folder is not followed; name the folder itself") for link in links)
             for name in sorted(files):
                 if name[0] != "." and Path(name).suffix.lower() in images.READABLE:
                     yield here / name, (here / name).relative_to(source)
@@ -145,10 +169,11 @@ def _target_name(name: Path, ending: str | None) -> Path:
 
 def _open_manifest(out: Path, options: Options) -> Run:
     folder, config = out / MANIFEST, options.fingerprint()
-    if options.overwrite and (folder / "config.json").exists() and read_config(folder) != config:
-        for name in ("rows.jsonl", "config.json"):  # in this order: rows without a config are refused
-            (folder / name).unlink(missing_ok=True)
-    return open_run(folder, config)
+    with _looking():
+        if options.overwrite and (folder / "config.json").exists() and read_config(folder) != config:
+            for name in ("rows.jsonl", "config.json"):  # in this order: rows without a config are refused
+                (folder / name).unlink(missing_ok=True)
+        return open_run(folder, config)
 
 
 # --- doing it --------------------------------------------------------------------------------------------------------
@@ -165,9 +190,11 @@ def _purify_one(load_purifier: Callable[[], Purifier], source: Path, target: Pat
     return Outcome(done=1)
 
 
-def _purify_all(load_purifier: Callable[[], Purifier], jobs: Sequence[Job], run: Run, options: Options) -> Outcome:
+def _purify_all(
+    load_purifier: Callable[[], Purifier], jobs: Sequence[Job], run: Run, options: Options, outcome: Outcome
+) -> Outcome:
     done = _finished(jobs, run, options)
-    outcome = Outcome(skipped=len(done))
+    outcome.skipped = len(done)
     if len(done) == len(jobs):
         return outcome
     purifier = load_purifier()
@@ -190,7 +217,7 @@ def _finished(jobs: Sequence[Job], run: Run, options: Options) -> set[Job]:
     rows = run.rows()
     ours = {(row["name"], row["digest"]) for row in rows}
     current = {(row["source"], row["digest"]) for row in rows}
-    found = {job: _digest_of(job.target) for job in jobs if job.target.exists()}
+    found = {job: _digest_of(job.target) for job in jobs if os.path.exists(job.target)}  # too long a name does not
     foreign = [job.target for job, digest in found.items() if (job.name, digest) not in ours]
     if foreign and not options.overwrite:
         more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""

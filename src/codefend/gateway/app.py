@@ -136,6 +136,7 @@ def build_engine(settings: Settings, *, purifier: Purifier | None = None, prompt
         policy=_words(prompt or load_any(settings.prompt), settings),
         everywhere=settings.prompt_everywhere,
         on_error=settings.on_error,
+        image_links=settings.allow_image_links,
         fallback=runner(settings.fallback) if settings.on_error == "fallback" else None,
     )
 

@@ -1,7 +1,8 @@
 """``wrap(OpenAI(...))``: the same client, whose images are purified before they leave this process.
 
 Works on the HTTP layer that the official OpenAI and Anthropic clients share, so every method, stream and retry of
-theirs goes through it. A refusal comes back as the client's own ``BadRequestError``.
+theirs goes through it. A refusal comes back as the client's own ``BadRequestError``. WebSockets do not go through it:
+``responses.connect`` and ``realtime.connect`` of the copy raise TypeError.
 """
 
 from __future__ import annotations
@@ -29,17 +30,21 @@ def wrap(
     policy: Mode = "purify",
     threshold: float | None = None,
     on_error: OnError = "block",
+    image_links: bool = False,
 ) -> Client:
     """Return a copy of an official client, sync or async. Raises UserError for anything else and for unknown names.
 
     Images must be data URLs or base64; remote URLs and uploaded files are refused, because they cannot be seen here.
+    With ``image_links`` http(s) images in Markdown and HTML pass as text.
     """
     inner: Any = getattr(client, "_client", None)
     copy: Any = getattr(client, "copy", None)
     http = _http_library(inner)
     if http is None or not callable(copy):
         raise UserError(f"cannot wrap {type(client).__name__}; give an OpenAI or Anthropic client")
-    engine = local_engine(purifier, prompt=prompt, policy=policy, threshold=threshold, on_error=on_error)
+    engine = local_engine(
+        purifier, prompt=prompt, policy=policy, threshold=threshold, on_error=on_error, image_links=image_links
+    )
     asynchronous = isinstance(inner, http.AsyncClient)
     transport = (_async_transport if asynchronous else _sync_transport)(http, inner, engine)
     outer = (http.AsyncClient if asynchronous else http.Client)(
@@ -49,8 +54,24 @@ def wrap(
         headers=inner.headers,
         follow_redirects=inner.follow_redirects,
     )
-    wrapped: Client = copy(http_client=outer)
+    wrapped: Client = _without_websockets(copy(http_client=outer))
     return wrapped
+
+
+class _NoAddress:
+    def __repr__(self) -> str:
+        return "<codefend purifies HTTP requests only: a wrapped client opens no WebSockets>"
+
+
+def _without_websockets(client: Any) -> Any:
+    """Leave its WebSockets without an address: each asks for it first, and the error then shows what it was given.
+
+    In a class of the client's own, because its copies (``with_options``) are made by that class.
+    """
+    kind = type(client)
+    address = property(lambda client: _NoAddress(), lambda client, address: None)
+    client.__class__ = type(kind.__name__, (kind,), {"websocket_base_url": address, "__module__": kind.__module__})
+    return client
 
 
 def _http_library(inner: Any) -> ModuleType | None:

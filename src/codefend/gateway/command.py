@@ -39,6 +39,7 @@ FLAGS: tuple[tuple[str, type, str, str | None], ...] = (  # name, type, help, pa
     ("remote_hosts", str, "The only hosts to fetch from, with commas.", _LIMITS),
     ("fetch_timeout_s", float, "Seconds for a remote image (10).", _LIMITS),
     ("max_redirects", int, "Redirects of a remote image (3).", _LIMITS),
+    ("allow_image_links", bool, "Pass on http(s) images in Markdown and HTML, as text.", _LIMITS),
     ("allow_uploads", bool, "Pass on files and batches unseen.", _LIMITS),
     ("queue_images", int, "Images that may wait (64).", _LOAD),
     ("batch_images", int, "Images per batch (8).", _LOAD),

@@ -64,6 +64,7 @@ class Settings(BaseSettings):
     remote_hosts: Annotated[tuple[str, ...], NoDecode] = Field((), description="the only hosts to fetch from")
     fetch_timeout_s: float = Field(10.0, gt=0)
     max_redirects: int = Field(3, ge=0, le=10)
+    allow_image_links: bool = Field(False, description="pass on http(s) images in Markdown and HTML, as text")
     allow_uploads: bool = Field(False, description="pass on multipart bodies, files and batches unseen")
 
     queue_images: int = Field(64, gt=0)

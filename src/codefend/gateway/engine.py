@@ -98,6 +98,7 @@ class Engine:
     on_error: OnError = "block"
     fallback: Runner | None = None
     fetch: Fetch | None = None
+    image_links: bool = False  # http(s) images in Markdown and HTML pass, as text
     on_bypass: Callable[[str], None] = lambda reason: None
     executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="prepare"))
 
@@ -165,15 +166,13 @@ class Engine:
             if isinstance(reading, Reading):
                 return reading
             excised = excised.put_back(keep=reading)
-        if len(excised.raw) > _MAX_WHOLE:
-            raise Refused(413, "body_too_complex", f"the body has more than {_MAX_WHOLE:,} bytes that are no images")
-        if raw.count(b",") > _MAX_COMMAS:
-            raise Refused(413, "body_too_complex", f"the body has more than {_MAX_COMMAS:,} values")
+        _check_simple(raw)
         body = parse(raw)
         return Reading(body, self._survey(api, body))
 
     def _spared(self, api: Api, excised: Excised) -> Reading | frozenset[str]:
         """The reading, if every mark stands in an image; else those marks that do: the rest must be put back."""
+        _check_simple(excised.raw)  # what is put back only adds to it
         try:
             body = parse(excised.raw)
             found = self._survey(api, body)
@@ -184,10 +183,7 @@ class Engine:
         return Reading(body, found, excised.cuts) if len(claimed) == len(excised.cuts) else frozenset(claimed)
 
     def _survey(self, api: Api, body: Any) -> Survey:
-        try:
-            found = survey(api, body)
-        except RecursionError as error:
-            raise Refused(400, "invalid_json", "the body is nested too deeply") from error
+        found = survey(api, body, image_links=self.image_links)
         check_count(len(found.slots), self.limits)
         return found
 
@@ -279,6 +275,14 @@ class Engine:
         except Refused as refusal:
             raise _at(refusal, slot) from refusal
         return data
+
+
+def _check_simple(raw: bytes) -> None:
+    """Refuse (413) what would keep the parser, and with it the event loop, for long."""
+    if len(raw) > _MAX_WHOLE:
+        raise Refused(413, "body_too_complex", f"the body has more than {_MAX_WHOLE:,} bytes that are no images")
+    if raw.count(b",") > _MAX_COMMAS:
+        raise Refused(413, "body_too_complex", f"the body has more than {_MAX_COMMAS:,} values")
 
 
 def _written(outcome: Outcome) -> bytes:

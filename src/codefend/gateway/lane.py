@@ -22,12 +22,12 @@ from codefend.gateway.worker import Job, Purified, PurifyFailed, Result, Runner
 Key = tuple[str, str, float | None]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Task:
     key: Key
     job: Job
     future: asyncio.Future[Result]
-    waiters: int = 1  # requests that want this picture; at zero it is skipped
+    waiters: int = 1  # requests that want this picture; at zero it leaves the queue
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Lane:
     def __post_init__(self) -> None:
         self._queue: deque[_Task] = deque()
         self._ready = threading.Condition()
-        self._pending: dict[Key, _Task] = {}  # the event loop's own, like the cache
+        self._pending: dict[Key, _Task] = {}  # queued or in the purifier; the event loop's own, like the cache
         self._cache: OrderedDict[Key, Purified] = OrderedDict()
         self._cached_bytes = 0
         self._seconds = 0.1  # per image, smoothed: what Retry-After is estimated from
@@ -94,7 +94,7 @@ class Lane:
         finally:
             task.waiters -= 1
             if task.waiters == 0 and not task.future.done():
-                self._pending.pop(key, None)
+                self._abandon(task)
         if not isinstance(outcome, Purified):
             raise outcome
         return outcome
@@ -121,6 +121,14 @@ class Lane:
             self._ready.notify()
         return task
 
+    def _abandon(self, task: _Task) -> None:
+        """Take it out of the queue. What is in the purifier already is finished, for whoever sends it again."""
+        with self._ready:
+            if task not in self._queue:
+                return
+            self._queue.remove(task)
+        del self._pending[task.key]
+
     # --- in the threads ---
 
     def _work(self) -> None:
@@ -133,9 +141,7 @@ class Lane:
                 if not self._queue:
                     return
                 tasks = [self._queue.popleft() for _ in range(min(len(self._queue), self._share()))]
-            wanted = [task for task in tasks if task.waiters > 0]
-            if wanted:
-                self._run(wanted)
+            self._run(tasks)
 
     def _share(self) -> int:
         # Half of a short queue is left to the other thread, so that decoding overlaps with purifying.
@@ -158,8 +164,7 @@ class Lane:
 
     def _settle(self, task: _Task, result: Result, seconds: float) -> None:
         self._seconds += 0.2 * (seconds - self._seconds)
-        if self._pending.get(task.key) is task:
-            del self._pending[task.key]
+        del self._pending[task.key]
         if isinstance(result, Purified):
             self._remember(task.key, result)
         if not task.future.done():
@@ -167,7 +172,7 @@ class Lane:
 
     def _remember(self, key: Key, result: Purified) -> None:
         size = len(result.picture.data)
-        if size > self.options.cache_bytes // 4:
+        if key in self._cache or size > self.options.cache_bytes // 4:
             return
         self._cache[key] = result
         self._cached_bytes += size

@@ -9,6 +9,10 @@ which discards the images that a guardrail returns (LiteLLM issue 31071). In Lit
           guardrail: codefend.gateway.litellm_guardrail.CodefendGuardrail
           mode: pre_call
           default_on: true
+
+Images are purified where chat completions, responses and Anthropic messages have them. Anywhere else in a call, as in
+``fallbacks``, ``extra_body`` or another kind of call, they are refused; so are calls whose contents follow over a
+WebSocket.
 """
 
 from __future__ import annotations
@@ -23,11 +27,7 @@ from codefend.gateway.local import local_engine
 from codefend.types import Purifier
 
 _Base: Any = import_module("litellm.integrations.custom_guardrail").CustomGuardrail
-_PARTS: dict[Api, tuple[str, ...]] = {
-    "chat": ("messages",),
-    "responses": ("input", "instructions"),
-    "messages": ("messages", "system"),
-}
+_OWN = frozenset({"metadata", "proxy_server_request", "secret_fields", "standard_logging_object"})
 
 
 class CodefendGuardrail(_Base):  # type: ignore[misc]
@@ -38,26 +38,31 @@ class CodefendGuardrail(_Base):  # type: ignore[misc]
         purifier: str | Purifier = "bridge",
         prompt: str = "none",
         on_error: OnError = "block",
+        image_links: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.engine = local_engine(purifier, prompt=prompt, on_error=on_error, lane=LaneOptions())
+        self.engine = local_engine(
+            purifier, prompt=prompt, on_error=on_error, image_links=image_links, lane=LaneOptions()
+        )
 
     async def async_pre_call_hook(
         self, user_api_key_dict: Any, cache: Any, data: dict[str, Any], call_type: str
     ) -> Any:
         """Rewrite ``data`` and return it. Raises an HTTP error for what cannot be inspected."""
-        api = _api(data, call_type)
-        body = {key: data[key] for key in _PARTS.get(api, ()) if key in data}
+        body = {key: value for key, value in data.items() if key not in _OWN and not key.startswith("litellm_")}
         try:
-            outcome = await self.engine.rewrite(api, body if api != "other" else _plain(data))
+            if "realtime" in call_type or "websocket" in call_type:
+                raise Refused(400, "unknown_content", "what follows over a WebSocket cannot be inspected for images")
+            outcome = await self.engine.rewrite(_api(data, call_type), body)
         except Refused as refusal:
             raise _http_error(refusal) from refusal
         if outcome.body is not None:
-            data.update(outcome.body)
+            changed = {key: value for key, value in outcome.body.items() if value is not body.get(key)}
+            data.update(changed)
             logged = data.get("proxy_server_request")
             if isinstance(logged, dict) and isinstance(logged.get("body"), dict):
-                logged["body"] = {**logged["body"], **outcome.body}  # what loggers keep shall not hold originals
+                logged["body"] = {**logged["body"], **changed}  # what loggers keep shall not hold originals
         return data
 
 
@@ -67,13 +72,6 @@ def _api(data: dict[str, Any], call_type: str) -> Api:
     if "responses" in call_type:
         return "responses"
     return "chat" if isinstance(data.get("messages"), list) else "other"
-
-
-def _plain(data: dict[str, Any]) -> dict[str, Any]:
-    """What a caller can fill with content; the rest of ``data`` is LiteLLM's own."""
-    return {
-        key: data[key] for key in ("input", "prompt", "image", "images", "file", "query", "documents") if key in data
-    }
 
 
 def _http_error(refusal: Refused) -> Exception:

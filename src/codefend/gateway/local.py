@@ -26,11 +26,12 @@ def local_engine(
     policy: Mode = "purify",
     threshold: float | None = None,
     on_error: OnError = "block",
+    image_links: bool = False,
     limits: Limits | None = None,
     device: str = "cpu",
     lane: LaneOptions | None = None,
 ) -> Engine:
-    """Build an engine; with ``lane`` it also serves an event loop.
+    """Build an engine; with ``lane`` it also serves an event loop. ``image_links`` is that of ``survey``.
 
     Raises UserError for an unknown name, and as ``Terms.choose`` does.
     """
@@ -45,6 +46,7 @@ def local_engine(
         terms=Terms.choose(worker, policy, threshold),
         policy=None if words.empty else words,
         on_error=on_error,
+        image_links=image_links,
         fallback=Worker(purifiers.load("jpeg"), limits=limits) if on_error == "fallback" else None,
     )
 

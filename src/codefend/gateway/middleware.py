@@ -20,7 +20,8 @@ from codefend.types import Purifier
 class PurifyMiddleware:
     """Purify the images of chat completions, responses and Anthropic messages before ``app`` sees them.
 
-    Other routes pass untouched, for they are the application's own. Raises UserError for unknown names.
+    Other routes pass untouched, for they are the application's own. With ``image_links`` http(s) images in Markdown and
+    HTML pass as text. Raises UserError for unknown names.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class PurifyMiddleware:
         policy: Mode = "purify",
         threshold: float | None = None,
         on_error: OnError = "block",
+        image_links: bool = False,
         limits: Limits | None = None,
         device: str = "cpu",
     ) -> None:
@@ -42,6 +44,7 @@ class PurifyMiddleware:
             policy=policy,
             threshold=threshold,
             on_error=on_error,
+            image_links=image_links,
             limits=limits,
             device=device,
             lane=LaneOptions(),

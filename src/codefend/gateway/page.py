@@ -78,7 +78,7 @@ class Page:
         return Response(response.content, status_code=response.status_code, media_type="application/json")
 
     def _unpurified(self, body: Any) -> Any:
-        found, limits = survey("chat", body), self.engine.limits
+        found, limits = survey("chat", body, image_links=self.engine.image_links), self.engine.limits
         pictures = []
         for slot in found.slots:
             data = payload(slot.reference, limits)

@@ -167,7 +167,7 @@ def create_pocket(victim: Victim) -> Starlette:
 
 def _question(api: Api, body: Any) -> _Question:
     """The last user's words and the last image of the conversation."""
-    found = survey(api, body)
+    found = survey(api, body, image_links=True)  # to this model they are words
     if not found.slots:
         raise Refused(400, "image_missing", "the pocket model answers questions about one image; send one")
     loaded = images.load(payload(found.slots[-1].reference, Limits()))

@@ -2,7 +2,7 @@
 
 What is not understood is refused, never passed on unseen: a part of unknown type, an unknown key beside an image, a
 key that differs from a known one in upper and lower case only (Go's parser takes them for equal), or anything that
-looks like an image where none belongs.
+looks like an image where none belongs: in other fields, in audio, or written into a text.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from codefend.gateway.suspicion import (
     Place,
     check_case,
     check_keys,
+    check_texts,
     expect_list,
     expect_object,
     expect_text,
+    is_audio,
     search,
     search_rest,
     spell,
@@ -50,8 +52,12 @@ class Survey:
     turns: tuple[Turn, ...]
 
 
-def survey(api: Api, body: Any) -> Survey:
-    """Find every image. Raises Refused (400) when something in the body is not understood or hides an image."""
+def survey(api: Api, body: Any, *, image_links: bool = False) -> Survey:
+    """Find every image. Raises Refused (400) when something in the body is not understood or hides an image.
+
+    With ``image_links`` http(s) images in Markdown and HTML pass, as text for a server that does not load them.
+    """
+    check_texts(body, image_links=image_links)
     if api == "other":
         search(body, ())
         return Survey(api, (), ())
@@ -205,6 +211,8 @@ def _part(api: Api, part: dict[str, Any], place: Place, found: _Found) -> None:
         check_keys(part, text_keys, place)
         for key in text_keys & {"text", "refusal", "thinking"}:
             expect_text(part.get(key), (*place, key))
+        if kind == "input_audio":
+            _audio(part.get(kind), (*place, kind))
     elif kind in _IMAGE_PARTS[api]:
         _image_part(api, part, place, found)
     elif api == "messages" and kind in _NESTED_BLOCKS:
@@ -229,6 +237,15 @@ _NESTED_BLOCKS = {
     "search_result": frozenset({"source", "title", "content"}),
 }
 _SERVER_RESULTS = frozenset({"web_search_tool_result", "web_fetch_tool_result"})
+
+
+def _audio(value: Any, place: Place) -> None:
+    """Some servers decode as an image whatever is no audio to them."""
+    audio = expect_object(value, place)
+    check_keys(audio, frozenset({"data", "format"}), place)
+    if not is_audio(expect_text(audio.get("data"), (*place, "data"))):
+        message = "this is not base64 of WAV, MP3, Ogg, FLAC, MP4 or WebM audio"
+        raise Refused(400, "unknown_content", message, where=spell((*place, "data")))
 
 
 def _image_part(api: Api, part: dict[str, Any], place: Place, found: _Found) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import binascii
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from codefend.gateway.errors import Refused
@@ -17,13 +18,29 @@ _BESIDE = frozenset({"type", "cache_control", "citations", "annotations", "logpr
 _FREE = frozenset({"tools", "functions", "response_format", "text", "metadata", "tool_choice", "output_config"})
 _MEDIA_NAMES = (
     "image images image_url input_image image_file image_embeds video videos video_url input_video file input_file "
-    "file_id file_data multi_modal_data mm_data pixel_values prompt_embeds inline_data inlinedata"
+    "file_id file_data filedata multi_modal_data multimodal_data mm_data image_data video_data pixel_values "
+    "prompt_embeds inline_data inlinedata document_url"
 )
 _MEDIA_KEYS = frozenset(_MEDIA_NAMES.split())
 _MEDIA_TYPES = _MEDIA_KEYS | {"document", "computer_screenshot"}
 _MAGIC64 = ("iVBORw0KGgo", "/9j/", "R0lGODlh", "R0lGODdh", "UklGR", "SUkqA", "TU0AK")
 _DATA_URL = re.compile(r"data:[^,\s]*,", re.IGNORECASE)
 _LONG = 512  # characters: shorter base64 is no picture worth hiding
+_DEEPEST = 100  # lists and objects in one another; no API needs more than some twenty
+
+# "![alt](URL" and "<img src=URL". An alternative text ends at the next "![" and a tag at the next "<", and nothing is
+# given back (*+): linear in whatever text. Long texts are read in steps, between which the event loop can go on; one
+# image may be as long as they overlap.
+_WRITTEN = r"(?:!\[[^\]!]*+(?:!(?!\[)[^\]!]*+)*+\]\(\s*+<?|<img\b[^<>]*?\bsrc\s*+=[\s\"']*+)"
+_WRITTEN_DATA = re.compile(f"{_WRITTEN}data:", re.IGNORECASE)
+_WRITTEN_ANY = re.compile(f"{_WRITTEN}(?:data:|https?:)", re.IGNORECASE)
+_STEP, _OVERLAP = 1 << 18, 1 << 16
+
+# WAV, MP3, Ogg, FLAC, MP4 and WebM. The first bytes of MP4 are a length: more than 255 could begin a TGA picture.
+_AUDIO = re.compile(
+    rb"RIFF....WAVE|ID3|\xff[\xe0-\xff]|OggS|fLaC|\0\0\0.ftyp(?:M4[AB] |mp4[12]|iso[m2-9]|dash|3gp.)|\x1a\x45\xdf\xa3",
+    re.DOTALL,
+)
 
 
 def search_rest(value: Mapping[str, Any], understood: set[str], place: Place) -> None:
@@ -38,22 +55,81 @@ def search_rest(value: Mapping[str, Any], understood: set[str], place: Place) ->
 
 def search(value: Any, place: Place, *, free: bool = False) -> None:
     """Refuse anything that looks like an image in ``value``; with ``free`` its keys may be called anything."""
-    stack: list[tuple[Any, Place]] = [(value, place)]
-    while stack:
-        here, at = stack.pop()
-        if isinstance(here, str):
-            if _looks_like_image(here):
-                raise Refused(400, "unknown_content", "an image where none is expected", where=spell(at))
-        elif isinstance(here, list):
-            stack += [(inner, (*at, i)) for i, inner in enumerate(here) if isinstance(inner, (str, list, dict))]
-        elif isinstance(here, dict):
-            for key, inner in here.items():
-                typed = key == "type" and isinstance(inner, str) and inner in _MEDIA_TYPES
-                if not free and (typed or key.casefold() in _MEDIA_KEYS):
-                    what = inner if typed else key
-                    raise Refused(400, "unknown_content", f"{what!r} may hold an image here", where=spell((*at, key)))
-                if isinstance(inner, (str, list, dict)):
-                    stack.append((inner, (*at, key)))
+    if isinstance(value, str) and _looks_like_image(value):
+        raise _misplaced(place)
+    for at, here in _containers(value, place):
+        for step, inner in _items(here):
+            typed = step == "type" and isinstance(inner, str) and inner in _MEDIA_TYPES
+            if not free and (typed or (isinstance(step, str) and step.casefold() in _MEDIA_KEYS)):
+                what = inner if typed else step
+                raise Refused(400, "unknown_content", f"{what!r} may hold an image here", where=spell((*at, step)))
+            if isinstance(inner, str) and _looks_like_image(inner):
+                raise _misplaced((*at, step))
+
+
+def check_texts(value: Any, *, image_links: bool) -> None:
+    """Refuse images written into texts and keys as Markdown or HTML, which some servers turn into pictures.
+
+    With ``image_links`` those at http(s) addresses pass. Raises Refused (400) for what is nested too deeply, too.
+    """
+    pattern = _WRITTEN_DATA if image_links else _WRITTEN_ANY
+    if isinstance(value, str) and _found_in(value, pattern):
+        raise _written(())
+    for at, here in _containers(value, ()):
+        for step, inner in _items(here):
+            if (isinstance(inner, str) and _found_in(inner, pattern)) or (
+                isinstance(step, str) and _found_in(step, pattern)
+            ):
+                raise _written((*at, step))
+        if isinstance(here, list):  # servers join the texts of a message
+            texts = [part["text"] for part in here if isinstance(part, dict) and isinstance(part.get("text"), str)]
+            if len(texts) > 1 and _found_in("".join(texts), pattern):
+                raise _written(at)
+
+
+def _found_in(text: str, pattern: re.Pattern[str]) -> bool:
+    return any(pattern.search(text, start, start + _STEP + _OVERLAP) for start in range(0, len(text), _STEP))
+
+
+def _containers(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
+    """Every list and object in ``value``, itself included, one place at a time. Raises Refused for too deep nesting."""
+    waiting: list[Iterator[tuple[Place, Any]]] = [iter(((place, value),) if isinstance(value, (list, dict)) else ())]
+    while waiting:
+        found = next(waiting[-1], None)
+        if found is None:
+            waiting.pop()
+            continue
+        if len(found[0]) >= _DEEPEST:
+            raise Refused(400, "invalid_json", f"the body is nested too deeply: the limit is {_DEEPEST} levels")
+        yield found
+        waiting.append(_inner(*found))
+
+
+def _inner(place: Place, value: Any) -> Iterator[tuple[Place, Any]]:
+    for step, inner in _items(value):
+        if isinstance(inner, (list, dict)):
+            yield (*place, step), inner
+
+
+def _items(value: Any) -> Iterable[tuple[str | int, Any]]:
+    return enumerate(value) if isinstance(value, list) else value.items()
+
+
+def _misplaced(place: Place) -> Refused:
+    return Refused(400, "unknown_content", "an image where none is expected", where=spell(place))
+
+
+def _written(place: Place) -> Refused:
+    message = "Markdown and HTML images in texts are not passed on here; send an image as a part of its own"
+    return Refused(400, "unknown_content", message, where=spell(place))
+
+
+def is_audio(text: str) -> bool:
+    """Whether base64 begins as audio files do."""
+    try:
+        return _AUDIO.match(binascii.a2b_base64(text[:24], strict_mode=True)) is not None
+    except ValueError:
+        return False
 
 
 def _looks_like_image(text: str) -> bool:

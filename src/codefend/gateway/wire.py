@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 from codefend.gateway.errors import Api, Refused
@@ -52,8 +53,7 @@ def dump(body: Any) -> bytes:
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
+        ((repeated, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise Refused(400, "invalid_json", f"the key {repeated[:60]!r} appears twice in one object")
     return found
 
