@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from codefend import images
+from codefend.devices import default_device
 from codefend.runs import Run, make_generator, open_run, progress, read_config, write_atomic
 from codefend.types import Purifier, UserError
 
@@ -256,7 +257,8 @@ def _scores(
     if judge is None:
         return [None] * len(group)
     with torch.no_grad():
-        found: list[float] = judge(torch.stack([loaded.pixels for _, loaded in group]), results).tolist()
+        batch = torch.stack([loaded.pixels for _, loaded in group]).to(default_device())
+        found: list[float] = judge(batch, results.to(batch.device)).tolist()
     return found
 
 
@@ -286,7 +288,7 @@ def _purified(purifier: Purifier, group: Sequence[tuple[Job, images.LoadedImage]
     generator = make_generator(options.seed, "purify", *(job.name for job, _ in group))
     try:
         with torch.no_grad():
-            results = purifier(batch, generator=generator)
+            results = purifier(batch.to(default_device()), generator=generator).cpu()
     except (RuntimeError, MemoryError) as error:
         if "memory" not in str(error) and not isinstance(error, MemoryError):
             raise
