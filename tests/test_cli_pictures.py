@@ -124,11 +124,20 @@ def test_attack_with_a_target_sentence_and_through_a_defense(dark: Path, run: Ru
 
 
 @pytest.mark.usefixtures("toys")
+@pytest.mark.parametrize("options", [["square-text"], ["mf-tt", "--target", "so bright"]])
+def test_attacks_that_need_answers_only_work_on_a_black_box(dark: Path, run: Run, options: list[str]) -> None:
+    command = ("attack", dark, "--victim", "black", "--steps", 3, "-o", dark.parent / "adv.png", "--attack", *options)
+    assert run(*command) == (0, "clean:    something\nattacked: something\n", "")
+    assert float((images.load(dark.parent / "adv.png").pixels - images.load(dark).pixels).abs().max()) < 8.5 / 255
+
+
+@pytest.mark.usefixtures("toys")
 @pytest.mark.parametrize(
     ("options", "text"),
     [
         (["--attack", "apdg"], "did you mean 'apgd"),
         (["--attack", "apgd-targeted"], "needs --target"),
+        (["--attack", "mf-tt"], "needs --target"),
         (["--attack", "feature-target"], "needs --target-image"),
         (["--eps", "8"], "write it as 8/255"),
         (["--eps", "a"], "not a number"),
@@ -136,7 +145,7 @@ def test_attack_with_a_target_sentence_and_through_a_defense(dark: Path, run: Ru
         (["--question", "q", "--caption"], "not both"),
         (["-o", "adv.jpg"], "would lose the perturbation"),
         (["-o", "dark.png"], "exists already"),
-        (["--victim", "black"], "black box"),
+        (["--victim", "black"], "only answers text: use square-text"),
     ],
 )
 def test_attack_refuses_with_one_line(

@@ -237,6 +237,29 @@ def test_purifiers_of_a_table_keep_their_options_and_unknown_ones_leave_nothing(
     assert not (tmp_path / "y").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("tasks=questoins", "unknown task 'questoins'"),
+        ("surrogate=nobody", "unknown victim 'nobody'"),
+        ("purifiers=none,smooth+prompt=doubt", "names a prompt policy, too"),
+        ("unseen=apgd,pgd", "attack 'pgd' is named twice"),
+        ("joint=planted,planted", "attack 'planted' is named twice"),
+        ("attack.eps=nan", "not a finite number"),
+        ("attack.eps=0.03", "l-inf eps is counted in 1/255"),
+        ("attack.steps=0", "attack.steps must be 1 or more, not 0"),
+        ("attack.queries=0", "attack.queries must be 1 or more, not 0"),
+    ],
+)
+def test_mistakes_of_a_table_leave_nothing_behind(
+    run: Run, toys: dict[str, Any], tmp_path: Path, setting: str, message: str
+) -> None:
+    code, _, err = table(run, tmp_path / "run", "--set", setting)
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_table_at_t2_attacks_each_cell_through_its_own_defense(
     run: Run, toys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,17 +20,17 @@ from codefend.images import quantize8
 from codefend.prompt_search import optimize_prompt
 from codefend.prompt_search.bank import AttackConfig, Sources, attack_examples
 from codefend.prompt_search.config import SearchConfig
-from codefend.prompt_search.search import make_items
+from codefend.prompt_search.search import load_stock, make_items, proposer
 from codefend.prompts import load, load_any
 from codefend.prompts.folders import load_folder, save_folder
 from codefend.prompts.generator import GeneratorConfig, Judge, context, train_generator
 from codefend.prompts.gepa_search import GepaConfig
 from codefend.prompts.items import Item
 from codefend.prompts.soft import SoftConfig, SoftPolicy
-from codefend.runs import open_run, read_rows
+from codefend.runs import Run, open_run, read_rows
 from codefend.types import UserError
 from prompts_kit import BANK, HELP, Killed, Suggestible, black_box, picture, sources, tiny_writer
-from toys import task
+from toys import ToyVictim, task
 
 CONFIG = SearchConfig(
     victim="toy",
@@ -145,6 +146,13 @@ def test_a_victim_that_goes_down_leaves_what_it_answered(tmp_path: Path, monkeyp
         ({"batch": 0}, "batch must be 1 or more"),
         ({"bank": replace(BANK, held_out=("pgd",))}, "'pgd' is in bank.seen and in bank.held_out"),
         ({"bank": replace(BANK, seen=("pdg",))}, "did you mean 'pgd'"),
+        ({"bank": replace(BANK, seen=("pgd", "pgd"))}, "'pgd' is named twice"),
+        ({"bank": replace(BANK, attack=AttackConfig(eps=math.nan))}, "above 0 and finite, not nan"),
+        ({"bank": replace(BANK, attack=AttackConfig(eps=math.inf))}, "above 0 and finite, not inf"),
+        ({"bank": replace(BANK, attack=AttackConfig(eps=8 / 255))}, "write 8, not"),
+        ({"bank": replace(BANK, attack=AttackConfig(steps=0))}, "bank.attack.steps must be 1 or more, not 0"),
+        ({"bank": replace(BANK, attack=AttackConfig(cheap_steps=0))}, "bank.attack.cheap_steps"),
+        ({"bank": replace(BANK, attack=AttackConfig(queries=0))}, "bank.attack.queries"),
         ({"bank": replace(BANK, seen=("word-head",))}, "no space that vision tokens and words share"),
         ({"gepa": GepaConfig(components=("prefx",))}, "gepa.components"),
         ({"gepa": GepaConfig(proposer="someone")}, "operators, local, or an address"),
@@ -158,6 +166,33 @@ def test_a_victim_that_goes_down_leaves_what_it_answered(tmp_path: Path, monkeyp
 def test_settings_that_no_search_can_have(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         optimize_prompt(replace(CONFIG, **change), tmp_path, sources=sources())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bank": replace(BANK, tasks=("questoins",))}, "unknown task"),
+        ({"bank": replace(BANK, tasks=("captions",))}, "no split 'val'"),
+        ({"bank": replace(BANK, purifier="brigde")}, "unknown purifier"),
+        ({"bank": replace(BANK, purifier="jpeg+prompt=doubt")}, "names a prompt policy, too"),
+        ({"surrogate": "whiet"}, "unknown victim 'whiet'"),
+    ],
+)
+def test_names_are_looked_up_before_the_folder_is_made(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    def load_task(name: str, split: str, limit: int | None) -> Any:
+        if (name, split) == ("captions", "val"):
+            raise UserError("captions has no split 'val'")
+        return task(name, split, limit)
+
+    def victim(name: str) -> Any:
+        if name != "toy":
+            raise UserError(f"unknown victim {name!r}")
+        return Suggestible()
+
+    known = replace(sources(), task=load_task, victim=victim, purifier=Sources().purifier)
+    with pytest.raises(UserError, match=message):
+        optimize_prompt(replace(CONFIG, **change), tmp_path / "run", sources=known)
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
@@ -177,6 +212,40 @@ def test_the_bank_leaves_an_attack_with_a_bound_of_its_own_unclipped(family: str
     assert ATTACKS[family].build().outside(attacked, clean).tolist() == [0, 0, 0, 0]
 
 
+def test_a_picture_alone_in_its_batch_is_turned_towards_another_one() -> None:
+    victim, known = ToyVictim(), task("questions", "train", 9)
+    found = attack_examples("feature-target", victim, known, AttackConfig(cheap_steps=20))
+    attacked, clean = torch.stack(found.images), torch.stack([quantize8(e.image) for e in known.examples])
+    kept = torch.nn.functional.cosine_similarity(victim.features(attacked), victim.features(clean), dim=-1).mean(1)
+    assert kept[-1] < 0.9
+    assert kept.max() < 0.9
+    with pytest.raises(UserError, match="has one picture"):
+        attack_examples("feature-target", victim, task("questions", "train", 1), AttackConfig())
+
+
+def test_a_local_model_proposes_the_same_after_a_kill() -> None:
+    config = replace(CONFIG, gepa=GepaConfig(proposer="local"))
+    whole, resumed = proposer(config, sources()), proposer(config, sources())
+    said = [whole("prefix", "x", (), turn) for turn in (1, 2, 3)]
+    assert len(set(said)) == 3
+    assert resumed("prefix", "x", (), 3) == said[2]
+
+
+def test_a_policys_settings_are_written_after_what_it_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Run.write
+
+    def killed(run: Run, name: str, content: Any) -> Path:
+        if name == "policy/model.safetensors":
+            raise KeyboardInterrupt
+        return write(run, name, content)
+
+    monkeypatch.setattr(Run, "write", killed)
+    config = replace(CONFIG, method="soft", soft=SoftConfig(steps=4, check_every=2, lr=0.2))
+    with pytest.raises(KeyboardInterrupt):
+        optimize_prompt(config, tmp_path, sources=sources())
+    assert not (tmp_path / "policy" / "policy.json").exists()
+
+
 def test_attackers_plant_other_sentences_in_the_search_than_in_the_selection(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,7 +257,8 @@ def test_attackers_plant_other_sentences_in_the_search_than_in_the_selection(
     bank = replace(CONFIG.bank, seen=("planted",), held_out=("injection",), search_scenes=12, says=("one", "two"))
     known = sources()
     with open_run(tmp_path, {}) as run:
-        made = make_items(replace(CONFIG, bank=bank), run, known.victim(CONFIG.victim), known)
+        config = replace(CONFIG, bank=bank)
+        made = make_items(config, run, load_stock(config, known))
     searched, selected = (" ".join(i.prompt for i in items if i.group == "attacked") for items in made)
     target = known.task(bank.tasks[0], "val", 1).target
     assert "one" in searched.split()

@@ -102,6 +102,20 @@ def test_an_endpoint_is_asked_with_the_key_of_the_environment(monkeypatch: pytes
     assert "authorization" not in seen[1].headers
 
 
+def test_a_key_is_never_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "secret\r\n")  # as a file made on Windows gives it
+    complete, seen = endpoint({"choices": [{"message": {"content": "be careful."}}]})
+    assert Resilient(ModelProposer(complete), EditOperators())("prefix", "", [FAILURE], 1) == "be careful."
+    assert seen[0].headers["authorization"] == "Bearer secret"
+    for key in ("secret\rtwo", "secret\u2019"):
+        monkeypatch.setenv(KEY_VARIABLE, key)
+        for ask in (lambda: complete("x"), lambda: Endpoint("http://host", "m")):
+            with pytest.raises(UserError, match=f"{KEY_VARIABLE} holds characters that no key has") as caught:
+                ask()
+            assert "secret" not in str(caught.value)
+    assert "secret" not in "".join(capsys.readouterr())
+
+
 @pytest.mark.parametrize(
     ("answer", "status"),
     [({"error": "no"}, 200), ({"choices": []}, 200), ([], 200), ({}, 503), ({"choices": [{"message": {}}]}, 200)],

@@ -62,6 +62,38 @@ def test_write_atomic_keeps_the_old_file_when_the_writer_fails(tmp_path: Path) -
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.bin"]
 
 
+def test_two_writers_of_one_file_leave_what_the_last_wrote_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+
+    def interrupted(stream: Any) -> None:
+        stream.write(b"first ")
+        runs.write_atomic(path, b"second")
+        assert path.read_bytes() == b"second"
+        stream.write(b"to the end")
+
+    runs.write_atomic(path, interrupted)
+    assert path.read_bytes() == b"first to the end"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.bin"]
+
+
+def test_what_a_killed_writer_left_is_soon_reused(tmp_path: Path) -> None:
+    script = f"""
+import os, signal, sys; sys.path.insert(0, {SRC!r})
+from codefend.runs import write_atomic
+def half(stream):
+    stream.write(b"half of something long")
+    stream.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+write_atomic({str(tmp_path / "file.bin")!r}, half)
+"""
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", script]).returncode < 0
+    assert [entry.stat().st_size for entry in tmp_path.iterdir()] == [22]  # two killed, one left
+    runs.write_atomic(tmp_path / "file.bin", b"short")
+    assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [("file.bin", b"short")]
+    runs.write_atomic(tmp_path / ("\u5199" * 83 + ".bin"), b"x")  # 253 bytes, of 255 that a name may have
+
+
 def test_write_atomic_says_what_is_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
@@ -156,6 +188,45 @@ while True:
         found = run.rows()
     assert len(found) >= 6
     assert [row["key"] for row in found] == [str(i) for i in range(len(found))]
+
+
+def test_a_start_that_another_process_is_faster_than_writes_nothing(tmp_path: Path) -> None:
+    script = f"""
+import fcntl, os
+guard = os.open({str(tmp_path / ".lock")!r}, os.O_RDWR | os.O_CREAT)
+fcntl.lockf(guard, fcntl.LOCK_EX)
+print("held", flush=True)
+input()
+"""
+    child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdin
+    assert child.stdout
+    try:
+        assert child.stdout.readline() == "held\n"  # its config is still to come
+        with pytest.raises(UserError, match="another process"):
+            runs.open_run(tmp_path, {"n": 2})
+        assert [entry.name for entry in tmp_path.iterdir()] == [".lock"]
+    finally:
+        child.communicate("")
+    runs.open_run(tmp_path, {"n": 2}).close()
+    assert runs.read_config(tmp_path) == {"n": 2}
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_made_between_the_check_and_the_lock_is_not_mixed_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    lock = runs.Run._lock
+
+    def come_and_gone(run: runs.Run) -> None:
+        monkeypatch.setattr(runs.Run, "_lock", lock)
+        runs.open_run(tmp_path, {"n": 1 if resume else 2}).close()
+        lock(run)
+
+    monkeypatch.setattr(runs.Run, "_lock", come_and_gone)
+    with pytest.raises(UserError, match="n was 1, now 2" if resume else "already holds a run"):
+        runs.open_run(tmp_path, {"n": 2}, resume=resume)
+    assert runs.read_config(tmp_path) == {"n": 1 if resume else 2}
 
 
 # --- configs ---------------------------------------------------------------------------------------------------------

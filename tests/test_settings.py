@@ -119,3 +119,9 @@ def test_number_reads_fractions() -> None:
     assert number("0.5") == 0.5
     with pytest.raises(UserError, match="8/255"):
         number("8/two")
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "nan/255", "inf/255"])
+def test_what_is_not_finite_is_no_number(text: str) -> None:
+    with pytest.raises(UserError, match="not a finite number"):
+        override(Settings(), {"eps": text})

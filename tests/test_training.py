@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from codefend import pairs
+from codefend import pair_tables, pairs
 from codefend.nets import NetConfig, load_net
-from codefend.runs import load_checkpoint, read_rows
+from codefend.runs import load_checkpoint, open_run, read_rows, save_checkpoint
 from codefend.training import pocket, prior, train
 from codefend.training.prior import PriorConfig, crops
 from codefend.types import UserError
@@ -190,3 +190,52 @@ def test_a_bank_without_pairs_is_told(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="codefend pairs"):
         list(read_pairs(tmp_path))
+
+
+def bank_of(folder: Path, targets: list[str]) -> Path:
+    """Two pairs a shard, of noise."""
+    with open_run(folder, {"targets": targets}) as run:
+        for number, target in enumerate(targets):
+            sides = {side: torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8) for side in ("clean", "attacked")}
+            kind = "features" if number else "words"
+            save_checkpoint(folder / f"pairs-{number:05d}.safetensors", sides, {"kind": kind})
+            row = {"kind": kind, "target": target, "steps": 1, "pairs": [{"eps": 0.1, "fall": 0.1}] * 2}
+            run.append({"key": f"shard-{number}", **row})
+    return folder
+
+
+@pytest.mark.parametrize("without", [("lite2",), ("words",), ("words", "lite0"), ("mine",), ("lite1",)])
+def test_a_table_leaves_out_what_its_bank_does(tmp_path: Path, without: tuple[str, ...]) -> None:
+    pytest.importorskip("pyarrow")
+    bank = bank_of(tmp_path / "bank", ["mine", "lite0", "lite2", "lite2"])
+    table = pair_tables.write_table(bank, tmp_path / "table")
+    wanted, found = (list(pairs.read_pairs(place, without=without)) for place in (bank, table))
+    assert [kind for *_, kind in wanted] == [kind for *_, kind in found]
+    for first, second in zip(wanted, found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first[:2], second[:2], strict=True))
+    said = []
+    for place in (bank, table):
+        with pytest.raises(UserError, match="knows no 'liet2' to leave out") as caught:
+            list(pairs.read_pairs(place, without=("liet2",)))
+        said.append(str(caught.value).removeprefix(str(place)))
+    assert said[0] == said[1]
+
+
+def test_row_groups_that_others_made_are_sorted_pair_by_pair(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pair_tables.write_table(bank_of(tmp_path / "bank", ["lite0", "lite2"]), tmp_path / "table")
+    path = table / "train-00000.parquet"
+    parquet.write_table(parquet.read_table(path), path)  # all in one group
+    ((clean, _, kind),) = pairs.read_pairs(table, without=("lite0",))
+    assert (len(clean), kind) == (2, "features")
+
+
+def test_a_smaller_table_leaves_nothing_of_a_larger_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyarrow")
+    monkeypatch.setattr(pair_tables, "SHARDS", 1)
+    large, small = (bank_of(tmp_path / str(count), ["lite0"] * count) for count in (3, 1))
+    pair_tables.write_table(large, tmp_path / "table")
+    (tmp_path / "table" / "train-of-mine.parquet").write_bytes(b"")
+    pair_tables.write_table(small, tmp_path / "table")
+    found = sorted(path.name for path in (tmp_path / "table").iterdir())
+    assert found == ["train-00000.parquet", "train-of-mine.parquet"]

@@ -172,7 +172,9 @@ def attack(
 
 def _check_target(spec: AttackSpec, target: str, target_image: Path | None) -> None:
     """Raises UserError where the attack's goal has not been given."""
-    if spec.goal == "targeted" and not target:
+    from codefend.attacks import NEEDS_SENTENCE
+
+    if spec.goal in NEEDS_SENTENCE and not target:
         raise UserError(f"attack {spec.name!r} needs --target, the sentence to force")
     if spec.goal == "feature-target" and target_image is None:
         raise UserError(f"attack {spec.name!r} needs --target-image, the picture to imitate")
@@ -204,10 +206,7 @@ def _attacked(
     from codefend.attacks import objective_for
     from codefend.attacks.bounds import finished
     from codefend.runs import make_generator
-    from codefend.types import WhiteBox
 
-    if not isinstance(model.victim, WhiteBox):
-        raise UserError(f"{model.victim.name} is a black box: it gives no gradient and no loss to attack")
     objective = objective_for(spec, model, [prompt], [answer], target, pixels, towards)
     attack = spec.build()
     return finished(attack, attack(objective, pixels, budget, generator=make_generator(seed, "attack")), pixels, budget)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ TEXTS, NUMBERS = ("kind", "target"), ("eps", "fall")
 
 
 def write_table(bank: str | Path, folder: str | Path) -> Path:
-    """Write the bank that `pairs.make_pairs` made as Parquet into ``folder``.
+    """Write the bank that `pairs.make_pairs` made as Parquet into ``folder``, instead of one that was there.
 
     Raises UserError when pyarrow is missing, or the bank holds no pairs, or fewer than its rows say.
     """
@@ -36,12 +36,17 @@ def write_table(bank: str | Path, folder: str | Path) -> Path:
     if not paths or len(paths) != len(rows):
         raise UserError(f"{bank} holds {len(paths)} files of pairs, but {len(rows)} rows about them; make it whole")
     rows.sort(key=lambda row: int(str(row["key"]).rpartition("-")[2]))
+    written = set()
     for number, start in enumerate(range(0, len(paths), SHARDS)):
         stream, schema = io.BytesIO(), _schema(pyarrow)
         with parquet.ParquetWriter(stream, schema, compression="none") as writer:  # PNG is compressed already
             for path, row in zip(paths[start : start + SHARDS], rows[start : start + SHARDS], strict=True):
                 writer.write_table(pyarrow.Table.from_pylist(list(_records(path, row)), schema=schema))
-        write_atomic(Path(folder) / f"train-{number:05d}.parquet", stream.getvalue())
+        table = Path(folder) / f"train-{number:05d}.parquet"
+        write_atomic(table, stream.getvalue())
+        written.add(table)
+    for old in set(Path(folder).glob(f"train-{'[0-9]' * 5}.parquet")) - written:  # of a larger bank
+        old.unlink()
     return Path(folder)
 
 
@@ -71,15 +76,20 @@ def _schema(pyarrow: Any) -> Any:
 
 def groups(path: str | Path) -> list[int]:
     """How many pairs each row group holds. Raises UserError for a file that isn't Parquet with both pictures."""
+    meta = _opened(path).metadata
+    return [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
+
+
+def _opened(path: str | Path) -> Any:
     _, parquet = _library()
     try:
-        meta = parquet.ParquetFile(path)
-        names = set(meta.schema_arrow.names)
+        file = parquet.ParquetFile(path)
+        names = set(file.schema_arrow.names)
     except Exception as error:  # pyarrow raises its own and OSError
         raise UserError(f"{path} is no Parquet file: {str(error).splitlines()[0]}") from error
     if not {"clean", "attacked"} <= names:
         raise UserError(f"{path} has no columns clean and attacked, but {', '.join(sorted(names))}")
-    return [meta.metadata.row_group(i).num_rows for i in range(meta.num_row_groups)]
+    return file
 
 
 def read_group(path: str | Path, group: int) -> tuple[Tensor, Tensor, str]:
@@ -87,10 +97,25 @@ def read_group(path: str | Path, group: int) -> tuple[Tensor, Tensor, str]:
 
     Raises UserError when its pictures are not all of one size.
     """
-    _, parquet = _library()
-    file = parquet.ParquetFile(path)
-    wanted = [name for name in ("clean", "attacked", "kind") if name in file.schema_arrow.names]
-    rows = file.read_row_group(group, columns=wanted).to_pylist()
+    return _stacked(path, _rows(path, group))
+
+
+def read_table(path: str | Path, *, without: Sequence[str] = ()) -> Iterator[tuple[Tensor, Tensor, str]]:
+    """What ``read_group`` returns, of each row group, leaving out pairs whose kind or target ``without`` names."""
+    for group in range(len(groups(path))):
+        rows = [row for row in _rows(path, group) if not {row.get(key) for key in TEXTS} & set(without)]
+        if rows:
+            yield _stacked(path, rows)
+
+
+def _rows(path: str | Path, group: int) -> list[dict[str, Any]]:
+    file = _opened(path)
+    wanted = [name for name in ("clean", "attacked", *TEXTS) if name in file.schema_arrow.names]
+    rows: list[dict[str, Any]] = file.read_row_group(group, columns=wanted).to_pylist()
+    return rows
+
+
+def _stacked(path: str | Path, rows: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor, str]:
     sides = [[_pixels(row[side]["bytes"]) for row in rows] for side in ("clean", "attacked")]
     if len({picture.shape for side in sides for picture in side}) > 1:
         raise UserError(f"{path}: pictures of several sizes in one row group; training needs one size")
@@ -102,10 +127,9 @@ def described(folder: str | Path) -> list[tuple[str, str, int | None, float]]:
 
     "", None and nan where a table, made elsewhere, lacks them.
     """
-    _, parquet = _library()
     found: list[tuple[str, str, int | None, float]] = []
     for path in sorted(Path(folder).glob("*.parquet")):
-        file = parquet.ParquetFile(path)
+        file = _opened(path)
         wanted = [name for name in ("kind", "target", "steps", "eps") if name in file.schema_arrow.names]
         rows = file.read(columns=wanted).to_pylist() if wanted else [{}] * file.metadata.num_rows
         found += [(r.get("kind", ""), r.get("target", ""), r.get("steps"), r.get("eps", float("nan"))) for r in rows]

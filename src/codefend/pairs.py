@@ -236,26 +236,33 @@ def _bytes(images: Tensor) -> Tensor:
 def read_pairs(folder: str | Path, *, without: Sequence[str] = ()) -> Iterator[tuple[Tensor, Tensor, str]]:
     """Yield ``(clean, attacked, kind)`` of each shard, 8-bit ``[n, 3, H, W]``, leaving out what ``without`` names.
 
-    It may name kinds and, of banks that `codefend pairs` made, targets: the attacked networks, such as "lite2". Raises
-    UserError when there are no shards, or for a name that is no kind and no target of this bank.
+    It may name kinds and targets, the attacked networks, such as "lite2"; of Parquet made elsewhere as far as it says
+    them. Raises UserError when there are no shards, or for a name that is no kind and no target of this bank.
     """
     paths, tables = (sorted(Path(folder).glob(name)) for name in ("pairs-*.safetensors", "*.parquet"))
     if not paths and tables:
         from codefend import pair_tables
 
-        groups = (pair_tables.read_group(table, n) for table in tables for n in range(len(pair_tables.groups(table))))
-        yield from (group for group in groups if group[2] not in without)
+        if without:
+            _check_known(folder, without, {name for made in pair_tables.described(folder) for name in made[:2] if name})
+        for table in tables:
+            yield from pair_tables.read_table(table, without=without)
         return
     if not paths:
         raise UserError(f"{folder} holds no pairs; make some with `codefend pairs --run {folder}`")
     targets = {row["key"]: row["target"] for row in read_rows(folder)} if without else {}
-    unknown = set(without) - {*KINDS, *NAMES, *targets.values()}  # an encoder that this bank never attacked is no slip
-    if unknown:
-        known = ", ".join([*KINDS, *sorted({*NAMES, *targets.values()})])
-        raise UserError(f"{folder} knows no {sorted(unknown)[0]!r} to leave out; known: {known}")
+    _check_known(folder, without, set(targets.values()))
     for path in paths:
         if without and targets.get(f"shard-{int(path.stem.removeprefix('pairs-'))}") in without:
             continue
         tensors, state = load_checkpoint(path)
         if state["kind"] not in without:
             yield tensors["clean"], tensors["attacked"], str(state["kind"])
+
+
+def _check_known(folder: str | Path, without: Sequence[str], said: set[str]) -> None:
+    """``said``: the kinds and targets that the bank itself names."""
+    known = [*KINDS, *sorted({*NAMES, *said} - set(KINDS))]  # an encoder that this bank never attacked is no slip
+    unknown = set(without) - set(known)
+    if unknown:
+        raise UserError(f"{folder} knows no {sorted(unknown)[0]!r} to leave out; known: {', '.join(known)}")

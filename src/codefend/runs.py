@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -42,23 +43,65 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[IO[bytes]], 
     Raises UserError when the place cannot be written (no permission, disk full, a folder of that name).
     """
     path = Path(path)
-    part = path.with_name(f".{path.name[:200]}.part")  # one fixed name: a killed run leaves at most one, soon reused
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as stream:
+        part, stream = _open_part(path)
+        try:
             if callable(content):
                 content(stream)
             else:
                 stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
-        part.replace(path)
-    except BaseException as error:
-        with suppress(OSError):
-            part.unlink()
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-        raise
+            _let_go(stream)
+            part.replace(path)
+        except BaseException:
+            _let_go(stream)
+            with suppress(OSError):
+                part.unlink()
+            raise
+        finally:
+            stream.close()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _open_part(path: Path) -> tuple[Path, IO[bytes]]:
+    """An empty hidden neighbour that no other writer has, held until it is closed.
+
+    Its name is fixed, so what a killed process left is soon reused; while another writes there, it is the thread's own.
+    """
+    part = path.with_name(f".{path.name[:60]}.part")  # at most 240 bytes and what is added: a name may have 255
+    stream = _hold(part)
+    if stream is not None:
+        return part, stream
+    own = part.with_suffix(f".{threading.get_native_id()}.part")
+    return own, own.open("wb")
+
+
+def _hold(part: Path) -> IO[bytes] | None:
+    """The file, emptied and locked; None where another writer has it, or it cannot be had."""
+    if sys.platform == "win32":  # no such lock there
+        return None
+    try:
+        stream = os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT, 0o666), "wb")
+    except OSError:
+        return None
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(stream.fileno()), part.stat()):  # else its writer has just put it in place
+            stream.truncate(0)
+            return stream
+    except OSError:
+        pass
+    stream.close()
+    return None
+
+
+def _let_go(stream: IO[bytes]) -> None:
+    """Windows renames and removes no open file. Elsewhere it stays locked until it has its name."""
+    if sys.platform == "win32":
+        stream.close()
 
 
 def plain(value: Any) -> Any:
@@ -88,13 +131,15 @@ def plain(value: Any) -> Any:
 class Run:
     """An open run folder. Make one with ``open_run``; it is held against other processes until closed or dropped."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], *, resume: bool = True) -> None:
         self.dir, self.config = folder, dict(config)
         self._path = folder / "rows.jsonl"
         self._guard = self._fd = -1
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             self._guard = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
             self._lock()
+            self._settle(resume)
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             self._keys = self._repair()
         except BaseException:
@@ -163,6 +208,13 @@ class Run:
         except OSError as error:
             raise UserError(f"another process is working in {self.dir}; wait for it or use another folder") from error
 
+    def _settle(self, resume: bool) -> None:
+        """Write a new run's config; checked under the lock, since another process may just have made the folder its."""
+        check_run(self.dir, self.config, resume=resume)
+        saved = self.dir / "config.json"
+        if not saved.exists():
+            write_atomic(saved, json.dumps(self.config, indent=2, ensure_ascii=False) + "\n")
+
     def _repair(self) -> set[Any]:
         """Cut off the line that a kill tore; return the keys of the rows that stay."""
         data = self._path.read_bytes()
@@ -205,12 +257,9 @@ def open_run(folder: str | Path, config: Any, *, resume: bool = True) -> Run:
     while ``resume`` is false, or cannot be used.
     """
     check_run(folder, config, resume=resume)
-    folder, wanted = Path(folder), plain(config)
-    saved = folder / "config.json"
-    if not saved.exists():
-        write_atomic(saved, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
+    folder = Path(folder)
     try:
-        run = Run(folder, wanted)
+        run = Run(folder, plain(config), resume=resume)
     except OSError as error:
         raise UserError(f"cannot use {folder}: {error.strerror or error}") from error
     _note_environment(folder / "environment.jsonl")

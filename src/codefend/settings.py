@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -26,12 +27,15 @@ def parse_settings(items: Sequence[str]) -> dict[str, str]:
 
 
 def number(text: str) -> float:
-    """Read ``0.03`` or ``8/255``. Raises UserError when it is neither."""
+    """Read ``0.03`` or ``8/255``. Raises UserError when it is neither, or not finite."""
     top, slash, bottom = text.partition("/")
     try:
-        return float(top) / float(bottom) if slash else float(top)
+        value = float(top) / float(bottom) if slash else float(top)
     except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"{text!r} is not a number; write it as 0.03 or 8/255") from error
+    if not math.isfinite(value):
+        raise UserError(f"{text!r} is not a finite number; write it as 0.03 or 8/255")
+    return value
 
 
 def recorded(config: Any, *, later: str) -> dict[str, object]:

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from codefend.attacks.norms import uniform
 from codefend.attacks.search import OnGradient, OnStep, Watched, score
 from codefend.edits import Edit, Menu, lookalikes, rewordings, rewrite, typos
-from codefend.types import Budget, Objective
+from codefend.types import Budget, Objective, UserError
 
 Asked = Callable[[Sequence[str]], Objective]  # one prompt per image -> objective of the images
 
@@ -98,6 +98,10 @@ class _Edits:
     on_step: OnStep | None = None
     on_gradient: OnGradient | None = None
     joint: ClassVar[str] = ""  # between units: characters, unless they are words
+
+    def __post_init__(self) -> None:
+        if self.edits < 1:
+            raise UserError(f"edits of attack {self.name!r} must be 1 or more, not {self.edits}")
 
     @staticmethod
     def menu(units: Sequence[str]) -> list[Edit]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -181,10 +182,7 @@ def check(config: EvalConfig) -> None:
         if getattr(config, name) < 1:
             raise UserError(f"{name} must be 1 or more, not {getattr(config, name)}")
     for eps in config.eps:
-        if eps <= 0:
-            raise UserError(f"eps must be above 0, not {eps:g}; the clean images are always judged")
-        if config.norm == "linf" and eps < 0.1:
-            raise UserError(f"l-inf eps is counted in 1/255: write {eps * 255:g}, not {eps:g}")
+        check_radius(eps, config.norm)
     stray = set(config.adaptive) - set(config.defenses)
     if stray:
         raise UserError(f"adaptive names {sorted(stray)[0]!r}, which is not among the defenses")
@@ -195,6 +193,14 @@ def check(config: EvalConfig) -> None:
     unknown = set(config.seen) - set(config.attacks)
     if unknown:
         raise UserError(f"seen names {sorted(unknown)[0]!r}, which is not among the attacks")
+
+
+def check_radius(eps: float, norm: Literal["linf", "l2"] = "linf") -> None:
+    """Raise UserError for a radius, l-inf in 1/255 and l2 in pixel units, that no attack can have."""
+    if not 0 < eps < math.inf:
+        raise UserError(f"eps must be above 0 and finite, not {eps:g}; the clean images are always judged")
+    if norm == "linf" and eps < 0.1:
+        raise UserError(f"l-inf eps is counted in 1/255: write {eps * 255:g}, not {eps:g}")
 
 
 def rejoin(items: Sequence[str]) -> tuple[str, ...]:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from codefend.attacks import ATTACKS, TEXT_ATTACKS, asked_for, objective_for
 from codefend.attacks.bounds import finished
 from codefend.attacks.norms import quantize_in_budget
 from codefend.defense import DefendedVictim, Defense, StraightThrough
-from codefend.evaluate.config import DefenseChoice
+from codefend.evaluate.config import DefenseChoice, check_radius
 from codefend.images import quantize8
 from codefend.prompts.asking import Policy
 from codefend.prompts.folders import language_model
@@ -26,7 +27,7 @@ from codefend.prompts.items import Item, benign
 from codefend.prompts.writer import Writer
 from codefend.registry import lookup
 from codefend.runs import load_checkpoint, make_generator, save_checkpoint
-from codefend.types import Budget, Example, Objective, Purifier, Task, UserError, Victim, WhiteBox
+from codefend.types import Budget, Example, Purifier, Task, UserError, Victim, WhiteBox
 
 BARE = "none"
 BATCH = 8
@@ -55,6 +56,8 @@ def _purifier(label: str) -> Purifier:
     from codefend.purifiers import load
 
     choice = DefenseChoice.parse(label)
+    if choice.prompt:
+        raise UserError(f"{label!r} names a prompt policy, too: here purifiers stand alone, and policies beside them")
     return load(choice.name, **choice.options)
 
 
@@ -105,10 +108,20 @@ class Attacked(NamedTuple):
 
 
 def check_families(families: Sequence[str]) -> None:
-    """Raise UserError for a family that is no attack."""
-    for name in families:
+    """Raise UserError for a family that is no attack, or is named twice: its items would be counted twice."""
+    for number, name in enumerate(families):
+        if name in families[:number]:
+            raise UserError(f"attack {name!r} is named twice; it can stand in one place")
         if name not in TEXT_ATTACKS:
             lookup("attack", name, {**ATTACKS, **TEXT_ATTACKS})
+
+
+def check_attack(config: AttackConfig, name: str) -> None:
+    """Raise UserError for a radius or a number of looks that no attack can have; ``name`` is the config's."""
+    check_radius(config.eps)
+    for field_name in ("steps", "cheap_steps", "queries"):
+        if getattr(config, field_name) < 1:
+            raise UserError(f"{name}.{field_name} must be 1 or more, not {getattr(config, field_name)}")
 
 
 def batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
@@ -128,7 +141,7 @@ def attack_examples(
 ) -> Attacked:
     """All examples of ``task`` under one family of attacks; targeted ones want ``says`` in turn, or the task's target.
 
-    Raises UserError for a gradient that ``victim`` lacks.
+    Raises UserError for a gradient that ``victim`` lacks, or a goal that needs another picture where there is none.
     """
     images: list[Tensor] = []
     prompts: list[str] = []
@@ -148,7 +161,9 @@ def attack_examples(
             images += quantize8(raw) if free else quantize_in_budget(raw, clean, budget)
         else:
             attack = ATTACKS[family].build()
-            raw = attack(_objective(family, victim, part, clean, target), clean, budget, generator=generator)
+            others = _others(task, len(prompts), clean) if ATTACKS[family].goal == "feature-target" else None
+            objective = objective_for(ATTACKS[family], victim, asked, _answers(part), target, clean, others)
+            raw = attack(objective, clean, budget, generator=generator)
             images += finished(attack, raw.detach(), clean, budget)
         prompts += asked
     return Attacked(images, prompts)
@@ -158,10 +173,18 @@ def _cheap(family: str) -> bool:
     return family in ATTACKS and ATTACKS[family].goal.startswith("feature")
 
 
-def _objective(family: str, victim: Victim, part: Sequence[Example], clean: Tensor, target: str) -> Objective:
-    others = clean.roll(len(clean) // 2 or 1, 0)
-    prompts = [e.prompt for e in part]
-    return objective_for(ATTACKS[family], victim, prompts, _answers(part), target, clean, others)
+def _others(task: Task, first: int, clean: Tensor) -> Tensor:
+    """For each of the pictures from the task's ``first`` on another one, half the batch away.
+
+    A picture alone in its batch gets the one half the task away, at its size.
+    """
+    if len(clean) > 1:
+        return clean.roll(len(clean) // 2, 0)
+    count = len(task.examples)
+    if count < 2:
+        raise UserError(f"task {task.name!r} has one picture, and the attack needs another to imitate: take more")
+    other = task.examples[(first + count // 2) % count].image
+    return F.interpolate(quantize8(other)[None], clean.shape[-2:])
 
 
 def _answers(examples: Sequence[Example]) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from codefend import prompts
-from codefend.prompt_search.bank import BankConfig, check_families
+from codefend.prompt_search.bank import BankConfig, check_attack, check_families
 from codefend.prompts.generator import GeneratorConfig
 from codefend.prompts.gepa_search import GepaConfig
 from codefend.prompts.proposers import Endpoint
@@ -43,6 +43,7 @@ def check(config: SearchConfig) -> None:
     if both:
         raise UserError(f"{sorted(both)[0]!r} is in bank.seen and in bank.held_out; selection needs other attacks")
     check_families((*bank.seen, *bank.held_out))
+    check_attack(bank.attack, "bank.attack")
     if config.method == "gepa":
         _check_gepa(config)
     if config.method == "soft" and config.soft.tokens > MAX_TOKENS:

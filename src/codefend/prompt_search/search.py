@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from codefend import prompts
 from codefend.prompt_search.bank import BARE, Kitchen, Sources, white_box
@@ -17,10 +17,10 @@ from codefend.prompts.generator import train_generator
 from codefend.prompts.gepa_search import search
 from codefend.prompts.items import Item, Score, choose, pareto
 from codefend.prompts.operators import EditOperators
-from codefend.prompts.proposers import Endpoint, ModelProposer, Proposer, Resilient
+from codefend.prompts.proposers import Endpoint, ModelProposer, Proposer, Resilient, WriterProposer
 from codefend.prompts.soft import open_weight, train_soft
-from codefend.runs import Run, check_run, make_generator, open_run, plain, progress
-from codefend.types import Victim
+from codefend.runs import Run, check_run, open_run, plain, progress
+from codefend.types import Purifier, Task, Victim
 
 HAND_WRITTEN = "adashield-static"
 
@@ -34,6 +34,16 @@ class Outcome:
     score: Score
     baseline: Score
     helps: bool
+
+
+class Stock(NamedTuple):
+    """What a search needs by name, loaded before its run folder exists."""
+
+    victim: Victim
+    attacked: Victim  # whose gradients make the attacked pictures
+    purifier: Purifier | None
+    search: list[Task]
+    selection: list[Task]
 
 
 class Candidates:
@@ -77,12 +87,10 @@ def run_search(config: SearchConfig, folder: Path, sources: Sources | None = Non
     described = {"optimize": "prompt", **plain(config)}
     check_run(folder, described)
     sources = sources or Sources()
-    victim = sources.victim(config.victim)
-    if config.method == "soft":
-        open_weight(victim)  # fails now, not after the attacks
-    with open_run(folder, described) as run:
-        search_items, selection = make_items(config, run, victim, sources)
-        asker = Asker(victim, run, batch=config.batch)
+    stock = load_stock(config, sources)
+    with open_run(folder, described) as run:  # a misspelt name has left nothing behind
+        search_items, selection = make_items(config, run, stock)
+        asker = Asker(stock.victim, run, batch=config.batch)
         found = Candidates(run, asker, selection)
         with progress("baselines", 2 * len(selection)) as advance:
             asker.watch = advance
@@ -93,24 +101,34 @@ def run_search(config: SearchConfig, folder: Path, sources: Sources | None = Non
         return conclude(config, run, found, baseline)
 
 
-def make_items(config: SearchConfig, run: Run, victim: Victim, sources: Sources) -> tuple[list[Item], list[Item]]:
+def load_stock(config: SearchConfig, sources: Sources) -> Stock:
+    """Everything that has a name, the cheap things first. Raises UserError for what no search can have."""
+    bank = config.bank
+    search_tasks = [sources.task(name, "train", bank.search_scenes) for name in bank.tasks]
+    selection = [sources.task(name, "val", bank.selection_scenes) for name in bank.tasks]
+    purifier = None if bank.purifier == BARE else sources.purifier(bank.purifier)
+    victim = sources.victim(config.victim)
+    if config.method == "soft":
+        open_weight(victim)  # fails now, not after the attacks
+    return Stock(victim, white_box(victim, config.surrogate, sources), purifier, search_tasks, selection)
+
+
+def make_items(config: SearchConfig, run: Run, stock: Stock) -> tuple[list[Item], list[Item]]:
     """The items of search (as asked, with unpurified ones) and of selection, attacked now or in an earlier sitting."""
     bank = config.bank
-    purifier = None if bank.purifier == BARE else sources.purifier(bank.purifier)
-    attacked = white_box(victim, config.surrogate, sources)
-    behind = {bank.purifier: purifier}
+    behind = {bank.purifier: stock.purifier}
     kitchens = {"search": behind | ({BARE: None} if bank.unpurified else {}), "selection": behind}
-    plans: dict[str, tuple[str, int, Sequence[str], Sequence[str]]] = {
-        "search": ("train", bank.search_scenes, bank.seen, bank.says),
-        "selection": ("val", bank.selection_scenes, bank.held_out, ()),
+    plans: dict[str, tuple[list[Task], Sequence[str], Sequence[str]]] = {
+        "search": (stock.search, bank.seen, bank.says),
+        "selection": (stock.selection, bank.held_out, ()),
     }
     made: dict[str, list[Item]] = {}
     with progress("examples", len(plans) * len(bank.tasks)) as advance:
-        for part, (split, limit, families, says) in plans.items():
-            kitchen = Kitchen(attacked, kitchens[part], run.dir / "bank", bank.attack, says=says)
+        for part, (tasks, families, says) in plans.items():
+            kitchen = Kitchen(stock.attacked, kitchens[part], run.dir / "bank", bank.attack, says=says)
             made[part] = []
-            for name in bank.tasks:
-                made[part] += kitchen.items(part, sources.task(name, split, limit), families)
+            for task in tasks:
+                made[part] += kitchen.items(part, task, families)
                 advance()
     return made["search"], made["selection"]
 
@@ -137,8 +155,7 @@ def proposer(config: SearchConfig, sources: Sources) -> Proposer:
     if config.gepa.proposer == "operators":
         return spare
     if config.gepa.proposer == "local":
-        writer, noise = sources.writer(), make_generator(config.seed, "proposals")
-        return Resilient(ModelProposer(lambda text: writer.complete(text, generator=noise), "local"), spare)
+        return Resilient(WriterProposer(sources.writer(), config.seed), spare)
     return Resilient(ModelProposer(Endpoint(config.gepa.proposer, config.gepa.model), "endpoint"), spare)
 
 
@@ -184,7 +201,7 @@ def conclude(config: SearchConfig, run: Run, found: Candidates, baseline: Score)
     source, name = found.folder(key), found.scored[key][0]
     settings = json.loads((source / "policy.json").read_text(encoding="utf-8"))
     run.write("policy/README.md", card(config, settings, score, baseline, chosen is not None, found.front()))
-    for path in sorted(source.iterdir(), reverse=True):  # policy.json last: a folder that has one is whole
+    for path in sorted(source.iterdir(), key=lambda path: path.name == "policy.json"):  # last: then the folder is whole
         if not path.name.startswith("."):
             run.write(f"policy/{path.name}", path.read_bytes())
     outcome = Outcome(run.dir / "policy", name, score, baseline, chosen is not None)

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from codefend import prompts
 from codefend.evaluate.config import rejoin
-from codefend.prompt_search.bank import BARE, AttackConfig, Kitchen, Sources, check_families, white_box
+from codefend.prompt_search.bank import BARE, AttackConfig, Kitchen, Sources, check_attack, check_families, white_box
 from codefend.prompts.asking import Asker, Policy, prompted
 from codefend.prompts.items import Item, is_refusal
 from codefend.runs import Row, Run, check_run, open_run, plain, progress
 from codefend.tasks.metrics import Interval, bootstrap_interval
-from codefend.types import Purifier, UserError, Victim
+from codefend.types import Purifier, Task, UserError, Victim
 
 TIMED = 6  # items whose answers are timed one by one, per policy
 
@@ -63,21 +63,25 @@ Scores = dict[tuple[str, str, str, str], Tensor]  # (purifier, prompt, task, gro
 def make_table(config: TableConfig, folder: Path, *, sources: Sources | None = None) -> Row:
     """Fill ``folder`` with answers and return the table, written as ``table.json`` too; the same call resumes.
 
-    Raises UserError for unknown names, for lists without "none", or a folder made with another config.
+    Raises UserError for unknown names, for lists without "none", for a family named twice, or a folder made with
+    another config.
     """
     for name in ("purifiers", "prompts"):
         if BARE not in getattr(config, name):
             raise UserError(f"{name} must hold 'none': the others are compared with it")
     check_families((*config.seen, *config.unseen, *config.joint))
+    check_attack(config.attack, "attack")
     sources = sources or Sources()
     policies = {name: prompts.load_any(name) for name in config.prompts}
     frozen = {name: policy.key for name, policy in policies.items()}
     described = {"table": "prompts", **plain(config), "frozen": frozen}
     check_run(folder, described)
-    victim = sources.victim(config.victim)
+    tasks = [sources.task(name, config.split, config.scenes) for name in config.tasks]
     purifiers = {name: None if name == BARE else sources.purifier(name) for name in config.purifiers}
+    victim = sources.victim(config.victim)
+    attacked = white_box(victim, config.surrogate, sources)
     with open_run(folder, described) as run:  # a misspelt name has left nothing behind
-        items = _items(config, run, victim, purifiers, sources, policies)
+        items = _items(config, run, attacked, tasks, purifiers, policies)
         asker = Asker(victim, run, batch=config.batch)
         with progress("answers", sum(map(len, items.values()))) as advance:
             asker.watch = advance
@@ -91,15 +95,13 @@ def make_table(config: TableConfig, folder: Path, *, sources: Sources | None = N
 def _items(
     config: TableConfig,
     run: Run,
-    victim: Victim,
+    attacked: Victim,
+    tasks: Sequence[Task],
     purifiers: dict[str, Purifier | None],
-    sources: Sources,
     policies: Mapping[str, Policy],
 ) -> dict[str, list[Item]]:
     """What each policy is asked: at T0 the same for all."""
-    attacked = white_box(victim, config.surrogate, sources)
     families = [*config.seen, *config.unseen, *config.joint]
-    tasks = [sources.task(name, config.split, config.scenes) for name in config.tasks]
     seen = policies if config.threat == "T2" else {"": None}
     made: dict[str, list[Item]] = {name: [] for name in seen}
     with progress("examples", len(tasks) * len(seen)) as advance:

@@ -9,9 +9,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from codefend.runs import make_generator
 from codefend.types import UserError
+
+if TYPE_CHECKING:
+    from codefend.prompts.writer import Writer
 
 MAX_PROPOSAL = 600  # characters; every request pays for a prompt, and a longer one is a model running on
 PATIENCE = 3  # failures in a row before a proposer is given up
@@ -61,6 +65,20 @@ class ModelProposer:
         return clean_proposal(self.complete(request(component, text, failures)))
 
 
+class WriterProposer:
+    """Ask the small model here. Each turn has its own noise, so that a killed run goes on with the same proposals."""
+
+    name = "local"
+
+    def __init__(self, writer: Writer, seed: int = 0) -> None:
+        self.writer, self.seed = writer, seed
+
+    def __call__(self, component: str, text: str, failures: Sequence[Failure], turn: int) -> str:
+        """Raises BadProposal for an unusable text."""
+        noise = make_generator(self.seed, "proposals", turn)
+        return clean_proposal(self.writer.complete(request(component, text, failures), generator=noise))
+
+
 def request(component: str, text: str, failures: Sequence[Failure]) -> str:
     """What a model is asked; short, for small models."""
     lines = [
@@ -85,13 +103,14 @@ class Endpoint:
             raise UserError(f"the proposer's address must start with http:// or https://, not {url!r}")
         if not model:
             raise UserError("an endpoint needs the name of a model: --set gepa.model=NAME")
+        _key()  # told now, not by every request
         self.url, self.model, self.timeout, self.transport = url.rstrip("/"), model, timeout, transport
 
     def __call__(self, prompt: str) -> str:
         """The model's words. Raises BadProposal for a failed request or an answer of another shape."""
         import httpx2
 
-        key = os.environ.get(KEY_VARIABLE)
+        key = _key()
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
@@ -106,6 +125,14 @@ class Endpoint:
                 return str(answer.json()["choices"][0]["message"]["content"] or "")
         except (httpx2.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
             raise BadProposal(f"the endpoint failed: {error}") from error
+
+
+def _key() -> str:
+    """The endpoint's key, "" for none. Raises UserError for one that no header can carry, without saying it."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()  # a file's line end is no part of it
+    if not (key.isascii() and key.isprintable()):  # the client's own complaint would quote it
+        raise UserError(f"{KEY_VARIABLE} holds characters that no key has; copy it again")
+    return key
 
 
 class Resilient:
