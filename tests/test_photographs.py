@@ -174,7 +174,11 @@ def test_a_gate_shows_in_what_is_unchanged_and_flagged(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wrong: list[tuple[dict[str, object], str]] = [({"encoders": ("vit",)}, "known: lite0"), ({"side": 50}, "of 32")]
+    wrong: list[tuple[dict[str, object], str]] = [
+        ({"encoders": ("vit",)}, "known: lite0"),
+        ({"side": 50}, "of 32"),
+        ({"eps": 0.0}, "eps"),
+    ]
     wrong.append(({"eot": 0}, "at least 1"))
     wrong += [({"adaptive": (label,)}, "is none of them") for label in ("none", "blur")]
     wrong += [({"encoders": (label,)}, "after the @") for label in ("lite1@", "lite1@100", "lite0@0", "lite0@wide")]

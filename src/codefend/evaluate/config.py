@@ -236,6 +236,6 @@ def _literal(text: str) -> Any:
 
 
 def _whole(text: str, what: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise UserError(f"{what} must be a whole number of 1 or more, not {text!r}")
     return int(text)

@@ -29,7 +29,7 @@ from codefend.attacks.objectives import features_away
 from codefend.defense import DefendedVictim, Defense
 from codefend.devices import default_device
 from codefend.diffusion import noise_like
-from codefend.evaluate.config import DefenseChoice, rejoin
+from codefend.evaluate.config import DefenseChoice, check_radius, rejoin
 from codefend.evaluate.frozen import check_unchanged, fingerprints
 from codefend.images import quantize8
 from codefend.pairs import Tower
@@ -75,6 +75,7 @@ class PhotographsConfig:
             raise UserError(f"unknown encoder {unknown[0] if unknown else ''!r}; known: {', '.join(NAMES)}")
         for label in self.encoders:
             _shown_side(label, self.side)
+        check_radius(self.eps)
         if self.eot < 1:
             raise UserError(f"eot is at least 1, got {self.eot}")
         if self.side % 32 or self.side < 32:
