@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The bridge without noise as it ships, by its model card: seven trainings from the bridge's second on, the last with a
-# wider network, then the detection score. Needs bridge.sh; PHOTOGRAPHS as in pairs.sh.
+# The bridge without noise as it ships, by its model card: eight trainings from the bridge's second on, the last but
+# one in a wider network, the last through other sizes, then the detection score. Needs bridge.sh; PHOTOGRAPHS as in pairs.sh.
 source "$(dirname "$0")/common.sh"
 
 bridge="$RUNS/bridge-detail"
@@ -18,8 +18,11 @@ h="$RUNS/pairs-h"
 long=(noise_free=1 at_one=1 clean=0.19 mined=0 w_identity=16 w_direction=0.3 lr=8e-4 warmup=30 save_every=100)
 training bridge "$bridge-7" "$bridge-6/weights" "$h,$h,$RUNS/pairs-g" "${long[@]}" steps=2400 seed=21 w_features=3 w_words=0.5
 training bridge "$bridge-8" "$bridge-7/weights" "$h,$h,$RUNS/pairs-g" "${long[@]}" steps=1900 seed=22 w_features=4 w_words=0.6
-training bridge "$bridge" "$bridge-8/weights" "$h,$h,$RUNS/pairs-g" "${long[@]}" steps=4200 seed=23 w_features=5 w_words=0.6 \
+training bridge "$bridge-9" "$bridge-8/weights" "$h,$h,$RUNS/pairs-g" "${long[@]}" steps=4200 seed=23 w_features=5 w_words=0.6 \
   warmup=50 channels=32,64,128,256 jpeg=0.35
+i="$RUNS/pairs-i" j="$RUNS/pairs-j"
+training bridge "$bridge" "$bridge-9/weights" "$i,$i,$j,$j,$h,$RUNS/pairs-g" "${long[@]}" steps=2000 seed=24 w_features=5 w_words=0.6 \
+  lr=6e-4 warmup=50 jpeg=0.35 views=0.4
 settings "pairs=$RUNS/pairs-held-out" "photographs=${PHOTOGRAPHS:-}"
 stage codefend calibrate "$bridge/weights" "${options[@]}"
 echo "done: $bridge/weights"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The bridge without noise in a network five times as large, by its model card: one training from bridge-detail's weights, on
+# The bridge without noise in a network five times as large, by its model card: one training from bridge-detail's last but one, on
 # pairs of which many were attacked through another view. For a GPU: on one H200 the fourteen banks took 95 seconds side by
 # side (here they are made one after another), a step .13; the shipped weights are of step 2,720, where their time was up. Needs
 # pairs.sh (for the held-out bank) and bridge-detail.sh; PHOTOGRAPHS as in pairs.sh.
@@ -11,7 +11,7 @@ for seed in $(seq 60 73); do
     shard=256 "photographs=${PHOTOGRAPHS:-}"
   banks+="$RUNS/pairs-views-$seed,"
 done
-training bridge "$bridge" "$RUNS/bridge-detail/weights" "${banks%,}" noise_free=1 at_one=1 mined=0 w_identity=16 w_direction=0.3 \
+training bridge "$bridge" "$RUNS/bridge-detail-9/weights" "${banks%,}" noise_free=1 at_one=1 mined=0 w_identity=16 w_direction=0.3 \
   w_features=5 w_words=0.6 steps=3400 seed=31 batch=128 lr=1e-3 warmup=100 clean=0.19 channels=64,128,192,256 blocks=2,2,4,2 jpeg=0.3 \
   views=0.35 strength=1.04
 settings "pairs=$RUNS/pairs-held-out" "photographs=${PHOTOGRAPHS:-}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The banks of pairs: one for the peers and the bridge's first training, A to H (the bridges' model cards) for the other
+# The banks of pairs: one for the peers and the bridge's first training, A to J (the bridges' model cards) for the other
 # trainings, and one of other pictures to calibrate detection scores on.
 source "$(dirname "$0")/common.sh"
 
@@ -14,5 +14,8 @@ bank pairs-e seed=22 count=192 kinds=answers answer_shards=100 answer_steps=8 ma
 bank pairs-f seed=31 count=1536 kinds=features,features,towards steps=10 max_eps=12/255 "photographs=${PHOTOGRAPHS:-}"
 bank pairs-g seed=41 count=1024 kinds=features,towards,words,words steps=10 max_eps=12/255
 bank pairs-h seed=51 count=4096 kinds=features,features,towards steps=10 max_eps=12/255 "photographs=${PHOTOGRAPHS:-}"
+sized=(count=1536 kinds=features,features,towards steps=10 max_eps=12/255 views=0.4 shares=0.15,0.7,0.15)
+bank pairs-i seed=80 "${sized[@]}" "photographs=${PHOTOGRAPHS:-}"
+bank pairs-j seed=81 "${sized[@]}" "photographs=${PHOTOGRAPHS:-}"
 bank pairs-held-out seed=99 count=640 kinds=features,words,towards,words steps=10
-echo "done: $RUNS/pairs, $RUNS/pairs-a to $RUNS/pairs-h, $RUNS/pairs-held-out"
+echo "done: $RUNS/pairs, $RUNS/pairs-a to $RUNS/pairs-j, $RUNS/pairs-held-out"

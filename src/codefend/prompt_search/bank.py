@@ -196,10 +196,11 @@ def purify(purifier: Purifier | None, attacked: Attacked, seed: int, *names: obj
     if purifier is None:
         return attacked
     found: list[Tensor] = []
+    defense = Defense(purifier)
     with torch.no_grad():
         for number, image in enumerate(attacked.images):
             generator = make_generator(seed, "purify", *names, number)
-            found += quantize8(purifier(image[None], generator=generator))
+            found += quantize8(defense.images(image[None], generator=generator))
     return Attacked(found, attacked.prompts)
 
 
