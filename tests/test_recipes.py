@@ -18,7 +18,8 @@ from codefend.purifiers import WEIGHTS
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(path.name for path in RECIPES.glob("*.sh") if path.name != "common.sh")
-BANKS = dict(zip((11, 12, 13, 21, 22, 31, 41, 51, 80, 81), "abcdefghij", strict=True))  # the shipped bridges', by their seeds
+SEEDS = 11, 12, 13, 21, 22, 31, 41, 51, 80, 81  # of the shipped bridges' banks
+BANKS = dict(zip(SEEDS, "abcdefghij", strict=True))
 BANKS |= {seed: f"views-{seed}" for seed in range(60, 74)}
 pytestmark = pytest.mark.skipif(shutil.which("timeout") is None, reason="recipes need GNU coreutils")
 
