@@ -1,11 +1,9 @@
-"""Finding and replacing images: no original survives, nothing else changes, what is not understood is refused."""
+"""Finding and replacing images: no original survives, nothing else changes; and the JSON that they come in."""
 
 from __future__ import annotations
 
-import base64
 import copy
 import json
-import tracemalloc
 from typing import Any
 
 import pytest
@@ -14,7 +12,6 @@ from hypothesis import strategies as st
 
 from codefend.gateway.errors import Api, Refused, error_body
 from codefend.gateway.rewrite import Picture, rebuild, survey
-from codefend.gateway.suspicion import _STEP
 from codefend.gateway.wire import _no_repeats, api_of, dump, form_of, parse
 from codefend.prompts import PromptPolicy
 
@@ -170,246 +167,19 @@ def leaves(value: Any, parent: Any = None, key: Any = None) -> list[tuple[Any, A
     return [(parent, key, value)]
 
 
-# --- what must be refused --------------------------------------------------------------------------------------------
-
-IMAGE = {"type": "image_url", "image_url": {"url": url("ORIGINAL")}}
-LONG_PNG = "iVBORw0KGgo" + "A" * 600
-PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(40)).decode()
-# To a server without MP4, a length of 0x220 in its first bytes is the head of a TGA picture.
-TGA = base64.b64encode(b"\0\0\x02 ftypM4A \x08\0\x08\0 " + bytes(40)).decode()
-
-
-def chat(*parts: Any, **extra: Any) -> dict[str, Any]:
-    return {"model": "m", "messages": [{"role": "user", "content": list(parts)}], **extra}
-
-
-_HEADS = (
-    b"RIFF\x24\0\0\0WAVEfmt ",
-    b"ID3\x04",
-    b"\xff\xfb\x90\0",
-    b"OggS",
-    b"fLaC",
-    b"\0\0\0 ftypM4A ",
-    b"\x1aE\xdf\xa3",
-)
-SOUNDS = [base64.b64encode(head + bytes(40)).decode() for head in _HEADS]
-
-REFUSED: list[tuple[Api, Any]] = [
-    ("chat", chat({"type": "video_url", "video_url": {"url": "https://x"}})),
-    ("chat", chat({"type": "file", "file": {"file_id": "f"}})),
-    ("chat", chat({"type": "image_embeds", "image_embeds": "AAAA"})),
-    ("chat", chat({"image_url": "https://x/a.png"})),
-    ("chat", chat("text")),
-    ("chat", chat({"type": "text", "text": "hi", "image_url": {"url": url("A")}})),
-    ("chat", chat({"type": "text", "text": {"url": url("A")}})),
-    ("chat", chat({"type": "text"})),
-    ("chat", chat({"type": "image_url", "image_url": {"url": url("A"), "uuid": "1"}})),
-    ("chat", chat({"type": "image_url", "image_url": None, "uuid": "1"})),
-    ("chat", chat({"type": "image_url", "Image_URL": url("A")})),
-    ("chat", {**chat(IMAGE), "Messages": [{"role": "user", "content": [IMAGE]}]}),
-    ("chat", {**chat(IMAGE), "meſſages": [{"role": "user", "content": [IMAGE]}]}),
-    ("chat", chat(multi_modal_data={"image": "x"})),
-    ("chat", chat(extra={"deep": [url("ORIGINAL")]})),
-    ("chat", chat(extra={"deep": LONG_PNG})),
-    ("chat", chat(extra={"deep": IMAGE})),
-    ("chat", chat({"type": "text", "text": "x", "annotations": [url("A")]})),
-    ("chat", {"messages": [{"role": "user", "content": "x", "images": ["AAAA"]}]}),
-    ("chat", {"messages": [{"role": "user", "content": {"type": "image_url"}}]}),
-    ("chat", {"messages": [{"role": "user", "content": "x", "Content": [IMAGE]}]}),
-    ("chat", {"messages": {"role": "user"}}),
-    ("chat", {"model": "m"}),
-    ("chat", []),
-    ("responses", {"input": [{"type": "strange"}]}),
-    ("responses", {"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]}),
-    ("responses", {"input": [{"role": "user", "content": [{"type": "input_file", "file_data": "x"}]}]}),
-    ("responses", {"input": [{"type": "computer_call_output", "output": {"file_id": "f"}}]}),
-    ("responses", {"input": [{"type": "code_interpreter_call", "outputs": [{"type": "image", "url": "https://x"}]}]}),
-    ("responses", {"input": "x", "prompt": {"id": "p", "variables": {"v": {"type": "input_image"}}}}),
-    ("responses", {"input": "x", "tools": [{"type": "image_generation", "input_image_mask": {"file_id": "f"}}]}),
-    ("messages", {"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "file"}}]}]}),
-    ("messages", {"messages": [{"role": "user", "content": [{"type": "document", "source": {"type": "base64"}}]}]}),
-    ("messages", {"messages": [{"role": "user", "content": [{"type": "container_upload", "file_id": "f"}]}]}),
-    ("messages", {"system": [{"type": "document", "source": {"type": "url", "url": "https://x"}}], "messages": []}),
-    ("other", {"messages": [{"role": "user", "content": [IMAGE]}]}),
-    ("other", {"image": "https://x/a.png"}),
-    ("other", {"prompt": {"prompt_string": "<__media__>", "multimodal_data": ["UDYK"]}}),
-    ("other", {"prompt": [url("ORIGINAL")]}),
-    ("other", LONG_PNG),
-]
-
-
-@pytest.mark.parametrize(("api", "body"), REFUSED, ids=lambda v: v if isinstance(v, str) and len(v) < 20 else None)
-def test_what_is_not_understood_is_refused(api: Api, body: Any) -> None:
-    with pytest.raises(Refused) as refusal:
-        survey(api, body)
-    assert refusal.value.status == 400
-    assert "ORIGINAL" not in refusal.value.message
-    assert len(refusal.value.message) < 200
-
-
-def audio(data: Any, **extra: Any) -> dict[str, Any]:
-    return {"type": "input_audio", "input_audio": {"data": data, "format": "wav", **extra}}
-
-
-@pytest.mark.parametrize(
-    "part",
-    [
-        audio(PNG),
-        audio(TGA),
-        audio(base64.b64encode(b"RIFF\0\0\0\0WEBPVP8 ").decode()),
-        audio("!" + PNG),
-        audio(url(PNG)),
-        audio(""),
-        audio(None),
-        audio(SOUNDS[0], url="https://x/a.png"),
-        {"type": "input_audio", "input_audio": PNG},
-    ],
-)
-@pytest.mark.parametrize("api", ["chat", "responses"])
-def test_audio_that_may_be_an_image_is_refused(api: Api, part: Any) -> None:
-    message = {"role": "user", "content": [part]}
-    with pytest.raises(Refused) as refusal:
-        survey(api, {"messages" if api == "chat" else "input": [message]})
-    assert refusal.value.code == "unknown_content"
-
-
-WRITTEN = [
-    "What? ![](data:image/png;base64,AAAA)",
-    "![a ![b](DATA:image/png;base64,AAAA)",
-    "![a [b](\n <data:image/png;base64,AAAA>)",
-    'What? <img src="data:image/png;base64,AAAA" />',
-    "<IMG alt='x' SRC = 'data:image/png;asset_id,1'>",
-]
-LINKED = ["![](https://evil.test/a.png)", "![a cat](http://evil.test/a.png)", '<img width=1 src="https://evil.test/a">']
-
-
-def holders(text: str) -> list[tuple[Api, Any]]:
-    """Bodies with this text wherever a server may read it."""
-    user = {"role": "user", "content": text}
-    tool = {"type": "function", "function": {"name": "f", "description": text}}
-    half = len(text) // 2
-    return [
-        ("chat", {"messages": [user]}),
-        ("chat", {"messages": [{"role": "tool", "tool_call_id": "1", "content": text}]}),
-        ("chat", chat({"type": "text", "text": text})),
-        ("chat", chat({"type": "text", "text": text[:half]}, {"type": "text", "text": text[half:]})),
-        ("chat", {"messages": [], "tools": [tool]}),
-        ("chat", {"messages": [], "tools": [{"function": {"parameters": {"properties": {text: {}}}}}]}),
-        ("responses", {"input": text}),
-        ("responses", {"input": [user], "instructions": text}),
-        ("responses", {"input": [{"type": "function_call_output", "call_id": "1", "output": text}]}),
-        ("messages", {"messages": [], "system": [{"type": "text", "text": text}]}),
-        ("other", {"prompt": text}),
-        ("other", {"prompt": [text]}),
-        ("other", text),
-    ]
-
-
-@pytest.mark.parametrize("text", WRITTEN + LINKED)
-def test_images_written_into_texts_are_refused(text: str) -> None:
-    for api, body in holders(text):
-        with pytest.raises(Refused) as refusal:
-            survey(api, body)
-        assert (refusal.value.status, refusal.value.code) == (400, "unknown_content")
-        if text in WRITTEN:
-            with pytest.raises(Refused):
-                survey(api, body, image_links=True)
-        else:
-            assert survey(api, body, image_links=True).slots == ()
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[a link](https://x.org) and ![local](a.png) and <img src='a.png'>",
-        "!handlers[kind](data: string)",
-        "Markdown writes ![alt](address), HTML <img>, and https://x.org is a page",
-        "![alt] (https://x.org)",
-        "<img alt='x'> src=https://x.org",
-    ],
-)
-def test_other_texts_with_links_pass(text: str) -> None:
-    for api, body in holders(text):
-        assert survey(api, body).slots == ()
-
-
-def test_a_written_image_is_found_wherever_a_long_text_is_cut() -> None:
-    image = "![](data:image/png;base64,AAAA)"
-    for before in (_STEP - len(image) // 2, _STEP, 3 * _STEP + 7):
-        with pytest.raises(Refused, match="Markdown"):
-            survey("other", {"prompt": "x" * before + image + "x" * _STEP})
-
-
-# --- nesting and memory ----------------------------------------------------------------------------------------------
-
-
-def nested(levels: int, inner: Any) -> Any:
-    for _ in range(levels):
-        inner = [inner]
-    return inner
-
-
-@pytest.mark.parametrize("api", ["chat", "other"])
-def test_too_deep_nesting_is_a_clear_refusal(api: Api) -> None:
-    survey(api, {"messages": [], "metadata": nested(98, [])})
-    with pytest.raises(Refused, match="nested too deeply: the limit is 100 levels") as refusal:
-        survey(api, {"messages": [], "metadata": nested(100, [])})
-    assert (refusal.value.status, refusal.value.code) == (400, "invalid_json")
-
-
-@pytest.mark.parametrize("value", ["", [], {}])
-def test_searching_needs_no_memory_of_its_own(value: Any) -> None:
-    body = {"messages": [], "metadata": nested(90, [value] * 20_000)}
-    tracemalloc.start()
-    try:
-        survey("chat", body)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 200_000, "no place is kept for each of 20,000 values"
-
-
-ALLOWED: list[tuple[Api, Any]] = [
-    ("chat", chat({"type": "text", "text": "see data:image/png;base64,AAAA"})),
-    ("chat", chat({"type": "text", "text": url("AAAA")})),
-    *(("chat", chat({"type": "input_audio", "input_audio": {"data": data, "format": "wav"}})) for data in SOUNDS),
-    ("chat", chat(tools=[{"type": "function", "function": {"parameters": {"properties": {"image_url": {}}}}}])),
-    ("chat", chat(metadata={"image": "kitchen"}, temperature=0.5, stop=["\n"], stream_options={"include_usage": True})),
-    ("responses", {"input": None, "previous_response_id": "r"}),
-    ("responses", {"input": [{"type": "file_search_call", "results": [{"file_id": "f", "text": "t"}]}]}),
-    ("responses", {"input": [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "t"}], "id": "r"}]}),
-    ("responses", {"input": [{"type": "reasoning", "summary": [], "encrypted_content": "QkFB" * 200}]}),
-    (
-        "messages",
-        {"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "x", "signature": "s"}]}]},
-    ),
-    ("other", {"input": "data: a plural noun", "model": "m"}),
-    ("other", {"input": "/9j/ is how JPEG begins. " * 40}),
-]
-
-
-@pytest.mark.parametrize(("api", "body"), ALLOWED)
-def test_text_and_tools_pass(api: Api, body: Any) -> None:
-    assert survey(api, body).slots == ()
-
-
-def test_where_names_the_place() -> None:
-    with pytest.raises(Refused) as refusal:
-        survey("chat", chat({"type": "text", "text": "a"}, {"type": "video_url"}))
-    assert refusal.value.where == "messages[0].content[1]"
-
-
 # --- policies --------------------------------------------------------------------------------------------------------
 
 
 def test_policy_per_api() -> None:
     policy = PromptPolicy("p", system="SYS", prefix="<", suffix=">")
-    body = chat({"type": "text", "text": "a"}, IMAGE, {"type": "text", "text": "b"})
+    image = {"type": "image_url", "image_url": {"url": url("ORIGINAL")}}
+    parts = [{"type": "text", "text": "a"}, image, {"type": "text", "text": "b"}]
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": parts}]}
     done = rebuild(body, survey("chat", body), [NEW], policy=policy)
     assert done["messages"][0] == {"role": "system", "content": "SYS"}
     assert [part.get("text") for part in done["messages"][1]["content"]] == ["<a", None, "b>"]
 
-    body = {"messages": [{"role": "developer", "content": "be brief"}, {"role": "user", "content": [IMAGE]}]}
+    body = {"messages": [{"role": "developer", "content": "be brief"}, {"role": "user", "content": [image]}]}
     done = rebuild(body, survey("chat", body), [NEW], policy=policy)
     assert done["messages"][0]["content"] == "SYS\n\nbe brief"
     assert done["messages"][1]["content"][1] == {"type": "text", "text": "<>"}

@@ -13,7 +13,7 @@ import codefend
 ROOT = Path(codefend.__file__).parent
 # Folders stand for all that is in them. Registries, types and helpers share L0 and may use one another there.
 LAYERS: dict[str, int] = {
-    **dict.fromkeys(["__init__", "types", "registry", "settings", "runs", "images", "devices", "edits"], 0),
+    **dict.fromkeys(["__init__", "types", "registry", "settings", "files", "runs", "images", "devices", "edits"], 0),
     **dict.fromkeys(["diffusion", "nets", "peers"], 1),
     **dict.fromkeys(["purifiers", "prompts", "victims", "attacks", "tasks"], 2),
     **dict.fromkeys(["defense", "views", "pairs", "pair_tables", "results", "sanity"], 3),
@@ -44,7 +44,7 @@ OWNERS = {  # library -> where it may be imported
     "uvicorn": {"gateway"},
     "typer": {"cli", "cli_pictures", "cli_prompts", "cli_runs", "gateway"},
 }
-NOT_TORCH_ON_IMPORT = {"__init__", "types", "registry", "settings", "runs"}
+NOT_TORCH_ON_IMPORT = {"__init__", "types", "registry", "settings", "files", "runs"}
 NOT_TORCH_ON_IMPORT |= {"cli", "cli_pictures", "cli_prompts", "cli_runs"}
 
 Import = tuple[str, str]  # dotted name; "now" when the module is imported, "later" in a function, "types" for checkers

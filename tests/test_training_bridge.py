@@ -290,8 +290,9 @@ def test_each_batch_is_replayed_as_often_as_said() -> None:
     assert len(set(drawn)) == 4
 
 
+@pytest.mark.parametrize("behind", [False, True], ids=["between checkpoints", "behind the last one"])
 def test_an_interrupted_training_on_replayed_pairs_equals_an_uninterrupted_one(
-    tmp_path: Path, interrupt: Any, monkeypatch: pytest.MonkeyPatch
+    behind: bool, tmp_path: Path, interrupt: Any, interrupt_saved: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bridge, "find_guide", lambda *_: Guide())
     monkeypatch.setattr(bridge, "open_bank", lambda _: SmallBank())
@@ -299,21 +300,10 @@ def test_an_interrupted_training_on_replayed_pairs_equals_an_uninterrupted_one(
     config = replace(REPLAYED, prior=str(tmp_path / "prior"), strength=1.1)
     whole = bridge.train_bridge(config, tmp_path / "whole")
     assert load_net(whole)[1]["options"] == {"strength": 1.1}
-    interrupt(lambda: bridge.train_bridge(config, tmp_path / "cut"), 5)
-    cut = bridge.train_bridge(config, tmp_path / "cut")
-    ours, theirs = (load_net(folder)[0].state_dict() for folder in (whole, cut))
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-
-
-def test_a_training_cut_short_behind_its_last_checkpoint_has_its_weights(
-    tmp_path: Path, interrupt_saved: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bridge, "find_guide", lambda *_: Guide())
-    monkeypatch.setattr(bridge, "open_bank", lambda _: SmallBank())
-    save_net(tmp_path / "prior", small_net(), kind="prior")
-    config = replace(REPLAYED, prior=str(tmp_path / "prior"), steps=6)
-    whole = bridge.train_bridge(config, tmp_path / "whole")
-    interrupt_saved(lambda: bridge.train_bridge(config, tmp_path / "cut"), bridge, 6)
+    if behind:  # the weights are there before the checkpoint that says so
+        interrupt_saved(lambda: bridge.train_bridge(config, tmp_path / "cut"), bridge, config.steps)
+    else:
+        interrupt(lambda: bridge.train_bridge(config, tmp_path / "cut"), 5)
     cut = bridge.train_bridge(config, tmp_path / "cut")
     ours, theirs = (load_net(folder)[0].state_dict() for folder in (whole, cut))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())

@@ -102,8 +102,8 @@ def table(
     """Compare purifiers and policies, alone and together, on the test pictures; table.json and table.md in RUN."""
     from dataclasses import replace
 
+    from codefend.files import write_atomic
     from codefend.prompt_search.table import TableConfig, make_table, markdown
-    from codefend.runs import write_atomic
 
     config = _config(TableConfig(), [f"victim={victim}", *settings])
     if purifiers:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from codefend import purifiers
+from codefend.files import write_atomic
 from codefend.purifiers.base import NetPurifier
-from codefend.runs import write_atomic
 from codefend.types import UserError
 
 OPSET = 18

@@ -34,7 +34,7 @@ from PIL import (
 )
 from torch import Tensor
 
-from codefend.runs import write_atomic
+from codefend.files import write_atomic
 from codefend.types import UserError
 
 MAX_PIXELS = 64_000_000
@@ -315,8 +315,8 @@ def encode(
     """Encode ``[3, H, W]`` or ``[4, H, W]`` in ``[0, 1]``, never resized. Metadata is left out, apart from ``icc``.
 
     ``quality`` 1-100 is for JPEG (95 when None) and WebP (lossless when None); ``subsampling`` of JPEG's chroma is 0, 1
-    or 2: none, along the rows, both ways. Alpha is composited on white where the
-    format has none. Raises UserError when the format is unknown or cannot hold a picture of this size.
+    or 2: none, along the rows, both ways. Alpha is composited on white where the format has none. Raises UserError
+    when the format is unknown or cannot hold a picture of this size.
     """
     if kind not in _WRITABLE:
         raise UserError(f"cannot write {kind}; known: {', '.join(_WRITABLE)}")

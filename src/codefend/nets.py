@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from codefend.diffusion import SHIFT_DATA, SIGMA_DATA, preconditioning
-from codefend.runs import write_atomic
+from codefend.files import write_atomic
 from codefend.types import UserError
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from codefend import images
-from codefend.runs import load_checkpoint, read_rows, write_atomic
+from codefend.files import write_atomic
+from codefend.runs import load_checkpoint, read_rows
 from codefend.types import UserError
 
 SHARDS = 64  # shards a file

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from codefend import images
 from codefend.devices import default_device
-from codefend.runs import Run, make_generator, open_run, progress, read_config, write_atomic
+from codefend.files import write_atomic
+from codefend.runs import Run, make_generator, open_run, progress, read_config
 from codefend.types import Purifier, UserError
 
 MANIFEST = ".codefend"  # the run folder kept inside the output folder

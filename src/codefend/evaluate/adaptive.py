@@ -35,19 +35,17 @@ def makes_sense(bench: Bench, defense: str, choice: AttackChoice) -> bool:
     return not means.bpda or contender.gradient == "exact"
 
 
+def _layers(purifier: Purifier) -> list[Any]:
+    """The wrappers that fix its noise or its gradient, the outermost first, and the purifier itself."""
+    found: list[Any] = [purifier]
+    while hasattr(found[-1], "purifier"):
+        found.append(found[-1].purifier)
+    return found
+
+
 def unwrapped(purifier: Purifier) -> Any:
     """The purifier inside the wrappers that fix its noise or its gradient."""
-    inner: Any = purifier
-    while hasattr(inner, "purifier"):
-        inner = inner.purifier
-    return inner
-
-
-def _straight_through(purifier: Purifier) -> bool:
-    inner: Any = purifier
-    while not isinstance(inner, StraightThrough) and hasattr(inner, "purifier"):
-        inner = inner.purifier
-    return isinstance(inner, StraightThrough)
+    return _layers(purifier)[-1]
 
 
 def suspicion(purifier: Purifier, images: Tensor, purified: Tensor) -> Tensor:
@@ -71,8 +69,8 @@ def unsuspected(
     Costs another purification per look. Carlini & Wagner 2017 (arXiv 1705.07263): detectors fall to whoever aims at
     them, too.
     """
-
-    detached, defense = _straight_through(purifier), Defense(purifier)
+    defense = Defense(purifier)
+    detached = any(isinstance(layer, StraightThrough) for layer in _layers(purifier))
 
     def score(images: Tensor) -> Tensor:
         purified = defense.images(images, generator=generator)

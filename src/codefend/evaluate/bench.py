@@ -188,8 +188,9 @@ class Bench:
     def weights(self) -> dict[str, str]:
         """Fingerprints of the weights behind defenses and victims, as far as they lie in folders here."""
         config = self.config
-        purifiers = {label: DefenseChoice.parse(label).name for label in (*self.contenders, config.surrogate) if label}
-        return fingerprints([*dict.fromkeys(purifiers.values()), config.victim, *filter(None, [config.craft_victim])])
+        labels = [*config.defenses, *([config.surrogate] if config.surrogate else [])]
+        purifiers = [DefenseChoice.parse(label).name for label in labels]
+        return fingerprints([*purifiers, config.victim, config.craft_victim])
 
     def prompts(self) -> dict[str, str]:
         """Fingerprints of the defenses' prompt policies: what is evaluated must not change on the way."""

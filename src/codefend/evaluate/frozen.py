@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from codefend.purifiers import WEIGHTS
+from codefend.purifiers import PURIFIERS, WEIGHTS
 from codefend.types import UserError
 
 MUCH = 1 << 20  # bytes: of larger files the first and the last as many are read, which new weights change
@@ -31,9 +31,9 @@ def check_unchanged(run_dir: Path, before: Mapping[str, str], now: Mapping[str, 
 def _folder(name: str) -> Path | None:
     """Where the weights of ``FOLDER``, ``FOLDER:options``, ``hf:FOLDER`` or a shipped name lie; None for others."""
     while name:
-        for text in (name, name.partition(":")[2]):
-            for place in (Path(text), WEIGHTS / text):
-                if text and place.is_dir():
+        for text in filter(None, (name, name.partition(":")[2])):
+            for place in (WEIGHTS / text, *([] if text in PURIFIERS else [Path(text)])):  # as `load` looks for them
+                if place.is_dir():
                     return place
         name = name.rpartition(":")[0]
     return None

@@ -10,8 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from codefend.files import write_atomic
 from codefend.prompts.policy import PromptPolicy, load_policy, save_policy
-from codefend.runs import load_checkpoint, save_checkpoint, write_atomic
+from codefend.runs import load_checkpoint, save_checkpoint
 from codefend.types import UserError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from codefend.runs import write_atomic
+from codefend.files import write_atomic
 from codefend.types import UserError
 
 MAX_CHARS = 20_000  # of one field; a longer prompt is a mistake, and costs every request

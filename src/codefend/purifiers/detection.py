@@ -41,10 +41,11 @@ def features(images: Tensor, purified: Tensor, *, texture_floor: float = TEXTURE
     worst = _pooled(residual.square().mean(1, keepdim=True), BLOCK).flatten(1).amax(1)
     grey = _power(residual.mean(1, keepdim=True))
     half, quarter = (_power(_fine(_pooled(residual, by))) for by in (2, 4))
+    mean = residual.abs().flatten(1).mean(1)
     powers = [_power(residual), _power(_fine(residual)), worst, _power(_fine(purified)), grey, half, quarter]
-    powers.append(residual.abs().flatten(1).mean(1).square())
-    squares = torch.stack(powers, 1)
-    floors = squares.new_tensor([texture_floor if i == TEXTURE else FLOOR for i in range(len(powers))])
+    squares = torch.stack([*powers, mean.square()], 1)
+    floors = squares.new_full((squares.shape[1],), FLOOR)
+    floors[TEXTURE] = texture_floor
     return 0.5 * (squares + floors.square()).log()
 
 

@@ -191,7 +191,7 @@ def save_adapters(
     """Write adapters so that the folder is a purifier's; ``base`` is what `load_latents` takes."""
     from safetensors.torch import save
 
-    from codefend.runs import write_atomic
+    from codefend.files import write_atomic
 
     state = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in parameters.items()}
     meta = {"format": 1, "kind": KIND, "base": base, "rank": rank, "options": dict(options)}

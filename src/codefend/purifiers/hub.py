@@ -14,9 +14,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from codefend.files import write_atomic
 from codefend.nets import NetConfig, PurifierNet, load_net
 from codefend.purifiers.base import ImagePurifier
-from codefend.runs import write_atomic
 from codefend.types import UserError
 
 PREFIX = "hub:"

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from codefend.files import write_atomic
 from codefend.results import Entry, summarize
-from codefend.runs import Row, read_config, read_rows, write_atomic
+from codefend.runs import Row, read_config, read_rows
 from codefend.sanity import Flag, check
 from codefend.types import UserError
 

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from codefend.files import write_atomic
 from codefend.report import Report, read_report
 from codefend.report.tables import RULES, THREAT_WORDS, Table, differences, leaderboard
 from codefend.results import BARE, summarize
-from codefend.runs import Row, write_atomic
+from codefend.runs import Row
 from codefend.sanity import check
 from codefend.types import UserError
 

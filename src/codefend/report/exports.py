@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from codefend.files import write_atomic
 from codefend.report import Report
 from codefend.report.attacks import seen_and_unseen, success
 from codefend.report.tables import (
@@ -25,7 +26,7 @@ from codefend.report.tables import (
     results,
 )
 from codefend.results import grouped, worst_rows
-from codefend.runs import Row, write_atomic
+from codefend.runs import Row
 from codefend.types import UserError
 
 

@@ -117,7 +117,7 @@ def checks_of(group: Group, flags: Sequence[Flag]) -> str:
 def leaderboard(report: Report, task: str) -> Table:
     """Defenses of one task by their worst case under the strongest threat, over all attacks (``results.overall``)."""
     entries = [entry for entry in report.entries if entry.group.task == task]
-    worst = {(e.group.defense, e.group.threat): e for e in overall(report.rows) if e.group.task == task}
+    worst = {(e.group.defense, e.group.threat): e for e in overall([row for row in report.rows if row["task"] == task])}
     clean = {e.group.defense: e for e in entries if e.group.attack == CLEAN}
     threats = [threat for threat in THREATS[1:] if any(threat == key[1] for key in worst)]
     judged = {defense: _ranked_by(defense, worst) for defense in clean}

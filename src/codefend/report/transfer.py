@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from codefend.files import write_atomic
 from codefend.report import Report, read_report
 from codefend.report.tables import Table, number, rate, with_interval
 from codefend.results import CLEAN, WORST, Entry, Rate, eps_label, success_rates
-from codefend.runs import read_config, write_atomic
+from codefend.runs import read_config
 from codefend.types import UserError
 
 if TYPE_CHECKING:

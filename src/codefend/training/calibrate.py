@@ -14,11 +14,12 @@ from torch import Tensor
 
 from codefend import purifiers
 from codefend.devices import default_device
+from codefend.files import write_atomic
 from codefend.nets import CONFIG_FILE
 from codefend.pairs import read_pairs
 from codefend.purifiers.base import NetPurifier
 from codefend.purifiers.detection import TEXTURE_FLOOR, Detector, features, fit, threshold_at
-from codefend.runs import make_generator, progress, read_config, read_rows, write_atomic
+from codefend.runs import make_generator, progress, read_config, read_rows
 from codefend.tasks.camera import WAYS, photographed
 from codefend.tasks.pictures import own_photographs, training_pictures
 from codefend.types import UserError

@@ -15,8 +15,9 @@ from statistics import fmean
 from typing import Any
 
 from codefend import pair_tables
+from codefend.files import write_atomic
 from codefend.results import eps_label, summarize
-from codefend.runs import Row, Run, read_config, read_rows, write_atomic
+from codefend.runs import Row, Run, read_config, read_rows
 from codefend.types import UserError
 
 TRAINING_FILE, CARD_FILE = "training.json", "README.md"

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from codefend.devices import default_device, mixed_precision
-from codefend.runs import make_generator, open_run, progress, save_checkpoint, write_atomic
+from codefend.files import write_atomic
+from codefend.runs import make_generator, open_run, progress, save_checkpoint
 from codefend.tasks.pictures import training_pictures
 from codefend.training.card import write_card
 from codefend.training.feed import feed

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from codefend import images as pictures
 from codefend.devices import default_device, mixed_precision
+from codefend.files import write_atomic
 from codefend.pairs import WORDS
-from codefend.runs import Run, check_run, open_run, progress, save_checkpoint, write_atomic
+from codefend.runs import Run, check_run, open_run, progress, save_checkpoint
 from codefend.tasks.easyvqa import load_easyvqa
 from codefend.tasks.language import MIX, training_texts
 from codefend.tasks.objects import COLOURS, THINGS

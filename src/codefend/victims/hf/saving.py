@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from codefend.runs import write_atomic
+from codefend.files import write_atomic
 from codefend.types import UserError
 
 if TYPE_CHECKING:
