@@ -178,7 +178,7 @@ def test_behind_a_gate_the_doubt_is_about_what_it_judged() -> None:
             def logit(images: Tensor, purified: Tensor) -> Tensor:
                 return (images - purified).flatten(1).mean(1)
 
-        def ungated(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+        def transformed(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
             return torch.randn(images.shape, generator=generator)
 
         def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:

@@ -14,7 +14,7 @@ ROOT = Path(codefend.__file__).parent
 # Folders stand for all that is in them. Registries, types and helpers share L0 and may use one another there.
 LAYERS: dict[str, int] = {
     **dict.fromkeys(["__init__", "types", "registry", "settings", "files", "runs", "images", "devices", "edits"], 0),
-    **dict.fromkeys(["diffusion", "nets", "peers"], 1),
+    **dict.fromkeys(["diffusion", "nets", "peers", "encoders"], 1),
     **dict.fromkeys(["purifiers", "prompts", "victims", "attacks", "tasks"], 2),
     **dict.fromkeys(["defense", "views", "pairs", "pair_tables", "results", "sanity"], 3),
     **dict.fromkeys(

@@ -40,7 +40,7 @@ def test_the_language_model_is_the_instruct_model(bare_pocket: Pocket) -> None:
 @pytest.mark.parametrize("name", ["lite0", "lite1", "lite2"])
 def test_image_encoders_recognize_a_photograph(name: str) -> None:
     data = pytest.importorskip("skimage.data")
-    from codefend.victims.efficientnet_lite import EfficientNetLite
+    from codefend.encoders import EfficientNetLite
 
     photograph = torch.from_numpy(data.coffee()[:400, 100:500].copy()).permute(2, 0, 1)[None].float() / 255
     scores = EfficientNetLite(name).logits(fit_square(photograph, 224)).softmax(-1)

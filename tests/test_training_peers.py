@@ -168,8 +168,8 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.mark.weights
 def test_fare_trains_an_encoder_that_a_pocket_reads(base: Path, tmp_path: Path) -> None:
+    from codefend.encoders import EfficientNetLite
     from codefend.runs import load_checkpoint
-    from codefend.victims.efficientnet_lite import EfficientNetLite
     from codefend.victims.pocket import read_encoder
 
     fare = FareConfig(victim=str(base), steps=2, batch=2, mining_steps=1, warmup=1, save_every=1, lr=1e-3)
@@ -205,7 +205,7 @@ def test_fare_cut_short_behind_its_last_checkpoint_has_its_weights(
 
 @pytest.mark.weights
 def test_fares_loss_falls_on_the_same_pictures() -> None:
-    from codefend.victims.efficientnet_lite import EfficientNetLite
+    from codefend.encoders import EfficientNetLite
 
     encoder, original = EfficientNetLite("lite0"), EfficientNetLite("lite0")
     fare, images = (

@@ -46,8 +46,8 @@ def export_onnx(name: str | Path, out: str | Path) -> Exported:
     """Export ``bridge``, ``bridge:evaluations=2`` or a folder of weights to the file ``out`` (``.onnx``).
 
     Batch, height and width stay free. Padding and tiles are the caller's (`integrations.onnx_purifier` does both).
-    Raises UserError for a purifier without a network, or with noise or a gate, for a missing package, a name that does
-    not end in .onnx, or when the exported model differs from torch.
+    Raises UserError for a purifier without a network, or with noise, a gate or guidance, for a missing package, a name
+    that does not end in .onnx, or when the exported model differs from torch.
     """
     path = Path(out)
     if path.suffix != ".onnx":
@@ -60,6 +60,8 @@ def export_onnx(name: str | Path, out: str | Path) -> Exported:
         raise UserError(f"{purifier.name!r} cannot be exported: it has no network of its own, or it draws noise")
     if purifier.gate:
         raise UserError(f"{purifier.name!r} cannot be exported: its gate looks at whole pictures; leave gate=true out")
+    if purifier.guidance is not None:
+        raise UserError(f"{purifier.name!r} cannot be exported: guidance takes gradients; leave guided out")
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "model.onnx"
         _write(purifier, draft)

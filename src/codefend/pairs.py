@@ -19,6 +19,7 @@ from codefend.attacks import objectives
 from codefend.attacks.norms import quantize_in_budget
 from codefend.attacks.pgd import PGD
 from codefend.devices import default_device
+from codefend.encoders import NAMES, EfficientNetLite
 from codefend.images import quantize8
 from codefend.runs import (
     Run,
@@ -36,7 +37,6 @@ from codefend.tasks.objects import COLOURS, THINGS
 from codefend.tasks.pictures import own_photographs, training_pictures
 from codefend.tasks.scenes import compose, load_photographs
 from codefend.types import Budget, Objective, UserError, WhiteBox
-from codefend.victims.efficientnet_lite import NAMES, EfficientNetLite
 from codefend.victims.pocket import Pocket
 from codefend.views import View, draw_view
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,11 +50,23 @@ def unwrapped(purifier: Purifier) -> Any:
     return _layers(purifier)[-1]
 
 
+def _unguided(purifier: Purifier) -> Purifier:
+    """The same in copies of its wrappers, without guidance: what a detector goes by is known before that."""
+    layers = [copy(layer) for layer in _layers(purifier)]
+    if getattr(layers[-1], "guidance", None) is None:
+        return purifier
+    layers[-1].guidance = None
+    for outer, inner in pairwise(layers):
+        outer.purifier = inner
+    found: Purifier = layers[0]
+    return found
+
+
 def suspicion(purifier: Purifier, images: Tensor, purified: Tensor) -> Tensor:
     """How suspicious ``purifier`` finds each picture, ``[B]``, in units that an attacker can descend.
 
     The logit of a calibrated detector, else the root mean square of what was removed in 8-bit levels. ``purified`` is
-    what it makes of the pictures before a gate lets them pass.
+    what it makes of the pictures before guidance moves them and a gate lets them pass.
     """
     detector = getattr(unwrapped(purifier), "detector", None)
     if detector is not None:
@@ -69,7 +83,7 @@ def unsuspected(
     Costs another purification per look. Carlini & Wagner 2017 (arXiv 1705.07263): detectors fall to whoever aims at
     them, too.
     """
-    defense = Defense(purifier)
+    defense = Defense(_unguided(purifier))
     detached = any(isinstance(layer, StraightThrough) for layer in _layers(purifier))
 
     def score(images: Tensor) -> Tensor:

@@ -184,13 +184,13 @@ def common_columns(
 
 @torch.no_grad()
 def _doubts(purifier: Purifier, images: Tensor, found: Submissions) -> Tensor:
-    """`suspicion` at the first submission, ``[B]``; before a gate, where there is one, with the same noise."""
+    """`suspicion` at the first submission, ``[B]``; of what the network made, before gate and guidance, as it drew."""
     inner = unwrapped(purifier)
-    if not getattr(inner, "gate", False):
+    if not getattr(inner, "gate", False) and getattr(inner, "guidance", None) is None:
         return suspicion(purifier, images, found.purified)
     draw = torch.Generator().manual_seed(found.seed)
-    ungated = inner.ungated(images.to(default_device()), generator=draw).to(images.device)
-    return suspicion(purifier, images, ungated)
+    transformed = inner.transformed(images.to(default_device()), generator=draw).to(images.device)
+    return suspicion(purifier, images, transformed)
 
 
 def _place_columns(bench: Bench, cell: Cell, batch: int, example: Example, clean: Tensor) -> Row:

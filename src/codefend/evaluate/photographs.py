@@ -29,6 +29,7 @@ from codefend.attacks.objectives import features_away
 from codefend.defense import DefendedVictim, Defense
 from codefend.devices import default_device
 from codefend.diffusion import noise_like
+from codefend.encoders import NAMES
 from codefend.evaluate.config import DefenseChoice, check_radius, rejoin
 from codefend.evaluate.frozen import check_unchanged, fingerprints
 from codefend.images import quantize8
@@ -39,7 +40,6 @@ from codefend.settings import recorded
 from codefend.tasks.image_metrics import psnr
 from codefend.tasks.pictures import HELD_OUT, own_paths, own_photographs
 from codefend.types import Budget, UserError, WhiteBox
-from codefend.victims.efficientnet_lite import NAMES
 from codefend.views import View
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Build = Callable[[Mapping[str, object]], "ImagePurifier"]
 
+AFTER = ("gate", "guided", "guides")  # options of what comes after the network, and so after the detector
 WEIGHTS = Path(__file__).parent.parent / "weights"  # shipped with the package: one folder per purifier
 
 
@@ -83,8 +84,8 @@ def wrap_net(net: PurifierNet, meta: Mapping[str, Any], settings: Mapping[str, o
     options = configure(defaults, settings)
     purifier: ImagePurifier = make(net, options, name=spelled(name, options, defaults))
     gate = getattr(options, "gate", False)
-    ungated = replace(options, gate=defaults.gate) if gate else options
-    if meta.get("detector") and ungated == defaults:  # other options leave other residuals: its rates wouldn't hold
+    after = {key: getattr(defaults, key) for key in AFTER if hasattr(defaults, key)}
+    if meta.get("detector") and replace(options, **after) == defaults:  # else other residuals: its rates wouldn't hold
         purifier.detector = Detector.from_dict(meta["detector"])
     elif gate:
         raise UserError(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from codefend.nets import PurifierNet
     from codefend.purifiers.detection import Detector
+    from codefend.purifiers.guidance import Guidance
 
 Options = TypeVar("Options")
 
@@ -39,6 +40,7 @@ class ImagePurifier:
     tiled: bool = True  # False when pixels far apart depend on each other's place
     detector: Detector | None = None  # calibrated for these weights with these options
     gate: bool = False  # let pictures pass as they are that the detector finds clean; needs one
+    guidance: Guidance | None = None  # moves what is purified further away from the attacked picture's features
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
         raise NotImplementedError
@@ -51,16 +53,19 @@ class ImagePurifier:
         """Purify ``[B,3,H,W]``. Raises ValueError on another shape, on integers, or for a gate without detector."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or images.numel() == 0:
             raise ValueError(f"expected float images [B,3,H,W], got {images.dtype} {tuple(images.shape)}")
-        purified = self.ungated(images, generator=generator)
+        purified = self.transformed(images, generator=generator)
         if not self.gate:
-            return purified
+            return purified if self.guidance is None else clip(self.guidance(images, purified))
         if self.detector is None:
             raise ValueError(f"{self.name} has a gate, and no detector to open it by")
         share = self.detector.suspicion(images, purified).to(images.dtype)
+        if self.guidance is not None and (kept := share > 0).any():  # the others pass as they are
+            purified = purified.clone()
+            purified[kept] = clip(self.guidance(images[kept], purified[kept]))
         return torch.lerp(images, purified, share.view(-1, 1, 1, 1))
 
-    def ungated(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
-        """As a call, but every picture is purified, however clean a gate finds it: what detectors go by."""
+    def transformed(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+        """As a call, but without what comes after `transform`, guidance and gate: what detectors go by."""
         height, width = images.shape[-2:]
         work = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
         work = pad_to_multiple(work, self.multiple)
@@ -74,15 +79,17 @@ class ImagePurifier:
 
     def score(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         """Detection score per image ``[B]``, see `judge`; costs one purification."""
-        return self._judge(images, self.ungated(images, generator=generator))
+        return self._judge(images, self.transformed(images, generator=generator))
 
     def judge(self, images: Tensor, purified: Tensor) -> Tensor:
-        """Detection score ``[B]`` of images whose purified form is at hand, without another evaluation but for a gate.
+        """Detection score ``[B]`` of images whose purified form is at hand.
+
+        That costs another evaluation only where a gate or guidance has changed what the network made.
 
         High is suspicious: the calibrated probability of an attack where the weights have a ``detector``; without one
         the root mean square of what was removed, in [0, 1] pixels (FlowPure's ||v||^2, arXiv 2505.13280, at s = 1).
         """
-        return self._judge(images, self.ungated(images) if self.gate else purified)
+        return self._judge(images, self.transformed(images) if self.gate or self.guidance else purified)
 
     def _judge(self, images: Tensor, purified: Tensor) -> Tensor:
         if self.detector is not None:
@@ -106,9 +113,11 @@ class ImagePurifier:
     def multiply_adds(self, height: int, width: int) -> int:
         """Multiply-adds for one picture of ``height`` x ``width``: padding, tiles and all evaluations included."""
         height, width = (-(-side // self.multiple) * self.multiple for side in (height, width))
-        if not self.tiled or height * width <= grid.TILED_ABOVE:
-            return self.cost(height, width)
-        return sum(self.cost(y1 - y0, x1 - x0) for y0, y1, x0, x1 in grid.boxes(height, width))
+        boxes = [(0, height, 0, width)]
+        if self.tiled and height * width > grid.TILED_ABOVE:
+            boxes = list(grid.boxes(height, width))
+        guided = 0 if self.guidance is None else self.guidance.multiply_adds(height, width)
+        return guided + sum(self.cost(bottom - top, right - left) for top, bottom, left, right in boxes)
 
     def __repr__(self) -> str:
         return f"<purifier {self.name}>"

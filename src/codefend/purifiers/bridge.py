@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 from codefend.diffusion import bridge_purify
 from codefend.nets import PurifierNet
 from codefend.purifiers.base import NetPurifier, spelled
+from codefend.purifiers.guidance import Guidance
 from codefend.types import UserError
 
 
@@ -21,6 +22,8 @@ class BridgeOptions:
     checkpoint: bool = False
     strength: float = 1.0  # of the change that is made; under 1 keeps more of the picture, above 1 goes further
     gate: bool = False  # let pictures pass as they are that the weights' detector finds clean
+    guided: float = 0.0  # how far to go on, away from the attacked picture's features, see `Guidance`; 0.2 is tried
+    guides: str = "lite0+lite2"  # the encoders whose features these are
 
     def __post_init__(self) -> None:
         if not 1 <= self.evaluations <= 4:
@@ -29,6 +32,8 @@ class BridgeOptions:
             raise UserError(f"bridge sigma must be 0 to 0.5, got {self.sigma:g}")
         if not 0 < self.strength <= 1.5:
             raise UserError(f"bridge strength must be above 0, to 1.5, got {self.strength:g}")
+        if not 0 <= self.guided <= 1:
+            raise UserError(f"bridge guided must be 0 to 1, got {self.guided:g}")
 
 
 class Bridge(NetPurifier):
@@ -40,6 +45,7 @@ class Bridge(NetPurifier):
         self.evaluations = options.evaluations
         self.stochastic = options.sigma > 0
         self.gate = options.gate
+        self.guidance = Guidance.by(options.guided, options.guides) if options.guided else None
         self.name = name or spelled("bridge", options, BridgeOptions())
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from codefend.devices import default_device, mixed_precision
+from codefend.encoders import EfficientNetLite
 from codefend.files import write_atomic
 from codefend.runs import make_generator, open_run, progress, save_checkpoint
 from codefend.tasks.pictures import training_pictures
@@ -28,7 +29,6 @@ from codefend.training.mining import sign_steps
 from codefend.training.state import cosine_rate, descend, restore_training, save_training, set_rate
 from codefend.types import UserError
 from codefend.victims import WEIGHTS
-from codefend.victims.efficientnet_lite import EfficientNetLite
 from codefend.victims.pocket import read_encoder
 
 UNUSED = ("head.", "fc.")  # of the encoder: its ImageNet classifier, which no token passes

