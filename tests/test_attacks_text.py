@@ -196,6 +196,12 @@ def test_a_planted_sentence_may_hold_braces() -> None:
     assert prompt in ["{y}?", *(plant.format(prompt="{y}?", say="{x}") for plant in PLANTS)]
 
 
+@pytest.mark.parametrize("plant", ["x {foo}", "{prompt} {", "{}", "{prompt.foo}", "{say:d}"])
+def test_a_plant_that_is_no_template_is_told(plant: str) -> None:
+    with pytest.raises(UserError, match="no template of"):
+        Planted(plants=(PLANTS[0], plant))
+
+
 def test_joint_beats_each_half() -> None:
     clean, victim = pictures(), Reader()
     asked = asked_for(TEXT_ATTACKS["joint"], victim, ANSWERS, "")

@@ -68,6 +68,8 @@ def test_upstreams(given: str, base: str) -> None:
         ({"upstream": None}, "upstream is missing: give --upstream or CODEFEND_UPSTREAM"),
         ({"upstream": "a:8000"}, "expected http"),
         ({"upstream": "http://u:p@a"}, "expected http"),
+        ({"upstream": "http://a:99999"}, "upstream: Port"),
+        ({"upstream": "http://a:b"}, "upstream: Port"),
         ({"port": 70000}, "port: Input should be less than or equal to 65535"),
         ({"purifer": "x"}, "did you mean 'purifier'"),
         ({"on_error": "open"}, "on_error: Input should be 'block', 'fallback' or 'pass'"),

@@ -185,6 +185,13 @@ class Planted:
     on_step: OnStep | None = None
     on_gradient: OnGradient | None = None
 
+    def __post_init__(self) -> None:
+        for plant in self.plants:
+            try:
+                plant.format(prompt="", say="")
+            except (LookupError, ValueError, AttributeError) as error:
+                raise UserError(f"plant {plant!r} is no template of {{prompt}} and {{say}}: {error}") from error
+
     def __call__(
         self,
         asked: Asked,

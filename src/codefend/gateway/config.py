@@ -104,6 +104,7 @@ class Settings(BaseSettings):
         url = urlsplit(value)
         if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment or url.username:
             raise ValueError("expected http(s)://host[:port][/path], 'pocket' or hf:ID_OR_FOLDER")
+        _ = url.port  # raises ValueError for one that cannot be
         base = value.rstrip("/")
         return base if base.endswith("/v1") else f"{base}/v1"
 

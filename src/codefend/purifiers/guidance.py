@@ -53,6 +53,9 @@ class Guidance:
 
     def __call__(self, images: Tensor, purified: Tensor) -> Tensor:
         """``purified`` ``[B, 3, H, W]``, moved; not clipped. ``images`` is what it was purified from."""
+        if torch.is_inference_mode_enabled():  # under which nothing has a gradient
+            with torch.inference_mode(False), torch.no_grad():
+                return self(images.clone(), purified.clone())
         height, width = images.shape[-2:]
         work = [pad_to_multiple(x.float(), MULTIPLE) for x in (images, purified)]
         tracked = torch.is_grad_enabled() and any(x.requires_grad for x in work)
