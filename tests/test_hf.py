@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from codefend import devices
 from codefend.attacks import objectives
 from codefend.attacks.apgd import APGD
+from codefend.purifiers.guidance import Guidance
 from codefend.types import Budget, UserError, WhiteBox
 
 pytest.importorskip("transformers")
@@ -90,6 +91,19 @@ def test_gradients_reach_every_image_and_agree_with_differences(name: str, image
     assert torch.allclose(slope / 4e-2, norms, rtol=0.15, atol=2e-3)
     (away,) = torch.autograd.grad(v.features(x).square().mean(), x)
     assert (away.flatten(1).norm(dim=1) > 1e-6).all()
+
+
+@every_family
+def test_its_own_eyes_guide_a_purifier(name: str, images: Tensor) -> None:
+    v = victim(name)
+    attacked = (images + 8 / 255 * torch.randn(images.shape, generator=torch.Generator().manual_seed(2)).sign()).clamp(
+        0, 1
+    )
+    moved = Guidance(0.5, [v.features])(attacked, images)
+    before, after = (
+        torch.cosine_similarity(v.features(x), v.features(attacked), dim=-1).mean() for x in (images, moved)
+    )
+    assert after < before
 
 
 @every_family
