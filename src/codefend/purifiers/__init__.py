@@ -200,7 +200,7 @@ PURIFIERS: dict[str, PurifierSpec] = {
         ),
         PurifierSpec(
             "bridge",
-            "supervised diffusion bridge from adversarial to clean, behind noise (evaluations 1 to 4, sigma)",
+            "supervised diffusion bridge, adversarial to clean, noised (evaluations, sigma, strength, guided, gate)",
             "CoDefend; bridge after arXiv 2302.05872, 2408.00315, 2505.13280; noise after 1902.02918, 1906.04584",
             _shipped("bridge", "bridge"),
         ),
