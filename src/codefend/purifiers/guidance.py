@@ -80,7 +80,8 @@ class Guidance:
     def _moved(self, images: Tensor, purified: Tensor, *, top: int = 0, left: int = 0) -> Tensor:
         tracked = torch.is_grad_enabled() and (images.requires_grad or purified.requires_grad)
         reach = self.share / STEPS * _size(images - purified, NEAR)
-        wrong = [look(images) for look in self.looks]
+        with torch.set_grad_enabled(tracked):
+            wrong = [look(images) for look in self.looks]
         moved = purified
         for noise in _noise(*images.shape[-2:], top=top, left=left).to(images):
             pull = torch.zeros_like(moved)
