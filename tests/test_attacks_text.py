@@ -196,7 +196,7 @@ def test_a_planted_sentence_may_hold_braces() -> None:
     assert prompt in ["{y}?", *(plant.format(prompt="{y}?", say="{x}") for plant in PLANTS)]
 
 
-@pytest.mark.parametrize("plant", ["x {foo}", "{prompt} {", "{}", "{prompt.foo}", "{say:d}"])
+@pytest.mark.parametrize("plant", ["x {foo}", "{prompt} {", "{}", "{prompt.foo}", "{prompt[a]}", "{say:d}"])
 def test_a_plant_that_is_no_template_is_told(plant: str) -> None:
     with pytest.raises(UserError, match="no template of"):
         Planted(plants=(PLANTS[0], plant))

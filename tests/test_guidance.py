@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from codefend.export import export_onnx
 from codefend.purifiers import grid, guidance
 from codefend.purifiers.base import ImagePurifier
 from codefend.purifiers.guidance import Guidance
+from codefend.training.calibrate import _features
 from codefend.types import Budget, UserError
 
 LEVEL = 1 / 255
@@ -122,6 +125,37 @@ def test_serving_needs_no_gradient_and_leaves_none(mode: type) -> None:
     assert not moved.requires_grad
 
 
+def test_a_purifier_loaded_for_inference_is_guided_as_any_other(tmp_path: Path) -> None:
+    """Also after a pickle, as worker processes get it, and with a guide named twice."""
+    images = (torch.rand(1, 3, 32, 48, generator=gen()) * 0.9).clamp(0, 1)
+    expected = purifiers.load("bridge-detail:guided=0.2")(images)
+    encoders.frozen.cache_clear()
+    encoders.multiply_adds_to_middle.cache_clear()
+    try:
+        with torch.inference_mode():
+            assert torch.allclose(purifiers.load("bridge-detail:guided=0.2")(images), expected, atol=1e-2)
+        again = purifiers.load("bridge-detail:guided=0.2,guides=lite0 + lite2+lite0")
+        copy = pickle.loads(pickle.dumps(again))
+        assert torch.equal(copy(images), again(images))
+        assert torch.equal(again(images), expected)
+        assert again.multiply_adds(64, 64) == purifiers.load("bridge-detail:guided=0.2").multiply_adds(64, 64)
+    finally:
+        encoders.frozen.cache_clear()
+
+
+def test_a_thin_strip_counts_with_its_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def counted(images: Tensor) -> Tensor:
+        seen.append(images[:, 0].numel())
+        return cells(images)
+
+    monkeypatch.setattr(grid, "TILED_ABOVE", 40_000)
+    strips = torch.rand(3, 3, 1, 900, generator=gen())
+    assert Guidance(0.2, [counted])(strips, strips * 0.98).shape == strips.shape
+    assert max(seen) == 32 * 928  # one at a time
+
+
 def test_stage_five_is_the_middle_of_the_encoder() -> None:
     encoder, images = encoders.frozen("lite0"), torch.rand(1, 3, 64, 96, generator=gen())
     assert torch.equal(encoder.middle(images), encoder.maps(images)[0])
@@ -168,6 +202,7 @@ def test_what_the_detector_goes_by_is_known_before_guidance() -> None:
         assert float(share[:2].max()) < 0.5
         wanted = torch.lerp(both, guided(both), share.view(-1, 1, 1, 1))
         assert torch.allclose(gated(both), wanted, atol=1e-5)
+        assert torch.equal(_features(guided, both, 0), _features(plain, both, 0))  # what `codefend calibrate` fits
         assert not torch.allclose(wanted[2:], plain(attacked), atol=1e-3)
 
 
@@ -202,6 +237,7 @@ class Wrong:
         Wrong("guided=nan", "finite"),
         Wrong("guided=0.2,guides=lite9", "lite9"),
         Wrong("guided=0.2,guides=", "unknown encoder"),
+        Wrong("guides=lite0+lite9", "lite9"),
     ],
 )
 def test_wrong_options_are_told(wrong: Wrong) -> None:
@@ -209,7 +245,7 @@ def test_wrong_options_are_told(wrong: Wrong) -> None:
         purifiers.load(f"bridge:{wrong.options}")
 
 
-def test_its_work_is_counted_and_it_is_not_exported(tmp_path: object) -> None:
+def test_its_work_is_counted_and_it_is_not_exported(tmp_path: Path) -> None:
     plain, guided = purifiers.load("bridge-detail"), purifiers.load("bridge-detail:guided=0.2")
     extra = guided.multiply_adds(224, 224) - plain.multiply_adds(224, 224)
     forth = sum(encoders.multiply_adds_to_middle(name) for name in ("lite0", "lite2")) * 224**2

@@ -135,12 +135,14 @@ def frozen(name: str) -> EfficientNetLite:
     """The encoder by name, one for the whole process. Raises UserError for an unknown name or a missing package."""
     if name not in NAMES:
         raise UserError(f"unknown encoder {name!r}; known: {', '.join(NAMES)}")
-    return EfficientNetLite(name)
+    with torch.inference_mode(False):  # else it could never again be differentiated through
+        return EfficientNetLite(name)
 
 
 @cache
 def multiply_adds_to_middle(name: str) -> float:
     """Multiply-adds of `EfficientNetLite.middle`, per pixel. Raises UserError as `frozen`."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        frozen(name).middle(torch.zeros(1, 3, 64, 64))
+    encoder = frozen(name)
+    with torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        encoder.middle(torch.zeros(1, 3, 64, 64))
     return float(counter.get_total_flops() / 2 / 64**2)

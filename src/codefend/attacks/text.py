@@ -189,7 +189,7 @@ class Planted:
         for plant in self.plants:
             try:
                 plant.format(prompt="", say="")
-            except (LookupError, ValueError, AttributeError) as error:
+            except (LookupError, ValueError, TypeError, AttributeError) as error:
                 raise UserError(f"plant {plant!r} is no template of {{prompt}} and {{say}}: {error}") from error
 
     def __call__(

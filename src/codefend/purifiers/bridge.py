@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from codefend.diffusion import bridge_purify
 from codefend.nets import PurifierNet
 from codefend.purifiers.base import NetPurifier, spelled
-from codefend.purifiers.guidance import Guidance
+from codefend.purifiers.guidance import Guidance, names_of
 from codefend.types import UserError
 
 
@@ -34,6 +34,7 @@ class BridgeOptions:
             raise UserError(f"bridge strength must be above 0, to 1.5, got {self.strength:g}")
         if not 0 <= self.guided <= 1:
             raise UserError(f"bridge guided must be 0 to 1, got {self.guided:g}")
+        names_of(self.guides)
 
 
 class Bridge(NetPurifier):

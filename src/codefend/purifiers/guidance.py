@@ -11,6 +11,7 @@ Everything is local (no size is taken over the whole picture), so that a tile is
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from codefend import encoders
 from codefend.purifiers import grid, tiling
 from codefend.purifiers.base import pad_to_multiple
+from codefend.types import UserError
 
 Look = Callable[[Tensor], Tensor]  # [B, 3, H, W] in [0, 1] to features [B, places, width]; sides multiples of MULTIPLE
 
@@ -37,7 +39,11 @@ class Guidance:
     """Moves purified pictures away from the attacked ones' features.
 
     ``share`` is how far all steps together may go in a pixel, in units of the root mean square of what purification
-    took out around it: a picture that lost little moves little. Differentiable, exactly, in both pictures.
+    took out around it: a picture that lost little moves little.
+
+    Differentiable in both pictures, exactly where the looks are smooth. An encoder's own gradient jumps at its ReLU6s,
+    and so do the steps: rounding alone can move a pixel by a level, and an attacker should also be tried who takes
+    guidance for the identity.
     """
 
     def __init__(self, share: float, looks: Sequence[Look], *, multiply_adds: float = 0.0) -> None:
@@ -47,27 +53,27 @@ class Guidance:
     @classmethod
     def by(cls, share: float, names: str) -> Guidance:
         """By encoders of `encoders.NAMES`, joined by "+". Raises UserError for an unknown or uninstalled one."""
-        found = names.split("+")
-        looks = [_through(encoders.frozen(name)) for name in found]
-        return cls(share, looks, multiply_adds=sum(encoders.multiply_adds_to_middle(name) for name in found))
+        found = names_of(names)
+        adds = sum(encoders.multiply_adds_to_middle(name) for name in found)
+        return cls(share, [_Middle(name) for name in found], multiply_adds=adds)
 
     def __call__(self, images: Tensor, purified: Tensor) -> Tensor:
         """``purified`` ``[B, 3, H, W]``, moved; not clipped. ``images`` is what it was purified from."""
         if torch.is_inference_mode_enabled():  # under which nothing has a gradient
             with torch.inference_mode(False), torch.no_grad():
                 return self(images.clone(), purified.clone())
-        height, width = images.shape[-2:]
         work = [pad_to_multiple(x.float(), MULTIPLE) for x in (images, purified)]
+        pixels = work[0][0, 0].numel()
         tracked = torch.is_grad_enabled() and any(x.requires_grad for x in work)
         with torch.autocast(images.device.type, enabled=False):  # gradients of encoders are too fine for 16 bits
-            if height * width > grid.TILED_ABOVE:
+            if pixels > grid.TILED_ABOVE:
                 pairs = zip(*(x.split(1) for x in work), strict=True)
                 moved = torch.cat([self._in_tiles(*pair) for pair in pairs])
             else:
-                size = len(images) if tracked else max(1, grid.TILED_ABOVE // (height * width))
+                size = len(images) if tracked else max(1, grid.TILED_ABOVE // pixels)
                 pairs = zip(*(x.split(size) for x in work), strict=True)
                 moved = torch.cat([self._moved(*pair) for pair in pairs])
-        return moved[..., :height, :width].to(purified.dtype)
+        return moved[..., : images.shape[-2], : images.shape[-1]].to(purified.dtype)
 
     def _in_tiles(self, images: Tensor, purified: Tensor) -> Tensor:
         def move(box: grid.Box) -> Tensor:
@@ -100,13 +106,26 @@ class Guidance:
         return round(self.per_pixel * height * width)
 
 
-def _through(encoder: encoders.EfficientNetLite) -> Look:
-    def look(images: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class _Middle:
+    """The look of an encoder by name: its stage 5. No more than the name goes along when it is pickled."""
+
+    name: str
+
+    def __call__(self, images: Tensor) -> Tensor:
+        encoder = encoders.frozen(self.name)
         if encoder.fc.weight.device != images.device:
             encoder.to(images.device)
         return encoder.middle(images).flatten(2).transpose(1, 2)
 
-    return look
+
+def names_of(guides: str) -> list[str]:
+    """The encoders in ``lite0+lite2``, each once. Raises UserError for an unknown one."""
+    names = list(dict.fromkeys(name.strip() for name in guides.split("+")))
+    for name in names:
+        if name not in encoders.NAMES:
+            raise UserError(f"unknown encoder {name!r} among the guides; known: {', '.join(encoders.NAMES)}")
+    return names
 
 
 @lru_cache(maxsize=1)

@@ -126,7 +126,7 @@ def _features(purifier: NetPurifier, images: Tensor, seed: int, *names: object) 
     with torch.no_grad():
         draw = make_generator(seed, "calibrate", *names)
         parts = images.to(default_device()).split(BATCH)
-        return torch.cat([features(part, purifier(part, generator=draw)).cpu() for part in parts])
+        return torch.cat([features(part, purifier.transformed(part, generator=draw)).cpu() for part in parts])
 
 
 def _scores(found: Tensor, weights: tuple[float, ...], bias: float) -> Tensor:
