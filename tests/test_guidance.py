@@ -126,7 +126,7 @@ def test_serving_needs_no_gradient_and_leaves_none(mode: type) -> None:
 
 
 def test_a_purifier_loaded_for_inference_is_guided_as_any_other(tmp_path: Path) -> None:
-    """Also after a pickle, as worker processes get it, and with a guide named twice."""
+    """Also with a guide named twice; and what goes along to another process is small."""
     images = (torch.rand(1, 3, 32, 48, generator=gen()) * 0.9).clamp(0, 1)
     expected = purifiers.load("bridge-detail:guided=0.2")(images)
     encoders.frozen.cache_clear()
@@ -135,8 +135,7 @@ def test_a_purifier_loaded_for_inference_is_guided_as_any_other(tmp_path: Path) 
         with torch.inference_mode():
             assert torch.allclose(purifiers.load("bridge-detail:guided=0.2")(images), expected, atol=1e-2)
         again = purifiers.load("bridge-detail:guided=0.2,guides=lite0 + lite2+lite0")
-        copy = pickle.loads(pickle.dumps(again))
-        assert torch.equal(copy(images), again(images))
+        assert len(pickle.dumps(again.guidance)) < 1000  # names go along, no encoders
         assert torch.equal(again(images), expected)
         assert again.multiply_adds(64, 64) == purifiers.load("bridge-detail:guided=0.2").multiply_adds(64, 64)
     finally:

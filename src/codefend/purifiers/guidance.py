@@ -64,13 +64,12 @@ class Guidance:
                 return self(images.clone(), purified.clone())
         work = [pad_to_multiple(x.float(), MULTIPLE) for x in (images, purified)]
         pixels = work[0][0, 0].numel()
-        tracked = torch.is_grad_enabled() and any(x.requires_grad for x in work)
         with torch.autocast(images.device.type, enabled=False):  # gradients of encoders are too fine for 16 bits
             if pixels > grid.TILED_ABOVE:
                 pairs = zip(*(x.split(1) for x in work), strict=True)
                 moved = torch.cat([self._in_tiles(*pair) for pair in pairs])
             else:
-                size = len(images) if tracked else max(1, grid.TILED_ABOVE // pixels)
+                size = len(images) if _tracked(*work) else max(1, grid.TILED_ABOVE // pixels)
                 pairs = zip(*(x.split(size) for x in work), strict=True)
                 moved = torch.cat([self._moved(*pair) for pair in pairs])
         return moved[..., : images.shape[-2], : images.shape[-1]].to(purified.dtype)
@@ -84,7 +83,7 @@ class Guidance:
         return tiling.blend_boxes(move, purified)
 
     def _moved(self, images: Tensor, purified: Tensor, *, top: int = 0, left: int = 0) -> Tensor:
-        tracked = torch.is_grad_enabled() and (images.requires_grad or purified.requires_grad)
+        tracked = _tracked(images, purified)
         reach = self.share / STEPS * _size(images - purified, NEAR)
         with torch.set_grad_enabled(tracked):
             wrong = [look(images) for look in self.looks]
@@ -137,6 +136,11 @@ def _noise(height: int, width: int, *, top: int, left: int) -> Tensor:
     """``[STEPS, 3, height, width]``: one pattern, repeated, for all pictures. This is no defense by chance."""
     rows, columns = ((start + torch.arange(side)) % PERIOD for start, side in ((top, height), (left, width)))
     return _pattern()[:, :, rows][..., columns]
+
+
+def _tracked(*images: Tensor) -> bool:
+    """Whether somebody differentiates through them."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in images)
 
 
 def _size(values: Tensor, side: int) -> Tensor:
