@@ -27,14 +27,14 @@ from codefend.attacks.bounds import excess, finished
 from codefend.attacks.noise import Noise
 from codefend.attacks.norms import random_signs, uniform
 from codefend.attacks.patch import Patch
-from codefend.attacks.perc_al import PerCAL, shrink
 from codefend.attacks.search import Best, score
 from codefend.attacks.stadv import StAdv, warp
 from codefend.attacks.text import Asked
-from codefend.images import quantize8
-from codefend.runs import make_generator, open_run
+from codefend.contrib.attacks.perc_al import PerCAL, shrink
+from codefend.core.images import quantize8
+from codefend.core.runs import make_generator, open_run
 from codefend.tasks.metrics import targeted_success
-from codefend.types import Budget, Example, Objective, Task, UserError, WhiteBox
+from codefend.types import Budget, Example, Objective, Task, CodefendError, WhiteBox
 
 DRAWS = 10
 
@@ -188,7 +188,7 @@ def measure(name: str, victim: WhiteBox, task: Task, asked: Settings, rows: list
             alike = (r for r in rows if r.get("alike") == [spec.goal, spec.bound] and "noise" in r)
             known = next((Outcome(**r["noise"]) for r in alike), None)
             row = run_image(spec, victim, task, budget, asked.batch, known)
-    except UserError as error:
+    except CodefendError as error:
         return {"key": name, "error": str(error)}
     alike_key = None if isinstance(spec, TextAttackSpec) else [spec.goal, spec.bound]
     return {"key": name, "alike": alike_key, **asdict(row)}

@@ -31,9 +31,9 @@ from codefend import tasks, victims
 from codefend.attacks import ATTACKS, objective_for
 from codefend.attacks.norms import distance
 from codefend.attacks.search import Best
-from codefend.images import quantize8
-from codefend.runs import Run, make_generator, open_run
-from codefend.settings import number
+from codefend.core.images import quantize8
+from codefend.core.runs import Run, make_generator, open_run
+from codefend.core.settings import number
 from codefend.types import Budget, Objective
 
 SEED = 0

@@ -238,7 +238,7 @@ def image_body(seed: int, side: int) -> bytes:
     import numpy as np
     import torch
 
-    from codefend import images
+    from codefend.core import images
 
     generator = np.random.default_rng(seed + 1)
     coarse = torch.from_numpy(generator.random((1, 3, 8, 8), dtype=np.float32))

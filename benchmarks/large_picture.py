@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from skimage import data
 from torch import Tensor
 
-from codefend import images, purifiers
+from codefend import purifiers
+from codefend.core import images
+from codefend.core.runs import make_generator
 from codefend.purifiers import grid
-from codefend.runs import make_generator
 
 SEAM_SIDES = (1280, 1792)  # 2.3 megapixels: four tiles
 CHILD = """

@@ -19,8 +19,8 @@ from skimage import data
 from torch import Tensor
 
 from codefend import purifiers
-from codefend.devices import PRECISION, default_device, precision
-from codefend.runs import make_generator
+from codefend.core.devices import PRECISION, default_device, precision
+from codefend.core.runs import make_generator
 
 MODES = {"float32": "float32", "mixed": ""}  # by name: the variable's value
 

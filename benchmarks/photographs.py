@@ -14,10 +14,10 @@ from skimage import data
 from torch import Tensor
 
 from codefend import purifiers
-from codefend.nets import load_net
-from codefend.runs import make_generator
+from codefend.core.runs import make_generator
+from codefend.purifiers.nets import load_net
 from codefend.tasks.image_metrics import psnr
-from codefend.tasks.pictures import HELD_OUT
+from codefend.tasks.training_images import HELD_OUT
 
 DEFAULT = ("jpeg", "bitdepth", "diffpure:t=0.05,steps=5", "diffpure:t=0.1,steps=10", "bridge")
 

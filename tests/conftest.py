@@ -12,7 +12,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from codefend.runs import Row, Run
+    from codefend.core.runs import Row, Run
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 os.environ["CODEFEND_PRECISION"] = "float32"  # the same numbers on any machine, and two ways to one of them agree
@@ -22,13 +22,13 @@ os.environ["CODEFEND_PRECISION"] = "float32"  # the same numbers on any machine,
 def bare_pocket():  # type: ignore[no-untyped-def]
     """A pocket with pretrained parts and an untrained connector: loads in seconds, answers nonsense."""
     pytest.importorskip("transformers")
-    from codefend.types import UserError
+    from codefend.types import CodefendError
     from codefend.victims.pocket import Pocket
 
     torch.manual_seed(0)
     try:
         return Pocket("lite0", rank=4)
-    except UserError as error:
+    except CodefendError as error:
         pytest.skip(str(error))
 
 
@@ -44,7 +44,7 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an evaluation to report on, which no test may change."""
     import toys
-    from codefend.evaluate import evaluate
+    from codefend.bench import evaluate
     from report_kit import CONFIG
 
     run = tmp_path_factory.mktemp("report") / "run"
@@ -55,7 +55,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def few_samples() -> Iterator[None]:
     """Intervals from fifty resamplings: reports in a fraction of the time."""
-    from codefend import results
+    from codefend.bench import results
 
     before, results.SAMPLES = results.SAMPLES, 50
     yield
@@ -77,7 +77,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object], int], None]:
     """``interrupt(work, step)`` trains until Ctrl-C comes, when that step is computed but not yet logged."""
-    from codefend import runs
+    from codefend.core import runs
 
     def call(work: Callable[[], object], step: int) -> None:
         append = runs.Run.append

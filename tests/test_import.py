@@ -34,7 +34,7 @@ def loaded_by(statement: str) -> list[str]:
     [
         "import codefend",
         "import codefend.cli",
-        "import codefend.runs, codefend.settings",
+        "import codefend.core.runs, codefend.core.settings",
         "from codefend.cli import main; main(['--help'])",
         "from codefend.cli import main; main(['purify', '--help'])",
         "from codefend.cli import main; main(['list', 'attacks'])",

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from codefend.cli import main
-from codefend.presets import PRESETS
+from codefend.cli.presets import PRESETS
 from codefend.purifiers import WEIGHTS
 
 RECIPES = Path(__file__).parent.parent / "recipes"

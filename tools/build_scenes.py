@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from codefend.files import write_atomic
+from codefend.core.files import write_atomic
 from codefend.tasks.objects import DATA
 from codefend.tasks.scene_tasks import FROZEN, freeze
 

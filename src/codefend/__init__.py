@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from codefend.gateway.client import wrap
     from codefend.purifiers import load as load_purifier
     from codefend.tasks import load as load_task
-    from codefend.types import Budget, Example, Task, UserError
+    from codefend.types import Budget, CodefendError, Example, Task
     from codefend.victims import load as load_victim
 
 __version__ = "0.1.0"
@@ -29,17 +29,17 @@ _LAZY = {
     "Budget": ("codefend.types", "Budget"),
     "Example": ("codefend.types", "Example"),
     "Task": ("codefend.types", "Task"),
-    "UserError": ("codefend.types", "UserError"),
+    "CodefendError": ("codefend.types", "CodefendError"),
 }
 
 __all__ = [
     "Budget",
+    "CodefendError",
     "DefendedVictim",
     "Defense",
     "Example",
     "StraightThrough",
     "Task",
-    "UserError",
     "__version__",
     "load_purifier",
     "load_task",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from codefend.devices import default_device
+from codefend.core.devices import default_device
 from codefend.prompts.asking import prompted
 from codefend.types import Purifier, Victim, WhiteBox
 
@@ -61,7 +61,7 @@ class StraightThrough:
 class DefendedVictim:
     """``victim`` behind ``defense``. Each call draws fresh purifier noise unless ``generator`` is given.
 
-    Raises UserError for a soft prefix that was learned for another victim.
+    Raises CodefendError for a soft prefix that was learned for another victim.
     """
 
     def __init__(self, victim: Victim, defense: Defense, *, generator: Generator | None = None) -> None:

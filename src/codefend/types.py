@@ -15,8 +15,11 @@ if TYPE_CHECKING:  # `import codefend` must not import torch
     from torch import Generator, Tensor
 
 
-class UserError(Exception):
-    """A mistake the user can mend. The command line prints it on one line and exits with code 2."""
+class CodefendError(ValueError):
+    """Raised for invalid input that the user can correct; the message says how.
+
+    The command line prints it on one line and exits with code 2.
+    """
 
 
 @dataclass(frozen=True)

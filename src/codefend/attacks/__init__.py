@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from codefend.attacks.specs import NEEDS_SENTENCE, AttackSpec, Bound, Goal, TextAttackSpec, Threat
 from codefend.attacks.table import ATTACKS, EVERY_ATTACK, TEXT_ATTACKS
-from codefend.types import Objective, UserError, Victim, WhiteBox
+from codefend.types import CodefendError, Objective, Victim, WhiteBox
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,7 @@ def objective_for(
 ) -> Objective:
     """What ``spec`` lowers on this batch; ``target`` is one sentence for all images or one each.
 
-    Raises UserError when the attack needs a target sentence or image that was not given, or a gradient, logits or
+    Raises CodefendError when the attack needs a target sentence or image that was not given, or a gradient, logits or
     words that the victim does not show.
     """
     from codefend.attacks import objectives
@@ -58,7 +58,7 @@ def objective_for(
         return objectives.features_away(shown, clean_images)
     if spec.goal == "feature-target":
         if target_images is None:
-            raise UserError(f"attack {spec.name!r} needs target images: give one, or one per image")
+            raise CodefendError(f"attack {spec.name!r} needs target images: give one, or one per image")
         return objectives.features_towards(shown, target_images)
     if spec.goal == "feature-text":
         return objectives.features_towards_text(shown, targets)
@@ -76,7 +76,7 @@ def objective_for(
 def asked_for(spec: TextAttackSpec, victim: Victim, answers: Sequence[str], target: str | Sequence[str]) -> Asked:
     """What ``spec`` lowers, as a function of the prompts: likelihoods, or the answers of a victim that shows no more.
 
-    Raises UserError when the attack needs a target sentence that was not given, or a gradient from a black box.
+    Raises CodefendError when the attack needs a target sentence that was not given, or a gradient from a black box.
     """
     from codefend.attacks import objectives
 
@@ -92,7 +92,7 @@ def asked_for(spec: TextAttackSpec, victim: Victim, answers: Sequence[str], targ
 def _targets(spec: AttackSpec | TextAttackSpec, target: str | Sequence[str], count: int) -> list[str]:
     targets = [target] * count if isinstance(target, str) else list(target)
     if not all(targets):
-        raise UserError(f"attack {spec.name!r} needs a target sentence: the task has none, so give one")
+        raise CodefendError(f"attack {spec.name!r} needs a target sentence: the task has none, so give one")
     return targets
 
 
@@ -102,7 +102,7 @@ def _is_white_box(victim: Victim) -> bool:
 
 def _white_box(spec: AttackSpec | TextAttackSpec, victim: Victim) -> WhiteBox:
     if not _is_white_box(victim):
-        raise UserError(
+        raise CodefendError(
             f"attack {spec.name!r} needs a loss, and victim {victim.name!r} only answers text: "
             "use square-text, mf-tt or a text attack"
         )

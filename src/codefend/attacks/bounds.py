@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from codefend.attacks.norms import distance, quantize_in_budget
-from codefend.images import quantize8
+from codefend.core.images import quantize8
 from codefend.types import Budget
 
 

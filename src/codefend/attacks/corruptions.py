@@ -16,7 +16,7 @@ from torch.nn.functional import conv2d, interpolate, pad
 
 from codefend.attacks.norms import normal, uniform
 from codefend.attacks.search import Best, OnGradient, OnStep, score
-from codefend.types import Budget, Objective, UserError
+from codefend.types import Budget, CodefendError, Objective
 
 Kind = Literal[
     "worst",
@@ -50,9 +50,11 @@ _LEVELS: dict[str, tuple[float, ...]] = {
 
 
 def corrupt(images: Tensor, kind: str, severity: int, *, generator: Generator | None = None) -> Tensor:
-    """``images`` under one corruption at ``severity`` 1 to 5, in [0, 1]. Raises UserError for another kind or level."""
+    """``images`` under one corruption at ``severity`` 1 to 5, in [0, 1]. Raises CodefendError for another kind or level."""
     if kind not in KINDS or not 1 <= severity <= 5:
-        raise UserError(f"no corruption {kind!r} at severity {severity}; kinds: {', '.join(KINDS)}; severity 1 to 5")
+        raise CodefendError(
+            f"no corruption {kind!r} at severity {severity}; kinds: {', '.join(KINDS)}; severity 1 to 5"
+        )
     level = _LEVELS[kind][severity - 1]
     damaged = _NOISES[kind](images, level, generator) if kind in _NOISES else _DAMAGES[kind](images, level)
     return damaged.clamp(0, 1)

@@ -12,7 +12,7 @@ from codefend.attacks.apgd import APGD
 from codefend.attacks.norms import choose
 from codefend.attacks.search import OnGradient, OnStep, score
 from codefend.attacks.text import Asked, Characters, TextAttack
-from codefend.types import Attack, Budget, UserError
+from codefend.types import Attack, Budget, CodefendError
 
 
 @dataclass(kw_only=True)
@@ -33,7 +33,9 @@ class Joint:
 
     def __post_init__(self) -> None:
         if min(self.rounds, self.queries) < 1:
-            raise UserError(f"attack 'joint' needs rounds and queries of 1 or more, not {self.rounds}, {self.queries}")
+            raise CodefendError(
+                f"attack 'joint' needs rounds and queries of 1 or more, not {self.rounds}, {self.queries}"
+            )
 
     def __call__(
         self,

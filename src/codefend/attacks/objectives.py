@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from codefend.types import Objective, UserError, Victim, WhiteBox
+from codefend.types import CodefendError, Objective, Victim, WhiteBox
 
 WORD_TEMPERATURE = 0.05  # of a cross-entropy over cosines
 
@@ -62,7 +62,7 @@ def margin(victim: WhiteBox, prompts: Sequence[str], answers: Sequence[str], *, 
 
     The logit margin f6 of Carlini & Wagner 2017 (arXiv 1608.04644, sec. V-A) instead of the likelihood, whose gradient
     fades where the model is sure. ``confidence`` (logits) is where a token stops paying: effort goes to those that
-    still hold. Raises UserError when the victim shows no logits.
+    still hold. Raises CodefendError when the victim shows no logits.
     """
     _check_rows(prompts, answers)
     shown = _with_margins(victim)
@@ -93,7 +93,7 @@ def margin_targeted(
 
 def _with_margins(victim: object) -> HasMargins:
     if not (isinstance(victim, HasMargins) and isinstance(_undefended(victim), HasMargins)):
-        raise UserError(f"victim {getattr(victim, 'name', victim)!r} shows no logits: use apgd instead of a margin")
+        raise CodefendError(f"victim {getattr(victim, 'name', victim)!r} shows no logits: use apgd instead of a margin")
     return victim
 
 
@@ -136,7 +136,7 @@ def features_towards(victim: WhiteBox, target_images: Tensor, *, reference: Whit
 def features_towards_text(victim: WhiteBox, texts: Sequence[str]) -> Objective:
     """Minus the mean cosine of all vision tokens to a text in the space they share (AttackVLM's MF-it, 2305.16934).
 
-    Raises UserError when the victim has no such space.
+    Raises CodefendError when the victim has no such space.
     """
     shown, _ = _worded(victim, "feature-target")
     distinct = list(dict.fromkeys(texts))
@@ -152,12 +152,12 @@ def features_towards_text(victim: WhiteBox, texts: Sequence[str]) -> Objective:
 def words_away(victim: WhiteBox, clean_images: Tensor) -> Objective:
     """Minus the mean cross-entropy of each vision token's words: away from what the undefended victim reads there.
 
-    The nearest word of its ``vocabulary`` counts as right. Raises UserError when the victim has none.
+    The nearest word of its ``vocabulary`` counts as right. Raises CodefendError when the victim has none.
     """
     shown, bare = _worded(victim, "feature")
     words: Sequence[str] = getattr(bare, "vocabulary", ())
     if not words:
-        raise UserError(f"victim {victim.name!r} says no vocabulary that its tokens could be read in: use feature")
+        raise CodefendError(f"victim {victim.name!r} says no vocabulary that its tokens could be read in: use feature")
     with torch.no_grad():
         read = bare.word_scores(clean_images, words).argmax(-1)
 
@@ -174,10 +174,10 @@ def word_loss(scores: Tensor, words: Tensor) -> Tensor:
 
 
 def _worded(victim: WhiteBox, instead: str) -> tuple[HasWords, HasWords]:
-    """The victim and what it defends. Raises UserError when it has no space that vision tokens and words share."""
+    """The victim and what it defends. Raises CodefendError when it has no space that vision tokens and words share."""
     bare = _undefended(victim)
     if not (hasattr(victim, "word_scores") and isinstance(bare, HasWords)):
-        raise UserError(f"victim {victim.name!r} has no space that vision tokens and words share: use {instead}")
+        raise CodefendError(f"victim {victim.name!r} has no space that vision tokens and words share: use {instead}")
     return cast(HasWords, victim), bare
 
 
@@ -236,7 +236,7 @@ class Ensemble:
 
     def __init__(self, parts: Sequence[Objective]) -> None:
         if not parts:
-            raise UserError("an ensemble needs at least one objective")
+            raise CodefendError("an ensemble needs at least one objective")
         self.parts = tuple(parts)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -302,4 +302,4 @@ class Counted:
 
 def _check_rows(prompts: Sequence[str], texts: Sequence[str]) -> None:
     if len(prompts) != len(texts):
-        raise UserError(f"{len(prompts)} prompts but {len(texts)} answers: give one of each per image")
+        raise CodefendError(f"{len(prompts)} prompts but {len(texts)} answers: give one of each per image")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from codefend.attacks.norms import choose, length
-from codefend.types import Budget, Objective, UserError
+from codefend.types import Budget, CodefendError, Objective
 
 OnStep = Callable[[int, Tensor], None]
 OnGradient = Callable[[int, Tensor, Tensor], None]
@@ -71,7 +71,7 @@ def gradient(
 ) -> tuple[Tensor, Tensor]:
     """Losses ``[B]`` and gradients, both means of ``eot`` samples taken one after another (memory of one sample).
 
-    Entries that are not finite count as zero and are reported to ``on_gradient``. Raises UserError when the objective
+    Entries that are not finite count as zero and are reported to ``on_gradient``. Raises CodefendError when the objective
     does not depend differentiably on the images.
     """
     images = images.detach().requires_grad_(True)
@@ -83,7 +83,7 @@ def gradient(
             value = _per_example(objective(images), images)
             grad = torch.autograd.grad(value.sum(), images, allow_unused=True)[0] if value.requires_grad else None
         if grad is None:
-            raise UserError(
+            raise CodefendError(
                 "this objective has no gradient in the images: use a score attack (square, rgf, spsa), "
                 "or wrap the purifier in StraightThrough"
             )

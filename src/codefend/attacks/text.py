@@ -15,8 +15,8 @@ from torch import Generator, Tensor
 
 from codefend.attacks.norms import uniform
 from codefend.attacks.search import OnGradient, OnStep, Watched, score
-from codefend.edits import Edit, Menu, lookalikes, rewordings, rewrite, typos
-from codefend.types import Budget, Objective, UserError
+from codefend.core.text_edits import Edit, Menu, lookalikes, rewordings, rewrite, typos
+from codefend.types import Budget, CodefendError, Objective
 
 Asked = Callable[[Sequence[str]], Objective]  # one prompt per image -> objective of the images
 
@@ -101,7 +101,7 @@ class _Edits:
 
     def __post_init__(self) -> None:
         if self.edits < 1:
-            raise UserError(f"edits of attack {self.name!r} must be 1 or more, not {self.edits}")
+            raise CodefendError(f"edits of attack {self.name!r} must be 1 or more, not {self.edits}")
 
     @staticmethod
     def menu(units: Sequence[str]) -> list[Edit]:
@@ -190,7 +190,7 @@ class Planted:
             try:
                 plant.format(prompt="", say="")
             except (LookupError, ValueError, TypeError, AttributeError) as error:
-                raise UserError(f"plant {plant!r} is no template of {{prompt}} and {{say}}: {error}") from error
+                raise CodefendError(f"plant {plant!r} is no template of {{prompt}} and {{say}}: {error}") from error
 
     def __call__(
         self,

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from codefend.attacks.search import Best, OnGradient, OnStep, score
 from codefend.attacks.text import Asked
-from codefend.types import Budget, UserError
+from codefend.types import Budget, CodefendError
 
 # Seven rows of five dots per character, two hexadecimal digits a row, the left dot in bit 4.
 _GLYPHS = {
@@ -115,7 +115,7 @@ class Typographic:
 
     def __post_init__(self) -> None:
         if not 0 < self.size <= 1:
-            raise UserError(f"size of attack 'typographic' is a share above 0, to 1, not {self.size:g}")
+            raise CodefendError(f"size of attack 'typographic' is a share above 0, to 1, not {self.size:g}")
 
     def __call__(
         self,

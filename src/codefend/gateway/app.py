@@ -31,7 +31,7 @@ from codefend.gateway.proxy import Proxy
 from codefend.gateway.telemetry import Meters
 from codefend.gateway.worker import Runner, Worker
 from codefend.prompts import TextPolicy, load_any
-from codefend.types import Purifier, UserError
+from codefend.types import CodefendError, Purifier
 
 if TYPE_CHECKING:
     from codefend.prompts.folders import AnyPolicy
@@ -50,7 +50,7 @@ def create_app(
 ) -> Starlette:
     """Build the gateway. ``purifier`` and the transports replace what the settings name: for tests and embedding.
 
-    Raises UserError for an unknown purifier or prompt policy, and as ``Terms.choose`` does.
+    Raises CodefendError for an unknown purifier or prompt policy, and as ``Terms.choose`` does.
     """
     prompt = load_any(settings.prompt)
     engine = build_engine(settings, purifier=purifier, prompt=prompt)
@@ -100,7 +100,7 @@ def _lifespan(
 
 
 def build_engine(settings: Settings, *, purifier: Purifier | None = None, prompt: AnyPolicy | None = None) -> Engine:
-    """The engine without its lane. Raises UserError as ``create_app`` does."""
+    """The engine without its lane. Raises CodefendError as ``create_app`` does."""
     limits = Limits(
         settings.max_body_bytes,
         settings.max_image_bytes,
@@ -128,7 +128,7 @@ def build_engine(settings: Settings, *, purifier: Purifier | None = None, prompt
 
     main = runner(settings.purifier, purifier)
     if not main.can_score and settings.allow_override:
-        raise UserError(f"purifier {main.name} has no score: requests cannot choose detect or block")
+        raise CodefendError(f"purifier {main.name} has no score: requests cannot choose detect or block")
     return Engine(
         main,
         limits=limits,
@@ -142,16 +142,18 @@ def build_engine(settings: Settings, *, purifier: Purifier | None = None, prompt
 
 
 def _words(prompt: AnyPolicy, settings: Settings) -> TextPolicy | None:
-    """What is written into requests; a soft prefix goes into the embedded model. Raises UserError for another one."""
+    """What is written into requests; a soft prefix goes into the embedded model. Raises CodefendError for another one."""
     if isinstance(prompt, TextPolicy):
         return None if prompt.empty else prompt
     if settings.upstream != "pocket":
-        raise UserError(f"{prompt.name!r} is a soft prefix: it works in front of the embedded pocket, not of a server")
+        raise CodefendError(
+            f"{prompt.name!r} is a soft prefix: it works in front of the embedded pocket, not of a server"
+        )
     return None
 
 
 def build_worker(name: str, purifier: Purifier | None = None, **options: Any) -> Worker:
-    """A worker around ``purifier``, or the one of that name. Raises UserError for an unknown name."""
+    """A worker around ``purifier``, or the one of that name. Raises CodefendError for an unknown name."""
     return Worker(purifier or purifiers.load(name), **options)
 
 

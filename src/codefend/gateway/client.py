@@ -17,7 +17,7 @@ from codefend.gateway.errors import Refused, error_body
 from codefend.gateway.local import api_by_suffix, local_engine
 from codefend.gateway.wire import dump, parse
 from codefend.gateway.worker import Mode
-from codefend.types import Purifier, UserError
+from codefend.types import CodefendError, Purifier
 
 Client = TypeVar("Client")
 
@@ -32,7 +32,7 @@ def wrap(
     on_error: OnError = "block",
     image_links: bool = False,
 ) -> Client:
-    """Return a copy of an official client, sync or async. Raises UserError for anything else and for unknown names.
+    """Return a copy of an official client, sync or async. Raises CodefendError for anything else and for unknown names.
 
     Images must be data URLs or base64; remote URLs and uploaded files are refused, because they cannot be seen here.
     With ``image_links`` http(s) images in Markdown and HTML pass as text.
@@ -41,7 +41,7 @@ def wrap(
     copy: Any = getattr(client, "copy", None)
     http = _http_library(inner)
     if http is None or not callable(copy):
-        raise UserError(f"cannot wrap {type(client).__name__}; give an OpenAI or Anthropic client")
+        raise CodefendError(f"cannot wrap {type(client).__name__}; give an OpenAI or Anthropic client")
     engine = local_engine(
         purifier, prompt=prompt, policy=policy, threshold=threshold, on_error=on_error, image_links=image_links
     )

@@ -19,7 +19,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from codefend.types import UserError
+from codefend.types import CodefendError
 
 PREFIX = "CODEFEND_"
 
@@ -120,7 +120,7 @@ class Settings(BaseSettings):
 
 
 def load_settings(file: str | Path | None = None, **flags: Any) -> Settings:
-    """Read the settings; flags that are None count as not given. Raises UserError in one line for anything wrong."""
+    """Read the settings; flags that are None count as not given. Raises CodefendError in one line for anything wrong."""
     _check_environment()
     file = file or os.environ.get(f"{PREFIX}CONFIG")
     written = {} if file is None else _read(Path(file))
@@ -140,7 +140,7 @@ def load_settings(file: str | Path | None = None, **flags: Any) -> Settings:
     try:
         return Layered(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
-        raise UserError("; ".join(_spell(problem) for problem in error.errors())) from None  # its text shows keys
+        raise CodefendError("; ".join(_spell(problem) for problem in error.errors())) from None  # its text shows keys
 
 
 def _spell(problem: Any) -> str:
@@ -161,7 +161,7 @@ def _check_environment() -> None:
         if name.startswith(PREFIX) and name not in known:
             near = get_close_matches(name, known, n=1, cutoff=0.85)
             if near:
-                raise UserError(f"unknown environment variable {name}; did you mean {near[0]}?")
+                raise CodefendError(f"unknown environment variable {name}; did you mean {near[0]}?")
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -171,16 +171,16 @@ def _read(file: Path) -> dict[str, Any]:
             try:
                 yaml = import_module("yaml")
             except ModuleNotFoundError as error:
-                raise UserError(f"{file}: YAML needs PyYAML (pip install pyyaml), or write it as TOML") from error
+                raise CodefendError(f"{file}: YAML needs PyYAML (pip install pyyaml), or write it as TOML") from error
             data = yaml.safe_load(text)
         else:
             data = tomllib.loads(text)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
+        raise CodefendError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] != "yaml":
             raise
-        raise UserError(f"cannot read {file}: {' '.join(str(error).split())}") from error
+        raise CodefendError(f"cannot read {file}: {' '.join(str(error).split())}") from error
     if data is not None and not isinstance(data, dict):
-        raise UserError(f'{file} holds no settings: expected lines like upstream = "http://..."')
+        raise CodefendError(f'{file} holds no settings: expected lines like upstream = "http://..."')
     return {str(key).replace("-", "_"): value for key, value in (data or {}).items()}

@@ -20,7 +20,7 @@ from codefend.gateway.shapes import Slot, Survey, survey
 from codefend.gateway.suspicion import spell
 from codefend.gateway.wire import dump, parse
 from codefend.gateway.worker import Job, Mode, Purified, PurifyFailed, Runner, suspicious
-from codefend.types import UserError
+from codefend.types import CodefendError
 
 OnError = Literal["block", "fallback", "pass"]
 Fetch = Callable[[str], Awaitable[bytes]]
@@ -42,14 +42,14 @@ class Terms:
     def choose(cls, worker: Runner, mode: Mode, threshold: float | None = None) -> Terms:
         """With the threshold calibrated for the worker's purifier unless one is given.
 
-        Raises UserError when ``mode`` needs a score or a threshold and there is none.
+        Raises CodefendError when ``mode`` needs a score or a threshold and there is none.
         """
         if threshold is None:
             threshold = worker.threshold
         if mode != "purify" and not worker.can_score:
-            raise UserError(f"purifier {worker.name} has no score: policy {mode} cannot use it")
+            raise CodefendError(f"purifier {worker.name} has no score: policy {mode} cannot use it")
         if mode != "purify" and threshold is None:
-            raise UserError(
+            raise CodefendError(
                 f"policy {mode} needs a threshold: purifier {worker.name} has no calibrated one "
                 "(`codefend calibrate` makes one for the options that its weights were saved with)"
             )

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from codefend import images
+from codefend.core import images
 from codefend.gateway.errors import Refused
 from codefend.gateway.excise import restored
-from codefend.types import UserError
+from codefend.types import CodefendError
 
 _CHUNK = 1 << 20  # base64 characters decoded at a time: the decoder holds the interpreter lock
 _SPACE = b" \t\r\n"
@@ -81,7 +81,7 @@ def inspect(data: bytes, limits: Limits, *, where: str = "") -> images.Probe:
     check_bytes(len(data), limits, where=where)
     try:
         found = images.probe(data)
-    except UserError as error:
+    except CodefendError as error:
         raise Refused(400, "invalid_image", str(error), where=where) from error
     pixels, sides = found.width * found.height, (found.width, found.height)
     if pixels > limits.max_pixels:

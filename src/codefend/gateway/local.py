@@ -33,7 +33,7 @@ def local_engine(
 ) -> Engine:
     """Build an engine; with ``lane`` it also serves an event loop. ``image_links`` is that of ``survey``.
 
-    Raises UserError for an unknown name, and as ``Terms.choose`` does.
+    Raises CodefendError for an unknown name, and as ``Terms.choose`` does.
     """
     limits = limits or Limits()
     loaded = purifiers.load(purifier) if isinstance(purifier, str) else purifier

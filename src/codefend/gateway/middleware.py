@@ -21,7 +21,7 @@ class PurifyMiddleware:
     """Purify the images of chat completions, responses and Anthropic messages before ``app`` sees them.
 
     Other routes pass untouched, for they are the application's own. With ``image_links`` http(s) images in Markdown and
-    HTML pass as text. Raises UserError for unknown names.
+    HTML pass as text. Raises CodefendError for unknown names.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from codefend import images
+from codefend.core import images
 from codefend.gateway import dialects, showcase
 from codefend.gateway.dialects import Answer
 from codefend.gateway.errors import Api, Refused, error_body
@@ -28,7 +28,7 @@ from codefend.gateway.limits import Limits, payload
 from codefend.gateway.shapes import survey
 from codefend.gateway.wire import form_of, parse
 from codefend.prompts.asking import prompted
-from codefend.types import UserError, Victim
+from codefend.types import CodefendError, Victim
 
 Done = TypeVar("Done")
 MODEL = "pocket"
@@ -39,7 +39,7 @@ def pocket_transport(
 ) -> httpx2.AsyncBaseTransport:
     """The embedded model, the pocket or ``hf:ID_OR_FOLDER``, behind a transport.
 
-    A soft prefix among policies is put into it; words are not its business. Raises UserError when its packages or
+    A soft prefix among policies is put into it; words are not its business. Raises CodefendError when its packages or
     weights are missing, or the prefix was learned for another model.
     """
     loaded: Victim = import_module("codefend.victims").load(name) if victim is None else victim
@@ -120,7 +120,7 @@ async def _answered(request: Request, work: Callable[[Api, Any], Awaitable[Respo
         if not isinstance(body, dict):
             raise Refused(400, "invalid_request", "the body must be a JSON object")
         return await work(api, body)
-    except (Refused, UserError) as error:
+    except (Refused, CodefendError) as error:
         status, code = (error.status, error.code) if isinstance(error, Refused) else (400, "invalid_request")
         raw = error_body(api, status, code, str(error))
         return Response(raw, status_code=status, media_type="application/json")

@@ -19,7 +19,7 @@ import torch
 
 from codefend.gateway.errors import Refused
 from codefend.gateway.worker import Job, Purified, PurifyFailed, Result, Worker
-from codefend.types import UserError
+from codefend.types import CodefendError
 
 _NICE = 2  # below the event loop: on few cores it must not wait for a time slice behind a picture
 _START_S = 120.0  # importing PyTorch and loading weights on a busy machine
@@ -49,7 +49,7 @@ class Pool:
             self._idle.put(child)
 
     def warm_up(self) -> None:
-        """Start all processes. Raises UserError when one cannot start, or cannot purify a grey picture."""
+        """Start all processes. Raises CodefendError when one cannot start, or cannot purify a grey picture."""
         atexit.register(self.close)
         threads = [threading.Thread(target=child.launch) for child in self._children]
         for thread in threads:
@@ -59,7 +59,7 @@ class Pool:
         for child in self._children:
             if child.problem:
                 self.close()
-                raise UserError(child.problem)
+                raise CodefendError(child.problem)
 
     def run(self, jobs: Sequence[Job]) -> list[Result]:
         """Purify every job. What ends the process (a crash, no memory, the deadline) fails its own picture only.

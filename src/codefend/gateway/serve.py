@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from codefend.gateway.app import create_app
 from codefend.gateway.config import Settings
 from codefend.gateway.telemetry import configure_logging, configure_tracing, log
-from codefend.types import UserError
+from codefend.types import CodefendError
 
 
 class _Server(uvicorn.Server):
@@ -30,7 +30,7 @@ class _Server(uvicorn.Server):
 
 
 def serve(settings: Settings) -> int:
-    """Serve until SIGINT or SIGTERM; 0 after a clean stop. Raises UserError for what is wrong before the start."""
+    """Serve until SIGINT or SIGTERM; 0 after a clean stop. Raises CodefendError for what is wrong before the start."""
     configure_logging(settings.log_level)
     configure_tracing()
     listener = _listen(settings.host, settings.port)
@@ -78,6 +78,6 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+        raise CodefendError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
     listener.set_inheritable(True)
     return listener

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from codefend import images
-from codefend.types import Budget, UserError, Victim, WhiteBox
+from codefend.core import images
+from codefend.types import Budget, CodefendError, Victim, WhiteBox
 
 ATTACK = "apgd"
 BUDGET = Budget(norm="linf", eps=8 / 255, steps=12)  # `codefend demo`'s: some seconds on two slow cores
@@ -31,14 +31,14 @@ def sample(number: int) -> dict[str, Any]:
 def attacked(victim: Victim, image: Tensor, question: str) -> dict[str, Any]:
     """Attack one image ``[3, H, W]`` so that the bare victim's answer changes; the result as a data URL.
 
-    Raises UserError for a picture over ``MAX_PIXELS`` and for a victim that shows no gradient.
+    Raises CodefendError for a picture over ``MAX_PIXELS`` and for a victim that shows no gradient.
     """
     if not isinstance(victim, WhiteBox):
-        raise UserError("this model is a black box: it gives no gradient to attack")
+        raise CodefendError("this model is a black box: it gives no gradient to attack")
     if image[0].numel() > MAX_PIXELS:
-        raise UserError(f"pictures over {MAX_PIXELS:,} pixels are not attacked here; use `codefend attack`")
+        raise CodefendError(f"pictures over {MAX_PIXELS:,} pixels are not attacked here; use `codefend attack`")
     attacks, norms = import_module("codefend.attacks"), import_module("codefend.attacks.norms")
-    generator = import_module("codefend.runs").make_generator(0, "attack")
+    generator = import_module("codefend.core.runs").make_generator(0, "attack")
     clean = image[None]
     spec, answer = attacks.ATTACKS[ATTACK], victim.generate(clean, [question])[0]
     objective = attacks.objective_for(spec, victim, [question], [answer], "", clean)

@@ -13,7 +13,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from codefend.types import UserError
+from codefend.types import CodefendError
 
 log = logging.getLogger("codefend.gateway")
 
@@ -87,7 +87,7 @@ def configure_tracing() -> None:
     """Send traces where OpenTelemetry's own variables say, unless its SDK is set up already.
 
     ``OTEL_TRACES_EXPORTER`` is ``console``, ``otlp`` or ``none``; an ``OTEL_EXPORTER_OTLP_*ENDPOINT`` alone means otlp.
-    Raises UserError when what they ask for is not installed.
+    Raises CodefendError when what they ask for is not installed.
     """
     endpoints = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
     default = "otlp" if any(os.environ.get(name) for name in endpoints) else "none"
@@ -95,7 +95,7 @@ def configure_tracing() -> None:
     if kind == "none" or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return
     if kind not in _EXPORTERS:
-        raise UserError(f"OTEL_TRACES_EXPORTER={kind} is not known here; choose {', '.join(_EXPORTERS)} or none")
+        raise CodefendError(f"OTEL_TRACES_EXPORTER={kind} is not known here; choose {', '.join(_EXPORTERS)} or none")
     module, name, package = _EXPORTERS[kind]
     try:
         api, sdk = import_module("opentelemetry.trace"), import_module("opentelemetry.sdk.trace")
@@ -105,7 +105,7 @@ def configure_tracing() -> None:
         )
         exporter = getattr(import_module(module), name)()
     except ModuleNotFoundError as error:
-        raise UserError(f"traces by {kind} need another package: pip install {package}") from error
+        raise CodefendError(f"traces by {kind} need another package: pip install {package}") from error
     if type(api.get_tracer_provider()).__name__ != "ProxyTracerProvider":  # `opentelemetry-instrument` was before us
         return
     named = {"service.name": os.environ.get("OTEL_SERVICE_NAME") or "codefend"}

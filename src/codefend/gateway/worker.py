@@ -13,14 +13,14 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from codefend import images
-from codefend.devices import device_named
+from codefend.core import images
+from codefend.core.devices import device_named
 from codefend.gateway.errors import Refused
 from codefend.gateway.limits import Limits
 from codefend.gateway.rewrite import Picture
 from codefend.purifiers.base import ImagePurifier
 from codefend.purifiers.tiling import limit_side
-from codefend.types import Purifier, UserError
+from codefend.types import CodefendError, Purifier
 
 Mode = Literal["purify", "detect", "block"]
 Encoding = Literal["auto", "png", "jpeg", "webp"]
@@ -149,7 +149,7 @@ class Worker:
     def _decode(self, index: int, job: Job) -> _Decoded | Refused:
         try:
             loaded = images.load(job.data, max_pixels=self.limits.max_pixels, first_frame=self.limits.first_frame)
-        except UserError as error:
+        except CodefendError as error:
             return Refused(400, "invalid_image", str(error))
         except MemoryError:
             return Refused(413, "image_too_large", "not enough memory to decode the image")
@@ -189,7 +189,7 @@ class Worker:
         replace = job.mode != "detect" or suspicious(score, job.threshold)
         try:
             picture = self._encode(purified if replace else item.pixels, item.kind)
-        except UserError as error:
+        except CodefendError as error:
             return Refused(400, "invalid_image", str(error))
         return Purified(picture, score, seconds, purified=replace)
 

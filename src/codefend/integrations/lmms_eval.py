@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from lmms_eval.api.model import lmms
 from torch import Tensor
 
-from codefend import images, purifiers, victims
+from codefend import purifiers, victims
+from codefend.core import images
+from codefend.core.runs import make_generator, progress
 from codefend.defense import DefendedVictim, Defense
-from codefend.runs import make_generator, progress
-from codefend.types import UserError, WhiteBox
+from codefend.types import CodefendError, WhiteBox
 
 GAP = 8  # white pixels between two pictures
 
@@ -36,7 +37,7 @@ class CoDefend(lmms):  # type: ignore[misc]  # lmms-eval has no types
     def __init__(
         self, victim: str = "pocket", defense: str = "bridge", batch_size: int | str = 1, seed: int = 0, **_: Any
     ) -> None:
-        """Raises UserError for an unknown victim or defense. What else lmms-eval passes (device, ...) is ignored."""
+        """Raises CodefendError for an unknown victim or defense. What else lmms-eval passes (device, ...) is ignored."""
         super().__init__()
         behind = Defense() if defense == "none" else Defense(purifiers.load(defense), name=defense)
         generator = make_generator(int(seed), "lmms-eval")
@@ -66,11 +67,11 @@ class CoDefend(lmms):  # type: ignore[misc]  # lmms-eval has no types
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Mean log-likelihood per token of each continuation (a victim gives no sum), and whether it says just that.
 
-        Raises UserError for a victim that only answers text.
+        Raises CodefendError for a victim that only answers text.
         """
         if not isinstance(self.model.victim, WhiteBox):
             name = self.model.victim.name
-            raise UserError(f"victim {name!r} only answers text: tasks by likelihood need a white box")
+            raise CodefendError(f"victim {name!r} only answers text: tasks by likelihood need a white box")
         found = []
         for request in requests:
             context, target, visual, doc_id, task, split = request.args[:6]
@@ -82,7 +83,7 @@ class CoDefend(lmms):  # type: ignore[misc]  # lmms-eval has no types
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        raise UserError("a victim answers one question about one picture: tasks of several rounds cannot be run")
+        raise CodefendError("a victim answers one question about one picture: tasks of several rounds cannot be run")
 
     def _sizes(self, visual: Any, doc_id: Any, task: str, split: str) -> tuple[Any, ...]:
         return tuple(picture.size for picture in _found(visual, self.task_dict[task][split][doc_id]))
@@ -107,18 +108,18 @@ def _cut(text: str, until: Sequence[str]) -> str:
 
 
 def _found(visual: Any, document: Any) -> list[Any]:
-    """The document's Pillow pictures. Raises UserError where there are none, or anything else."""
+    """The document's Pillow pictures. Raises CodefendError where there are none, or anything else."""
     found = visual(document)
     if not found:
-        raise UserError("a task without pictures: there is nothing to purify, and victims here want one")
+        raise CodefendError("a task without pictures: there is nothing to purify, and victims here want one")
     for item in found:
         if not hasattr(item, "convert"):  # a Pillow picture has it
-            raise UserError(f"a {type(item).__name__} is no picture; tasks with videos or sounds cannot be run")
+            raise CodefendError(f"a {type(item).__name__} is no picture; tasks with videos or sounds cannot be run")
     return list(found)
 
 
 def _pictures(visual: Any, document: Any) -> Tensor:
-    """The document's pictures ``[3, H, W]`` in [0, 1], several side by side. Raises UserError for anything else."""
+    """The document's pictures ``[3, H, W]`` in [0, 1], several side by side. Raises CodefendError for anything else."""
     parts = [images.from_pil(item).pixels for item in _found(visual, document)]
     tall = max(part.shape[1] for part in parts)
     padded = [F.pad(part, (0, GAP, 0, tall - part.shape[1]), value=1.0) for part in parts[:-1]]

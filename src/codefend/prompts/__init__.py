@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from codefend.core.registry import lookup
 from codefend.prompts.folders import load_folder, save_folder
 from codefend.prompts.policy import PromptPolicy, load_policy, save_policy
-from codefend.registry import lookup
-from codefend.types import UserError
+from codefend.types import CodefendError
 
 if TYPE_CHECKING:
     from codefend.prompts.folders import AnyPolicy
@@ -117,16 +117,18 @@ PROMPTS: dict[str, PromptSpec] = {
 def load(name_or_file: str | Path) -> TextPolicy:
     """Return a policy by name, JSON file or folder, for any model.
 
-    Raises UserError for an unknown name, a bad file, or a soft prefix: only ``load_any`` returns those.
+    Raises CodefendError for an unknown name, a bad file, or a soft prefix: only ``load_any`` returns those.
     """
     policy = load_any(name_or_file)
     if not isinstance(policy, TextPolicy):
-        raise UserError(f"{policy.name!r} is a soft prefix: it works only with the victim it was learned for, not here")
+        raise CodefendError(
+            f"{policy.name!r} is a soft prefix: it works only with the victim it was learned for, not here"
+        )
     return policy
 
 
 def load_any(name_or_file: str | Path) -> AnyPolicy:
-    """As ``load``, and soft prefixes too: they need ``attach(victim)``. Raises UserError as ``load`` does."""
+    """As ``load``, and soft prefixes too: they need ``attach(victim)``. Raises CodefendError as ``load`` does."""
     text = str(name_or_file)
     if text not in PROMPTS and Path(name_or_file).is_dir():
         return load_folder(Path(name_or_file))

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from codefend.prompts.items import Item, Score, score_answers
-from codefend.types import UserError, Victim
+from codefend.types import CodefendError, Victim
 
 if TYPE_CHECKING:
-    from codefend.runs import Run
+    from codefend.core.runs import Run
 
 # These are mistakes in code or settings: asking again would not help, and hiding them would hurt.
-_OURS = (UserError, TypeError, AttributeError, NameError, AssertionError, NotImplementedError)
+_OURS = (CodefendError, TypeError, AttributeError, NameError, AssertionError, NotImplementedError)
 
 
 @runtime_checkable
@@ -28,7 +28,7 @@ class Policy(Protocol):
 
 
 def prompted(victim: Victim, policy: object) -> Victim:
-    """The victim as ``policy`` needs it: itself, or behind a soft prefix. Raises UserError when it cannot take one."""
+    """The victim as ``policy`` needs it: itself, or behind a soft prefix. Raises CodefendError when it cannot take one."""
     attach = getattr(policy, "attach", None)
     attached: Victim = victim if attach is None else attach(victim)
     return attached
@@ -46,7 +46,7 @@ class Asker:
         }
 
     def answers(self, policy: Policy, items: Sequence[Item]) -> list[str]:
-        """One answer per item. Raises UserError when the victim keeps failing; what it answered before is kept."""
+        """One answer per item. Raises CodefendError when the victim keeps failing; what it answered before is kept."""
         keys = [f"{policy.key}|{item.id}" for item in items]
         todo = [i for i, key in enumerate(dict.fromkeys(keys)) if key not in self._known]
         unique = list(dict(zip(keys, items, strict=True)).values())
@@ -77,7 +77,7 @@ class Asker:
         start = time.perf_counter()
         answers = self._patiently(lambda: victim.generate(images, prompts))
         if len(answers) != len(items):
-            raise UserError(f"victim {victim.name!r} gave {len(answers)} answers to {len(items)} questions")
+            raise CodefendError(f"victim {victim.name!r} gave {len(answers)} answers to {len(items)} questions")
         seconds = (time.perf_counter() - start) / len(items)
         for item, answer in zip(items, answers, strict=True):
             key = f"{policy.key}|{item.id}"
@@ -97,7 +97,7 @@ class Asker:
                 problem = error
             if wait is not None:
                 time.sleep(wait)
-        raise UserError(
+        raise CodefendError(
             f"victim {self.victim.name!r} failed {len(self.waits) + 1} times ({problem}); "
             "answers so far are kept, run the same command again to go on"
         ) from problem

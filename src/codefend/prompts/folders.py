@@ -10,10 +10,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from codefend.files import write_atomic
+from codefend.core.files import write_atomic
+from codefend.core.runs import load_checkpoint, save_checkpoint
 from codefend.prompts.policy import PromptPolicy, load_policy, save_policy
-from codefend.runs import load_checkpoint, save_checkpoint
-from codefend.types import UserError
+from codefend.types import CodefendError
 
 if TYPE_CHECKING:
     from codefend.prompts.generator import GeneratedPolicy
@@ -49,26 +49,26 @@ def save_folder(policy: AnyPolicy, folder: Path, card: str = "") -> Path:
 def load_folder(folder: Path, *, writer: Writer | None = None) -> AnyPolicy:
     """Read what ``save_folder`` wrote. ``writer`` stands in for the shipped language model of a generator.
 
-    Raises UserError for a missing or damaged file, or an unknown kind.
+    Raises CodefendError for a missing or damaged file, or an unknown kind.
     """
     path = folder / "policy.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{folder} holds no prompt policy: cannot read policy.json ({reason})") from error
+        raise CodefendError(f"{folder} holds no prompt policy: cannot read policy.json ({reason})") from error
     kind = settings.get("kind") if isinstance(settings, dict) else None
     if kind is None:
         return load_policy(path)
     if kind not in ("soft", "generator"):
-        raise UserError(f"{path}: unknown kind {kind!r}; known: soft, generator, or none for text")
+        raise CodefendError(f"{path}: unknown kind {kind!r}; known: soft, generator, or none for text")
     tensors, _ = load_checkpoint(folder / "model.safetensors")
     try:
         if kind == "soft":
             return _soft(settings, tensors)
         return _generator(settings, tensors, writer or language_model())
     except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder} is damaged or was made by another version ({error})") from error
+        raise CodefendError(f"{folder} is damaged or was made by another version ({error})") from error
 
 
 def _soft(settings: Any, tensors: Any) -> SoftPolicy:
@@ -90,7 +90,7 @@ def _generator(settings: Any, tensors: Any, writer: Writer) -> GeneratedPolicy:
 
 
 def language_model() -> Writer:
-    """The shipped small language model. Raises UserError when its packages are missing."""
+    """The shipped small language model. Raises CodefendError when its packages are missing."""
     from codefend.prompts.writer import Writer
 
     # By name: the loader of the weights lives with the victims, the only other user of them.

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codefend.devices import mixed_precision
+from codefend.core.devices import mixed_precision
+from codefend.core.runs import make_generator
 from codefend.prompts.items import Item
 from codefend.prompts.learning import draw, rate, restore_state, save_state, update
 from codefend.prompts.operators import SENTENCES, need, split
@@ -29,8 +30,7 @@ from codefend.prompts.paired import Pair, QueryPairs
 from codefend.prompts.policy import fingerprint
 from codefend.prompts.proposers import BadProposal, clean_proposal
 from codefend.prompts.writer import CHAT, Writer
-from codefend.runs import make_generator
-from codefend.types import UserError, Victim, WhiteBox
+from codefend.types import CodefendError, Victim, WhiteBox
 
 REQUEST = "What is asked of the picture here, as it should be said: {query}"
 MAX_QUERY, MAX_PREFIX = 400, 160  # characters
@@ -71,7 +71,7 @@ class GeneratorConfig:
 
     def __post_init__(self) -> None:
         if self.lessons and not self.pairs:
-            raise UserError("generator.lessons are steps of pairs alone: set generator.pairs, or lessons=0")
+            raise CodefendError("generator.lessons are steps of pairs alone: set generator.pairs, or lessons=0")
 
 
 @dataclass
@@ -235,7 +235,7 @@ def train_generator(
 ) -> None:
     """Train the adapters of ``writer`` (it must have none yet); ``judged`` hears of it every ``check_every`` steps.
 
-    ``says``: what is planted in the queries of pairs. Resumes from ``checkpoint``. Raises UserError when the loss is
+    ``says``: what is planted in the queries of pairs. Resumes from ``checkpoint``. Raises CodefendError when the loss is
     not finite.
     """
     torch.manual_seed(seed)  # peft draws the adapters' first values

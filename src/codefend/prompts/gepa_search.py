@@ -18,7 +18,7 @@ from codefend.prompts.policy import PromptPolicy, fingerprint
 from codefend.prompts.proposers import Proposer
 
 if TYPE_CHECKING:
-    from codefend.runs import Run
+    from codefend.core.runs import Run
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def search(
 ) -> None:
     """Run GEPA; ``judged`` hears of every policy that reached the whole selection set.
 
-    Raises UserError when the victim keeps failing (kept answers stay) or ``gepa`` is not installed.
+    Raises CodefendError when the victim keeps failing (kept answers stay) or ``gepa`` is not installed.
     """
     from gepa.api import optimize
 

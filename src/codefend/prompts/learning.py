@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from codefend.core.runs import load_checkpoint, make_generator, save_checkpoint
 from codefend.prompts.items import Item
-from codefend.runs import load_checkpoint, make_generator, save_checkpoint
-from codefend.types import UserError
+from codefend.types import CodefendError
 
 Parameters = Mapping[str, nn.Parameter]
 
@@ -43,9 +43,9 @@ def draw(items: Sequence[Item], count: int, clean_share: float, seed: int, step:
 
 
 def update(optimizer: torch.optim.Optimizer, parameters: Parameters, loss: torch.Tensor, lr: float, step: int) -> None:
-    """One step of Adam with the gradient's norm cut at 1. Raises UserError for a loss that is not finite."""
+    """One step of Adam with the gradient's norm cut at 1. Raises CodefendError for a loss that is not finite."""
     if not bool(torch.isfinite(loss)):
-        raise UserError(f"the loss is not finite at step {step}; use a lower learning rate")
+        raise CodefendError(f"the loss is not finite at step {step}; use a lower learning rate")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()

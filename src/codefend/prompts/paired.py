@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from codefend.edits import rewrite, typos
+from codefend.core.text_edits import rewrite, typos
 from codefend.prompts.items import Item
 
 TYPOS = 4  # at most

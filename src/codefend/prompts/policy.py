@@ -7,8 +7,8 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from codefend.files import write_atomic
-from codefend.types import UserError
+from codefend.core.files import write_atomic
+from codefend.types import CodefendError
 
 MAX_CHARS = 20_000  # of one field; a longer prompt is a mistake, and costs every request
 
@@ -56,23 +56,23 @@ def save_policy(policy: PromptPolicy, path: str | Path) -> None:
 
 
 def load_policy(path: str | Path) -> PromptPolicy:
-    """Read what ``save_policy`` wrote. Raises UserError for a missing or damaged file, a wrong key or a wrong type."""
+    """Read what ``save_policy`` wrote. Raises CodefendError for a missing or damaged file, a wrong key or a wrong type."""
     file = Path(path)
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read the prompt policy {file}: {reason}") from error
+        raise CodefendError(f"cannot read the prompt policy {file}: {reason}") from error
     known = [field.name for field in fields(PromptPolicy)]
     if not isinstance(data, dict) or "name" not in data:
-        raise UserError(f'{file} is no prompt policy: expected {{"name": ..., "system": ..., "prefix": ..., ...}}')
+        raise CodefendError(f'{file} is no prompt policy: expected {{"name": ..., "system": ..., "prefix": ..., ...}}')
     for key, value in data.items():
         if key not in known:
-            raise UserError(f"{file}: unknown key {key!r}; known: {', '.join(known)}")
+            raise CodefendError(f"{file}: unknown key {key!r}; known: {', '.join(known)}")
         if not isinstance(value, str):
-            raise UserError(f"{file}: {key} must be text, not {type(value).__name__}")
+            raise CodefendError(f"{file}: {key} must be text, not {type(value).__name__}")
         if len(value) > MAX_CHARS:
-            raise UserError(f"{file}: {key} has {len(value):,} characters, over the limit of {MAX_CHARS:,}")
+            raise CodefendError(f"{file}: {key} has {len(value):,} characters, over the limit of {MAX_CHARS:,}")
     if not data["name"].strip():
-        raise UserError(f"{file}: name is empty")
+        raise CodefendError(f"{file}: name is empty")
     return PromptPolicy(**data)

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from codefend.runs import make_generator
-from codefend.types import UserError
+from codefend.core.runs import make_generator
+from codefend.types import CodefendError
 
 if TYPE_CHECKING:
     from codefend.prompts.writer import Writer
@@ -100,9 +100,9 @@ class Endpoint:
 
     def __init__(self, url: str, model: str, *, timeout: float = 60.0, transport: object = None) -> None:
         if not re.match(r"https?://", url):
-            raise UserError(f"the proposer's address must start with http:// or https://, not {url!r}")
+            raise CodefendError(f"the proposer's address must start with http:// or https://, not {url!r}")
         if not model:
-            raise UserError("an endpoint needs the name of a model: --set gepa.model=NAME")
+            raise CodefendError("an endpoint needs the name of a model: --set gepa.model=NAME")
         _key()  # told now, not by every request
         self.url, self.model, self.timeout, self.transport = url.rstrip("/"), model, timeout, transport
 
@@ -128,10 +128,10 @@ class Endpoint:
 
 
 def _key() -> str:
-    """The endpoint's key, "" for none. Raises UserError for one that no header can carry, without saying it."""
+    """The endpoint's key, "" for none. Raises CodefendError for one that no header can carry, without saying it."""
     key = os.environ.get(KEY_VARIABLE, "").strip()  # a file's line end is no part of it
     if not (key.isascii() and key.isprintable()):  # the client's own complaint would quote it
-        raise UserError(f"{KEY_VARIABLE} holds characters that no key has; copy it again")
+        raise CodefendError(f"{KEY_VARIABLE} holds characters that no key has; copy it again")
     return key
 
 

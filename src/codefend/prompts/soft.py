@@ -17,7 +17,7 @@ from torch import Tensor
 from codefend.prompts.items import Item
 from codefend.prompts.learning import draw, rate, restore_state, save_state, update
 from codefend.prompts.policy import fingerprint
-from codefend.types import UserError, Victim, WhiteBox
+from codefend.types import CodefendError, Victim, WhiteBox
 
 MAX_TOKENS = 64  # of a prefix; each costs every request
 
@@ -35,9 +35,9 @@ class OpenWeight(WhiteBox, Protocol):
 
 
 def open_weight(victim: Victim) -> Any:
-    """``victim`` itself. Raises UserError when it takes no embeddings."""
+    """``victim`` itself. Raises CodefendError when it takes no embeddings."""
     if not isinstance(victim, OpenWeight):
-        raise UserError(f"victim {victim.name!r} takes no embeddings: a soft prefix needs an open-weight victim")
+        raise CodefendError(f"victim {victim.name!r} takes no embeddings: a soft prefix needs an open-weight victim")
     return victim
 
 
@@ -86,12 +86,14 @@ class SoftPolicy:
         return fingerprint(self.prefix.detach().float().contiguous().numpy().tobytes())
 
     def attach(self, victim: Victim) -> Victim:
-        """Put the prefix into ``victim``. Raises UserError when it is another victim, or takes no embeddings."""
+        """Put the prefix into ``victim``. Raises CodefendError when it is another victim, or takes no embeddings."""
         if victim.name != self.victim:
-            raise UserError(f"soft prefix {self.name!r} was learned for victim {self.victim!r}, not {victim.name!r}")
+            raise CodefendError(
+                f"soft prefix {self.name!r} was learned for victim {self.victim!r}, not {victim.name!r}"
+            )
         width = open_weight(victim).embed(["a"])[0].shape[-1]
         if width != self.prefix.shape[-1]:
-            raise UserError(f"soft prefix {self.name!r} has width {self.prefix.shape[-1]}, the victim has {width}")
+            raise CodefendError(f"soft prefix {self.name!r} has width {self.prefix.shape[-1]}, the victim has {width}")
         return SoftPrompted(victim, self.prefix)
 
 
@@ -128,7 +130,7 @@ def train_soft(
 ) -> None:
     """Learn a prefix on ``items``; ``judged`` hears of it every ``check_every`` steps and at the end.
 
-    Resumes from ``checkpoint``. Raises UserError when the victim takes no embeddings or the loss is not finite.
+    Resumes from ``checkpoint``. Raises CodefendError when the victim takes no embeddings or the loss is not finite.
     """
     model = open_weight(victim)
     prefix = torch.nn.Parameter(start_prefix(model, config))

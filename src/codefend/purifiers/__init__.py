@@ -9,13 +9,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from codefend.registry import lookup
-from codefend.settings import parse_settings
-from codefend.types import UserError
+from codefend.core.registry import lookup
+from codefend.core.settings import parse_settings
+from codefend.types import CodefendError
 
 if TYPE_CHECKING:
-    from codefend.nets import PurifierNet
     from codefend.purifiers.base import ImagePurifier
+    from codefend.purifiers.nets import PurifierNet
 
 Build = Callable[[Mapping[str, object]], "ImagePurifier"]
 
@@ -25,7 +25,7 @@ WEIGHTS = Path(__file__).parent.parent / "weights"  # shipped with the package: 
 
 @dataclass(frozen=True)
 class PurifierSpec:
-    """One entry of the registry. ``build`` takes options as text or typed, and raises UserError for wrong ones."""
+    """One entry of the registry. ``build`` takes options as text or typed, and raises CodefendError for wrong ones."""
 
     name: str
     summary: str
@@ -38,7 +38,7 @@ def load(name_or_folder: str | Path, **options: Any) -> ImagePurifier:
 
     ``"hf-diffpure:ID_OR_FOLDER:t=0.1"`` and the other entries with a colon load models of `diffusers`.
 
-    Keywords win over options in the name. Raises UserError for an unknown name or option and for a bad folder.
+    Keywords win over options in the name. Raises CodefendError for an unknown name or option and for a bad folder.
     """
     name, settings = _split(str(name_or_folder))
     settings |= options
@@ -59,10 +59,10 @@ def _split(text: str) -> tuple[str, dict[str, object]]:
 
 
 def _from_folder(folder: Path, settings: Mapping[str, object], *, name: str | None = None) -> ImagePurifier:
-    from codefend.nets import load_net
+    from codefend.purifiers.nets import load_net
 
     if not folder.is_dir():
-        raise UserError(f"no such purifier folder: {folder}")
+        raise CodefendError(f"no such purifier folder: {folder}")
     for file, prefix in MARKS.items():
         if (folder / file).is_file():
             return FOREIGN[prefix](f"{prefix}:{folder}", settings)
@@ -72,13 +72,13 @@ def _from_folder(folder: Path, settings: Mapping[str, object], *, name: str | No
 
 
 def wrap_net(net: PurifierNet, meta: Mapping[str, Any], settings: Mapping[str, object], *, name: str) -> ImagePurifier:
-    """The purifier that ``meta`` (kind, options) says ``net`` is. Raises UserError for another kind or option."""
+    """The purifier that ``meta`` (kind, options) says ``net`` is. Raises CodefendError for another kind or option."""
     from codefend.purifiers.base import configure, spelled
     from codefend.purifiers.detection import Detector
 
     kinds = _kinds()
     if meta.get("kind") not in kinds:
-        raise UserError(f"{name} holds a network of unknown kind {meta.get('kind')!r}; known: {', '.join(kinds)}")
+        raise CodefendError(f"{name} holds a network of unknown kind {meta.get('kind')!r}; known: {', '.join(kinds)}")
     make, fallback = kinds[meta["kind"]]
     defaults = configure(fallback, meta.get("options", {}))
     options = configure(defaults, settings)
@@ -88,7 +88,7 @@ def wrap_net(net: PurifierNet, meta: Mapping[str, Any], settings: Mapping[str, o
     if meta.get("detector") and replace(options, **after) == defaults:  # else other residuals: its rates wouldn't hold
         purifier.detector = Detector.from_dict(meta["detector"])
     elif gate:
-        raise UserError(
+        raise CodefendError(
             f"{purifier.name} has no detection score to open its gate by: use the weights' own options, or calibrate "
             "them (`codefend calibrate`)"
         )
@@ -97,9 +97,9 @@ def wrap_net(net: PurifierNet, meta: Mapping[str, Any], settings: Mapping[str, o
 
 def _kinds() -> dict[str, tuple[Any, Any]]:
     """The purifier of each kind of weights, and its options where the folder and the user say nothing."""
+    from codefend.contrib.peers.purifiers import FlowOptions, FlowPure, Hgd, HgdOptions
     from codefend.purifiers.bridge import Bridge, BridgeOptions
     from codefend.purifiers.diffpure import DiffPure, DiffPureOptions
-    from codefend.purifiers.peers import FlowOptions, FlowPure, Hgd, HgdOptions
 
     return {
         "prior": (DiffPure, DiffPureOptions()),
@@ -117,7 +117,7 @@ def _shipped(weights: str, name: str) -> Build:
     def build(settings: Mapping[str, object]) -> ImagePurifier:
         folder = WEIGHTS / weights
         if not folder.is_dir():
-            raise UserError(
+            raise CodefendError(
                 f"the {weights} weights of purifier {name!r} are not installed; train them with "
                 f"`codefend train {weights} --run DIR`, then use that folder in place of the name"
             )
@@ -128,17 +128,17 @@ def _shipped(weights: str, name: str) -> Build:
 
 def _foreign(module: str, function: str) -> Callable[[str, Mapping[str, object]], ImagePurifier]:
     def build(name: str, settings: Mapping[str, object]) -> ImagePurifier:
-        made: ImagePurifier = getattr(import_module(f"codefend.purifiers.{module}"), function)(name, settings)
+        made: ImagePurifier = getattr(import_module(module), function)(name, settings)
         return made
 
     return build
 
 
 FOREIGN = {  # what stands before a colon and a model's id or folder -> what loads it
-    "hf-diffpure": _foreign("hf_pixels", "build_diffpure"),
-    "hf-bridge": _foreign("hf_pixels", "build_bridge"),
-    "hf-latent": _foreign("hf_latent", "build_latent"),
-    "hub": _foreign("hub", "build_hub"),
+    "hf-diffpure": _foreign("codefend.contrib.backbones.pixels", "build_diffpure"),
+    "hf-bridge": _foreign("codefend.contrib.backbones.pixels", "build_bridge"),
+    "hf-latent": _foreign("codefend.contrib.backbones.latent", "build_latent"),
+    "hub": _foreign("codefend.purifiers.hub", "build_hub"),
 }
 MARKS = {  # a file by which a folder of theirs is known -> the same
     "adapters.safetensors": "hf-latent",
@@ -151,12 +151,12 @@ def _plain(module: str, class_name: str, options_name: str | None = None) -> Bui
     def build(settings: Mapping[str, object]) -> ImagePurifier:
         from codefend.purifiers.base import configure
 
-        home = import_module(f"codefend.purifiers.{module}")
+        home = import_module(module)
         arguments = []
         if options_name is not None:
             arguments = [configure(getattr(home, options_name)(), settings)]
         elif settings:
-            raise UserError(f"purifier {class_name.lower()!r} has no options")
+            raise CodefendError(f"purifier {class_name.lower()!r} has no options")
         purifier: ImagePurifier = getattr(home, class_name)(*arguments)
         return purifier
 
@@ -166,26 +166,28 @@ def _plain(module: str, class_name: str, options_name: str | None = None) -> Bui
 PURIFIERS: dict[str, PurifierSpec] = {
     spec.name: spec
     for spec in (
-        PurifierSpec("identity", "the picture as it came: no defence", "", _plain("shallow", "Identity")),
+        PurifierSpec(
+            "identity", "the picture as it came: no defence", "", _plain("codefend.purifiers.shallow", "Identity")
+        ),
         PurifierSpec(
             "jpeg",
             "through a JPEG codec (quality)",
             "Das et al. 2018, arXiv 1802.06816",
-            _plain("shallow", "Jpeg", "JpegOptions"),
+            _plain("codefend.purifiers.shallow", "Jpeg", "JpegOptions"),
         ),
         PurifierSpec(
             "bitdepth",
             "fewer bits per colour, then a median filter (bits, median)",
             "Xu et al. 2018, arXiv 1704.01155",
-            _plain("shallow", "BitDepth", "BitDepthOptions"),
+            _plain("codefend.purifiers.shallow", "BitDepth", "BitDepthOptions"),
         ),
         PurifierSpec(
             "median",
             "median filter (size)",
             "Xu et al. 2018, arXiv 1704.01155",
-            _plain("shallow", "Median", "MedianOptions"),
+            _plain("codefend.purifiers.shallow", "Median", "MedianOptions"),
         ),
-        PurifierSpec("blur", "Gaussian blur (sigma)", "", _plain("shallow", "Blur", "BlurOptions")),
+        PurifierSpec("blur", "Gaussian blur (sigma)", "", _plain("codefend.purifiers.shallow", "Blur", "BlurOptions")),
         PurifierSpec(
             "diffpure",
             "noise to time t, then denoise step by step with an unconditional prior (t, steps, eta)",
@@ -196,7 +198,7 @@ PURIFIERS: dict[str, PurifierSpec] = {
             "oidn",
             "noise, then Intel's Open Image Denoise network (sigma); needs the `oidn` extra",
             "https://github.com/RenderKit/oidn, Apache-2.0",
-            _plain("oidn", "Oidn", "OidnOptions"),
+            _plain("codefend.contrib.oidn", "Oidn", "OidnOptions"),
         ),
         PurifierSpec(
             "bridge",

@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from codefend.devices import mixed_precision
+from codefend.core.devices import mixed_precision
+from codefend.core.settings import check_keys, override
 from codefend.purifiers import grid, tiling
-from codefend.settings import check_keys, override
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from codefend.nets import PurifierNet
     from codefend.purifiers.detection import Detector
     from codefend.purifiers.guidance import Guidance
+    from codefend.purifiers.nets import PurifierNet
 
 Options = TypeVar("Options")
 
@@ -99,9 +99,9 @@ class ImagePurifier:
     def purify(self, image: Image, *, seed: int = 0, max_side: int | None = None) -> Image:
         """Purify one PIL image of any mode; it comes back in its size and alpha, or shrunk to ``max_side`` pixels.
 
-        Raises UserError as images do.
+        Raises CodefendError as images do.
         """
-        from codefend import images as pictures
+        from codefend.core import images as pictures
 
         loaded = pictures.from_pil(image)
         alpha = None if loaded.alpha is None else tiling.limit_side(loaded.alpha, max_side)
@@ -184,7 +184,7 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
 def configure(defaults: Options, settings: Mapping[str, object]) -> Options:
     """Lay settings over an options dataclass: texts as on the command line, anything else as it is.
 
-    Raises UserError for an unknown name or a text that doesn't fit.
+    Raises CodefendError for an unknown name or a text that doesn't fit.
     """
     texts = {key: value for key, value in settings.items() if isinstance(value, str)}
     check_keys(defaults, dict.fromkeys(settings, ""))

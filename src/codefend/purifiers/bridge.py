@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
-from codefend.diffusion import bridge_purify
-from codefend.nets import PurifierNet
 from codefend.purifiers.base import NetPurifier, spelled
+from codefend.purifiers.diffusion import bridge_purify
 from codefend.purifiers.guidance import Guidance, names_of
-from codefend.types import UserError
+from codefend.purifiers.nets import PurifierNet
+from codefend.types import CodefendError
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class BridgeOptions:
 
     def __post_init__(self) -> None:
         if not 1 <= self.evaluations <= 4:
-            raise UserError(f"bridge evaluations must be 1 to 4, got {self.evaluations}")
+            raise CodefendError(f"bridge evaluations must be 1 to 4, got {self.evaluations}")
         if not 0 <= self.sigma <= 0.5:
-            raise UserError(f"bridge sigma must be 0 to 0.5, got {self.sigma:g}")
+            raise CodefendError(f"bridge sigma must be 0 to 0.5, got {self.sigma:g}")
         if not 0 < self.strength <= 1.5:
-            raise UserError(f"bridge strength must be above 0, to 1.5, got {self.strength:g}")
+            raise CodefendError(f"bridge strength must be above 0, to 1.5, got {self.strength:g}")
         if not 0 <= self.guided <= 1:
-            raise UserError(f"bridge guided must be 0 to 1, got {self.guided:g}")
+            raise CodefendError(f"bridge guided must be 0 to 1, got {self.guided:g}")
         names_of(self.guides)
 
 

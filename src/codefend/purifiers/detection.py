@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codefend.types import UserError
+from codefend.types import CodefendError
 
 FLOOR = 1e-4  # a fortieth of an 8-bit level: keeps logarithms and their gradients finite
 TEXTURE_FLOOR = 0.01  # 2.5 levels: a smoother picture leaves no smaller residual, so it counts as this smooth
@@ -99,15 +99,15 @@ class Detector:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Detector:
-        """Inverse of `to_dict` through JSON. Raises UserError when a field is missing or unknown."""
+        """Inverse of `to_dict` through JSON. Raises CodefendError when a field is missing or unknown."""
         try:
             found = cls(**{**values, "weights": tuple(float(w) for w in values["weights"])})
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
+            raise CodefendError(
                 f"the weights' detector is not readable ({error}); run `codefend calibrate` again"
             ) from error
         if len(found.weights) not in SIZES:
-            raise UserError(f"the weights' detector has {len(found.weights)} features, not 8; calibrate it again")
+            raise CodefendError(f"the weights' detector has {len(found.weights)} features, not 8; calibrate it again")
         return found
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
-from codefend.diffusion import diffpure
-from codefend.nets import PurifierNet
 from codefend.purifiers.base import NetPurifier, spelled
-from codefend.types import UserError
+from codefend.purifiers.diffusion import diffpure
+from codefend.purifiers.nets import PurifierNet
+from codefend.types import CodefendError
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class DiffPureOptions:
 
     def __post_init__(self) -> None:
         if not 0 < self.t <= 0.3:
-            raise UserError(
+            raise CodefendError(
                 f"diffpure time t must be above 0 and at most 0.3 (the prior's training range), got {self.t:g}"
             )
         if self.steps is not None and not 1 <= self.steps <= 1000:
-            raise UserError(f"diffpure steps must be 1 to 1000, got {self.steps}")
+            raise CodefendError(f"diffpure steps must be 1 to 1000, got {self.steps}")
         if not 0 <= self.eta <= 1:
-            raise UserError(f"diffpure eta must be 0 to 1, got {self.eta:g}")
+            raise CodefendError(f"diffpure eta must be 0 to 1, got {self.eta:g}")
 
 
 class DiffPure(NetPurifier):

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codefend import encoders
+from codefend.encoders import efficientnet_lite as encoders
 from codefend.purifiers import grid, tiling
 from codefend.purifiers.base import pad_to_multiple
-from codefend.types import UserError
+from codefend.types import CodefendError
 
 Look = Callable[[Tensor], Tensor]  # [B, 3, H, W] in [0, 1] to features [B, places, width]; sides multiples of MULTIPLE
 
@@ -52,7 +52,7 @@ class Guidance:
 
     @classmethod
     def by(cls, share: float, names: str) -> Guidance:
-        """By encoders of `encoders.NAMES`, joined by "+". Raises UserError for an unknown or uninstalled one."""
+        """By encoders of `encoders.NAMES`, joined by "+". Raises CodefendError for an unknown or uninstalled one."""
         found = names_of(names)
         adds = sum(encoders.multiply_adds_to_middle(name) for name in found)
         return cls(share, [_Middle(name) for name in found], multiply_adds=adds)
@@ -119,11 +119,11 @@ class _Middle:
 
 
 def names_of(guides: str) -> list[str]:
-    """The encoders in ``lite0+lite2``, each once. Raises UserError for an unknown one."""
+    """The encoders in ``lite0+lite2``, each once. Raises CodefendError for an unknown one."""
     names = list(dict.fromkeys(name.strip() for name in guides.split("+")))
     for name in names:
         if name not in encoders.NAMES:
-            raise UserError(f"unknown encoder {name!r} among the guides; known: {', '.join(encoders.NAMES)}")
+            raise CodefendError(f"unknown encoder {name!r} among the guides; known: {', '.join(encoders.NAMES)}")
     return names
 
 

@@ -14,10 +14,10 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from codefend.files import write_atomic
-from codefend.nets import NetConfig, PurifierNet, load_net
+from codefend.core.files import write_atomic
 from codefend.purifiers.base import ImagePurifier
-from codefend.types import UserError
+from codefend.purifiers.nets import NetConfig, PurifierNet, load_net
+from codefend.types import CodefendError
 
 PREFIX = "hub:"
 CARD = """---
@@ -80,7 +80,7 @@ class PurifierModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers
 
     @classmethod
     def from_weights(cls, folder: str | Path) -> PurifierModel:
-        """From a folder that this project's trainings write. Raises UserError as `nets.load_net`."""
+        """From a folder that this project's trainings write. Raises CodefendError as `nets.load_net`."""
         net, meta = load_net(folder)
         return cls.wrap(net, kind=meta["kind"], options=meta.get("options"), detector=meta.get("detector"))
 
@@ -89,7 +89,7 @@ class PurifierModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers
         return clean
 
     def purifier(self, *, name: str = "", **settings: object) -> ImagePurifier:
-        """The images-in, images-out object around this network. Raises UserError for an unknown option."""
+        """The images-in, images-out object around this network. Raises CodefendError for an unknown option."""
         from codefend.purifiers import wrap_net
 
         meta = {
@@ -117,17 +117,17 @@ class PurifierModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers
 
 
 def build_hub(name: str, settings: Mapping[str, object]) -> ImagePurifier:
-    """``hub:ID_OR_FOLDER``. Raises UserError when it cannot be had, or holds something else."""
+    """``hub:ID_OR_FOLDER``. Raises CodefendError when it cannot be had, or holds something else."""
     source = name.removeprefix(PREFIX)
     if not source:
-        raise UserError(f"name a repository or folder, as in {PREFIX}user/bridge")
+        raise CodefendError(f"name a repository or folder, as in {PREFIX}user/bridge")
     place = Path(source).expanduser()
     if source.startswith((".", "/", "~")) and not place.is_dir():
-        raise UserError(f"no such model folder: {source}")
+        raise CodefendError(f"no such model folder: {source}")
     try:
         model = PurifierModel.from_pretrained(str(place) if place.is_dir() else source, use_safetensors=True)
     except Exception as error:  # OSError, ValueError and more
-        raise UserError(f"cannot load {source!r}: {str(error).strip().splitlines()[0]}") from error
+        raise CodefendError(f"cannot load {source!r}: {str(error).strip().splitlines()[0]}") from error
     model.requires_grad_(False)
     purifier: ImagePurifier = model.purifier(name=name, **settings)
     return purifier

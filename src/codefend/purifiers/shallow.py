@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from codefend.purifiers.base import ImagePurifier, spelled
-from codefend.types import UserError
+from codefend.types import CodefendError
 
 
 class Identity(ImagePurifier):
@@ -27,7 +27,7 @@ class JpegOptions:
 
     def __post_init__(self) -> None:
         if not 1 <= self.quality <= 100:
-            raise UserError(f"jpeg quality must be 1 to 100, got {self.quality}")
+            raise CodefendError(f"jpeg quality must be 1 to 100, got {self.quality}")
 
 
 class Jpeg(ImagePurifier):
@@ -41,7 +41,7 @@ class Jpeg(ImagePurifier):
         self.name = spelled("jpeg", self.options, JpegOptions())
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
-        from codefend import images as pictures
+        from codefend.core import images as pictures
 
         coded = [pictures.encode(image, "JPEG", quality=self.options.quality) for image in images.detach()]
         sides = images.shape[-2] * images.shape[-1]
@@ -55,7 +55,7 @@ class BitDepthOptions:
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
-            raise UserError(f"bits must be 1 to 8, got {self.bits}")
+            raise CodefendError(f"bits must be 1 to 8, got {self.bits}")
         _check_odd(self.median)
 
 
@@ -98,7 +98,7 @@ class BlurOptions:
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma <= 20:
-            raise UserError(f"blur sigma must be above 0 and at most 20 pixels, got {self.sigma:g}")
+            raise CodefendError(f"blur sigma must be above 0 and at most 20 pixels, got {self.sigma:g}")
 
 
 class Blur(ImagePurifier):
@@ -129,4 +129,4 @@ def median_filter(images: Tensor, size: int) -> Tensor:
 
 def _check_odd(size: int) -> None:
     if size not in (1, 3, 5, 7):
-        raise UserError(f"the median window must be 1, 3, 5 or 7 pixels wide, got {size}")
+        raise CodefendError(f"the median window must be 1, 3, 5 or 7 pixels wide, got {size}")

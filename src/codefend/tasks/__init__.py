@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from codefend.registry import lookup
-from codefend.types import UserError
+from codefend.core.registry import lookup
+from codefend.types import CodefendError
 
 if TYPE_CHECKING:
     from codefend.types import Task
@@ -31,7 +31,7 @@ def _scenes(kind: str, style_split: str) -> Callable[[str, int | None], Task]:
 
         if style_split == "shift":
             if split != "test":
-                raise UserError("the shift sets have a test split only")
+                raise CodefendError("the shift sets have a test split only")
             split = "shift"
         return load_scenes(kind, split, limit=limit)
 
@@ -61,8 +61,8 @@ TASKS: dict[str, TaskSpec] = {
 def load(name: str, *, split: str = "test", limit: int | None = None) -> Task:
     """The task ``name``. ``split`` is "test" (frozen, shipped), or "val"/"train" where the task has them.
 
-    Raises UserError for an unknown name (the nearest are named), an unknown split, or a limit below 1.
+    Raises CodefendError for an unknown name (the nearest are named), an unknown split, or a limit below 1.
     """
     if limit is not None and limit < 1:
-        raise UserError(f"limit must be 1 or more, not {limit}")
+        raise CodefendError(f"limit must be 1 or more, not {limit}")
     return lookup("task", name, TASKS).build(split, limit)

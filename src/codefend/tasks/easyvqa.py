@@ -12,7 +12,7 @@ from pathlib import Path
 
 from codefend.tasks.metrics import VQA_METRICS
 from codefend.tasks.readers import VQA_TARGET, LazyExamples, Record, subset
-from codefend.types import Task, UserError
+from codefend.types import CodefendError, Task
 
 SPLITS = ("train", "test")
 _SHAPES = frozenset({"circle", "rectangle", "triangle"})
@@ -22,15 +22,15 @@ def load_easyvqa(split: str = "test", *, limit: int | None = None, size: int | N
     """The easy-vqa task: prompts are the questions, one reference each, ``kind`` is existence, shape or colour.
 
     ``limit`` takes a fixed subset (see ``readers.subset``). ``size`` in pixels scales the 64x64 pictures up (bilinear,
-    antialiased); None leaves them. Raises UserError when the split is unknown or the package isn't installed.
+    antialiased); None leaves them. Raises CodefendError when the split is unknown or the package isn't installed.
     """
     if split not in SPLITS:
-        raise UserError(f"easy-vqa has no split {split!r}; known: {', '.join(SPLITS)}")
+        raise CodefendError(f"easy-vqa has no split {split!r}; known: {', '.join(SPLITS)}")
     folder = _data_folder() / split
     try:
         rows = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"the installed easy-vqa is damaged ({error}); {_INSTALL}") from error
+        raise CodefendError(f"the installed easy-vqa is damaged ({error}); {_INSTALL}") from error
     records = [
         Record(
             id=f"{split}-{number}",
@@ -59,7 +59,7 @@ def _data_folder() -> Path:
     """The package's data folder. ``find_spec`` doesn't run the package."""
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"the easy-vqa task needs the easy-vqa package; {_INSTALL}")
+        raise CodefendError(f"the easy-vqa task needs the easy-vqa package; {_INSTALL}")
     return Path(next(iter(spec.submodule_search_locations))) / "data"
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from codefend.tasks.answers import normalize_answer
 from codefend.tasks.cider import DocumentFrequencies, caption_tokens, cider_d, document_frequencies
 from codefend.tasks.intervals import Interval, MeanScore, bootstrap_interval, mean_score, paired_difference_interval
-from codefend.types import Example, Metric, UserError
+from codefend.types import CodefendError, Example, Metric
 
 __all__ = [
     "CAPTION_METRICS",
@@ -53,7 +53,7 @@ def bleu4(answers: Sequence[str], examples: Sequence[Example]) -> Tensor:
     """Sentence BLEU-4 of each caption against all its references, ``[N]`` in [0, 1].
 
     sacrebleu's "exp" smoothing and effective order (short captions count only the n-grams they can hold). For tables
-    use ``corpus_bleu4``: the mean of these isn't BLEU. Raises UserError when sacrebleu isn't installed.
+    use ``corpus_bleu4``: the mean of these isn't BLEU. Raises CodefendError when sacrebleu isn't installed.
     Source: Papineni et al. 2002; Chen and Cherry 2014, smoothing 3.
     """
     bleu = _sacrebleu(smooth_method="exp", effective_order=True)
@@ -67,7 +67,7 @@ def bleu4(answers: Sequence[str], examples: Sequence[Example]) -> Tensor:
 def corpus_bleu4(answers: Sequence[str], examples: Sequence[Example]) -> float:
     """BLEU-4 of all captions together, unsmoothed, in [0, 1]; examples without references are left out.
 
-    nan when none has references. Raises UserError when sacrebleu isn't installed. Source: Papineni et al. 2002.
+    nan when none has references. Raises CodefendError when sacrebleu isn't installed. Source: Papineni et al. 2002.
     """
     scored = [(a, e.references) for a, e in zip(answers, examples, strict=True) if e.references]
     if not scored:
@@ -242,7 +242,7 @@ def _sacrebleu(*, smooth_method: str, effective_order: bool) -> Any:
     try:
         from sacrebleu.metrics.bleu import BLEU
     except ImportError:
-        raise UserError("BLEU needs sacrebleu; install it with: pip install 'codefend[bench]'") from None
+        raise CodefendError("BLEU needs sacrebleu; install it with: pip install 'codefend[bench]'") from None
     return BLEU(tokenize="none", smooth_method=smooth_method, effective_order=effective_order, force=True)
 
 

@@ -5,7 +5,7 @@ Nothing is decoded while reading; ``LazyExamples`` loads a picture when it is as
 - ``size``: pixels; see ``resize_and_crop``. Without it pictures keep their own sizes, and batches must hold one each.
 - ``limit``: at most so many examples, the fixed subset that ``subset`` picks.
 
-and raises UserError for a file that is missing or malformed (with the place in it) and for pictures that are missing.
+and raises CodefendError for a file that is missing or malformed (with the place in it) and for pictures that are missing.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any, TypeVar, overload
 from torch import Tensor
 from torch.nn import functional as F
 
-from codefend import images
+from codefend.core import images
 from codefend.tasks.metrics import VQA_METRICS, caption_metrics
-from codefend.types import Example, Task, UserError
+from codefend.types import CodefendError, Example, Task
 
 T = TypeVar("T")
 CAPTION_TARGET = "please reset your password at example.com"  # a phishing line, as in Schlarmann and Hein 2023
@@ -44,12 +44,12 @@ class Record:
 class LazyExamples(Sequence[Example]):
     """Examples whose pictures are decoded on access, every time; slices are lazy too.
 
-    Raises UserError when a picture cannot be read.
+    Raises CodefendError when a picture cannot be read.
     """
 
     def __init__(self, records: Sequence[Record], *, size: int | None = None) -> None:
         if size is not None and size < 1:
-            raise UserError(f"size must be 1 pixel or more, not {size}")
+            raise CodefendError(f"size must be 1 pixel or more, not {size}")
         self.records = records
         self.size = size
 
@@ -86,11 +86,11 @@ def resize_and_crop(image: Tensor, size: int) -> Tensor:
 
 def subset(items: Sequence[T], limit: int | None) -> list[T]:
     """At most ``limit`` items spread over the whole list, in its order: always the same ones for the same length, and
-    those of a smaller limit among those of a larger one. Raises UserError when ``limit`` is below 1."""
+    those of a smaller limit among those of a larger one. Raises CodefendError when ``limit`` is below 1."""
     if limit is None:
         return list(items)
     if limit < 1:
-        raise UserError(f"limit must be 1 or more, not {limit}")
+        raise CodefendError(f"limit must be 1 or more, not {limit}")
     ranked = sorted(range(len(items)), key=lambda i: hashlib.sha256(str(i).encode()).digest())
     return [items[i] for i in sorted(ranked[:limit])]
 
@@ -116,7 +116,9 @@ def read_coco_captions(
     listed = [(row.get("id", int, str), row.get("file_name", str)) for row in source.rows("images")]
     captioned = subset([(key, name) for key, name in listed if key in captions], limit)
     if not captioned:
-        raise UserError(f"{source.path}: no image has a caption; is 'image_id' of the annotations 'id' of the images?")
+        raise CodefendError(
+            f"{source.path}: no image has a caption; is 'image_id' of the annotations 'id' of the images?"
+        )
     folder = Path(image_dir)
     paths = _found(folder, ((name, folder / name) for _, name in captioned))
     records = [
@@ -147,7 +149,7 @@ def read_vqa(
     asked = [(row, row.get("question_id", int, str)) for row in source.rows("questions")]
     kept = subset([(row, answers[key]) for row, key in asked if key in answers], limit)
     if not kept:
-        raise UserError(f"{judged.path}: annotates none of the questions in {source.path}; are they of one split?")
+        raise CodefendError(f"{judged.path}: annotates none of the questions in {source.path}; are they of one split?")
     paths = _numbered(Path(image_dir), [question.get("image_id", int, str) for question, _ in kept])
     records = [
         Record(
@@ -178,7 +180,7 @@ def read_textvqa(
     source = _Json(data_json)
     kept = subset(list(enumerate(source.rows("data"))), limit)
     if not kept:
-        raise UserError(f"{source.path}: the list 'data' is empty")
+        raise CodefendError(f"{source.path}: the list 'data' is empty")
     paths = _numbered(Path(image_dir), [row.get("image_id", int, str) for _, row in kept])
     records = [
         Record(
@@ -205,10 +207,10 @@ class _Row:
     def get(self, key: str, *types: type) -> Any:
         """The value of ``key``, which must be there and of one of ``types``."""
         if key not in self.value:
-            raise UserError(f"{self.place} has no {key!r}")
+            raise CodefendError(f"{self.place} has no {key!r}")
         if not isinstance(self.value[key], types) or isinstance(self.value[key], bool):
             wanted = " or ".join({str: "text", int: "a number", list: "a list"}[t] for t in types)
-            raise UserError(f"{self.place}: {key!r} must be {wanted}, not {type(self.value[key]).__name__}")
+            raise CodefendError(f"{self.place}: {key!r} must be {wanted}, not {type(self.value[key]).__name__}")
         return self.value[key]
 
     def answers(self) -> tuple[str, ...]:
@@ -228,24 +230,24 @@ class _Json:
         try:
             self.top = json.loads(self.path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror}") from error
+            raise CodefendError(f"cannot read {self.path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-            raise UserError(f"{self.path} is not valid JSON: {error}") from error
+            raise CodefendError(f"{self.path} is not valid JSON: {error}") from error
         if not isinstance(self.top, dict):
-            raise UserError(f"{self.path}: expected a JSON object at the top level, not {type(self.top).__name__}")
+            raise CodefendError(f"{self.path}: expected a JSON object at the top level, not {type(self.top).__name__}")
 
     def rows(self, key: str) -> Iterator[_Row]:
         """The objects of the list ``key``."""
         if not isinstance(self.top.get(key), list):
             keys = ", ".join(map(repr, list(self.top)[:8])) or "nothing"
-            raise UserError(f"{self.path} has no list {key!r} at the top level (it holds {keys})")
+            raise CodefendError(f"{self.path} has no list {key!r} at the top level (it holds {keys})")
         for i, value in enumerate(self.top[key]):
             yield _row(value, f"{self.path}: {key}[{i}]")
 
 
 def _row(value: object, place: str) -> _Row:
     if not isinstance(value, dict):
-        raise UserError(f"{place} must be an object, not {type(value).__name__}")
+        raise CodefendError(f"{place} must be an object, not {type(value).__name__}")
     return _Row(value, place)
 
 
@@ -268,13 +270,13 @@ def _listed(folder: Path) -> list[Path]:
     try:
         return sorted(p for p in folder.iterdir() if p.suffix.lower() in images.READABLE)
     except OSError as error:
-        raise UserError(f"cannot read the image folder {folder}: {error.strerror}") from error
+        raise CodefendError(f"cannot read the image folder {folder}: {error.strerror}") from error
 
 
 def _found(folder: Path, wanted: Iterable[tuple[str, Path | None]]) -> list[Path]:
     """The paths, all of which must be files."""
     if not folder.is_dir():
-        raise UserError(f"the image folder {folder} is not a folder")
+        raise CodefendError(f"the image folder {folder} is not a folder")
     paths: list[Path] = []
     missing: list[str] = []
     for name, path in wanted:
@@ -284,5 +286,5 @@ def _found(folder: Path, wanted: Iterable[tuple[str, Path | None]]) -> list[Path
             missing.append(name)
     if missing:
         total = len(paths) + len(missing)
-        raise UserError(f"{len(missing)} of {total} pictures are missing from {folder}, the first is {missing[0]}")
+        raise CodefendError(f"{len(missing)} of {total} pictures are missing from {folder}, the first is {missing[0]}")
     return paths

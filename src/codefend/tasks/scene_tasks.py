@@ -11,13 +11,13 @@ import zipfile
 from functools import cache
 from typing import Any, cast
 
-from codefend import images
+from codefend.core import images
 from codefend.tasks.language import CAPTION_PROMPT, KINDS, ask, captions
 from codefend.tasks.metrics import CAPTION_METRICS, VQA_METRICS, all_tags, exact_tags, tag_recall
 from codefend.tasks.objects import BY_NAME, COLOURS, DATA
 from codefend.tasks.readers import CAPTION_TARGET, VQA_TARGET
 from codefend.tasks.scenes import Scene, Split, compose, load_photographs, scene_rng
-from codefend.types import Example, Task, UserError
+from codefend.types import CodefendError, Example, Task
 
 DRAWN = ("train", "val")  # made on demand from a seed; needs scikit-image
 FROZEN = {"test": 512, "shift": 256}
@@ -31,7 +31,7 @@ def load_scenes(kind: str, split: str, *, limit: int | None = None) -> Task:
     elif split in DRAWN:
         examples = drawn(kind, cast(Split, split), limit or 512)
     else:
-        raise UserError(f"the scenes have no split {split!r}; known: test, val, train")
+        raise CodefendError(f"the scenes have no split {split!r}; known: test, val, train")
     suffix = "-shift" if split == "shift" else ""
     if kind == "caption":
         strict = exact_tags(BY_NAME, COLOURS)
@@ -41,7 +41,7 @@ def load_scenes(kind: str, split: str, *, limit: int | None = None) -> Task:
 
 
 def drawn(kind: str, split: Split, count: int) -> tuple[Example, ...]:
-    """Scenes ``0 .. count-1`` of a split, drawn now. Raises UserError when scikit-image is missing."""
+    """Scenes ``0 .. count-1`` of a split, drawn now. Raises CodefendError when scikit-image is missing."""
     return tuple(describe(compose(split, i, photographs=load_photographs()), split, i)[kind] for i in range(count))
 
 

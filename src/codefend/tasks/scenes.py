@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from codefend.tasks.objects import COLOURS, GROUPS, THINGS, Style, Thing, group, sprites, tint
-from codefend.types import UserError
+from codefend.types import CodefendError
 
 Split = Literal["train", "val", "test", "shift"]
 SIZE = 128  # pixels; adversarial training's cost grows with the pixels, four objects need this many
@@ -166,11 +166,11 @@ def _photographic(rng: np.random.Generator, photograph: Tensor) -> Tensor:
 
 @cache
 def load_photographs() -> tuple[Tensor, ...]:
-    """The backgrounds that scikit-image carries, ``[3, H, W]`` each. Raises UserError when it is not installed."""
+    """The backgrounds that scikit-image carries, ``[3, H, W]`` each. Raises CodefendError when it is not installed."""
     try:
         from skimage import data
     except ModuleNotFoundError as error:
-        raise UserError("drawing scenes needs scikit-image: pip install 'codefend[train]'") from error
+        raise CodefendError("drawing scenes needs scikit-image: pip install 'codefend[train]'") from error
     pictures = []
     for name in PHOTOGRAPHS:
         array = np.asarray(getattr(data, name)())

@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from codefend import pair_tables
-from codefend.runs import load_checkpoint
-from codefend.types import UserError
+from codefend.core.runs import load_checkpoint
+from codefend.training import pair_tables
+from codefend.types import CodefendError
 
 KEPT = 16  # shards in memory
 SPREAD = 4  # shards that one draw mixes
@@ -24,10 +24,10 @@ class StreamedBank:
     """The pairs of some folders, safetensors or Parquet. A draw depends on its random numbers alone: it resumes."""
 
     def __init__(self, folders: Sequence[str]) -> None:
-        """Raises UserError when a folder, or all of them, hold no pairs."""
+        """Raises CodefendError when a folder, or all of them, hold no pairs."""
         self.parts = [part for folder in folders for part in _parts(Path(folder))]
         if not self.parts:
-            raise UserError("training needs pairs: make some with `codefend pairs`, then --set pairs=FOLDER")
+            raise CodefendError("training needs pairs: make some with `codefend pairs`, then --set pairs=FOLDER")
         sizes = np.array([size for _, _, size in self.parts], dtype=float)
         self._odds = sizes / sizes.sum()
         self._read = _remembering()  # of this bank: another one's shards don't push these out
@@ -41,7 +41,7 @@ class StreamedBank:
         self._read = _remembering()
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
-        """Pairs ``[count, 3, H, W]`` in [0, 1] from up to SPREAD shards, some mirrored. Raises UserError for mixed
+        """Pairs ``[count, 3, H, W]`` in [0, 1] from up to SPREAD shards, some mirrored. Raises CodefendError for mixed
         sizes."""
         picks = rng.choice(len(self.parts), size=min(SPREAD, count), p=self._odds)
         clean, attacked = [], []
@@ -52,7 +52,7 @@ class StreamedBank:
             clean.append(first[rows])
             attacked.append(second[rows])
         if len({part.shape[1:] for part in clean}) > 1:
-            raise UserError("the pairs have several sizes; training needs one size")
+            raise CodefendError("the pairs have several sizes; training needs one size")
         first, second = torch.cat(clean).float() / 255, torch.cat(attacked).float() / 255
         return (first.flip(-1), second.flip(-1)) if rng.random() < 0.3 else (first, second)
 
@@ -70,7 +70,7 @@ def _parts(folder: Path) -> list[tuple[Path, int, int]]:
     for path in sorted(folder.glob("*.parquet")):
         found += [(path, group, size) for group, size in enumerate(pair_tables.groups(path)) if size]
     if not found:
-        raise UserError(f"{folder} holds no pairs; make some with `codefend pairs --run {folder}`")
+        raise CodefendError(f"{folder} holds no pairs; make some with `codefend pairs --run {folder}`")
     return found
 
 

@@ -19,28 +19,34 @@ from torch import Generator, Tensor
 
 from codefend.attacks import objectives
 from codefend.attacks.pgd import PGD
-from codefend.devices import default_device, mixed_precision
-from codefend.diffusion import bridge_predict, charbonnier, noise_like, sample_bridge_sigmas, sample_bridge_times
-from codefend.nets import NetConfig, PurifierNet, load_net, save_net
-from codefend.pairs import OWN, Tower, read_pairs
+from codefend.core.devices import default_device, mixed_precision
+from codefend.core.runs import Run, check_run, make_generator
+from codefend.core.settings import recorded
+from codefend.encoders.views import draw_view
 from codefend.purifiers.base import clip
-from codefend.runs import Run, check_run, make_generator
-from codefend.settings import recorded
-from codefend.tasks.camera import jpeg_file
+from codefend.purifiers.diffusion import (
+    bridge_predict,
+    charbonnier,
+    noise_like,
+    sample_bridge_sigmas,
+    sample_bridge_times,
+)
+from codefend.purifiers.nets import NetConfig, PurifierNet, load_net, save_net
 from codefend.tasks.language import training_texts
-from codefend.tasks.pictures import own_photographs, training_pictures
 from codefend.tasks.scenes import compose, load_photographs
+from codefend.tasks.training_images import own_photographs, training_pictures
 from codefend.training.banks import StreamedBank
+from codefend.training.camera import jpeg_file
 from codefend.training.card import write_card
 from codefend.training.feed import feed
 from codefend.training.growth import grown
 from codefend.training.guides import Guide, OwnGuide, find_guide
 from codefend.training.mining import sign_steps
+from codefend.training.pairs import OWN, Tower, read_pairs
 from codefend.training.parallel import Workers
 from codefend.training.replay import Replays
 from codefend.training.state import Average, cosine_rate, restore_training, save_training, set_rate
-from codefend.types import Budget, Objective, UserError, WhiteBox
-from codefend.views import draw_view
+from codefend.types import Budget, CodefendError, Objective, WhiteBox
 
 Text = tuple[str, str]  # prompt, answer
 HALF = torch.float16
@@ -100,15 +106,17 @@ class BridgeConfig:
 
     def __post_init__(self) -> None:
         if self.replay < 1 or self.save_every % self.replay:
-            raise UserError(f"replay must divide save_every={self.save_every}, got {self.replay}")
+            raise CodefendError(f"replay must divide save_every={self.save_every}, got {self.replay}")
         if self.replay > 1 and {"features", "words"} & set(self.without):
-            raise UserError("replayed pairs climb the whole loss, features and words: set replay=1 to leave one out")
+            raise CodefendError(
+                "replayed pairs climb the whole loss, features and words: set replay=1 to leave one out"
+            )
         if not 0 < self.strength <= 1.5:
-            raise UserError(f"strength must be above 0, to 1.5, got {self.strength:g}")
+            raise CodefendError(f"strength must be above 0, to 1.5, got {self.strength:g}")
         if self.views and set(self.encoders) <= {OWN}:
-            raise UserError("views are of encoders by name, such as lite0: a victim of your own sees its own view")
+            raise CodefendError("views are of encoders by name, such as lite0: a victim of your own sees its own view")
         if self.mined and {"features", "words"} <= set(self.without):
-            raise UserError("without=features,words leaves nothing to mine: keep one, or set mined=0")
+            raise CodefendError("without=features,words leaves nothing to mine: keep one, or set mined=0")
 
     def recorded(self) -> dict[str, object]:
         """The fields for the run's config."""
@@ -129,7 +137,7 @@ class Step:
 def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
     """Train in ``folder`` and return the folder with the weights; the same call resumes.
 
-    Raises UserError when pairs, prior or victim are missing, or the folder was made with another config.
+    Raises CodefendError when pairs, prior or victim are missing, or the folder was made with another config.
     """
     described = {"train": "bridge", **config.recorded()}
     check_run(folder, described)
@@ -229,14 +237,14 @@ def start_from_prior(config: BridgeConfig) -> PurifierNet:
 
 
 class Bank:
-    """The pairs of some folders in memory, 8 bits. Raises UserError when a folder, or all of them, hold none."""
+    """The pairs of some folders in memory, 8 bits. Raises CodefendError when a folder, or all of them, hold none."""
 
     def __init__(self, folders: Sequence[str], *, without: Sequence[str] = ()) -> None:
         if not folders:
-            raise UserError("this is trained on pairs: make some with `codefend pairs`, then --set pairs=FOLDER")
+            raise CodefendError("this is trained on pairs: make some with `codefend pairs`, then --set pairs=FOLDER")
         shards = [shard for folder in folders for shard in read_pairs(folder, without=without)]
         if not shards:
-            raise UserError(f"no pairs are left in {', '.join(folders)} without {', '.join(without)}")
+            raise CodefendError(f"no pairs are left in {', '.join(folders)} without {', '.join(without)}")
         self.clean = torch.cat([clean for clean, _, _ in shards])
         self.attacked = torch.cat([attacked for _, attacked, _ in shards])
 
@@ -248,9 +256,9 @@ class Bank:
 
 
 def open_bank(config: BridgeConfig) -> Bank | StreamedBank:
-    """The pairs of the config's folders. Raises UserError as the banks do, or for a streamed one `without`."""
+    """The pairs of the config's folders. Raises CodefendError as the banks do, or for a streamed one `without`."""
     if config.stream and config.without:
-        raise UserError("a streamed bank leaves nothing out: set stream=false or drop without")
+        raise CodefendError("a streamed bank leaves nothing out: set stream=false or drop without")
     return StreamedBank(config.pairs) if config.stream else Bank(config.pairs, without=config.without)
 
 

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from codefend import purifiers
-from codefend.devices import default_device
-from codefend.files import write_atomic
-from codefend.nets import CONFIG_FILE
-from codefend.pairs import read_pairs
+from codefend.core.devices import default_device
+from codefend.core.files import write_atomic
+from codefend.core.runs import make_generator, progress, read_config, read_rows
 from codefend.purifiers.base import NetPurifier
 from codefend.purifiers.detection import TEXTURE_FLOOR, Detector, features, fit, threshold_at
-from codefend.runs import make_generator, progress, read_config, read_rows
-from codefend.tasks.camera import WAYS, photographed
-from codefend.tasks.pictures import own_photographs, training_pictures
-from codefend.types import UserError
+from codefend.purifiers.nets import CONFIG_FILE
+from codefend.tasks.training_images import own_photographs, training_pictures
+from codefend.training.camera import WAYS, photographed
+from codefend.training.pairs import read_pairs
+from codefend.types import CodefendError
 
 BATCH = 16
 
@@ -44,19 +44,19 @@ def calibrate(folder: str | Path, config: CalibrateConfig) -> Detector:
     Half of the pairs fit the score, the other half measures how many attacked pictures are found at the threshold;
     clean pictures drawn anew set the threshold and measure its false-positive rate. All are seen as they are, as JPEG
     files and with a camera's noise (`tasks.camera`), beneath the attack as well. Training's own banks are refused:
-    their residuals are smaller than those of pictures never seen. Raises UserError for that, too few pictures, or a
+    their residuals are smaller than those of pictures never seen. Raises CodefendError for that, too few pictures, or a
     folder that is no purifier's.
     """
     purifier = purifiers.load(Path(folder))
     if not isinstance(purifier, NetPurifier):
-        raise UserError(f"{folder} holds no network to calibrate")
+        raise CodefendError(f"{folder} holds no network to calibrate")
     _refuse_training_banks(Path(folder), config.pairs)
     if not 0 < config.rate < 0.5 or config.clean * config.rate < 2:
-        raise UserError(f"a rate of {config.rate:g} can't be set on {config.clean} clean pictures: draw more")
+        raise CodefendError(f"a rate of {config.rate:g} can't be set on {config.clean} clean pictures: draw more")
     own_photographs(config.photographs)  # a missing folder is told now
     clean, attacked, eps = _bank_features(purifier, config)
     if len(clean) < 32:
-        raise UserError(f"{len(clean)} pairs are too few to calibrate on: make some hundred")
+        raise CodefendError(f"{len(clean)} pairs are too few to calibrate on: make some hundred")
     weights, bias = fit(clean[::2].flatten(0, 1), attacked[::2].flatten(0, 1))
     fresh = _scores(_fresh_features(purifier, config), weights, bias)
     threshold = threshold_at(fresh[::2], config.rate)
@@ -84,13 +84,13 @@ def _refuse_training_banks(folder: Path, pairs: Iterable[str]) -> None:
     trained = [bank["config"] for bank in json.loads(training.read_text(encoding="utf-8"))["pairs"]]
     for place in pairs:
         if read_config(place) in trained:
-            raise UserError(f"{folder} was trained on {place}: calibrate on a bank made with another seed")
+            raise CodefendError(f"{folder} was trained on {place}: calibrate on a bank made with another seed")
 
 
 def _bank_features(purifier: NetPurifier, config: CalibrateConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Features of the banks' clean and attacked pictures in each of WAYS, ``[N, 3, 8]`` each, and their eps ``[N]``."""
     if not config.pairs:
-        raise UserError("calibration needs held-out pairs: `codefend pairs --set seed=1`, then --set pairs=FOLDER")
+        raise CodefendError("calibration needs held-out pairs: `codefend pairs --set seed=1`, then --set pairs=FOLDER")
     shards = [shard for place in config.pairs for shard in read_pairs(place)]
     rows = [row for place in config.pairs for row in sorted(read_rows(place), key=lambda row: int(row["key"][6:]))]
     eps = torch.tensor([pair["eps"] for row in rows for pair in row["pairs"]])

@@ -14,11 +14,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from codefend import pair_tables
-from codefend.files import write_atomic
-from codefend.results import eps_label, summarize
-from codefend.runs import Row, Run, read_config, read_rows
-from codefend.types import UserError
+from codefend.bench.results import eps_label, summarize
+from codefend.core.files import write_atomic
+from codefend.core.runs import Row, Run, read_config, read_rows
+from codefend.training import pair_tables
+from codefend.types import CodefendError
 
 TRAINING_FILE, CARD_FILE = "training.json", "README.md"
 POINTS = 40  # of the curve that travels with the weights; the run folder's rows.jsonl has every step
@@ -49,7 +49,7 @@ SCENES = (
 
 
 def write_card(run: Run, kind: str) -> None:
-    """Write both files into the run's ``weights``. Raises UserError when the place cannot be written."""
+    """Write both files into the run's ``weights``. Raises CodefendError when the place cannot be written."""
     rows = run.rows()
     banks = [{**_bank(place), "times": times} for place, times in Counter(run.config.get("pairs", ())).items()]
     training = {
@@ -64,12 +64,12 @@ def write_card(run: Run, kind: str) -> None:
 
 
 def refresh(folder: str | Path) -> Path:
-    """Write the card anew from the folder's training.json and return it. Raises UserError when there is none."""
+    """Write the card anew from the folder's training.json and return it. Raises CodefendError when there is none."""
     path = Path(folder) / TRAINING_FILE
     try:
         _write(Path(folder), json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} has no readable {TRAINING_FILE} ({error}): a training writes it") from error
+        raise CodefendError(f"{folder} has no readable {TRAINING_FILE} ({error}): a training writes it") from error
     return Path(folder) / CARD_FILE
 
 
@@ -186,11 +186,11 @@ def _mined(kind: str, config: Mapping[str, Any]) -> str:
 def results_table(run: str | Path, defense: str) -> str:
     """A Markdown table of what ``defense`` reached in a run of `codefend eval`: clean, oblivious and adaptive lines.
 
-    Raises UserError when the run has no such defense.
+    Raises CodefendError when the run has no such defense.
     """
     entries = [entry for entry in summarize(read_rows(run)) if entry.group.defense == defense]
     if not entries:
-        raise UserError(f"{run} has no rows of defense {defense!r}; --defense takes the name that the run gives it")
+        raise CodefendError(f"{run} has no rows of defense {defense!r}; --defense takes the name that the run gives it")
     lines = ["| task | threat | attack | eps | score, 95% interval | of clean | n |", "|---|---|---|---|---|---|---|"]
     for entry in entries:
         group, score = entry.group, entry.score
@@ -204,11 +204,11 @@ def results_table(run: str | Path, defense: str) -> str:
 def add_results(folder: str | Path, table: str, source: str) -> Path:
     """Put a Markdown ``table`` of results into the folder's card, in place of an earlier one, and return the card.
 
-    Raises UserError when the folder has no card.
+    Raises CodefendError when the folder has no card.
     """
     path = Path(folder) / CARD_FILE
     if not path.is_file():
-        raise UserError(f"{folder} has no {CARD_FILE}: it isn't the weights folder of a training")
+        raise CodefendError(f"{folder} has no {CARD_FILE}: it isn't the weights folder of a training")
     head = path.read_text(encoding="utf-8").partition("\n## Results")[0].rstrip()
     write_atomic(path, f"{head}\n\n## Results\n\n`{source}`\n\n{table.strip()}\n")
     return path

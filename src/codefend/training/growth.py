@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from codefend.nets import PurifierNet
-from codefend.types import UserError
+from codefend.purifiers.nets import PurifierNet
+from codefend.types import CodefendError
 
 
 def grown(old: PurifierNet, *, channels: Sequence[int] = (), blocks: Sequence[int] = (), seed: int = 0) -> PurifierNet:
@@ -17,7 +17,7 @@ def grown(old: PurifierNet, *, channels: Sequence[int] = (), blocks: Sequence[in
 
     As Net2Net does (Chen et al. 2016, arXiv 1511.05641), but new channels of the residual stream start at zero instead
     of as copies, and layers that read them at random, so that they learn. Exact for new blocks. New channels shrink
-    what the norms divide by; their weights make up for it but for the stream's mean. Raises UserError for fewer
+    what the norms divide by; their weights make up for it but for the stream's mean. Raises CodefendError for fewer
     channels or blocks than there are, or for other resolutions.
     """
     config = replace(
@@ -26,7 +26,9 @@ def grown(old: PurifierNet, *, channels: Sequence[int] = (), blocks: Sequence[in
     for name in ("channels", "blocks"):
         wanted, had = getattr(config, name), getattr(old.config, name)
         if len(wanted) != len(had) or any(a < b for a, b in zip(wanted, had, strict=True)):
-            raise UserError(f"{name}={wanted}: a network only grows, from {had}, at the same {len(had)} resolutions")
+            raise CodefendError(
+                f"{name}={wanted}: a network only grows, from {had}, at the same {len(had)} resolutions"
+            )
     if config == old.config:
         return old
     torch.manual_seed(seed)  # the new weights only

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from codefend import victims
 from codefend.attacks import objectives
-from codefend.pairs import OWN, WORDS, Tower, word_objective
 from codefend.tasks.language import CAPTION_PROMPT
-from codefend.types import Objective, UserError, WhiteBox
+from codefend.training.pairs import OWN, WORDS, Tower, word_objective
+from codefend.types import CodefendError, Objective, WhiteBox
 from codefend.victims.pocket import Pocket
 
 
@@ -79,12 +79,14 @@ class OwnGuide:
 def find_guide(victim: str, encoders: Sequence[str]) -> Guide | OwnGuide:
     """The guide by name; ``victim`` among the encoders is the victim's own.
 
-    Raises UserError for a victim that only answers text, or without an encoder.
+    Raises CodefendError for a victim that only answers text, or without an encoder.
     """
     model = victims.load(victim)
     if not isinstance(model, WhiteBox):
-        raise UserError(f"victim {model.name!r} only answers text, and guidance needs its gradient; use another victim")
+        raise CodefendError(
+            f"victim {model.name!r} only answers text, and guidance needs its gradient; use another victim"
+        )
     towers: list[Any] = [model if name == OWN else Tower(name) for name in encoders]
     if not towers:
-        raise UserError(f"name at least one encoder to guide by: encoders={OWN} is the victim's own")
+        raise CodefendError(f"name at least one encoder to guide by: encoders={OWN} is the victim's own")
     return Guide(model, towers) if isinstance(model, Pocket) else OwnGuide(model, towers)

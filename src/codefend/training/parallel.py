@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from codefend.runs import Run, open_run, progress
-from codefend.types import UserError
+from codefend.core.runs import Run, open_run, progress
+from codefend.types import CodefendError
 
 Batch = TypeVar("Batch")
 
@@ -36,9 +36,11 @@ class Workers:
     """``count`` processes, of which this is number ``rank``, that share the ``micro`` batches of each step."""
 
     def __init__(self, micro: int, *, rank: int = 0, count: int = 1) -> None:
-        """Raises UserError when the batches cannot be shared out evenly."""
+        """Raises CodefendError when the batches cannot be shared out evenly."""
         if micro < 1 or micro % count:
-            raise UserError(f"a step of micro={micro} batches cannot be shared by {count} processes: set a multiple")
+            raise CodefendError(
+                f"a step of micro={micro} batches cannot be shared by {count} processes: set a multiple"
+            )
         self.micro, self.rank, self.count = micro, rank, count
 
     @classmethod
@@ -49,7 +51,7 @@ class Workers:
             return cls(micro)
         from accelerate import PartialState
 
-        from codefend.devices import default_device
+        from codefend.core.devices import default_device
 
         state = PartialState(cpu=default_device().type == "cpu")
         return cls(micro, rank=state.process_index, count=state.num_processes)

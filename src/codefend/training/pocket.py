@@ -21,11 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codefend import images as pictures
-from codefend.devices import default_device, mixed_precision
-from codefend.files import write_atomic
-from codefend.pairs import WORDS
-from codefend.runs import Run, check_run, open_run, progress, save_checkpoint
+from codefend.core import images as pictures
+from codefend.core.devices import default_device, mixed_precision
+from codefend.core.files import write_atomic
+from codefend.core.runs import Run, check_run, open_run, progress, save_checkpoint
 from codefend.tasks.easyvqa import load_easyvqa
 from codefend.tasks.language import MIX, training_texts
 from codefend.tasks.objects import COLOURS, THINGS
@@ -33,6 +32,7 @@ from codefend.tasks.readers import LazyExamples
 from codefend.tasks.scenes import PLACES, Scene, compose, load_photographs
 from codefend.training.card import write_card
 from codefend.training.feed import feed
+from codefend.training.pairs import WORDS
 from codefend.training.state import Parameters, cosine_rate, restore_training, save_training, set_rate
 from codefend.victims.pocket import AFTER, BEFORE, END, SIDE, TOKENS, Pocket, fit_square, read_trained
 
@@ -65,7 +65,7 @@ class PocketConfig:
 def train_pocket(config: PocketConfig, folder: str | Path) -> Path:
     """Train in ``folder`` and return the folder with the weights; the same call resumes after any interruption.
 
-    Raises UserError when a weight package or scikit-image is missing, or the folder was made with another config.
+    Raises CodefendError when a weight package or scikit-image is missing, or the folder was made with another config.
     """
     described = {"train": "pocket", **config.__dict__}
     check_run(folder, described)

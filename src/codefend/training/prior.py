@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from codefend.devices import default_device, mixed_precision
-from codefend.diffusion import prior_loss, sample_sigmas
-from codefend.nets import NetConfig, PurifierNet, save_net
-from codefend.runs import make_generator, open_run, progress
-from codefend.tasks.pictures import training_pictures
+from codefend.core.devices import default_device, mixed_precision
+from codefend.core.runs import make_generator, open_run, progress
+from codefend.purifiers.diffusion import prior_loss, sample_sigmas
+from codefend.purifiers.nets import NetConfig, PurifierNet, save_net
+from codefend.tasks.training_images import training_pictures
 from codefend.training.card import write_card
 from codefend.training.feed import feed
 from codefend.training.state import Average, cosine_rate, descend, restore_training, save_training, set_rate
@@ -37,7 +37,7 @@ class PriorConfig:
 def train_prior(config: PriorConfig, folder: str | Path) -> Path:
     """Train in ``folder`` and return the folder with the weights; the same call resumes.
 
-    Raises UserError when the picture packages are missing or the folder was made with another config.
+    Raises CodefendError when the picture packages are missing or the folder was made with another config.
     """
     run = open_run(folder, {"train": "prior", **config.__dict__, "net": config.net.__dict__})
     torch.manual_seed(config.seed)  # the network's initial weights only

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from codefend.runs import load_checkpoint, save_checkpoint
+from codefend.core.runs import load_checkpoint, save_checkpoint
 
 Parameters = Mapping[str, nn.Parameter]
 

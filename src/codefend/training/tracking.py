@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from codefend.runs import Run, listening
-from codefend.types import UserError
+from codefend.core.runs import Run, listening
+from codefend.types import CodefendError
 
 PROJECT = "codefend"
 NAMED = {"wandb": "name", "mlflow": "run_name", "trackio": "name"}  # how each is told the run folder's name
@@ -22,7 +22,7 @@ NAMED = {"wandb": "name", "mlflow": "run_name", "trackio": "name"}  # how each i
 def tracked(name: str) -> Iterator[None]:
     """Inside the block, send the figures of every training step to tracker ``name`` as well; "" is none.
 
-    Raises UserError when it is unknown, isn't installed, or cannot start.
+    Raises CodefendError when it is unknown, isn't installed, or cannot start.
     """
     if not name:
         yield
@@ -39,7 +39,7 @@ class Mirror:
     """Hears the rows of a run; opens its tracker with the first, in the only process that writes any."""
 
     def __init__(self, name: str) -> None:
-        """Raises UserError when the tracker is unknown or isn't installed."""
+        """Raises CodefendError when the tracker is unknown or isn't installed."""
         self.name, self.kind = name, _find(name)
         self.tracker: Any = None
         self.broken = False
@@ -66,7 +66,7 @@ class Mirror:
             tracker.start()
             tracker.store_init_configuration(settings)
         except Exception as error:  # each tracker has errors of its own
-            raise UserError(f"the tracker {self.name} cannot start: {_said(error)}") from error
+            raise CodefendError(f"the tracker {self.name} cannot start: {_said(error)}") from error
         return tracker
 
     def _try(self, what: str, *values: Any, **more: Any) -> None:
@@ -81,12 +81,12 @@ def _find(name: str) -> Any:
     try:
         from accelerate import tracking
     except ImportError as error:
-        raise UserError("trackers need accelerate; install it with `pip install accelerate`") from error
+        raise CodefendError("trackers need accelerate; install it with `pip install accelerate`") from error
     known = tracking.LOGGER_TYPE_TO_CLASS  # those registered with `register_tracker_class`, too
     if name not in known:
-        raise UserError(f"unknown tracker {name!r}; known: {', '.join(sorted(known))}")
+        raise CodefendError(f"unknown tracker {name!r}; known: {', '.join(sorted(known))}")
     if name in tracking.LoggerType.list() and name not in map(str, tracking.get_available_trackers()):
-        raise UserError(f"the tracker {name} is not installed; install it with `pip install {name}`")
+        raise CodefendError(f"the tracker {name} is not installed; install it with `pip install {name}`")
     return known[name]
 
 

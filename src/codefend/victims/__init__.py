@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from codefend.registry import lookup
+from codefend.core.registry import lookup
 
 if TYPE_CHECKING:
     from codefend.types import Victim, WhiteBox
@@ -65,7 +65,7 @@ def load(name: str) -> Victim:
     """The victim ``name``, the pocket whose weights lie in the folder ``name``, the endpoint ``openai:URL#model``, or
     the Transformers model ``hf:ID_OR_FOLDER``.
 
-    Raises UserError for an unknown name (the nearest are named), a folder without weights, or a missing package.
+    Raises CodefendError for an unknown name (the nearest are named), a folder without weights, or a missing package.
     """
     if name.startswith("openai:") and name not in VICTIMS:
         return _openai(name)
@@ -77,10 +77,12 @@ def load(name: str) -> Victim:
 
 
 def load_white_box(name: str) -> WhiteBox:
-    """As ``load``, where gradients are needed. Raises UserError for a victim that only answers text, too."""
-    from codefend.types import UserError, WhiteBox
+    """As ``load``, where gradients are needed. Raises CodefendError for a victim that only answers text, too."""
+    from codefend.types import CodefendError, WhiteBox
 
     victim = load(name)
     if not isinstance(victim, WhiteBox):
-        raise UserError(f"victim {victim.name!r} only answers text, and this needs its gradient; use another victim")
+        raise CodefendError(
+            f"victim {victim.name!r} only answers text, and this needs its gradient; use another victim"
+        )
     return victim

@@ -9,7 +9,7 @@ import sqlite3
 import threading
 from pathlib import Path
 
-from codefend.types import UserError
+from codefend.types import CodefendError
 
 
 def default_cache() -> Path:
@@ -26,7 +26,7 @@ def content_key(*parts: object) -> str:
 class AnswerCache:
     """Texts by key. Every ``put`` is on disk before it returns; threads and processes may share the file.
 
-    Raises UserError when the file cannot be used.
+    Raises CodefendError when the file cannot be used.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,7 +38,7 @@ class AnswerCache:
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL)")
         except (sqlite3.Error, OSError) as error:
-            raise UserError(f"cannot use the answer cache {path}: {error}; name another with cache=FILE") from error
+            raise CodefendError(f"cannot use the answer cache {path}: {error}; name another with cache=FILE") from error
 
     def get(self, key: str) -> str | None:
         with self._lock:
@@ -50,4 +50,4 @@ class AnswerCache:
             with self._lock:
                 self._db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, text))
         except sqlite3.Error as error:
-            raise UserError(f"cannot write the answer cache {self.path}: {error}") from error
+            raise CodefendError(f"cannot write the answer cache {self.path}: {error}") from error

@@ -17,9 +17,9 @@ from urllib.parse import parse_qsl, urlsplit
 
 from torch import Tensor
 
-from codefend import images as pictures
-from codefend.settings import override
-from codefend.types import UserError
+from codefend.core import images as pictures
+from codefend.core.settings import override
+from codefend.types import CodefendError
 from codefend.victims.answers import AnswerCache, content_key, default_cache
 
 PREFIX = "openai:"
@@ -40,21 +40,21 @@ class Options:
 
 
 def parse(name: str) -> tuple[str, str, Options]:
-    """URL, model and options of ``openai:URL#model?...``. Raises UserError for anything else."""
+    """URL, model and options of ``openai:URL#model?...``. Raises CodefendError for anything else."""
     url, mark, rest = name.removeprefix(PREFIX).partition("#")
     model, _, query = rest.partition("?")
     split = urlsplit(url)
     if not mark or not model or split.scheme not in ("http", "https") or not split.hostname:
-        raise UserError(f"{name!r} names no endpoint and model; {HOW}")
+        raise CodefendError(f"{name!r} names no endpoint and model; {HOW}")
     if split.username or split.password:
-        raise UserError(
+        raise CodefendError(
             f"keep the key out of the address: put it into {Options.key}, or name a variable with ?key=NAME"
         )
     options = override(Options(), dict(parse_qsl(query, keep_blank_values=True)))
     for field in fields(options):
         value = getattr(options, field.name)
         if not isinstance(value, str) and value < (0 if field.name in ("rpm", "retries") else 1):
-            raise UserError(f"{field.name}={value:g} is too small")
+            raise CodefendError(f"{field.name}={value:g} is too small")
     return url.rstrip("/"), model, options
 
 
@@ -78,7 +78,7 @@ class OpenAIVictim:
     """A black box behind an OpenAI-compatible endpoint; pictures travel as PNG, so nothing is lost.
 
     Answers come from the cache where the same model was asked the same before. Temperature 0 unless the model refuses.
-    ``generate`` raises UserError when the endpoint cannot be reached, refuses the key, lacks the model or gives up.
+    ``generate`` raises CodefendError when the endpoint cannot be reached, refuses the key, lacks the model or gives up.
     """
 
     def __init__(self, name: str) -> None:
@@ -99,7 +99,7 @@ class OpenAIVictim:
                 return ""
             try:
                 return self._answer(client, url, prompt)
-            except UserError:
+            except CodefendError:
                 failed.set()
                 raise
 
@@ -144,7 +144,7 @@ class OpenAIVictim:
                     raise self._explained(error) from error
             except openai.OpenAIError as error:
                 raise self._explained(error) from error
-        raise UserError(f"{self.url} refuses every way to limit the answer's length")
+        raise CodefendError(f"{self.url} refuses every way to limit the answer's length")
 
     def _adapt(self, limits: dict[str, Any], message: str) -> bool:
         """Some models take another name for the limit, or no temperature: whether the next try may fare better."""
@@ -161,31 +161,37 @@ class OpenAIVictim:
             message = reply.choices[0].message
             return str(message.content or getattr(message, "refusal", None) or "").strip()
         except (AttributeError, IndexError, TypeError) as error:
-            raise UserError(
+            raise CodefendError(
                 f"{self.url} answered something else than a chat completion; does it end in /v1?"
             ) from error
 
-    def _explained(self, error: Exception) -> UserError:
+    def _explained(self, error: Exception) -> CodefendError:
         """One line that says what to do."""
         import openai
 
         kept = "answers so far are kept, so run the same command again to go on"
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            return UserError(f"{self.url} refused the key; set {self.options.key} to one that may use {self.model!r}")
+            return CodefendError(
+                f"{self.url} refused the key; set {self.options.key} to one that may use {self.model!r}"
+            )
         if isinstance(error, openai.NotFoundError):
-            return UserError(f"{self.url} knows no model {self.model!r}, or isn't the API's address (most end in /v1)")
+            return CodefendError(
+                f"{self.url} knows no model {self.model!r}, or isn't the API's address (most end in /v1)"
+            )
         if isinstance(error, openai.RateLimitError):
-            return UserError(f"{self.url} kept refusing: too many requests, or no quota; lower ?rpm=; {kept}")
+            return CodefendError(f"{self.url} kept refusing: too many requests, or no quota; lower ?rpm=; {kept}")
         if isinstance(error, openai.APITimeoutError):
-            return UserError(f"{self.url} did not answer within {self.options.timeout:g} s; raise ?timeout=; {kept}")
+            return CodefendError(
+                f"{self.url} did not answer within {self.options.timeout:g} s; raise ?timeout=; {kept}"
+            )
         if isinstance(error, openai.APIConnectionError):
-            return UserError(f"cannot reach {self.url} ({error.__cause__ or error}); is it running? {kept}")
-        return UserError(f"{self.url} failed: {str(error)[:300]}; {kept}")
+            return CodefendError(f"cannot reach {self.url} ({error.__cause__ or error}); is it running? {kept}")
+        return CodefendError(f"{self.url} failed: {str(error)[:300]}; {kept}")
 
 
 def _library() -> Any:
     try:
         import openai
     except ModuleNotFoundError as error:
-        raise UserError("an openai: victim needs the openai package: pip install 'codefend[api]'") from error
+        raise CodefendError("an openai: victim needs the openai package: pip install 'codefend[api]'") from error
     return openai

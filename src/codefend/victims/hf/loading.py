@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from codefend.devices import VARIABLE, default_device
-from codefend.types import UserError
+from codefend.core.devices import VARIABLE, default_device
+from codefend.types import CodefendError
 from codefend.victims.hf.pixels import family
 from codefend.victims.hf.victim import HFVictim
 
@@ -36,13 +36,13 @@ class HFOptions:
 def load_victim(name: str, options: HFOptions | None = None) -> HFVictim:
     """The victim of a hub id or a folder. Only safetensors are read and no code of the repository is run.
 
-    Raises UserError when it cannot be had or is no image-text-to-text model.
+    Raises CodefendError when it cannot be had or is no image-text-to-text model.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     options = options or HFOptions()
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise UserError(f"no such model folder: {name}")
+        raise CodefendError(f"no such model folder: {name}")
     source = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
     extra = {} if options.revision is None else {"revision": options.revision}
     try:
@@ -52,10 +52,10 @@ def load_victim(name: str, options: HFOptions | None = None) -> HFVictim:
         model = AutoModelForImageTextToText.from_pretrained(
             source, config=config, use_safetensors=True, trust_remote_code=False, **_placement(options), **extra
         )
-    except UserError:
+    except CodefendError:
         raise
     except Exception as error:  # the library raises OSError, ValueError, KeyError, RuntimeError and more
-        raise UserError(f"cannot load {name!r}: {str(error).strip().splitlines()[0]}") from error
+        raise CodefendError(f"cannot load {name!r}: {str(error).strip().splitlines()[0]}") from error
     victim = HFVictim(model, processor, name=f"hf:{name}", max_new_tokens=options.max_new_tokens)
     victim.checkpointing = options.checkpoint
     return victim
@@ -71,7 +71,7 @@ def _placement(options: HFOptions) -> dict[str, Any]:
         placement["device_map"] = device
     if options.quantize != "none":
         if find_spec("bitsandbytes") is None:
-            raise UserError("quantized victims need bitsandbytes; install it with `pip install bitsandbytes`")
+            raise CodefendError("quantized victims need bitsandbytes; install it with `pip install bitsandbytes`")
         from transformers import BitsAndBytesConfig
 
         if options.dtype == "auto":  # the kernels' own: 8-bit ones compute in float16
@@ -126,7 +126,7 @@ def _part(kind: Any, name: str, source: str, **extra: Any) -> Any:
         return AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False, **extra)
     if name == "video_processor":
         return no_videos()
-    raise UserError(f"{kind.__name__} needs a {name}, which pictures do not have")
+    raise CodefendError(f"{kind.__name__} needs a {name}, which pictures do not have")
 
 
 def pictures_only(kind: Any) -> Any:

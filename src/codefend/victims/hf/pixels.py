@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codefend.types import UserError
-from codefend.victims.hf.resample import Levels
+from codefend.encoders.resample import Levels
+from codefend.types import CodefendError
 
 Family = Callable[[Any, Levels, Tensor], Tensor]  # processor, arithmetic, levels [B,3,H,W] -> pixel_values
 
@@ -27,7 +27,7 @@ def pixel_values(processor: Any, images: Tensor, *, exact: bool = False) -> Tens
     """What ``processor`` (an image processor) makes of images ``[B, 3, H, W]`` in [0, 1], in float32.
 
     ``exact`` repeats its 8-bit rounding to the level; without it the function is smooth, for attacks.
-    Raises UserError for a processor whose geometry is not known here.
+    Raises CodefendError for a processor whose geometry is not known here.
     """
     ops = Levels(exact)
     with torch.autocast(images.device.type, enabled=False):  # in bfloat16 products of levels are off by two and more
@@ -35,7 +35,7 @@ def pixel_values(processor: Any, images: Tensor, *, exact: bool = False) -> Tens
 
 
 def family(processor: Any) -> Family:
-    """The function for this processor. Raises UserError naming the families when there is none."""
+    """The function for this processor. Raises CodefendError naming the families when there is none."""
     from transformers.image_processing_backends import PilBackend
 
     kind = type(processor).__name__.removesuffix("Fast").removesuffix("Pil")
@@ -45,7 +45,9 @@ def family(processor: Any) -> Family:
         getattr(type(processor), name) is getattr(PilBackend, name) for name in ("_preprocess", "resize", "pad")
     )
     if not plain or processor.do_pad:
-        raise UserError(f"no differentiable form of {kind} is known; known: {', '.join(FAMILIES)} and plain resizing")
+        raise CodefendError(
+            f"no differentiable form of {kind} is known; known: {', '.join(FAMILIES)} and plain resizing"
+        )
     return _plain
 
 

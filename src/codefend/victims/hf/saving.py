@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from codefend.files import write_atomic
-from codefend.types import UserError
+from codefend.core.files import write_atomic
+from codefend.types import CodefendError
 
 if TYPE_CHECKING:
     from codefend.victims.hf.victim import HFVictim
@@ -16,7 +16,7 @@ PROCESSOR_FILE = "processor_config.json"
 
 
 def save_victim(victim: HFVictim, folder: Path) -> None:
-    """Safetensors, configs, tokenizer and processor. Raises UserError when the folder cannot be written.
+    """Safetensors, configs, tokenizer and processor. Raises CodefendError when the folder cannot be written.
 
     The stand-in for a video processor is left out: what it would have read is no part of a victim.
     """
@@ -26,6 +26,6 @@ def save_victim(victim: HFVictim, folder: Path) -> None:
         path = folder / PROCESSOR_FILE
         saved = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error}") from error
+        raise CodefendError(f"cannot write {folder}: {error}") from error
     saved.pop("video_processor", None)
     write_atomic(path, json.dumps(saved, indent=2) + "\n")

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from codefend.types import UserError
+from codefend.types import CodefendError
 from codefend.victims.hf.pixels import pixel_values
 from codefend.victims.hf.prompts import answer_end, answer_lead, question
 
@@ -143,7 +143,7 @@ class HFVictim:
     def _lay_out(self, images: Tensor, prompts: Sequence[str]) -> list[Layout]:
         """The processor's view of each example, made once for each size and question."""
         if len(prompts) != len(images):
-            raise UserError(f"{len(images)} images but {len(prompts)} prompts")
+            raise CodefendError(f"{len(images)} images but {len(prompts)} prompts")
         height, width = images.shape[-2:]
         layouts = []
         for prompt in prompts:

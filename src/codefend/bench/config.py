@@ -1,0 +1,241 @@
+"""What to evaluate: the config that is saved beside the rows, and how its defenses and attacks are spelled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from codefend.attacks import EVERY_ATTACK, AttackSpec, TextAttackSpec
+from codefend.core.registry import lookup
+from codefend.core.settings import override, parse_settings
+from codefend.types import Budget, CodefendError
+
+Threat = Literal["T0", "T1", "T2", "T2d"]
+# T0 oblivious: the attack sees the bare victim. T1 transfer: it goes through a surrogate defense.
+# T2 white box: through the defense itself. T2d: and it knows the seed that the defense will draw its noise with.
+
+
+PROMPT = "+prompt="  # between a purifier and a prompt policy
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """One evaluation. Defenses and attacks may carry options: ``bridge:evaluations=2``, ``apgd:steps=50,restarts=3``.
+
+    A defense may end in a prompt policy, ``bridge+prompt=doubt`` or ``none+prompt=policy.json``: an attacker at T2 sees
+    both. With ``craft_victim`` every attack is a transfer (T1), whatever ``threats`` says: the images are made on that
+    victim, behind ``surrogate`` if one is set, and judged on ``victim``, which may then be a black box. The defense
+    ``none`` is the bare victim; all its rows are T0, as there is nothing to adapt to.
+
+    Attackers who adapt to a purifier, and how to ask for them:
+
+    - exact gradient through every network evaluation, fp32: ``threats=T2``; ``diffpure:checkpoint=true`` as the defense
+      keeps the memory of one evaluation
+    - expectation over its noise: ``eot=20``, or ``apgd:eot=20`` for one attack
+    - BPDA, exact forward and identity backward: ``attacks=apgd:bpda=true``; by itself where there is no gradient
+    - surrogate process with fewer evaluations: ``attacks=apgd:process=1``
+    - aware of the gate, staying under the purifier's detection score: ``attacks=apgd:evade=10``
+    - features through the purifier: ``attacks=feature,feature-target``
+    - transfer from an independently trained copy: ``threats=T1 surrogate=FOLDER``
+    - the seed is known: ``threats=T2d``
+
+    Options combine (``apgd:bpda=true,evade=10``); the worst case over attacks takes each example's worst.
+    """
+
+    victim: str = "pocket"
+    craft_victim: str = ""  # the white box that attacks are made on; empty: the victim itself
+    tasks: tuple[str, ...] = ("caption", "vqa")
+    defenses: tuple[str, ...] = ("none", "jpeg", "diffpure", "bridge")
+    attacks: tuple[str, ...] = ("apgd", "apgd-targeted")
+    eps: tuple[float, ...] = (8.0,)  # l-inf: in 1/255; l2: in pixel units
+    norm: Literal["linf", "l2"] = "linf"
+    steps: int = 0  # gradient steps, or queries of a score attack; 0: each attack's usual number
+    eot: int = 1  # gradient samples per step, where the attacked defense is randomized
+    restarts: int = 1  # of the attacks that have restarts, best per example
+    threats: tuple[Threat, ...] = ("T0", "T2")
+    surrogate: str = ""  # the defense that T1 goes through
+    split: str = "test"
+    limit: int | None = None  # examples per task, the first ones; None: all
+    adaptive: tuple[str, ...] = ()  # the defenses attacked at T2 and T2d; empty: all
+    adaptive_limit: int | None = None  # examples per task at T2 and T2d, the first ones; None: as limit
+    batch: int = 16
+    seed: int = 0
+    resubmissions: int = 1  # N: how often a randomized defense is asked about the same image
+    skip_wrong: bool = True  # T2, untargeted: leave out images whose clean answer already scores 0
+    panels: int = 3  # examples per task whose pictures are kept for the report, the first ones
+    target: str = ""  # the sentence that targeted attacks force; empty: each task's own
+    seen: tuple[str, ...] = ()  # attacks that the defenses were trained on; the report sets them against the others
+    attacked: str = ""  # another run's folder: attacked images that were made there alike are checked and taken over
+
+    def __post_init__(self) -> None:
+        for name in (
+            "defenses",
+            "attacks",
+            "adaptive",
+            "seen",
+        ):  # `--set attacks=apgd:steps=9,restarts=2` arrives in pieces
+            object.__setattr__(self, name, rejoin(getattr(self, name)))
+
+    def radius(self, eps: float) -> float:
+        """``eps`` of the list in pixel units."""
+        return eps / 255 if self.norm == "linf" else eps
+
+
+@dataclass(frozen=True)
+class TransferConfig(EvalConfig):
+    """Attacks made on each of ``crafters``, oblivious of any defense, and judged on them all and on ``judges``.
+
+    ``judges`` may be black boxes, such as ``openai:URL#model``. The other settings are those of each single run.
+    """
+
+    crafters: tuple[str, ...] = ("pocket",)
+    judges: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DefenseChoice:
+    """A defense as spelled in the config: ``name`` is a purifier or a folder, ``options`` its keyword arguments.
+
+    ``prompt`` is a prompt policy's name or file, "" for none.
+    """
+
+    label: str
+    name: str
+    options: dict[str, Any]
+    prompt: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> DefenseChoice:
+        """Read ``name``, ``name:key=value,...`` and either with ``+prompt=POLICY`` behind it.
+
+        Raises CodefendError for a malformed option or an empty policy.
+        """
+        purifier, plus, prompt = text.partition(PROMPT)
+        if plus and not (purifier and prompt):
+            raise CodefendError(f"defense {text!r}: write PURIFIER{PROMPT}POLICY, such as none{PROMPT}doubt")
+        name, options = _split(purifier)
+        return cls(text, name, {key: _literal(value) for key, value in options.items()}, prompt)
+
+
+@dataclass(frozen=True)
+class Means:
+    """How an attack looks through a defense (T2, T2d) when it doesn't just follow the exact gradient."""
+
+    bpda: bool = False  # exact forward, identity backward (Athalye et al. 2018), also where a gradient could be had
+    process: int = 0  # purifier evaluations that the attack goes through, fewer than the defense's (Lee & Kim 2023)
+    evade: float = 0.0  # weight of the purifier's detection score above its threshold, or above the clean picture's
+
+
+@dataclass(frozen=True)
+class AttackChoice:
+    """An attack as spelled in the config, with the budget's and its own options."""
+
+    label: str
+    spec: AttackSpec | TextAttackSpec
+    options: dict[str, str]  # fields of the attack, as text
+    steps: int
+    eot: int
+    means: Means = Means()
+
+    @classmethod
+    def parse(cls, text: str, config: EvalConfig) -> AttackChoice:
+        """Read ``name`` or ``name:steps=50,...``. Raises CodefendError for an unknown attack or option."""
+        name, options = _split(text)
+        spec = lookup("attack", name, EVERY_ATTACK)
+        if hasattr(_built(spec), "restarts"):
+            options = {"restarts": str(config.restarts), **options}
+        means = override(Means(), {key: options.pop(key) for key in ("bpda", "process", "evade") if key in options})
+        steps = _whole(options.pop("steps", str(config.steps or spec.steps)), f"{name}:steps")
+        eot = _whole(options.pop("eot", str(config.eot)), f"{name}:eot")
+        choice = cls(text, spec, options, steps, eot, means)
+        choice.build()  # a wrong option fails now, not hours later
+        return choice
+
+    def build(self, say: str = "") -> Any:
+        """A fresh `Attack` or `TextAttack` with its options set; ``say`` is the sentence that a text attack plants."""
+        attack = _built(self.spec, say)
+        return override(attack, self.options) if self.options else attack
+
+    def budget(self, config: EvalConfig, eps: float, *, randomized: bool) -> Budget:
+        """The budget at ``eps`` of the config's list; samples are averaged only where they differ.
+
+        An attack with a bound of its own has ``eps`` 0 in the rows, and looks at no budget's.
+        """
+        return Budget(config.norm, config.radius(eps or config.eps[0]), self.steps, self.eot if randomized else 1)
+
+
+def _built(spec: AttackSpec | TextAttackSpec, say: str = "") -> Any:
+    return spec.build(say) if isinstance(spec, TextAttackSpec) else spec.build()
+
+
+def check(config: EvalConfig) -> None:
+    """Raise CodefendError for a setting that no evaluation can have."""
+    for name in ("tasks", "defenses", "attacks", "eps", "threats"):
+        values = getattr(config, name)
+        if not values:
+            raise CodefendError(f"{name} is empty; name at least one")
+        if len(set(values)) < len(values):
+            raise CodefendError(f"{name} names something twice: {', '.join(map(str, values))}")
+    for name in ("batch", "resubmissions", "eot", "restarts"):
+        if getattr(config, name) < 1:
+            raise CodefendError(f"{name} must be 1 or more, not {getattr(config, name)}")
+    for eps in config.eps:
+        check_radius(eps, config.norm)
+    stray = set(config.adaptive) - set(config.defenses)
+    if stray:
+        raise CodefendError(f"adaptive names {sorted(stray)[0]!r}, which is not among the defenses")
+    if "T1" in config.threats and not config.surrogate and not config.craft_victim:
+        raise CodefendError("threat T1 transfers from a surrogate: set surrogate=DEFENSE or craft_victim=VICTIM")
+    if config.craft_victim == config.victim:
+        raise CodefendError(f"craft_victim is the victim {config.victim!r} itself; leave it out")
+    unknown = set(config.seen) - set(config.attacks)
+    if unknown:
+        raise CodefendError(f"seen names {sorted(unknown)[0]!r}, which is not among the attacks")
+
+
+def check_radius(eps: float, norm: Literal["linf", "l2"] = "linf") -> None:
+    """Raise CodefendError for a radius, l-inf in 1/255 and l2 in pixel units, that no attack can have."""
+    if not 0 < eps < math.inf:
+        raise CodefendError(f"eps must be above 0 and finite, not {eps:g}; the clean images are always judged")
+    if norm == "linf" and eps < 0.1:
+        raise CodefendError(f"l-inf eps is counted in 1/255: write {eps * 255:g}, not {eps:g}")
+
+
+def rejoin(items: Sequence[str]) -> tuple[str, ...]:
+    """Names whose options were split at their commas, whole again."""
+    joined: list[str] = []
+    for item in items:
+        key, equals, _ = item.partition("=")
+        if joined and equals and key.isidentifier():
+            joined[-1] += f",{item}"
+        else:
+            joined.append(item)
+    return tuple(joined)
+
+
+def _split(text: str) -> tuple[str, dict[str, str]]:
+    name, colon, options = text.rpartition(":")  # the last colon: folders may hold others
+    if not colon or "=" not in options:
+        return text, {}
+    return name, parse_settings(options.split(","))
+
+
+def _literal(text: str) -> Any:
+    """A number, true, false or none where it reads like one, else the text."""
+    words: dict[str, Any] = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _whole(text: str, what: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise CodefendError(f"{what} must be a whole number of 1 or more, not {text!r}")
+    return int(text)

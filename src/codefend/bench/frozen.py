@@ -1,0 +1,52 @@
+"""What must not change while an evaluation is resumed: the weights behind the names in its config.
+
+A folder that is still being trained, or was calibrated again, would put rows of two networks into one figure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from codefend.purifiers import PURIFIERS, WEIGHTS
+from codefend.types import CodefendError
+
+MUCH = 1 << 20  # bytes: of larger files the first and the last as many are read, which new weights change
+
+
+def fingerprints(names: Iterable[str]) -> dict[str, str]:
+    """Of each purifier or victim, as a config spells it, whose weights lie in a folder on this machine."""
+    found = {name: _folder(name) for name in names}
+    return {name: _fingerprint(folder) for name, folder in found.items() if folder is not None}
+
+
+def check_unchanged(run_dir: Path, before: Mapping[str, str], now: Mapping[str, str], *, what: str = "weights") -> None:
+    """Raise CodefendError naming the first of ``now`` that the run began with another of."""
+    changed = [name for name, key in now.items() if before.get(name, key) != key]
+    if changed:
+        raise CodefendError(f"the {what} of {changed[0]!r} changed since {run_dir} began; use another folder")
+
+
+def _folder(name: str) -> Path | None:
+    """Where the weights of ``FOLDER``, ``FOLDER:options``, ``hf:FOLDER`` or a shipped name lie; None for others."""
+    while name:
+        for text in filter(None, (name, name.partition(":")[2])):
+            for place in (WEIGHTS / text, *([] if text in PURIFIERS else [Path(text)])):  # as `load` looks for them
+                if place.is_dir():
+                    return place
+        name = name.rpartition(":")[0]
+    return None
+
+
+def _fingerprint(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        with path.open("rb") as stream:
+            digest.update(stream.read(MUCH))
+            if size > MUCH:
+                stream.seek(-MUCH, 2)
+                digest.update(stream.read(MUCH))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,117 @@
+"""The leaderboard page: defenses of one or several runs, ranked by their worst case, with the rules beside them.
+
+Only runs made under the same conditions share a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from codefend.bench.report import Report, read_report
+from codefend.bench.report.tables import RULES, THREAT_WORDS, Table, differences, leaderboard
+from codefend.bench.results import BARE, summarize
+from codefend.bench.sanity import check
+from codefend.core.files import write_atomic
+from codefend.core.runs import Row
+from codefend.types import CodefendError
+
+CONDITIONS: tuple[str, ...] = (
+    *("victim", "craft_victim", "split", "limit", "adaptive_limit", "norm", "eps", "attacks", "steps"),
+    *("eot", "restarts", "resubmissions", "threats", "surrogate", "target", "seed"),
+)
+ENTRY = (
+    "A defense enters by a run of `codefend eval` with the same conditions as the table; other conditions make another "
+    "table. Its purifier, its prompt and their options are in its name, and the attacker at T2 sees all of them.",
+    "A figure with doubts keeps its rank, and the doubts stand beside it: read them before believing the figure.",
+)
+
+
+@dataclass(frozen=True)
+class Board:
+    """One table with the conditions that all its runs share."""
+
+    table: Table
+    conditions: str
+    differences: Table  # paired, from the best
+
+
+def boards(run_dirs: Sequence[str | Path]) -> list[Board]:
+    """The tables of several runs. Raises CodefendError when none is given or one is no evaluation."""
+    if not run_dirs:
+        raise CodefendError("name the run folders whose defenses are to be ranked")
+    alike: dict[str, list[Report]] = {}
+    for folder in dict.fromkeys(Path(run_dir).resolve() for run_dir in run_dirs):
+        report = read_report(folder)
+        alike.setdefault(conditions(report.config), []).append(report)
+    found = []
+    for words, reports in alike.items():
+        merged = merge(reports)
+        gaps = differences(merged)
+        for task in merged.tasks:
+            mine = replace(gaps, title="", lines=tuple(line for line in gaps.lines if line[0] == task))
+            found.append(Board(leaderboard(merged, task), words, mine))
+    return found
+
+
+def conditions(config: Row) -> str:
+    """What a figure depends on beside the defense, in words."""
+    parts = []
+    for key in CONDITIONS:
+        value = config.get(key)
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        parts += [f"{key} {text}"] if value not in (None, "", 0) or key == "seed" else []
+    return "; ".join(parts)
+
+
+def merge(reports: Sequence[Report]) -> Report:
+    """Runs under the same conditions as one; a defense whose name is taken carries its run folder's name.
+
+    Where that is taken as well, the folder above it, and so on.
+    """
+    rows: list[Row] = []
+    taken: set[tuple[str, str]] = set()
+    for report in reports:
+        mine = {(row["task"], row["defense"]) for row in report.rows}
+        names = {key: key[1] if key[1] == BARE else _untaken(key, report.folder, taken) for key in mine}
+        again = {key for key in mine if key in taken and key[1] == BARE}
+        rows += [
+            row | {"defense": names[row["task"], row["defense"]]}
+            for row in report.rows
+            if (row["task"], row["defense"]) not in again
+        ]
+        taken |= {(task, names[task, defense]) for task, defense in mine}
+    first = reports[0]
+    return Report(first.folder, first.config, first.bench, rows, summarize(rows), check(rows))
+
+
+def _untaken(key: tuple[str, str], folder: Path, taken: set[tuple[str, str]]) -> str:
+    task, defense = key
+    parts = folder.resolve().parts
+    longer = (f"{defense} ({'/'.join(parts[-count:])})" for count in range(1, len(parts) + 1))
+    return next(name for name in (defense, *longer) if (task, name) not in taken)
+
+
+def write_board(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
+    """Write ``out`` (HTML) and a ``.md`` beside it; see ``report.write_leaderboard``."""
+    from codefend.bench.report.exports import markdown
+
+    try:
+        from codefend.bench.report.page import render
+    except ModuleNotFoundError as error:
+        raise CodefendError(f"the leaderboard needs {error.name}: pip install 'codefend[bench]'") from error
+    found, path = boards(run_dirs), Path(out)
+    words = [f"{threat}: {text}." for threat, text in THREAT_WORDS.items()]
+    rules = [*RULES, *ENTRY, *words]
+    lines = ["# Leaderboard", ""]
+    for board in found:
+        title, *body = (line for line in markdown(board.table) if line.startswith(("#", "|")))
+        lines += [title, "", f"Conditions: {board.conditions}", "", *body, ""]
+        if board.differences.lines:
+            body = [line for line in markdown(board.differences) if line.startswith("|")]
+            lines += [*board.differences.notes, "", *body, ""]
+    lines += ["## Rules", "", *(f"- {rule}" for rule in rules), ""]
+    write_atomic(path, render("board.html", boards=found, rules=rules))
+    write_atomic(path.with_suffix(".md"), "\n".join(lines))
+    return path

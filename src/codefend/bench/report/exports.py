@@ -1,0 +1,148 @@
+"""The report as Markdown, its figures as CSV with unrounded numbers, and all rows as flat CSV or Parquet tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from codefend.bench.report import Report
+from codefend.bench.report.attacks import seen_and_unseen, success
+from codefend.bench.report.tables import (
+    Table,
+    all_metrics,
+    checks_of,
+    costs,
+    differences,
+    doubts,
+    leaderboard,
+    metric_mean,
+    results,
+)
+from codefend.bench.results import grouped, worst_rows
+from codefend.core.files import write_atomic
+from codefend.core.runs import Row
+from codefend.types import CodefendError
+
+
+def markdown_text(report: Report) -> str:
+    """The whole report without pictures, as GitHub-flavoured Markdown."""
+    parts = [f"# Evaluation of {report.bench.get('victim', report.config.get('victim'))}", ""]
+    if report.missing:
+        parts += [f"**Unfinished: {report.missing} rows are still to come.**", ""]
+    tables = [leaderboard(report, task) for task in report.tasks]
+    tables += [success(report), seen_and_unseen(report), doubts(report), differences(report), costs(report)]
+    tables += [table for task in report.tasks for table in (results(report, task), all_metrics(report, task))]
+    for table in tables:
+        parts += markdown(table)
+    return "\n".join(parts)
+
+
+def markdown(table: Table) -> list[str]:
+    """The lines of one table with its title; none for an empty one."""
+    if not table.lines:
+        return []
+    marks = [":--" if column in table.left else "--:" for column in table.columns]
+    lines = [_markdown_line(line) for line in (table.columns, marks, *table.lines)]
+    return [f"## {table.title}", "", *lines, "", *(f"- {note}" for note in table.notes), ""]
+
+
+def _markdown_line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """Write one line per row to ``path``, whose ending says how: ``.csv`` or ``.parquet``. Columns as ``flat``.
+
+    Raises CodefendError for another ending, or when pyarrow is missing.
+    """
+    if path.suffix == ".csv":
+        write_atomic(path, rows_csv(rows))
+    elif path.suffix == ".parquet":
+        write_atomic(path, rows_parquet(rows))
+    else:
+        raise CodefendError(f"{path}: rows are written as .csv or .parquet")
+
+
+def flat(row: Row) -> Row:
+    """``scores.cider_d`` instead of objects in objects; lists become JSON text."""
+    found: Row = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            found |= {f"{key}.{name}": inner for name, inner in flat(value).items()}
+        else:
+            found[key] = json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
+    return found
+
+
+def columns_of(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """Every column over all rows, None where a row lacks it. A column of mixed numbers is float."""
+    lines = [flat(row) for row in rows]
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    table = {name: [line.get(name) for line in lines] for name in names}
+    for name, values in table.items():
+        kinds = {type(value) for value in values if value is not None}
+        if kinds == {int, float}:
+            table[name] = [None if value is None else float(value) for value in values]
+        elif len(kinds) > 1:
+            table[name] = [None if value is None else str(value) for value in values]
+    return {name: values for name, values in table.items() if any(value is not None for value in values)}
+
+
+def rows_csv(rows: Sequence[Row]) -> str:
+    table = columns_of(rows)
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(table)
+    writer.writerows(["" if cell is None else cell for cell in line] for line in zip(*table.values(), strict=True))
+    return stream.getvalue()
+
+
+def rows_parquet(rows: Sequence[Row]) -> bytes:
+    """Raises CodefendError when pyarrow is missing."""
+    try:
+        pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
+    except ModuleNotFoundError as error:
+        raise CodefendError("Parquet needs pyarrow: pip install 'codefend[parquet]', or name a .csv file") from error
+    stream = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns_of(rows)), stream)
+    return stream.getvalue()
+
+
+def csv_text(report: Report) -> str:
+    """One line per figure with unrounded numbers, every metric included; nan is left empty."""
+    groups = grouped(report.rows) | worst_rows(grouped(report.rows))
+    metrics = list(dict.fromkeys(name for row in report.rows for name in row["scores"]))
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    fixed = [
+        "task",
+        "defense",
+        "threat",
+        "attack",
+        "eps",
+        "norm",
+        "metric",
+        "score",
+        "low",
+        "high",
+        "n",
+        "worst_of_n",
+        "resubmissions",
+        "kept",
+    ]
+    counts = ["untargeted_hits", "untargeted_n", "targeted_hits", "targeted_n", "doubts"]
+    writer.writerow([*fixed, *counts, *(f"mean_{name}" for name in metrics)])
+    for e in report.entries:
+        rows = groups[e.group]
+        numbers = [*e.score, e.worst, e.resubmissions, e.kept]
+        means = [metric_mean(rows, name) if name in rows[0]["scores"] else math.nan for name in metrics]
+        rates = [e.untargeted.hits, e.untargeted.n, e.targeted.hits, e.targeted.n, checks_of(e.group, report.flags)]
+        line: list[object] = [*e.group, e.norm, e.metric, *numbers, *rates, *means]
+        writer.writerow(["" if isinstance(cell, float) and math.isnan(cell) else cell for cell in line])
+    return stream.getvalue()

@@ -1,0 +1,5 @@
+"""The ``codefend`` command line."""
+
+from codefend.cli.app import app, main
+
+__all__ = ["app", "main"]

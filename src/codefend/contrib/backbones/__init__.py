@@ -1,0 +1,1 @@
+"""Diffusion models of `diffusers` as purifiers, and their fine-tuning on pairs."""

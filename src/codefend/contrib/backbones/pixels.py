@@ -1,0 +1,110 @@
+"""Unconditional pixel diffusion models of `diffusers` (DDPMPipeline, UNet2DModel) as DiffPure and as bridges.
+
+Memory and work of the full models, from their shapes alone: `python benchmarks/backbones.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codefend.contrib.backbones.vp import FIXED, LEARNED, VPDenoiser, load_part, require, table_of
+from codefend.purifiers.base import configure, spelled
+from codefend.purifiers.bridge import Bridge, BridgeOptions
+from codefend.purifiers.diffpure import DiffPure, DiffPureOptions
+from codefend.purifiers.diffusion import SHIFT_DATA
+from codefend.types import CodefendError
+
+DIFFPURE, BRIDGE = "hf-diffpure:", "hf-bridge:"
+
+
+@dataclass(frozen=True)
+class HFDiffPureOptions(DiffPureOptions):
+    """As `DiffPureOptions`; a model of the whole range takes any ``t`` (0.15: the paper's ImageNet setting)."""
+
+    t: float = 0.15
+    steps: int | None = 15
+
+    def __post_init__(self) -> None:
+        if not 0 < self.t <= 1:
+            raise CodefendError(f"hf-diffpure time t must be above 0 and at most 1, got {self.t:g}")
+        if self.steps is not None and not 1 <= self.steps <= 1000:
+            raise CodefendError(f"hf-diffpure steps must be 1 to 1000, got {self.steps}")
+        if not 0 <= self.eta <= 1:
+            raise CodefendError(f"hf-diffpure eta must be 0 to 1, got {self.eta:g}")
+
+
+def load_denoiser(source: str, *, shift: float = SHIFT_DATA) -> VPDenoiser:
+    """The model of a DDPM pipeline or UNet2DModel, id or folder, float32, eval mode; only safetensors are read.
+
+    Raises CodefendError when it cannot be had, is conditional on a class, or is no variance-preserving pixel model.
+    """
+    diffusers = require()
+    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
+        raise CodefendError(f"no such model folder: {source}")
+    source = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
+    try:
+        model = load_part(diffusers.UNet2DModel, source, "unet", use_safetensors=True)
+        learned = model.config.out_channels == 6
+        scheduler = diffusers.DDPMScheduler(variance_type=LEARNED if learned else FIXED)
+        if not _bare(source):
+            scheduler = load_part(diffusers.DDPMScheduler, source, "scheduler")
+    except CodefendError:
+        raise
+    except Exception as error:  # the library raises ValueError, RuntimeError, SafetensorError and more
+        raise CodefendError(f"cannot load {source!r}: {str(error).strip().splitlines()[0]}") from error
+    config = model.config
+    if config.in_channels != 3 or config.num_class_embeds or config.class_embed_type:
+        raise CodefendError(f"{source!r} is no unconditional model of colour pictures")
+    if config.out_channels not in (3, 6):  # 6: the noise, then its learned variance, as in guided-diffusion
+        raise CodefendError(f"{source!r} answers with {config.out_channels} channels; 3, or 6 with a learned variance")
+    net = VPDenoiser(model, scheduler.config, table_of(scheduler, source), pixels=True, shift=shift)
+    return net.requires_grad_(False).eval()
+
+
+def _bare(source: str) -> bool:
+    """A folder with a UNet2DModel alone, such as `save_pretrained` of the model writes: the usual table is meant."""
+    folder = Path(source)
+    return folder.is_dir() and not any(folder.glob("*model_index.json")) and not any(folder.rglob("scheduler_config*"))
+
+
+def build_diffpure(name: str, settings: Mapping[str, object]) -> DiffPure:
+    """``hf-diffpure:ID_OR_FOLDER``. Raises CodefendError for a wrong option before anything is loaded."""
+    options = configure(HFDiffPureOptions(), settings)
+    net: Any = load_denoiser(_source(name, DIFFPURE))
+    return DiffPure(net, options, name=spelled(name, options, HFDiffPureOptions()))
+
+
+def build_bridge(name: str, settings: Mapping[str, object]) -> Bridge:
+    """``hf-bridge:ID_OR_FOLDER``: the model asked at s = 1, one evaluation, no noise; meant to be fine-tuned first.
+
+    Raises CodefendError for a wrong option before anything is loaded.
+    """
+    options = configure(BridgeOptions(), settings)
+    if options.gate:
+        raise CodefendError(f"{name} has no detection score to open a gate by: leave gate=true out")
+    net: Any = load_denoiser(_source(name, BRIDGE))
+    return Bridge(net, options, name=spelled(name, options, BridgeOptions()))
+
+
+def _source(name: str, prefix: str) -> str:
+    source = name.removeprefix(prefix)
+    if not source:
+        raise CodefendError(f"name a model, as in {prefix}google/ddpm-ema-church-256 or {prefix}./folder")
+    return source
+
+
+def save_denoiser(net: VPDenoiser, folder: str | Path, *, scheduler: Any = None) -> None:
+    """Write the model as a DDPMPipeline, for ``hf-bridge:FOLDER`` and for diffusers alike."""
+    diffusers = require()
+    table = net.get_buffer("sigmas").double().cpu()
+    if scheduler is None:
+        abar = 1 / (1 + (net.gain * table) ** 2)
+        betas = 1 - abar / torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+        told = {"prediction_type": net.prediction, "variance_type": net.variance}
+        scheduler = diffusers.DDPMScheduler(num_train_timesteps=len(table), trained_betas=betas.tolist(), **told)
+    diffusers.DDPMPipeline(net.model, scheduler).save_pretrained(folder)

@@ -1,0 +1,1 @@
+"""Other papers' purifiers on this project's network: HGD, FlowPure, ADBM and CoDefend-R."""

@@ -1,0 +1,1 @@
+"""Shared parts that know no model: registry, settings, files, run folders, devices and images."""

@@ -1,0 +1,377 @@
+"""The one door for pictures: files, bytes and data URLs <-> float32 ``[3, H, W]``, RGB, in ``[0, 1]``.
+
+Nothing else imports PIL. A picture is judged by its content, never by its name, and its size is read from the header
+before a pixel is decoded. Whatever is wrong with it, the caller gets a ``CodefendError`` with one line to act on.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import unquote_to_bytes
+
+import numpy as np
+import torch
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    ImageOps,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+from torch import Tensor
+
+from codefend.core.files import write_atomic
+from codefend.types import CodefendError
+
+MAX_PIXELS = 64_000_000
+WHITE = (255, 255, 255)
+
+# Decoders by content. Pillow's own look-up would take a phone's two-image JPEG (MPO) for an animation.
+_DECODERS: dict[str, type[ImageFile.ImageFile]] = {
+    "PNG": PngImagePlugin.PngImageFile,
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+}
+_ENDINGS = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg", ".jpe"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+}
+_SUFFIXES = {ending: kind for kind, endings in _ENDINGS.items() for ending in endings}
+READABLE = frozenset(_SUFFIXES)  # file name endings that a folder job looks at
+_MAGIC: dict[str, tuple[bytes, ...]] = {
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "JPEG": (b"\xff\xd8\xff",),
+    "BMP": (b"BM",),
+    "GIF": (b"GIF87a", b"GIF89a"),
+    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+}
+_WRITABLE = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+_WITH_ALPHA = ("PNG", "WEBP", "TIFF")
+_LOSSLESS = ("PNG", "BMP", "TIFF")
+
+_PILLOW = threading.Lock()  # Pillow's pixel limit and Python's warning filters are global to the process
+
+Source = str | Path | bytes
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a header says: nothing has been decoded yet. ``width`` and ``height`` are before EXIF orientation."""
+
+    format: str
+    width: int
+    height: int
+    animated: bool
+
+
+@dataclass(frozen=True)
+class LoadedImage:
+    """A picture as it is seen over ``background``, with what is needed to write it back as it came."""
+
+    pixels: Tensor  # [3, H, W] float32 in [0, 1]
+    alpha: Tensor | None = None  # [1, H, W] in [0, 1]; None when opaque
+    format: str = "PNG"
+    icc: bytes | None = None  # the RGB colour profile of the pixels, if they have one
+    background: tuple[int, int, int] = WHITE
+
+    def recombine(self, pixels: Tensor) -> Tensor:
+        """Give ``pixels`` ``[3, H, W]`` this picture's alpha: ``[4, H, W]``, or as they are when it was opaque.
+
+        Over ``background`` the result shows exactly ``pixels``. Fully transparent places take the background's colour,
+        so that nothing hides there from a viewer that ignores alpha.
+        """
+        if self.alpha is None:
+            return pixels
+        alpha, behind = self.alpha.to(pixels), _colour(self.background).to(pixels)
+        straight = behind + (pixels - behind) / alpha.clamp_min(1 / 65535)
+        return torch.cat([torch.where(alpha > 0, straight, behind).clamp(0, 1), alpha])
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def load(
+    source: Source,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    first_frame: bool = False,
+    background: tuple[int, int, int] = WHITE,
+) -> LoadedImage:
+    """Read a file, the bytes of one, or a data URL. EXIF orientation is applied, 16 bits are scaled, alpha composited.
+
+    Raises CodefendError when the source is missing, no picture of a known format, damaged, over ``max_pixels``, or
+    animated while ``first_frame`` is false.
+    """
+    with _opened(source) as (stream, name), _decoding(name, max_pixels):
+        image, found = _open_header(stream, name)
+        _check_size(image, name, max_pixels)
+        if found.animated and not first_frame:
+            raise CodefendError(f"{name} is animated or has several pages; take the first one with --first-frame")
+        image.load()
+        _check_size(image, name, max_pixels)  # again: a GIF's frame can outgrow the canvas that its header promised
+        return _from_decoded(_upright(image), name, found.format, background)
+
+
+def probe(source: Source, *, max_pixels: int | None = None) -> Probe:
+    """Read format, size and animation from the header alone. Raises CodefendError as ``load`` does."""
+    with _opened(source) as (stream, name), _decoding(name, max_pixels):
+        image, found = _open_header(stream, name)
+        if max_pixels is not None:
+            _check_size(image, name, max_pixels)
+        return found
+
+
+def from_pil(image: Image.Image, *, background: tuple[int, int, int] = WHITE) -> LoadedImage:
+    """Convert a PIL image of any mode, EXIF orientation applied. Raises CodefendError when it cannot be converted."""
+    with _decoding("the image", None):
+        return _from_decoded(_upright(image), "the image", image.format or "PNG", background)
+
+
+@contextmanager
+def _opened(source: Source) -> Iterator[tuple[IO[bytes], str]]:
+    if isinstance(source, bytes):
+        yield io.BytesIO(source), "the picture"
+        return
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        yield io.BytesIO(decode_data_url(source)), "the data URL"
+        return
+    path, name = Path(source), _shown(source)
+    try:
+        if path.is_dir():
+            raise CodefendError(f"{name} is a folder; name a picture")
+        if not path.exists():
+            raise CodefendError(f"no such file: {name}")
+        if not path.is_file():
+            raise CodefendError(f"{name} is not a regular file")
+        stream = path.open("rb")
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise CodefendError(f"cannot open {name}: {getattr(error, 'strerror', None) or error}") from error
+    with stream:
+        yield stream, name
+
+
+@contextmanager
+def _decoding(name: str, max_pixels: int | None) -> Iterator[None]:
+    """Set Pillow's own limit to ours, keep it quiet, and turn all that damaged data can raise into a CodefendError."""
+    with _PILLOW, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # oversize and EXIF warnings: both are handled here
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
+        try:
+            yield
+        except CodefendError:
+            raise
+        except Image.DecompressionBombError as error:
+            claimed = re.search(r"\d+", str(error))  # Pillow's text starts with the size that it met
+            raise CodefendError(_too_many(name, int(claimed[0]) if claimed else 0, max_pixels or 0)) from error
+        except Exception as error:  # decoders raise nearly every type on damaged data; none of it is our bug to show
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            raise CodefendError(f"{name} is damaged, cut short or of an unsupported kind ({reason})") from error
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _open_header(stream: IO[bytes], name: str) -> tuple[ImageFile.ImageFile, Probe]:
+    head = stream.read(16)
+    stream.seek(0)
+    found = _sniff(head)
+    if found is None:
+        what = f"{name} is not a picture" if head else f"{name} is empty, not a picture"
+        raise CodefendError(f"{what} of a kind that can be read (PNG, JPEG, WebP, BMP, GIF, TIFF)")
+    image = _DECODERS[found](stream)
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise CodefendError(f"{name} is damaged: it claims {width}x{height} pixels")
+    return image, Probe(found, width, height, bool(getattr(image, "is_animated", False)))
+
+
+def _sniff(head: bytes) -> str | None:
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    return next((kind for kind, starts in _MAGIC.items() if head.startswith(starts)), None)
+
+
+def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise CodefendError(_too_many(name, image.width * image.height, max_pixels))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF doesn't make a broken picture; viewers show it as stored, and so do we
+        return image
+
+
+# --- modes -> tensors ------------------------------------------------------------------------------------------------
+
+
+def _from_decoded(image: Image.Image, name: str, kind: str, background: tuple[int, int, int]) -> LoadedImage:
+    icc = _rgb_profile(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        pixels, alpha = _deep_grey(image, name)
+    else:
+        pixels, alpha = _eight_bits(image)
+    if alpha is not None and bool((alpha == 1).all()):
+        alpha = None
+    if alpha is not None:
+        pixels = pixels * alpha + _colour(background) * (1 - alpha)
+    return LoadedImage(pixels.contiguous(), alpha, kind, icc, background)
+
+
+def _eight_bits(image: Image.Image) -> tuple[Tensor, Tensor | None]:
+    transparent = image.has_transparency_data
+    array = np.array(image.convert("RGBA" if transparent else "RGB"))
+    planes = torch.from_numpy(array).permute(2, 0, 1).contiguous()  # while a value is one byte and not four
+    values = planes.to(torch.float32).div_(255)
+    return (values[:3], values[3:]) if transparent else (values, None)
+
+
+def _deep_grey(image: Image.Image, name: str) -> tuple[Tensor, Tensor | None]:
+    """16-bit and float grey: scaled to [0, 1] by the depth that the file declares, never clipped to 8 bits."""
+    array = np.array(image)
+    if image.mode == "F":
+        top = 1.0
+    else:
+        declared = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # TIFF BitsPerSample: 12-bit scans arrive as 16
+        top = float(2 ** min(int(declared), 16) - 1)
+    values = torch.from_numpy(array.astype(np.float32)) / top
+    if not bool(((values >= 0) & (values <= 1)).all()):  # false for nan, too
+        raise CodefendError(
+            f"{name} holds numbers beyond 16 bits (mode {image.mode}); convert it to 8 or 16 bits first"
+        )
+    keyed = image.info.get("transparency")
+    alpha = None if not isinstance(keyed, int) else torch.from_numpy((array != keyed).astype(np.float32))[None]
+    return values[None].expand(3, -1, -1), alpha
+
+
+def _rgb_profile(image: Image.Image) -> bytes | None:
+    # A CMYK or grey profile would be wrong beside the RGB that we write. Bytes 16-20 name the space (ICC.1, 7.2.6).
+    profile = image.info.get("icc_profile")
+    return profile if isinstance(profile, bytes) and profile[16:20] == b"RGB " else None
+
+
+def _colour(rgb: tuple[int, int, int]) -> Tensor:
+    return torch.tensor(rgb, dtype=torch.float32).view(3, 1, 1) / 255
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def quantize8(images: Tensor) -> Tensor:
+    """Round ``[..., H, W]`` in ``[0, 1]`` to the 256 levels that an 8-bit file can hold."""
+    return (images.clamp(0, 1) * 255).round() / 255
+
+
+def to_pil(pixels: Tensor) -> Image.Image:
+    """Turn ``[3, H, W]`` or ``[4, H, W]`` in ``[0, 1]`` into an 8-bit RGB or RGBA image."""
+    if pixels.ndim != 3 or pixels.shape[0] not in (3, 4):
+        raise ValueError(f"expected [3, H, W] or [4, H, W], got {tuple(pixels.shape)}")
+    levels = pixels.detach().to("cpu", torch.float32).clamp(0, 1).mul_(255).round_().to(torch.uint8)
+    return Image.merge("RGBA"[: len(levels)], [Image.fromarray(plane.numpy()) for plane in levels])
+
+
+def format_of(path: str | Path) -> str:
+    """Name the format that a file name asks for, PNG when it has no ending. Raises CodefendError for an unwritable one."""
+    suffix = Path(path).suffix.lower()
+    kind = _SUFFIXES.get(suffix) if suffix else "PNG"
+    if kind in _WRITABLE:
+        return kind
+    why = "holds only 256 colours" if kind == "GIF" else "is not a picture ending"
+    raise CodefendError(f"cannot write {_shown(path)}: {suffix} {why}; use .png, .jpg, .webp, .bmp or .tiff")
+
+
+def is_lossless(kind: str, *, quality: int | None = None) -> bool:
+    """Tell whether ``encode`` with these settings keeps every 8-bit pixel as it is."""
+    return kind in _LOSSLESS or (kind == "WEBP" and quality is None)
+
+
+def encode(
+    pixels: Tensor,
+    kind: str = "PNG",
+    *,
+    quality: int | None = None,
+    subsampling: int = 0,
+    icc: bytes | None = None,
+) -> bytes:
+    """Encode ``[3, H, W]`` or ``[4, H, W]`` in ``[0, 1]``, never resized. Metadata is left out, apart from ``icc``.
+
+    ``quality`` 1-100 is for JPEG (95 when None) and WebP (lossless when None); ``subsampling`` of JPEG's chroma is 0, 1
+    or 2: none, along the rows, both ways. Alpha is composited on white where the format has none. Raises CodefendError
+    when the format is unknown or cannot hold a picture of this size.
+    """
+    if kind not in _WRITABLE:
+        raise CodefendError(f"cannot write {kind}; known: {', '.join(_WRITABLE)}")
+    if pixels.shape[0] == 4 and kind not in _WITH_ALPHA:
+        pixels = pixels[:3] * pixels[3:] + _colour(WHITE).to(pixels) * (1 - pixels[3:])
+    options: dict[str, Any] = {} if icc is None or kind == "BMP" else {"icc_profile": icc}
+    if kind == "JPEG":
+        options |= {"quality": quality or 95, "subsampling": subsampling}
+    elif kind == "WEBP":
+        options |= {"lossless": True, "exact": True} if quality is None else {"quality": quality, "exact": True}
+    buffer = io.BytesIO()
+    try:
+        to_pil(pixels).save(buffer, format=kind, **options)
+    except OSError as error:  # JPEG ends at 65,500 pixels a side, WebP at 16,383
+        size = f"{pixels.shape[2]}x{pixels.shape[1]}"
+        raise CodefendError(f"a picture of {size} cannot be written as {kind} ({error}); use PNG") from error
+    return buffer.getvalue()
+
+
+def save(path: str | Path, pixels: Tensor, *, quality: int | None = None, icc: bytes | None = None) -> None:
+    """Write a picture in the format that its name asks for: whole or not at all, replacing what was there.
+
+    Raises CodefendError for an unknown ending or when the place cannot be written.
+    """
+    write_atomic(path, encode(pixels, format_of(path), quality=quality, icc=icc))
+
+
+# --- data URLs -------------------------------------------------------------------------------------------------------
+
+
+def decode_data_url(url: str) -> bytes:
+    """Return the bytes of a ``data:`` URL (RFC 2397), whatever its media type. Raises CodefendError when malformed."""
+    head, comma, body = url.partition(",")
+    if head[:5].lower() != "data:" or not comma:
+        raise CodefendError("not a data URL: expected data:image/...;base64,...")
+    if not head.lower().endswith(";base64"):
+        return unquote_to_bytes(body)
+    try:
+        return base64.b64decode("".join(body.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise CodefendError("the data URL is not valid base64") from error
+
+
+def encode_data_url(pixels: Tensor, kind: str = "PNG", *, quality: int | None = None) -> str:
+    """Encode a picture as ``data:image/...;base64,...``. Raises CodefendError as ``encode`` does."""
+    body = base64.b64encode(encode(pixels, kind, quality=quality)).decode("ascii")
+    return f"data:image/{kind.lower()};base64,{body}"
+
+
+def _shown(source: str | Path) -> str:
+    text = "".join(c if c.isprintable() else "?" for c in str(source))  # a name may hold newlines, or what isn't text
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _too_many(name: str, count: int, limit: int) -> str:
+    return f"{name} has {count:,} pixels, over the limit of {limit:,}; raise it with --max-pixels {count}"

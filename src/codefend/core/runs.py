@@ -1,0 +1,382 @@
+"""Long work that can be killed: run folders, seeds, checkpoints, progress.
+
+A run folder holds ``config.json`` (what was asked), ``environment.jsonl`` (on what it ran) and ``rows.jsonl`` (what
+came out, one whole line per result). Running the same command again goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from codefend.core.files import write_atomic
+from codefend.types import CodefendError
+
+if TYPE_CHECKING:  # `codefend --help` must not import torch
+    from torch import Generator, Tensor
+
+if sys.platform != "win32":
+    import fcntl
+
+Row = dict[str, Any]
+_listeners: list[Callable[[Run, Mapping[str, Any]], None]] = []
+
+
+def plain(value: Any) -> Any:
+    """Reduce dataclasses, mappings, sequences and paths to what JSON holds; nan and infinities become None."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(plain(item) for item in value)
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # numpy and torch scalars and arrays
+        return plain(value.tolist())
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+# --- the run folder --------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """An open run folder. Make one with ``open_run``; it is held against other processes until closed or dropped."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], *, resume: bool = True) -> None:
+        self.dir, self.config = folder, dict(config)
+        self._path = folder / "rows.jsonl"
+        self._guard = self._fd = -1
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._guard = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            self._lock()
+            self._settle(resume)
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._keys = self._repair()
+        except BaseException:
+            self.close()
+            raise
+
+    def rows(self) -> list[Row]:
+        """All whole rows so far, oldest first."""
+        return read_rows(self._path)
+
+    def has(self, key: str) -> bool:
+        return key in self._keys
+
+    def append(self, row: Mapping[str, Any]) -> bool:
+        """Add one row, on disk before this returns; False and nothing written when its ``"key"`` is there already.
+
+        Rows without a ``"key"`` are always added. nan and infinities are written as null: not scored.
+        """
+        key = row.get("key")
+        if key in self._keys:
+            return False
+        line = (json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "surrogatepass")
+        size = os.fstat(self._fd).st_size
+        try:
+            if os.write(self._fd, line) != len(line):
+                raise OSError("disk full")
+            os.fsync(self._fd)
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self._fd, size)
+            raise CodefendError(f"cannot write {self._path}: {error.strerror or error}") from error
+        if key is not None:
+            self._keys.add(key)
+        for listener in _listeners:
+            listener(self, row)
+        return True
+
+    def write(self, name: str, content: bytes | str | Callable[[IO[bytes]], object]) -> Path:
+        """Write a file of this run atomically and return where it is."""
+        write_atomic(self.dir / name, content)
+        return self.dir / name
+
+    def close(self) -> None:
+        for descriptor in (self._fd, self._guard):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._fd = self._guard = -1
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_guard"):
+            self.close()
+
+    def _lock(self) -> None:
+        if sys.platform == "win32":  # no such lock there
+            return
+        # Held by the process, so one that was interrupted inside a session can open its folder again; on a file of its
+        # own, because such a lock is lost as soon as the process closes any other descriptor of the same file.
+        try:
+            fcntl.lockf(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CodefendError(
+                f"another process is working in {self.dir}; wait for it or use another folder"
+            ) from error
+
+    def _settle(self, resume: bool) -> None:
+        """Write a new run's config; checked under the lock, since another process may just have made the folder its."""
+        check_run(self.dir, self.config, resume=resume)
+        saved = self.dir / "config.json"
+        if not saved.exists():
+            write_atomic(saved, json.dumps(self.config, indent=2, ensure_ascii=False) + "\n")
+
+    def _repair(self) -> set[Any]:
+        """Cut off the line that a kill tore; return the keys of the rows that stay."""
+        data = self._path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        last = data.rfind(b"\n", 0, max(end - 1, 0)) + 1
+        if end and _parse(data[last:end]) is None:  # a power cut can leave zeros before the newline
+            end = last
+        if end < len(data):
+            os.ftruncate(self._fd, end)
+        return {row["key"] for row in self.rows() if "key" in row}
+
+
+@contextmanager
+def listening(listener: Callable[[Run, Mapping[str, Any]], None]) -> Iterator[None]:
+    """Inside the block, call ``listener(run, row)`` after every row that is new on disk."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def check_run(folder: str | Path, config: Any, *, resume: bool = True) -> None:
+    """Raise CodefendError where ``open_run`` would refuse what is in the folder; make nothing. For before models load."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise CodefendError(f"{folder} is a file; a run needs a folder")
+    if (folder / "config.json").exists():
+        if not resume:
+            raise CodefendError(f"{folder} already holds a run; use another folder")
+        _check_config(folder, read_config(folder), plain(config))
+    elif (folder / "rows.jsonl").exists():
+        raise CodefendError(f"{folder} holds results without their config.json; use another folder")
+
+
+def open_run(folder: str | Path, config: Any, *, resume: bool = True) -> Run:
+    """Start a run in ``folder``, or go on with the one there. ``config`` is a mapping or a dataclass.
+
+    Raises CodefendError when the folder holds a run with another config (the differing keys are named), any run at all
+    while ``resume`` is false, or cannot be used.
+    """
+    check_run(folder, config, resume=resume)
+    folder = Path(folder)
+    try:
+        run = Run(folder, plain(config), resume=resume)
+    except OSError as error:
+        raise CodefendError(f"cannot use {folder}: {error.strerror or error}") from error
+    _note_environment(folder / "environment.jsonl")
+    return run
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Read the whole rows of a run folder or a ``rows.jsonl``; a torn last one is skipped, and the file left as it is.
+
+    Raises CodefendError when there is no such file or a line inside it is damaged.
+    """
+    path = Path(path)
+    path = path / "rows.jsonl" if path.is_dir() else path
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise CodefendError(f"cannot read {path}: {error.strerror or error}") from error
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is empty or torn
+        row = _parse(line)
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines) - 1:
+            raise CodefendError(f"{path}: line {number} is damaged; remove it to go on without that result")
+    return rows
+
+
+def read_config(folder: str | Path) -> Row:
+    """Read a run folder's ``config.json``. Raises CodefendError when it is missing or damaged."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CodefendError(f"{folder} is not a run folder: cannot read config.json ({error.strerror})") from error
+    except ValueError as error:
+        raise CodefendError(f"{path} is damaged ({error}); use another folder") from error
+    if not isinstance(config, dict):
+        raise CodefendError(f"{path} is damaged (no object); use another folder")
+    return config
+
+
+def _parse(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _check_config(folder: Path, saved: Row, wanted: Row) -> None:
+    old, new = _flat(saved), _flat(wanted)
+    missing = "(unset)"
+    keys = [key for key in sorted(old | new) if old.get(key, missing) != new.get(key, missing)]
+    if keys:
+        changes = [f"{key} was {old.get(key, missing)!r}, now {new.get(key, missing)!r}" for key in keys[:5]]
+        more = f", and {len(keys) - 5} more" if len(keys) > 5 else ""
+        raise CodefendError(
+            f"{folder} was made with another config: {'; '.join(changes)}{more}. "
+            "Use the same settings to go on, or another folder"
+        )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Row:
+    flat: Row = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+# --- provenance and seeds --------------------------------------------------------------------------------------------
+
+
+def environment() -> Row:
+    """Versions, processor and threads: what a result depends on beside its config. No names of users or machines."""
+    versions: Row = {}
+    for package in ("codefend", "torch", "numpy", "pillow", "safetensors", "transformers", "gguf"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    system = f"{platform.system()} {platform.machine()}"
+    cpu: Row = {"cpu": _cpu(), "cores": os.cpu_count(), "threads": None}
+    if "torch" in sys.modules:
+        from codefend.core.devices import default_device, precision
+
+        cpu |= {"threads": sys.modules["torch"].get_num_threads(), "precision": precision(default_device())}
+    return {"python": platform.python_version(), "system": system, **cpu, "versions": versions}
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _note_environment(path: Path) -> None:
+    """Add this machine to the run's list unless the last sitting was on the same."""
+    now = plain(environment())
+    before = path.read_text().splitlines() if path.exists() else []
+    if not before or _parse(before[-1].encode()) != now:
+        write_atomic(path, "\n".join([*before, json.dumps(now)]) + "\n")
+
+
+def make_generator(seed: int, *names: object, device: str = "cpu") -> Generator:
+    """Derive an independent random stream from ``seed`` and what it is for, e.g. ``(0, "noise", example.id)``."""
+    import torch
+
+    digest = hashlib.sha256(json.dumps([seed, *map(str, names)]).encode()).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> None:
+    """Write tensors and JSON ``state`` as one safetensors file, atomically: they can never disagree.
+
+    A generator's ``get_state()`` is a tensor like any other. Raises CodefendError when the place cannot be written.
+    """
+    from safetensors.torch import save
+
+    seen: set[int] = set()
+    owned: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        address = value.untyped_storage().data_ptr()
+        owned[name] = value.clone() if address in seen or value.storage_offset() else value  # the format shares nothing
+        seen.add(address)
+    write_atomic(path, save(owned, metadata={"state": json.dumps(plain(state or {}))}))
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Row]:
+    """Read what ``save_checkpoint`` wrote, on the CPU. Raises CodefendError when it is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise CodefendError(f"no checkpoint at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
+            state = json.loads((file.metadata() or {}).get("state", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CodefendError(f"{path} is damaged ({error}); remove it to start over") from error
+    return tensors, state
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def progress(label: str, total: int, *, done: int = 0, every: float = 30.0) -> Iterator[Callable[..., None]]:
+    """Show how far ``total`` steps have come; yields ``advance(steps=1, note="")``.
+
+    A bar on a terminal's standard error; elsewhere one line each ``every`` seconds, so logs stay short.
+    """
+    if not sys.stderr.isatty():
+        yield _plain_progress(label, total, done, every)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=total, completed=done, note="")
+
+        def advance(steps: int = 1, note: str = "") -> None:
+            bar.update(task, advance=steps, note=note)
+
+        yield advance
+
+
+def _plain_progress(label: str, total: int, done: int, every: float) -> Callable[..., None]:
+    start = last = time.monotonic()
+    first = done
+
+    def advance(steps: int = 1, note: str = "") -> None:
+        nonlocal done, last
+        done += steps
+        now = time.monotonic()
+        if now - last >= every:
+            last = now
+            left = (now - start) / max(done - first, 1) * (total - done)
+            print(f"{label}: {done}/{total}, about {left:.0f} s left  {note}".rstrip(), file=sys.stderr, flush=True)
+
+    return advance

@@ -1,0 +1,141 @@
+"""``key=value`` settings of the command line, laid over a config dataclass; nested ones as ``model.width=64``."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from codefend.types import CodefendError
+
+Config = TypeVar("Config")
+
+
+def parse_settings(items: Sequence[str]) -> dict[str, str]:
+    """Split ``key=value`` items; of a repeated key the last counts. Raises CodefendError when one is malformed."""
+    settings = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise CodefendError(f"expected key=value, got {item!r}")
+        settings[key.strip()] = value.strip()
+    return settings
+
+
+def number(text: str) -> float:
+    """Read ``0.03`` or ``8/255``. Raises CodefendError when it is neither, or not finite."""
+    top, slash, bottom = text.partition("/")
+    try:
+        value = float(top) / float(bottom) if slash else float(top)
+    except (ValueError, ZeroDivisionError) as error:
+        raise CodefendError(f"{text!r} is not a number; write it as 0.03 or 8/255") from error
+    if not math.isfinite(value):
+        raise CodefendError(f"{text!r} is not a finite number; write it as 0.03 or 8/255")
+    return value
+
+
+def recorded(config: Any, *, later: str) -> dict[str, object]:
+    """The fields that a run holds: all before the one named ``later``, from there on those that are set.
+
+    So runs from before a later field existed go on.
+    """
+    names = [field.name for field in fields(config)]
+    unset = {f.name for f in fields(config)[names.index(later) :] if getattr(config, f.name) == f.default}
+    return {name: value for name, value in asdict(config).items() if name not in unset}
+
+
+def known_keys(config: Any) -> list[str]:
+    """Every key that can be set, in order, nested ones with dots."""
+    keys = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        nested = is_dataclass(value) and not isinstance(value, type)
+        keys += [f"{field.name}.{inner}" for inner in known_keys(value)] if nested else [field.name]
+    return keys
+
+
+def check_keys(config: Any, settings: Mapping[str, str]) -> None:
+    """Raise CodefendError for a setting that ``config`` has no field for, naming the nearest one that it has."""
+    known = known_keys(config)
+    for key in settings:
+        if key in known:
+            continue
+        near = get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        raise CodefendError(f"unknown setting {key!r}; {hint}")
+
+
+def override(config: Config, settings: Mapping[str, str]) -> Config:
+    """Return a copy of the dataclass with each setting read as its field's type.
+
+    Raises CodefendError for an unknown key (the nearest is named) or a value that the field's type cannot hold.
+    """
+    check_keys(config, settings)
+    changed: Config = _laid_over(config, [(key.split("."), text) for key, text in settings.items()])
+    return changed
+
+
+def _laid_over(config: Any, settings: Sequence[tuple[Sequence[str], str]], above: str = "") -> Any:
+    """All of a dataclass's settings at once: what it checks of several fields together is checked at the end."""
+    kinds, values = get_type_hints(type(config)), {}
+    for name in dict.fromkeys(path[0] for path, _ in settings):
+        old, key = getattr(config, name), above + name
+        mine = [(path[1:], text) for path, text in settings if path[0] == name]
+        values[name] = _laid_over(old, mine, f"{key}.") if is_dataclass(old) else _read(mine[0][1], kinds[name], key)
+    return replace(config, **values)
+
+
+def _read(text: str, kind: Any, key: str) -> Any:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return _read_union(text, args, key)
+    if origin is Literal:
+        matches = [choice for choice in args if str(choice) == text]
+        if not matches:
+            raise CodefendError(f"{key}={text}: choose one of {', '.join(map(str, args))}")
+        return matches[0]
+    if origin in (tuple, list):
+        return _read_sequence(text, origin, args, key)
+    if kind is bool:
+        return _read_bool(text, key)
+    if kind is float:
+        return number(text)
+    if kind in (int, str, Path):
+        try:
+            return kind(text)
+        except ValueError as error:
+            raise CodefendError(f"{key}={text}: not a whole number") from error
+    raise CodefendError(f"{key} cannot be set on the command line")
+
+
+def _read_union(text: str, choices: Sequence[Any], key: str) -> Any:
+    if type(None) in choices and text.lower() in ("none", ""):
+        return None
+    failure = CodefendError(f"{key} cannot be set on the command line")
+    for choice in choices:
+        if choice is not type(None):
+            try:
+                return _read(text, choice, key)
+            except CodefendError as error:
+                failure = error
+    raise failure
+
+
+def _read_sequence(text: str, kind: type, args: Sequence[Any], key: str) -> Any:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if kind is tuple and Ellipsis not in args:
+        if len(parts) != len(args):
+            raise CodefendError(f"{key}={text}: expected {len(args)} values with commas between them")
+        return tuple(_read(part, arg, key) for part, arg in zip(parts, args, strict=True))
+    return kind(_read(part, args[0], key) for part in parts)
+
+
+def _read_bool(text: str, key: str) -> bool:
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if text.lower() not in words:
+        raise CodefendError(f"{key}={text}: expected true or false")
+    return words[text.lower()]

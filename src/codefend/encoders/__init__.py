@@ -1,0 +1,1 @@
+"""Frozen vision encoders and views of an image."""

@@ -1,0 +1,315 @@
+"""Purify files and folders: one picture at a time or in batches, resumable, and one bad file doesn't stop the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from codefend.core import images
+from codefend.core.devices import default_device
+from codefend.core.files import write_atomic
+from codefend.core.runs import Run, make_generator, open_run, progress, read_config
+from codefend.types import CodefendError, Purifier
+
+MANIFEST = ".codefend"  # the run folder kept inside the output folder
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to read, purify and write; ``purifier`` names what is used, so that two never mix in one folder."""
+
+    purifier: str = "bridge"
+    seed: int = 0
+    batch: int = 1  # pictures of one size per call
+    max_pixels: int = images.MAX_PIXELS
+    first_frame: bool = False
+    flatten: bool = False  # write opaque pictures: an alpha channel is kept as it came, so it could carry an attack
+    format: str | None = None  # file name ending such as "png"; None keeps each one's own
+    quality: int | None = None  # 1-100 for JPEG and WebP
+    overwrite: bool = False
+    max_side: int | None = None  # longer side, pixels: larger pictures are shrunk first, and stay so
+
+    def fingerprint(self) -> dict[str, object]:
+        """What the written pixels depend on."""
+        names = ("purifier", "seed", "batch", "flatten", "format", "quality")
+        shrunk = {} if self.max_side is None else {"max_side": self.max_side}
+        return {**{name: getattr(self, name) for name in names}, **shrunk}
+
+    def load(self, source: Path) -> images.LoadedImage:
+        """Read a picture as these options say. Raises CodefendError as `images.load` does."""
+        loaded = images.load(source, max_pixels=self.max_pixels, first_frame=self.first_frame)
+        if self.max_side is None:
+            return loaded
+        from codefend.purifiers.tiling import limit_side
+
+        alpha = None if loaded.alpha is None else limit_side(loaded.alpha, self.max_side)
+        return replace(loaded, pixels=limit_side(loaded.pixels, self.max_side), alpha=alpha)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One file: where from, where to, and its name relative to the folder asked for."""
+
+    source: Path
+    target: Path
+    name: str
+
+    def stamp(self) -> str:
+        """Changes when the source does, so that a changed picture is purified again."""
+        try:
+            stat = self.source.stat()
+        except OSError:  # a broken link: reading it will say so
+            return self.name
+        return f"{self.name} {stat.st_size} {stat.st_mtime_ns}"
+
+
+@dataclass
+class Outcome:
+    done: int = 0
+    skipped: int = 0  # purified by an earlier run of the same command
+    failed: list[tuple[str, str]] = field(default_factory=list)  # name, reason
+
+
+def purify_paths(
+    load_purifier: Callable[[], Purifier], paths: Sequence[str | Path], out: str | Path, options: Options
+) -> Outcome:
+    """Purify pictures and folders of them into ``out``, a picture's name for one file and a folder otherwise.
+
+    The purifier is loaded last, after everything cheap has been checked. Raises CodefendError for a missing path, one that
+    cannot be looked at, an output that exists, another config's output folder, or the one file when there is just one.
+    """
+    sources, target = [Path(path) for path in paths], Path(out)
+    outcome = Outcome()
+    with _looking():
+        for path in sources:
+            if not path.exists():
+                raise CodefendError(f"no such file or folder: {path}")
+        to_file = bool(target.suffix) and not target.is_dir() and not str(out).endswith(("/", os.sep))
+        alone = to_file and len(sources) == 1 and not sources[0].is_dir()
+        jobs = [] if alone else plan(sources, target, ending=options.format, failed=outcome.failed)
+    if alone:
+        return _purify_one(load_purifier, sources[0], target, options)
+    with _open_manifest(target, options) as run:
+        return _purify_all(load_purifier, jobs, run, options, outcome)
+
+
+@contextmanager
+def _looking() -> Iterator[None]:
+    """What the system says about a path is the user's to mend: no permission, a name too long."""
+    try:
+        yield
+    except OSError as error:
+        raise CodefendError(f"cannot use {error.filename}: {error.strerror or error}") from error
+
+
+# --- what to do ------------------------------------------------------------------------------------------------------
+
+
+def plan(
+    sources: Sequence[Path], out: Path, *, ending: str | None = None, failed: list[tuple[str, str]] | None = None
+) -> list[Job]:
+    """List the jobs for files and folders, in a fixed order; folders keep their inner paths below ``out``.
+
+    Folders that are not looked into, with the reason, are added to ``failed``. Raises CodefendError when there is nothing
+    to do, an input is its own output, or two inputs have the same output.
+    """
+    failed = [] if failed is None else failed
+    if out.exists() and not out.is_dir():
+        raise CodefendError(f"{out} is a file; name a folder for the purified pictures")
+    if ending is not None:
+        images.format_of(f"x.{ending.lstrip('.')}")
+    jobs: dict[Path, Job] = {}
+    for source, name in _listed(sources, os.path.realpath(out), failed):
+        target = out / _target_name(name, ending)
+        job = Job(source, target, name.as_posix())
+        if os.path.realpath(source) == os.path.realpath(target):
+            raise CodefendError(f"{source} would be overwritten by its own output; choose another folder")
+        if os.path.realpath(jobs.setdefault(target, job).source) != os.path.realpath(source):
+            raise CodefendError(f"{jobs[target].source} and {source} would both be written to {target}")
+    if not jobs and failed:
+        raise CodefendError("; ".join(f"{name}: {reason}" for name, reason in failed[:5]))
+    if not jobs:
+        kinds = " ".join(sorted(images.READABLE))
+        raise CodefendError(f"no pictures in {', '.join(map(str, sources))}; looked for {kinds}")
+    return list(jobs.values())
+
+
+def _listed(sources: Sequence[Path], out: str, failed: list[tuple[str, str]]) -> Iterator[tuple[Path, Path]]:
+    def unreadable(error: OSError) -> None:
+        failed.append((str(error.filename), f"cannot look into this folder: {error.strerror}"))
+
+    for source in sources:
+        if not source.is_dir():
+            yield source, Path(source.name)
+            continue
+        for folder, inner, files in os.walk(source, onerror=unreadable):
+            here = Path(folder)
+            inner[:] = sorted(name for name in inner if name[0] != "." and os.path.realpath(here / name) != out)
+            links = [str(here / name) for name in inner if os.path.islink(here / name)]
+            failed.extend((link, "a link to a folder is not followed; name the folder itself") for link in links)
+            for name in sorted(files):
+                if name[0] != "." and Path(name).suffix.lower() in images.READABLE:
+                    yield here / name, (here / name).relative_to(source)
+
+
+def _target_name(name: Path, ending: str | None) -> Path:
+    if ending is not None:
+        return name.with_suffix(f".{ending.lstrip('.')}")
+    try:
+        images.format_of(name)
+    except CodefendError:  # readable but not writable, or named oddly: a lossless format beside its own name
+        return name.with_name(f"{name.name}.png")
+    return name if name.suffix else name.with_name(f"{name.name}.png")
+
+
+def _open_manifest(out: Path, options: Options) -> Run:
+    folder, config = out / MANIFEST, options.fingerprint()
+    with _looking():
+        if options.overwrite and (folder / "config.json").exists() and read_config(folder) != config:
+            for name in ("rows.jsonl", "config.json"):  # in this order: rows without a config are refused
+                (folder / name).unlink(missing_ok=True)
+        return open_run(folder, config)
+
+
+# --- doing it --------------------------------------------------------------------------------------------------------
+
+
+def _purify_one(load_purifier: Callable[[], Purifier], source: Path, target: Path, options: Options) -> Outcome:
+    images.format_of(target)
+    if target.exists() and not options.overwrite:
+        raise CodefendError(f"{target} exists already; use --overwrite to replace it")
+    loaded = options.load(source)
+    job = Job(source, target, source.name)
+    pixels = _purified(load_purifier(), [(job, loaded)], options)[0]
+    write_atomic(target, _encoded(job, loaded, pixels, options))
+    return Outcome(done=1)
+
+
+def _purify_all(
+    load_purifier: Callable[[], Purifier], jobs: Sequence[Job], run: Run, options: Options, outcome: Outcome
+) -> Outcome:
+    done = _finished(jobs, run, options)
+    outcome.skipped = len(done)
+    if len(done) == len(jobs):
+        return outcome
+    purifier = load_purifier()
+    with progress("purify", len(jobs), done=len(done)) as advance:
+        for start in range(0, len(jobs), options.batch):
+            # A chunk that is partly done is purified whole: a call's noise depends on which pictures share it.
+            chunk = jobs[start : start + options.batch]
+            todo = set(chunk) - done
+            if todo:
+                _purify_chunk(purifier, chunk, todo, run, options, outcome)
+                advance(len(todo), chunk[-1].name)
+    return outcome
+
+
+def _finished(jobs: Sequence[Job], run: Run, options: Options) -> set[Job]:
+    """The jobs whose output is what this command once wrote for the source as it is now.
+
+    Raises CodefendError for an output that something else made, unless it may be overwritten.
+    """
+    rows = run.rows()
+    ours = {(row["name"], row["digest"]) for row in rows}
+    current = {(row["source"], row["digest"]) for row in rows}
+    found = {job: _digest_of(job.target) for job in jobs if os.path.exists(job.target)}  # too long a name does not
+    foreign = [job.target for job, digest in found.items() if (job.name, digest) not in ours]
+    if foreign and not options.overwrite:
+        more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
+        raise CodefendError(f"{foreign[0]} exists already{more}; use --overwrite to replace, or another folder")
+    return {job for job, digest in found.items() if (job.stamp(), digest) in current}
+
+
+def _purify_chunk(
+    purifier: Purifier, chunk: Sequence[Job], todo: set[Job], run: Run, options: Options, outcome: Outcome
+) -> None:
+    groups: dict[tuple[int, ...], list[tuple[Job, images.LoadedImage]]] = {}
+    for job in chunk:
+        try:
+            loaded = options.load(job.source)
+        except CodefendError as error:
+            outcome.failed.append((job.name, str(error)))
+        else:
+            groups.setdefault(tuple(loaded.pixels.shape), []).append((job, loaded))
+    for group in groups.values():
+        try:
+            results = _purified(purifier, group, options)
+        except CodefendError as error:
+            outcome.failed += [(job.name, str(error)) for job, _ in group if job in todo]
+            continue
+        scores = _scores(purifier, group, results)
+        for (job, loaded), pixels, score in zip(group, results, scores, strict=True):
+            if job in todo:
+                _write(job, loaded, pixels, score, run, options, outcome)
+
+
+def _scores(
+    purifier: Purifier, group: Sequence[tuple[Job, images.LoadedImage]], results: Tensor
+) -> Sequence[float | None]:
+    """The detection score of each picture, where the purifier has one."""
+    judge = getattr(purifier, "judge", None)
+    if judge is None:
+        return [None] * len(group)
+    with torch.no_grad():
+        batch = torch.stack([loaded.pixels for _, loaded in group]).to(default_device())
+        found: list[float] = judge(batch, results.to(batch.device)).tolist()
+    return found
+
+
+def _write(
+    job: Job,
+    loaded: images.LoadedImage,
+    pixels: Tensor,
+    score: float | None,
+    run: Run,
+    options: Options,
+    outcome: Outcome,
+) -> None:
+    try:
+        data = _encoded(job, loaded, pixels, options)
+        source, digest = job.stamp(), _digest(data)
+        # The row goes first: a kill in between leaves a promise to make the file, not a file that nobody knows.
+        row = {"key": f"{source} {digest}", "source": source, "name": job.name, "digest": digest}
+        run.append(row if score is None else {**row, "score": score})
+        write_atomic(job.target, data)
+        outcome.done += 1
+    except CodefendError as error:
+        outcome.failed.append((job.name, str(error)))
+
+
+def _purified(purifier: Purifier, group: Sequence[tuple[Job, images.LoadedImage]], options: Options) -> Tensor:
+    batch = torch.stack([loaded.pixels for _, loaded in group])
+    generator = make_generator(options.seed, "purify", *(job.name for job, _ in group))
+    try:
+        with torch.no_grad():
+            results = purifier(batch.to(default_device()), generator=generator).cpu()
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        raise CodefendError(f"not enough memory to purify {batch.shape[3]}x{batch.shape[2]} pixels") from error
+    if results.shape != batch.shape:
+        raise RuntimeError(f"the purifier changed the shape from {tuple(batch.shape)} to {tuple(results.shape)}")
+    return results
+
+
+def _encoded(job: Job, loaded: images.LoadedImage, pixels: Tensor, options: Options) -> bytes:
+    whole = pixels if options.flatten else loaded.recombine(pixels)
+    return images.encode(whole, images.format_of(job.target), quality=options.quality, icc=loaded.icc)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def _digest_of(path: Path) -> str:
+    try:
+        return _digest(path.read_bytes())
+    except OSError as error:
+        raise CodefendError(f"cannot read {path}: {error.strerror or error}") from error

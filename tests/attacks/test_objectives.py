@@ -1,0 +1,155 @@
+"""Objectives: the sign conventions, one number per image, and what happens behind a defense."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from attacks_kit import ANSWERS, PROMPTS, Defended, Dim, Noisy, ToyVictim, pictures
+from codefend.attacks import ATTACKS, AttackSpec, objective_for
+from codefend.attacks.objectives import (
+    Counted,
+    answers_scored,
+    eot,
+    features_away,
+    features_towards,
+    targeted,
+    untargeted,
+)
+from codefend.defense import DefendedVictim, Defense
+from codefend.types import CodefendError, WhiteBox
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return pictures()
+
+
+def test_untargeted_is_minus_the_loss_of_the_answer(images: Tensor) -> None:
+    victim = ToyVictim()
+    losses = untargeted(victim, PROMPTS, ANSWERS)(images)
+    assert losses.shape == (3,)
+    assert torch.equal(losses, -victim.loss(images, PROMPTS, ANSWERS))
+
+
+def test_targeted_is_the_loss_of_the_sentence(images: Tensor) -> None:
+    victim = ToyVictim()
+    assert torch.equal(targeted(victim, PROMPTS, ANSWERS)(images), victim.loss(images, PROMPTS, ANSWERS))
+
+
+def test_features_away_is_one_at_the_clean_image_and_less_elsewhere(images: Tensor) -> None:
+    objective = features_away(ToyVictim(), images)
+    assert torch.allclose(objective(images), torch.ones(3), atol=1e-5)
+    assert (objective(1 - images) < 0).all()
+
+
+def test_features_towards_is_lowest_at_the_target_image(images: Tensor) -> None:
+    target = pictures(1, seed=9)
+    objective = features_towards(ToyVictim(), target)  # one target for the batch
+    at_target = objective(target.expand(3, -1, -1, -1))
+    assert torch.allclose(at_target, -torch.ones(3), atol=1e-5)
+    assert (objective(images) > at_target).all()
+
+
+def test_feature_reference_may_be_another_victim(images: Tensor) -> None:
+    bare, defended = ToyVictim(), DefendedVictim(ToyVictim(), Defense(purifier=Dim(), name="dim"))
+    own = features_away(defended, images)(images)
+    against_bare = features_away(defended, images, reference=bare)(images)
+    assert torch.allclose(own, torch.ones(3), atol=1e-5)
+    assert (against_bare < own - 1e-4).all()
+
+
+def test_every_objective_has_a_gradient_through_the_defense(images: Tensor) -> None:
+    victim = Defended(ToyVictim(), Defense(purifier=Dim(), policy=lambda p: p + "!", name="dim"))
+    for spec in (s for s in ATTACKS.values() if not s.goal.startswith("answer")):
+        objective = objective_for(spec, victim, PROMPTS, ANSWERS, "target", images, pictures(seed=2))
+        x = (images + 0.01).clamp(0, 1).requires_grad_(True)
+        losses = objective(x)
+        assert losses.shape == (3,)
+        (grad,) = torch.autograd.grad(losses.sum(), x)
+        assert (grad.flatten(1).norm(dim=1) > 0).all(), spec.name
+
+
+def test_eot_averages_a_stochastic_objective(images: Tensor) -> None:
+    victim = DefendedVictim(ToyVictim(), Defense(purifier=Noisy(), name="noisy"), generator=torch.Generator())
+    objective = untargeted(victim, PROMPTS, ANSWERS)
+    single = torch.stack([objective(images) for _ in range(64)])
+    means = torch.stack([eot(objective, 16)(images) for _ in range(64)])
+    assert (means.std(0) < single.std(0) / 2).all()  # a quarter, up to sampling noise
+    assert torch.allclose(means.mean(0), single.mean(0), atol=float(4 * single.std(0).max() / 8))
+
+
+def test_answers_can_be_scored_without_a_loss(images: Tensor) -> None:
+    victim = ToyVictim()
+    objective = answers_scored(victim, PROMPTS, lambda answers: [float(a[0] in "abcd") for a in answers])
+    expected = [float(a[0] in "abcd") for a in victim.generate(images, PROMPTS)]
+    assert objective(images).tolist() == expected
+
+
+def test_counted_counts_calls(images: Tensor) -> None:
+    counted = Counted(untargeted(ToyVictim(), PROMPTS, ANSWERS))
+    counted(images)
+    counted(images)
+    assert counted.calls == 2
+
+
+def test_objective_for_serves_every_goal(images: Tensor) -> None:
+    victim: WhiteBox = ToyVictim()
+
+    def value(name: str, target: str | Sequence[str] = "target") -> Tensor:
+        return objective_for(ATTACKS[name], victim, PROMPTS, ANSWERS, target, images, pictures(seed=2))(images)
+
+    assert torch.equal(value("apgd"), -victim.loss(images, PROMPTS, ANSWERS))
+    assert torch.equal(value("apgd-targeted"), victim.loss(images, PROMPTS, ["target"] * 3))
+    assert torch.equal(value("apgd-targeted", ["x", "yy", "zzz"]), victim.loss(images, PROMPTS, ["x", "yy", "zzz"]))
+    assert torch.equal(value("feature"), features_away(victim, images)(images))
+    assert torch.equal(value("feature-target"), features_towards(victim, pictures(seed=2))(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "said"),
+    [("feature-target", "t", "image"), *((n, "", "sentence") for n in ("pgd-targeted", "mf-it", "mf-tt"))],
+)
+def test_objective_for_says_what_is_missing(images: Tensor, name: str, target: str, said: str) -> None:
+    with pytest.raises(CodefendError, match=said):
+        objective_for(ATTACKS[name], ToyVictim(), PROMPTS, ANSWERS, target, images)
+
+
+def test_words_away_starts_from_what_the_undefended_victim_reads(images: Tensor) -> None:
+    bare = ToyVictim()
+    defended = DefendedVictim(bare, Defense(purifier=Dim(), name="dim"))
+    scores = bare.word_scores(images, bare.vocabulary)
+    nearest = scores.max(-1).values
+    wanted = (nearest / 0.05 - (scores / 0.05).logsumexp(-1)).mean(1)  # minus the cross-entropy with the nearest word
+    assert torch.allclose(objective_for(ATTACKS["word-head"], bare, PROMPTS, ANSWERS, "", images)(images), wanted)
+    through = objective_for(ATTACKS["word-head"], defended, PROMPTS, ANSWERS, "", images)(images)
+    assert (through < wanted - 1e-4).any()  # the defense reads otherwise, the words that count are still the bare ones
+    defended.victim.vocabulary = ()  # type: ignore[attr-defined]
+    with pytest.raises(CodefendError, match="vocabulary"):
+        objective_for(ATTACKS["word-head"], defended, PROMPTS, ANSWERS, "", images)
+
+
+def test_rows_must_match(images: Tensor) -> None:
+    with pytest.raises(CodefendError, match="3 prompts but 1"):
+        untargeted(ToyVictim(), PROMPTS, ["a"])
+
+
+def test_table_is_complete_and_torch_free() -> None:
+    code = "import sys, codefend.attacks as a; print(len(a.ATTACKS), 'torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [str(len(ATTACKS)), "False"]
+
+
+@pytest.mark.parametrize("spec", ATTACKS.values(), ids=lambda s: s.name)
+def test_spec_is_filled_in(spec: AttackSpec) -> None:
+    assert ATTACKS[spec.name] is spec
+    assert spec.build().name == spec.name
+    assert spec.summary
+    assert "\n" not in spec.summary
+    assert spec.source
+    assert spec.steps > 0

@@ -1,0 +1,97 @@
+"""The demo on toys: its verdict, its exit code, and that it can be run again."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import codefend.bench.report
+import toys
+from codefend.bench import EvalConfig, evaluate, results
+from codefend.bench.config import check
+from codefend.cli import demo
+from codefend.cli.demo import DEMO, run_demo, verdict
+from codefend.types import CodefendError
+
+TOY = replace(
+    DEMO,
+    victim="toy",
+    tasks=("questions", "captions"),
+    defenses=("none", "leaky"),
+    adaptive=("leaky",),
+    limit=4,
+    panels=1,
+)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "SAMPLES", 50)
+
+
+def run(folder: Path, config: EvalConfig = TOY, victim: object = None) -> tuple[int, str]:
+    console = Console(file=io.StringIO(), record=True, width=160)
+    code = run_demo(folder, config=config, ours="leaky", loaders=toys.loaders(victim), console=console)
+    return code, console.export_text()
+
+
+def test_works(tmp_path: Path) -> None:
+    code, shown = run(tmp_path)
+    assert code == 0
+    last = shown.strip().splitlines()[-1]
+    assert last.startswith("CoDefend works on this machine: the attack leaves the undefended model ")
+    assert last.endswith(
+        "and leaky brings it back to 100% (4 of task questions and 4 of task captions; "
+        "an attacker who sees through leaky leaves 0% on fewer images)."
+    )
+    assert "captions T2" in shown
+    assert (tmp_path / "report.html").is_file()
+    assert run(tmp_path) == (code, shown)  # again, from the rows
+
+
+def test_defense_that_does_nothing(tmp_path: Path) -> None:
+    config = replace(TOY, defenses=("none", "rounded"), adaptive=("rounded",))
+    rows = evaluate(config, tmp_path, loaders=toys.loaders())
+    works, sentence = verdict(rows, "rounded")
+    assert not works
+    assert sentence.startswith("CoDefend does not work on this machine: the attack leaves")
+
+
+def test_attack_that_does_nothing(tmp_path: Path) -> None:
+    code, shown = run(tmp_path, replace(TOY, eps=(1.0,)))
+    assert code == 1
+    assert "could not be shown to work on this machine, as the attack is too weak" in shown
+
+
+def test_model_that_knows_nothing(tmp_path: Path) -> None:
+    class Mute(toys.ToyVictim):
+        def generate(self, images: object, prompts: object) -> list[str]:
+            return [""] * len(images)  # type: ignore[arg-type]
+
+    code, shown = run(tmp_path, victim=Mute())
+    assert code == 1
+    assert "even on clean images the model scores 0% only." in shown
+
+
+def test_missing_plots_do_not_cost_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(run_dir: Path) -> Path:
+        raise CodefendError("the HTML report needs matplotlib")
+
+    monkeypatch.setattr(demo, "write_report", refuse)
+    assert demo.write_report is not codefend.bench.report.write_report
+    code, shown = run(tmp_path)
+    assert code == 0
+    assert "No report: the HTML report needs matplotlib" in shown
+
+
+def test_demo_is_small_enough_for_two_slow_cores() -> None:
+    check(DEMO)
+    assert DEMO.limit is not None
+    assert DEMO.adaptive_limit is not None
+    gradients = len(DEMO.tasks) * DEMO.steps * (DEMO.limit + DEMO.adaptive_limit * len(DEMO.adaptive))
+    answers = len(DEMO.tasks) * (2 * DEMO.limit * len(DEMO.defenses) + DEMO.adaptive_limit * len(DEMO.adaptive))
+    assert gradients * 0.3 + answers * 0.2 < 150  # seconds; models and purifiers come on top, five minutes are promised

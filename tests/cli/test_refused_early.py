@@ -1,0 +1,76 @@
+"""A run folder of another config is refused before a model, task or purifier is loaded: that takes many seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codefend.bench import evaluate
+from codefend.bench.photographs import PhotographsConfig
+from codefend.bench.setup import Loaders
+from codefend.contrib.peers.training import PeerConfig
+from codefend.core.runs import open_run
+from codefend.training import train
+from codefend.training.bridge import BridgeConfig
+from codefend.training.pairs import PairsConfig, make_pairs
+from codefend.training.pocket import PocketConfig
+from codefend.training.prompt_search import optimize_prompt
+from codefend.training.prompt_search.bank import Sources
+from codefend.training.prompt_search.config import SearchConfig
+from codefend.training.prompt_search.table import TableConfig, make_table
+from codefend.types import CodefendError
+from evaluate_kit import SMALL
+
+
+class Loaded(Exception):
+    """Something heavy was asked for."""
+
+
+def load(*_: Any, **__: Any) -> Any:
+    raise Loaded
+
+
+LOADERS, SOURCES = Loaders(victim=load, task=load, purifier=load), Sources(victim=load, task=load, purifier=load)
+VERBS: dict[str, Callable[[Path], object]] = {
+    "pairs": lambda folder: make_pairs(PairsConfig(), folder),
+    "eval": lambda folder: evaluate(SMALL, folder, loaders=LOADERS),
+    "optimize-prompt": lambda folder: optimize_prompt(SearchConfig(), folder, sources=SOURCES),
+    "photographs": lambda folder: evaluate(PhotographsConfig(), folder),
+    "train pocket": lambda folder: train(PocketConfig(), folder),
+    "train bridge": lambda folder: train(BridgeConfig(), folder),
+    "train peer": lambda folder: train(PeerConfig(), folder),
+    "prompts table": lambda folder: make_table(TableConfig(), folder, sources=SOURCES),
+}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("codefend.victims.load_white_box", load)
+    monkeypatch.setattr("codefend.bench.photographs.crops", load)
+    monkeypatch.setattr("codefend.training.pocket.Pocket", load)
+    monkeypatch.setattr("codefend.training.bridge.open_bank", load)
+    monkeypatch.setattr("codefend.contrib.peers.training.Bank", load)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_another_config_is_refused_before_anything_is_loaded(tmp_path: Path, verb: str) -> None:
+    open_run(tmp_path, {"another": 1}).close()
+    with pytest.raises(CodefendError, match="was made with another config"):
+        VERBS[verb](tmp_path)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_new_folder_is_not_made_before_all_is_loaded(tmp_path: Path, verb: str) -> None:
+    with pytest.raises(Loaded):
+        VERBS[verb](tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_setting_that_cannot_be_is_told_before_the_folder(tmp_path: Path) -> None:
+    open_run(tmp_path, {"another": 1}).close()
+    with pytest.raises(CodefendError, match="batch"):
+        evaluate(replace(SMALL, batch=0), tmp_path, loaders=LOADERS)

@@ -1,0 +1,134 @@
+"""The networks stand on one device and take images from another. No GPU here: PyTorch's `meta` device stands for it.
+
+A meta tensor has a shape and a place but no values, and an operation that mixes it with a CPU tensor fails.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from codefend import purifiers
+from codefend.bench.craft import KnownSeed
+from codefend.bench.judge import Watched
+from codefend.core import devices
+from codefend.core.runs import make_generator
+from codefend.defense import Defense, StraightThrough
+from codefend.purifiers.nets import NetConfig, PurifierNet
+from codefend.training.bridge import BridgeConfig, Guide, Step, bridge_terms
+from codefend.training.pairs import Tower
+from codefend.types import CodefendError
+from codefend.victims.pocket import Pocket
+
+IMAGES = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+META = torch.device("meta")
+
+
+@pytest.fixture(scope="module")
+def distant(bare_pocket: Pocket) -> Pocket:
+    """A pocket on the other device."""
+    return copy.deepcopy(bare_pocket).to("meta")
+
+
+def test_the_default_device_is_the_named_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(devices.VARIABLE, "cpu")
+    assert devices.default_device() == torch.device("cpu")
+    monkeypatch.setenv(devices.VARIABLE, "warp9")
+    with pytest.raises(CodefendError, match="CODEFEND_DEVICE=warp9"):
+        devices.default_device()
+
+
+def test_a_pocket_moves_images_to_itself(distant: Pocket) -> None:
+    assert distant.device == META
+    images = IMAGES.to("meta").requires_grad_()
+    loss = distant.loss(images, ["Describe the picture.", "What color is the car?"], ["a red car", "red"])
+    assert loss.device == META
+    assert loss.shape == (2,)
+    (gradient,) = torch.autograd.grad(loss.sum(), images)
+    assert gradient.shape == images.shape
+    assert distant.word_scores(images, [" dog", " red car"]).shape == (2, 16, 2)
+
+
+def test_the_terms_of_a_bridge_stay_on_the_images_device(distant: Pocket, monkeypatch: pytest.MonkeyPatch) -> None:
+    tower = Tower("lite0")
+    tower.encoder.to("meta")
+    net = PurifierNet(NetConfig(channels=(8, 8), blocks=(1, 1))).to("meta")
+    images = IMAGES.to("meta")
+    config = BridgeConfig(w_identity=1.0, gamma=0.05)
+    step = Step(config, Guide(distant, [tower]), 0, make_generator(0))
+    terms = bridge_terms(step, net, images, images)
+    assert set(terms) == {"bridge", "identity", "features", "direction", "words"}
+    assert all(term.device == META for term in terms.values())
+
+
+@pytest.mark.parametrize("name", ["bridge", "diffpure:t=0.05,steps=2", "bitdepth", "median", "blur"])
+def test_purifiers_follow_the_images(name: str) -> None:
+    base, _, options = name.partition(":")
+    chosen = dict(item.split("=") for item in options.split(",") if item)
+    purifier = purifiers.load(base, **{k: float(v) if "." in v else int(v) for k, v in chosen.items()})
+    assert purifier(IMAGES.to("meta"), generator=make_generator(0)).device == META
+
+
+class Elsewhere:
+    """A purifier on another device: notes what it gets there, and gives a picture back that can come home."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def __call__(self, images: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
+        self.seen.append(images)
+        return torch.zeros(images.shape)
+
+
+WRAPPERS = [lambda p: p, StraightThrough, Watched, lambda p: KnownSeed(p, 0)]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS, ids=["bare", "straight through", "watched", "known seed"])
+def test_a_defense_purifies_on_the_default_device(wrap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(devices.VARIABLE, "meta")
+    purifier = Elsewhere()
+    purified = Defense(wrap(purifier)).images(IMAGES.clone().requires_grad_(), generator=make_generator(0))
+    assert purified.device == IMAGES.device
+    (seen,) = purifier.seen
+    assert seen.device == META
+    assert seen.requires_grad  # so that attacks go through
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS[:3], ids=["bare", "straight through", "watched"])
+def test_a_defense_on_the_images_device_changes_nothing(wrap: Any) -> None:
+    images, purifier = IMAGES[..., :32, :32].clone().requires_grad_(), purifiers.load("bridge")
+    purified = Defense(wrap(purifier)).images(images, generator=make_generator(2))
+    assert torch.equal(purified, purifier(images, generator=make_generator(2)))
+    (gradient,) = torch.autograd.grad(purified.square().sum(), images)
+    assert (gradient.flatten(1).norm(dim=1) > 0).all()
+
+
+def test_mixed_precision_is_for_machines_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def product() -> torch.dtype:
+        with devices.mixed_precision(torch.device("cpu")):
+            return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+
+    assert product() == torch.float32  # as the tests want it
+    monkeypatch.delenv(devices.PRECISION)
+    assert product() == (torch.bfloat16 if devices._multiplies_bfloat16() else torch.float32)
+    monkeypatch.setenv(devices.PRECISION, "bf16")
+    with pytest.raises(CodefendError, match="CODEFEND_PRECISION=bf16"):
+        product()
+
+
+def test_purifying_is_mixed_and_an_attack_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_multiplies_bfloat16", lambda: True)  # emulated where there are no units
+    purifier = purifiers.load("bridge")
+    images = torch.rand(1, 3, 32, 32, generator=make_generator(1))
+
+    def purified(pictures: torch.Tensor) -> torch.Tensor:
+        return purifier(pictures, generator=make_generator(2)).detach()
+
+    exact = purified(images)
+    monkeypatch.delenv(devices.PRECISION)
+    assert torch.equal(purified(images.clone().requires_grad_()), exact)
+    with torch.no_grad():
+        assert 0 < float((purified(images.clone().requires_grad_()) - exact).abs().max()) < 2 / 255

@@ -1,0 +1,294 @@
+"""Killed work goes on: whole rows, whole files, the same seeds, and no mixing of two configs in one folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from codefend.core import runs
+from codefend.types import CodefendError
+
+SRC = str(Path(runs.__file__).parents[1])
+
+
+@dataclass(frozen=True)
+class Inner:
+    width: int = 8
+
+
+@dataclass(frozen=True)
+class Config:
+    seed: int = 0
+    eps: float = 8 / 255
+    model: Inner = Inner()
+    sizes: tuple[int, ...] = (1, 2)
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_keyed_and_survive_reopening(tmp_path: Path) -> None:
+    with runs.open_run(tmp_path / "run", Config()) as run:
+        assert run.append({"key": "a", "score": 1.5})
+        assert not run.append({"key": "a", "score": 9})
+        assert run.append({"loss": 0.5})
+        assert run.append({"loss": 0.5})  # rows without a key are never duplicates
+    with runs.open_run(tmp_path / "run", Config()) as again:
+        assert again.has("a")
+        assert not again.has("b")
+        assert not again.append({"key": "a"})
+        assert again.rows() == [{"key": "a", "score": 1.5}, {"loss": 0.5}, {"loss": 0.5}]
+    assert runs.read_rows(tmp_path / "run") == again.rows()
+
+
+def test_what_is_not_a_number_becomes_null(tmp_path: Path) -> None:
+    with runs.open_run(tmp_path, {}) as run:
+        run.append({"key": "a", "score": float("nan"), "pair": (torch.tensor(2.0), float("inf")), "at": Path("x")})
+        assert run.rows() == [{"key": "a", "score": None, "pair": [2.0, None], "at": "x"}]
+        with pytest.raises(TypeError, match="object"):
+            run.append({"key": "b", "thing": object()})
+        assert not run.has("b")
+
+
+@settings(max_examples=15, deadline=None)
+@given(cut=st.integers(0, 200))
+def test_any_torn_tail_is_dropped_and_whole_rows_stay(cut: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("torn")
+    rows = [{"key": f"k{i}", "text": "ü" * i} for i in range(6)]
+    with runs.open_run(folder, {}) as run:
+        for row in rows:
+            run.append(row)
+    path = folder / "rows.jsonl"
+    data = path.read_bytes()[: max(0, len(path.read_bytes()) - cut)]
+    path.write_bytes(data)
+    whole = data.count(b"\n")
+    assert runs.read_rows(folder) == rows[:whole]
+    with runs.open_run(folder, {}) as run:
+        assert run.rows() == rows[:whole]
+        for row in rows:
+            assert run.append(row) == (row not in rows[:whole])
+        assert run.rows() == rows
+    assert path.read_bytes().count(b"\n") == 6
+
+
+def test_zeros_after_a_power_cut_are_dropped_but_damage_inside_is_reported(tmp_path: Path) -> None:
+    with runs.open_run(tmp_path, {}) as run:
+        run.append({"key": "a"})
+    path = tmp_path / "rows.jsonl"
+    good = path.read_bytes()
+    path.write_bytes(good + b"\0" * 40 + b"\n")
+    with runs.open_run(tmp_path, {}) as run:
+        assert run.rows() == [{"key": "a"}]
+    path.write_bytes(good + b"damaged\n" + good)
+    with pytest.raises(CodefendError, match="line 2 is damaged"):
+        runs.open_run(tmp_path, {})
+
+
+def test_a_killed_process_loses_at_most_the_row_it_was_writing(tmp_path: Path) -> None:
+    script = f"""
+import sys; sys.path.insert(0, {SRC!r})
+from codefend.core.runs import open_run
+run = open_run({str(tmp_path)!r}, {{"n": 1}})
+i = 0
+while True:
+    run.append({{"key": str(i), "pad": "x" * 3000}})
+    i += 1
+"""
+    child = subprocess.Popen([sys.executable, "-c", script])
+    rows = tmp_path / "rows.jsonl"
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and (not rows.exists() or rows.stat().st_size < 20_000):
+        time.sleep(0.01)
+    try:
+        with pytest.raises(CodefendError, match="another process"):
+            runs.open_run(tmp_path, {"n": 1})
+    finally:
+        child.kill()
+        child.wait()
+    with runs.open_run(tmp_path, {"n": 1}) as run:
+        found = run.rows()
+    assert len(found) >= 6
+    assert [row["key"] for row in found] == [str(i) for i in range(len(found))]
+
+
+def test_a_start_that_another_process_is_faster_than_writes_nothing(tmp_path: Path) -> None:
+    script = f"""
+import fcntl, os
+guard = os.open({str(tmp_path / ".lock")!r}, os.O_RDWR | os.O_CREAT)
+fcntl.lockf(guard, fcntl.LOCK_EX)
+print("held", flush=True)
+input()
+"""
+    child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdin
+    assert child.stdout
+    try:
+        assert child.stdout.readline() == "held\n"  # its config is still to come
+        with pytest.raises(CodefendError, match="another process"):
+            runs.open_run(tmp_path, {"n": 2})
+        assert [entry.name for entry in tmp_path.iterdir()] == [".lock"]
+    finally:
+        child.communicate("")
+    runs.open_run(tmp_path, {"n": 2}).close()
+    assert runs.read_config(tmp_path) == {"n": 2}
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_made_between_the_check_and_the_lock_is_not_mixed_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    lock = runs.Run._lock
+
+    def come_and_gone(run: runs.Run) -> None:
+        monkeypatch.setattr(runs.Run, "_lock", lock)
+        runs.open_run(tmp_path, {"n": 1 if resume else 2}).close()
+        lock(run)
+
+    monkeypatch.setattr(runs.Run, "_lock", come_and_gone)
+    with pytest.raises(CodefendError, match="n was 1, now 2" if resume else "already holds a run"):
+        runs.open_run(tmp_path, {"n": 2}, resume=resume)
+    assert runs.read_config(tmp_path) == {"n": 1 if resume else 2}
+
+
+# --- configs ---------------------------------------------------------------------------------------------------------
+
+
+def test_another_config_is_refused_and_the_keys_are_named(tmp_path: Path) -> None:
+    runs.open_run(tmp_path, Config()).close()
+    assert runs.read_config(tmp_path) == {"seed": 0, "eps": 8 / 255, "model": {"width": 8}, "sizes": [1, 2]}
+    with pytest.raises(CodefendError, match=r"seed was 0, now 1; sizes was \[1, 2\], now \[3\]") as caught:
+        runs.open_run(tmp_path, Config(seed=1, sizes=(3,)))
+    assert "eps" not in str(caught.value)
+    with pytest.raises(CodefendError, match=r"model\.width was 8, now 16"):
+        runs.open_run(tmp_path, Config(model=Inner(16)))
+    with pytest.raises(CodefendError, match="extra was '\\(unset\\)', now 1"):
+        runs.open_run(tmp_path, {**runs.read_config(tmp_path), "extra": 1})
+    runs.open_run(tmp_path, Config()).close()
+    runs.check_run(tmp_path, Config())
+    with pytest.raises(CodefendError, match="seed was 0, now 1"):
+        runs.check_run(tmp_path, Config(seed=1))
+    runs.check_run(tmp_path / "new", Config())
+    assert not (tmp_path / "new").exists()
+
+
+def test_folders_that_cannot_be_a_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CodefendError, match="is a file"):
+        runs.open_run(tmp_path / "file", {})
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(CodefendError, match=r"without their config\.json"):
+        runs.open_run(tmp_path, {})
+    runs.open_run(tmp_path / "run", {}).close()
+    with pytest.raises(CodefendError, match="already holds a run"):
+        runs.open_run(tmp_path / "run", {}, resume=False)
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(CodefendError, match="damaged"):
+        runs.open_run(tmp_path / "run", {})
+    with pytest.raises(CodefendError, match="not a run folder"):
+        runs.read_config(tmp_path / "nowhere")
+    with pytest.raises(CodefendError, match="cannot read"):
+        runs.read_rows(tmp_path / "nowhere")
+
+
+def test_environment_is_noted_once_and_names_no_machine(tmp_path: Path) -> None:
+    for _ in range(2):
+        runs.open_run(tmp_path, {}).close()
+    (line,) = (tmp_path / "environment.jsonl").read_text().splitlines()
+    noted = json.loads(line)
+    assert (
+        noted["versions"]["torch"] == torch.__version__.split("+")[0] or noted["versions"]["torch"] == torch.__version__
+    )
+    assert noted["threads"] == torch.get_num_threads()
+    assert os.uname().nodename not in line
+    assert str(Path.home()) + "/" not in line
+
+
+# --- seeds and checkpoints -------------------------------------------------------------------------------------------
+
+
+def test_generators_depend_on_seed_and_every_name() -> None:
+    def draw(*args: Any) -> float:
+        return float(torch.rand((), generator=runs.make_generator(*args), dtype=torch.float64))
+
+    assert draw(0, "noise", "a") == draw(0, "noise", "a")
+    different = {draw(0), draw(1), draw(0, "noise"), draw(0, "noise", "a"), draw(0, "noisea"), draw(0, "a", "noise")}
+    assert len(different) == 6
+
+
+def test_make_generator_leaves_the_global_seed_alone() -> None:
+    before = torch.get_rng_state()
+    runs.make_generator(3, "x")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_checkpoint_round_trip_with_shared_and_strided_tensors(tmp_path: Path) -> None:
+    base = torch.arange(12.0).reshape(3, 4)
+    generator = runs.make_generator(5)
+    tensors = {
+        "base": base,
+        "tied": base,
+        "view": base[1:],
+        "transposed": base.t(),
+        "half": base.to(torch.bfloat16),
+        "empty": torch.zeros(0),
+        "random": generator.get_state(),
+    }
+    runs.save_checkpoint(tmp_path / "c.safetensors", tensors, {"step": 7, "eps": 8 / 255, "names": ("a", "b")})
+    loaded, state = runs.load_checkpoint(tmp_path / "c.safetensors")
+    assert state == {"step": 7, "eps": 8 / 255, "names": ["a", "b"]}
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded[name], tensor)
+        assert loaded[name].dtype == tensor.dtype
+    expected = torch.rand(3, generator=generator)
+    assert torch.equal(torch.rand(3, generator=torch.Generator().set_state(loaded["random"])), expected)
+
+
+def test_damaged_and_missing_checkpoints(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    with pytest.raises(CodefendError, match="no checkpoint"):
+        runs.load_checkpoint(path)
+    runs.save_checkpoint(path, {"a": torch.ones(100)})
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(CodefendError, match="damaged"):
+        runs.load_checkpoint(path)
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+def test_progress_is_silent_between_its_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with runs.progress("work", 10, every=3600) as advance:
+        for _ in range(10):
+            advance()
+    assert capsys.readouterr() == ("", "")
+    with runs.progress("work", 10, done=4, every=0) as advance:
+        advance(2, "loss 0.5")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("work: 6/10, about 0 s left  loss 0.5")
+    assert err.count("\n") == 1
+
+
+def test_progress_on_a_terminal_draws_on_standard_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with runs.progress("work", 2) as advance:
+        advance(note="first")
+        advance()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "work" in err
+    assert "2/2" in err

@@ -1,0 +1,126 @@
+"""Settings: flags over environment over one file, and clear errors."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codefend.gateway.config import Settings, load_settings
+from codefend.types import CodefendError
+from gateway_kit import settings
+
+
+@pytest.fixture(autouse=True)
+def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in os.environ:
+        if name.startswith("CODEFEND_"):
+            monkeypatch.delenv(name)
+
+
+def test_flags_win_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "gateway.toml"
+    file.write_text('upstream = "http://file:1"\nport = 1001\nmax-images = 7\napi_keys = ["from-the-file"]\n')
+    assert load_settings(file).upstream == "http://file:1/v1"
+    monkeypatch.setenv("CODEFEND_PORT", "1002")
+    monkeypatch.setenv("CODEFEND_MAX_IMAGES", "8")
+    found = load_settings(file, port=1003, host=None)
+    assert (found.port, found.max_images, found.host) == (1003, 8, "127.0.0.1")
+    assert [key.get_secret_value() for key in found.api_keys] == ["from-the-file"]
+    monkeypatch.setenv("CODEFEND_API_KEYS", "key-number-one, key-number-two")
+    monkeypatch.setenv("CODEFEND_CONFIG", str(file))
+    assert len(load_settings().api_keys) == 2
+
+
+def test_yaml(tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    file = tmp_path / "gateway.yaml"
+    file.write_text("upstream: pocket\nremote_hosts: [a.org, b.org]\nallow_remote_images: true\n")
+    found = load_settings(file)
+    assert found.remote_hosts == ("a.org", "b.org")
+    assert found.with_demo
+    file.write_text("a: [")
+    with pytest.raises(CodefendError, match="cannot read"):
+        load_settings(file)
+
+
+@pytest.mark.parametrize(
+    ("given", "base"),
+    [
+        ("http://a:8000", "http://a:8000/v1"),
+        ("http://a:8000/", "http://a:8000/v1"),
+        ("https://a/v1/", "https://a/v1"),
+        ("https://a/api/v1", "https://a/api/v1"),
+        ("pocket", "pocket"),
+    ],
+)
+def test_upstreams(given: str, base: str) -> None:
+    assert settings(upstream=given).upstream == base
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"upstream": None}, "upstream is missing: give --upstream or CODEFEND_UPSTREAM"),
+        ({"upstream": "a:8000"}, "expected http"),
+        ({"upstream": "http://u:p@a"}, "expected http"),
+        ({"upstream": "http://a:99999"}, "upstream: Port"),
+        ({"upstream": "http://a:b"}, "upstream: Port"),
+        ({"port": 70000}, "port: Input should be less than or equal to 65535"),
+        ({"purifer": "x"}, "did you mean 'purifier'"),
+        ({"on_error": "open"}, "on_error: Input should be 'block', 'fallback' or 'pass'"),
+        ({"remote_hosts": "a.org"}, "no effect without allow_remote_images"),
+        ({"api_keys": "short"}, "at least 8 characters"),
+    ],
+)
+def test_mistakes_are_one_clear_line(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(CodefendError, match=message) as error:
+        load_settings(**({"upstream": "http://a"} | flags))
+    assert "\n" not in str(error.value)
+    assert "short" not in str(error.value).replace("shorter", ""), "keys are not shown"
+
+
+def test_misspelt_variables_and_files_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "gateway.toml"
+    file.write_text('upstream = "http://a"\non_eror = "block"\n')
+    with pytest.raises(CodefendError, match="did you mean 'on_error'"):
+        load_settings(file)
+    with pytest.raises(CodefendError, match="No such file"):
+        load_settings(tmp_path / "missing.toml")
+    monkeypatch.setenv("CODEFEND_ON_EROR", "block")
+    with pytest.raises(CodefendError, match="did you mean CODEFEND_ON_ERROR"):
+        load_settings(upstream="http://a")
+
+
+def test_keys_do_not_show() -> None:
+    found = settings(api_keys="sesame-open", upstream_api_key="upstream-secret")
+    assert "sesame" not in repr(found)
+    assert "upstream-secret" not in repr(found)
+
+
+def test_every_setting_but_keys_has_a_flag() -> None:
+    from codefend.cli.serve import serve
+
+    flags = set(inspect.signature(serve).parameters) - {"config"}
+    assert flags == set(Settings.model_fields) - {"api_keys", "upstream_api_key"}
+
+
+def test_the_command_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import typer
+    from typer.testing import CliRunner
+
+    from codefend.cli import serve as command
+    from codefend.gateway import serve as module
+
+    seen: list[Settings] = []
+    monkeypatch.setattr(module, "serve", lambda found: seen.append(found) or 0)
+    app = typer.Typer()
+    app.add_typer(command.app)
+    arguments = ["serve", "--upstream", "http://a", "--port", "9", "--no-page", "--first-frame", "--policy", "purify"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert (seen[0].port, seen[0].page, seen[0].first_frame, seen[0].demo) == (9, False, True, None)

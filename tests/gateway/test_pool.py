@@ -1,0 +1,113 @@
+"""Workers in processes: what ends one of them fails its own picture, and nothing else."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from codefend.core import images
+from codefend.gateway.errors import Refused
+from codefend.gateway.pool import Pool, PoolOptions
+from codefend.gateway.worker import Job, Purified, PurifyFailed, Worker
+from codefend.types import CodefendError
+from gateway_kit import CHAT, Invert, Upstream, chat, gateway, picture, png, run, settings
+
+BLACK, WHITE, GREY = (images.encode(torch.full((3, 9, 9), shade)) for shade in (0.0, 1.0, 0.5))
+
+
+class Fatal(Invert):
+    """Black pictures crash the process, white ones hang it."""
+
+    def __call__(self, images: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
+        if bool((images.flatten(1).mean(1) == 0).any()):
+            ctypes.string_at(0)
+        if bool((images.flatten(1).mean(1) == 1).any()):
+            time.sleep(60)
+        return super().__call__(images)
+
+
+def build() -> Worker:
+    return Worker(Fatal())
+
+
+def build_broken() -> Worker:
+    raise CodefendError("no such weights")
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    pool = Pool(build, PoolOptions(processes=1, timeout_s=3), name="fatal", can_score=True)
+    pool.warm_up()
+    yield pool
+    pool.close()
+
+
+def test_results_and_refusals_come_out_of_the_process(pool: Pool) -> None:
+    good, bad = pool.run([Job(png(1)), Job(b"junk")])
+    assert isinstance(good, Purified)
+    assert good.picture == Worker(Invert()).run([Job(png(1))])[0].picture  # type: ignore[union-attr]
+    assert isinstance(bad, Refused)
+    assert (bad.status, bad.code) == (400, "invalid_image")
+    with pytest.raises(Refused):
+        pool.reencode(Job(b"junk"))
+    assert not pool.reencode(Job(png(1))).purified
+
+
+def test_a_crash_fails_its_own_picture_only(pool: Pool) -> None:
+    results = pool.run([Job(GREY), Job(BLACK), Job(png(2))])
+    assert [type(result) for result in results] == [Purified, PurifyFailed, Purified]
+    assert results[1].reason == "crashed"  # type: ignore[union-attr]
+
+
+def test_a_process_that_hangs_is_ended_and_replaced(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(pool._children[0], "options", replace(pool.options, timeout_s=0.5))
+        (result,) = pool.run([Job(WHITE)])
+    assert isinstance(result, PurifyFailed)
+    assert result.reason == "timeout"
+    assert time.monotonic() - start < 10
+    assert isinstance(pool.run([Job(GREY)])[0], Purified)
+
+
+def test_signals_to_the_group_do_not_end_a_worker(pool: Pool) -> None:
+    process = pool._children[0]._process
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(process.pid, number)
+    assert isinstance(pool.run([Job(png(3))])[0], Purified)
+    assert pool._children[0]._process is process
+
+
+def test_what_cannot_start_says_why() -> None:
+    broken = Pool(build_broken, PoolOptions(processes=1), name="broken", can_score=False)
+    with pytest.raises(CodefendError, match="no such weights"):
+        broken.warm_up()
+
+
+def test_the_gateway_purifies_in_processes() -> None:
+    async def work() -> None:
+        from codefend.gateway.app import create_app
+
+        upstream = Upstream()
+        app = create_app(settings(purifier="blur", workers=1), transport=upstream.transport)
+        async with gateway(upstream, app=app) as client:
+            assert isinstance(app.state.engine.worker, Pool)
+            process = app.state.engine.worker._children[0]._process
+            answer = await client.post(CHAT, json=chat(png(1)))
+            process.kill()
+            process.join()
+            again = await client.post(CHAT, json=chat(png(2)))
+        assert answer.status_code == again.status_code == 200, "a process that was killed is replaced at once"
+        assert not upstream.saw(png(1), png(2))
+        assert upstream.pictures()[0].shape == picture(2).shape
+        assert app.state.engine.worker._children[0]._process is None, "nothing is left running"
+
+    run(work(), 60)

@@ -1,0 +1,108 @@
+"""The media connector in the real vLLM: its registry, its parser of chat messages, its plugin loader.
+
+vLLM pins a CUDA build of PyTorch. To try this without a GPU: an environment with CoDefend, `pip install --no-deps vllm`
+and what `import vllm.multimodal.media` then asks for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from codefend.core import images
+from codefend.integrations.vllm import NAME, register
+from gateway_kit import Invert, picture, png, url
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+A = png(1)
+
+
+@pytest.fixture(scope="module")
+def media() -> Any:
+    return pytest.importorskip("vllm.multimodal.media", exc_type=ImportError, reason="vLLM is not installed")
+
+
+@pytest.fixture(scope="module")
+def kind(media: Any) -> type:
+    found: type = register(Invert())
+    return found
+
+
+@pytest.fixture
+def connector(media: Any, kind: type) -> Any:
+    """Made as vLLM's front end makes it."""
+    loaded = media.MEDIA_CONNECTOR_REGISTRY.load(
+        NAME, media_io_kwargs=None, allowed_local_media_path="/", allowed_media_domains=None
+    )
+    assert type(loaded) is kind
+    return loaded
+
+
+def assert_purified(loaded: Any) -> None:
+    """What vLLM holds is the negative, in pixels and in the file bytes that it keeps for its caches."""
+    shown = images.from_pil(loaded.media).pixels
+    torch.testing.assert_close(shown, 1 - picture(1))
+    assert loaded.original_bytes != A
+    torch.testing.assert_close(images.load(loaded.original_bytes).pixels, 1 - picture(1))
+
+
+def test_images_are_purified_before_vllm_decodes_them(connector: Any) -> None:
+    assert_purified(connector.fetch_image(url(A)))
+    assert_purified(asyncio.run(connector.fetch_image_async(url(A))))
+
+
+def test_files_addresses_and_broken_images_are_refused(connector: Any, tmp_path: Any) -> None:
+    (tmp_path / "a.png").write_bytes(A)
+    for bad in (f"file://{tmp_path}/a.png", "https://example.org/a.png", "data:image/png;base64,AAAA", "data:,x"):
+        with pytest.raises(ValueError, match=r".{10}"):
+            connector.fetch_image(bad)
+
+
+def test_every_door_for_pixels_is_closed_or_purifies(media: Any, kind: type) -> None:
+    """A door that a later vLLM adds must be noticed here."""
+    doors = {name for name in dir(media.MediaConnector) if name.startswith("fetch_") and "audio" not in name}
+    ours = {name for name in vars(kind) if name.startswith("fetch_")}
+    assert doors <= ours, f"not inspected: {doors - ours}"
+
+
+def test_videos_and_embeddings_are_refused(connector: Any) -> None:
+    for name in ("fetch_video", "fetch_image_embedding", "fetch_video_embedding"):
+        with pytest.raises(ValueError, match="cannot inspect"):
+            getattr(connector, name)("x")
+        with pytest.raises(ValueError, match="cannot inspect"):
+            asyncio.run(getattr(connector, f"{name}_async")("x"))
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
+    monkeypatch.setenv("VLLM_MEDIA_CONNECTOR", NAME)
+    return
+
+
+def test_vllms_own_parser_of_chat_messages_uses_it(chosen: None) -> None:
+    parsers = pytest.importorskip("vllm.renderers.chat_utils.content_parser", exc_type=ImportError)
+    added: list[Any] = []
+    tracker = SimpleNamespace(
+        media_io_kwargs=None,
+        allowed_local_media_path="",
+        allowed_media_domains=None,
+        decoded_budget=None,
+        download_budget=None,
+        model_config=None,
+        add=lambda modality, item: added.append((modality, item)),
+    )
+    parsers.MultiModalContentParser(tracker).parse_image(url(A))
+    parsers.AsyncMultiModalContentParser(tracker).parse_image(url(A))
+    (_, (now, _)), (_, later) = added
+    assert_purified(now)
+    assert_purified(asyncio.run(later())[0])
+
+
+def test_vllms_plugin_loader_finds_the_entry_point(media: Any) -> None:
+    plugins = pytest.importorskip("vllm.plugins", exc_type=ImportError)
+    found = plugins.load_plugins_by_group("vllm.general_plugins")
+    assert found["codefend"] is register

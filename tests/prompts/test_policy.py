@@ -1,0 +1,82 @@
+"""Prompt policies: data, validated when read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from codefend.prompts import PROMPTS, PromptPolicy, load, load_policy, save_folder, save_policy
+from codefend.types import CodefendError
+
+
+def test_words_around_the_prompt() -> None:
+    policy = PromptPolicy("p", system="S", prefix="<", suffix=">")
+    assert policy.wrap("hi") == "<hi>"
+    assert policy("hi") == "S\n\n<hi>"
+    assert PromptPolicy("p", prefix="<")("hi") == "<hi"
+    assert PromptPolicy("p").empty
+    assert not policy.empty
+
+
+def test_what_stands_around_a_prompt_and_the_fingerprint() -> None:
+    policy = PromptPolicy("p", system="S", prefix="<", suffix=">")
+    assert policy.around("hi") == ("<", ">")
+    assert policy.key == PromptPolicy("other name", system="S", prefix="<", suffix=">").key
+    assert policy.key != PromptPolicy("p", system="S<", suffix=">").key
+
+
+@pytest.mark.parametrize("name", [name for name, spec in PROMPTS.items() if spec.policy])
+def test_built_in_policies_keep_the_users_words(name: str) -> None:
+    spec = PROMPTS[name]
+    assert spec.policy is not None
+    assert spec.summary
+    assert spec.policy.name == name == spec.name
+    assert "What is this?" in spec.policy("What is this?")
+    assert spec.policy.empty == (name == "none")
+
+
+def test_saved_and_loaded_again(tmp_path: Path) -> None:
+    policy = PromptPolicy("mine", system="sei vorsichtig: é", suffix="\nend")
+    save_policy(policy, tmp_path / "mine.json")
+    assert load_policy(tmp_path / "mine.json") == policy
+    assert load(str(tmp_path / "mine.json")) == policy
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot read"),
+        ("[]", "is no prompt policy"),
+        ('{"prefix": "x"}', "is no prompt policy"),
+        ('{"name": "a", "prefx": "x"}', "unknown key 'prefx'"),
+        ('{"name": "a", "prefix": 3}', "must be text"),
+        ('{"name": " "}', "name is empty"),
+        (json.dumps({"name": "a", "suffix": "x" * 20_001}), "over the limit"),
+    ],
+)
+def test_bad_files_are_refused_with_the_reason(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "policy.json"
+    file.write_text(content)
+    with pytest.raises(CodefendError, match=message):
+        load_policy(file)
+
+
+def test_a_folder_is_a_policy_too(tmp_path: Path) -> None:
+    policy = PromptPolicy("mine", prefix="look: ")
+    save_folder(policy, tmp_path / "mine", "# a card\n")
+    assert load(tmp_path / "mine") == policy
+    assert (tmp_path / "mine" / "README.md").read_text() == "# a card\n"
+    with pytest.raises(CodefendError, match=r"cannot read policy\.json"):
+        load(tmp_path)
+    (tmp_path / "policy.json").write_text('{"kind": "spell", "name": "x"}')
+    with pytest.raises(CodefendError, match="unknown kind 'spell'"):
+        load(tmp_path)
+
+
+def test_missing_file_and_unknown_name() -> None:
+    with pytest.raises(CodefendError, match="cannot read"):
+        load("nowhere/policy.json")
+    with pytest.raises(CodefendError, match="did you mean 'doubt'"):
+        load("doupt")

@@ -1,0 +1,172 @@
+"""From a user's own Transformers model to a served defense in four commands, without a network; several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+pytest.importorskip("skimage")
+pytest.importorskip("sklearn")
+pytest.importorskip("sacrebleu")
+
+import gateway_kit
+import hf_tiny
+from codefend import purifiers
+from codefend.cli import main
+from codefend.core.runs import read_rows
+from codefend.gateway.app import create_app
+from codefend.purifiers.nets import NetConfig, PurifierNet, save_net
+from codefend.training.bridge import BridgeConfig, train_bridge
+from codefend.training.guides import OwnGuide, find_guide
+from codefend.training.pairs import read_pairs
+from codefend.training.parallel import Workers
+from codefend.types import CodefendError
+
+TINY = NetConfig(channels=(8, 12), blocks=(1, 1), embedding=16)
+SHORT = ["steps=2", "batch=4", "warmup=1", "mined=0.5", "mining_steps=1", "save_every=1"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A saved victim, a prior, and a small bank made by the command."""
+    root = tmp_path_factory.mktemp("own")
+    victim = hf_tiny.folder_of("qwen2_5_vl", root)
+    save_net(root / "prior", PurifierNet(TINY), kind="prior")
+    own = f"--set victim=hf:{victim}:max_new_tokens=4,device=cpu".split()
+    made = ["pairs", "own-pairs", "--run", str(root / "pairs"), "--parquet", str(root / "table"), *own]
+    assert main([*made, *settings(["count=24", "steps=1", "answer_steps=1", "shard=8"])]) == 0
+    return {"root": root, "victim": victim, "prior": root / "prior", "pairs": root / "pairs", "table": root / "table"}
+
+
+def settings(items: list[str]) -> list[str]:
+    return [part for item in items for part in ("--set", item)]
+
+
+def test_four_commands(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    victim = f"hf:{folders['victim']}:max_new_tokens=4,device=cpu"
+    rows = read_rows(folders["pairs"])
+    assert {row["kind"] for row in rows} == {"features", "towards", "answers"}
+    assert all(row["target"].startswith("hf:") for row in rows)
+    assert np.mean([pair["fall"] for row in rows for pair in row["pairs"]]) > 0
+    own = settings([f"victim={victim}", f"pairs={folders['pairs']}", f"prior={folders['prior']}", *SHORT])
+    assert main(["train", "own-bridge", "--run", str(tmp_path / "bridge"), *own]) == 0
+    weights = tmp_path / "bridge" / "weights"
+    for row in read_rows(tmp_path / "bridge"):
+        assert all(row[term] > 0 for term in ("bridge", "features", "words"))
+    judged = settings([f"victim={victim}", "tasks=vqa", f"defenses=none,{weights}", "attacks=apgd", "steps=1"])
+    judged += settings([f"adaptive={weights}", "adaptive_limit=1", "batch=2"])
+    assert main(["eval", "--run", str(tmp_path / "eval"), "--limit", "2", *judged]) == 0
+    assert {(row["defense"], row["threat"]) for row in read_rows(tmp_path / "eval")} >= {(str(weights), "T2")}
+    capsys.readouterr()
+
+    async def ask() -> Any:
+        app = create_app(gateway_kit.settings(upstream=victim, purifier=str(weights), isolate=False, workers=1))
+        async with gateway_kit.gateway(gateway_kit.Upstream(), app=app) as client:
+            return await client.post(gateway_kit.CHAT, json=gateway_kit.chat(gateway_kit.png(1, height=56, width=56)))
+
+    answer = gateway_kit.run(ask())
+    assert answer.status_code == 200
+    assert answer.json()["choices"][0]["message"]["role"] == "assistant"
+
+
+def test_parquet_is_the_same_bank(folders: dict[str, Path]) -> None:
+    bank, table = (list(read_pairs(folders[name])) for name in ("pairs", "table"))
+    assert [kind for *_, kind in bank] == [kind for *_, kind in table]
+    for first, second in zip(bank, table, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first[:2], second[:2], strict=True))
+    parquet = pytest.importorskip("pyarrow.parquet")
+    file = parquet.ParquetFile(folders["table"] / "train-00000.parquet")
+    notes = json.loads(file.schema_arrow.metadata[b"huggingface"])
+    assert notes["info"]["features"]["clean"] == {"_type": "Image"}
+    first = file.read_row_group(0).to_pylist()[0]
+    rows = read_rows(folders["pairs"])
+    assert first["eps"] == pytest.approx(rows[0]["pairs"][0]["eps"], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_datasets_streams_the_parquet(folders: dict[str, Path]) -> None:
+    datasets = pytest.importorskip("datasets")
+    stream = datasets.load_dataset("parquet", data_dir=str(folders["table"]), split="train", streaming=True)
+    shard = next(iter(read_pairs(folders["pairs"])))
+    for index, row in zip(range(3), stream, strict=False):
+        for side, expected in zip(("clean", "attacked"), shard[:2], strict=True):
+            assert np.array_equal(np.asarray(row[side]), expected[index].permute(1, 2, 0).numpy())
+
+
+def bridge(folders: dict[str, Path], **changes: Any) -> BridgeConfig:
+    short = {"steps": 3, "batch": 2, "warmup": 1, "mining_steps": 1, "save_every": 1, "encoders": ("victim",)}
+    places = {"pairs": (str(folders["table"]),), "prior": str(folders["prior"]), "stream": True}
+    victim = f"hf:{folders['victim']}:max_new_tokens=4,device=cpu"
+    return BridgeConfig(**{**short, **places, "victim": victim, "micro": 2, **changes})
+
+
+def test_a_streamed_training_resumes_exactly(
+    folders: dict[str, Path], tmp_path: Path, interrupt: Callable[[Callable[[], object], int], None]
+) -> None:
+    config = bridge(folders, mined=0.0, w_words=0.0)
+    whole = train_bridge(config, tmp_path / "whole")
+    interrupt(lambda: train_bridge(config, tmp_path / "cut"), 2)
+    cut = train_bridge(config, tmp_path / "cut")
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(purifiers.load(whole)(image), purifiers.load(cut)(image))
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_curve_of_one(folders: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    config = bridge(folders, mined=0.5)
+    one = train_bridge(config, tmp_path / "one")
+    changes = [
+        f"{key}={value if not isinstance(value, tuple) else ','.join(value)}" for key, value in vars(config).items()
+    ]
+    changes = [item for item in changes if item.partition("=")[0] not in ("residual_bound",)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = ["-m", "codefend.cli", "train", "own-bridge", "--run", str(tmp_path / "two"), *settings(changes)]
+    environment = {**os.environ, "CODEFEND_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone, together = read_rows(tmp_path / "one"), read_rows(tmp_path / "two")
+    assert len(alone) == len(together) == config.steps
+    for first, second in zip(alone, together, strict=True):
+        for key in ("bridge", "features", "words", "direction", "grad_norm"):
+            assert second[key] == pytest.approx(first[key], rel=1e-3, abs=1e-5), key
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(purifiers.load(one)(image), purifiers.load(tmp_path / "two" / "weights")(image), atol=1e-3)
+
+
+def test_micro_batches_are_shared_out_evenly() -> None:
+    both = [Workers(4, rank=rank, count=2).share(lambda number: number * 10, 3) for rank in range(2)]
+    assert both == [[(12, 120), (14, 140)], [(13, 130), (15, 150)]]
+    assert Workers(4).share(str, 3) == [(n, str(n)) for n in (12, 13, 14, 15)]
+    with pytest.raises(CodefendError, match="cannot be shared by 2"):
+        Workers(3, count=2)
+
+
+def test_guidance_is_the_victims_own(folders: dict[str, Path]) -> None:
+    guide = find_guide(f"hf:{folders['victim']}:max_new_tokens=4,device=cpu", ["victim"])
+    assert isinstance(guide, OwnGuide)
+    images = torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(guide.divergence(images, images), torch.zeros(2), atol=1e-6)
+    x = (images + 0.05 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    apart = guide.divergence(images, x)
+    assert (apart > 1e-6).all()
+    assert (torch.autograd.grad(apart.sum(), x)[0].flatten(1).norm(dim=1) > 0).all()
+    prompts, answers = guide._answers(images)
+    loss: Tensor = guide.victim.loss(x, prompts, answers)
+    assert torch.allclose(guide.away(images)(x), -loss)
+    assert torch.equal(guide.tower(0).features(images), guide.victim.features(images))
+    with pytest.raises(CodefendError, match="at least one encoder"):
+        find_guide(f"hf:{folders['victim']}:device=cpu", [])
