@@ -21,16 +21,16 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"defense"}),
     frozenset({"bench"}),
     frozenset({"training"}),
-    frozenset({"gateway", "integrations", "contrib"}),
+    frozenset({"gateway", "contrib"}),
+    frozenset({"integrations"}),
     frozenset({"cli"}),
-    frozenset({"__init__"}),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 PEERS = {"purifiers", "victims", "attacks", "tasks"}  # none of these may know another
 GATEWAY_NEVER = {"attacks", "tasks", "training", "bench", "contrib"}  # serving stays light
 VICTIMS_DOOR = {"gateway/pocket.py"}  # the one module through which the gateway reaches models
 # Registries name entries of `contrib` and `integrations` as strings and import them only when one is asked for.
-REGISTRIES = {"purifiers/__init__.py", "attacks/table.py", "victims/__init__.py"}
+REGISTRIES = {"purifiers/__init__.py", "attacks/table.py", "victims/__init__.py", "training/__init__.py"}
 OWNERS = {  # library -> where it may be imported
     "PIL": {"core"},
     "transformers": {"victims", "prompts", "contrib"},
@@ -43,11 +43,13 @@ OWNERS = {  # library -> where it may be imported
 NOT_TORCH_ON_IMPORT = {"__init__", "types", "cli"}
 
 Import = tuple[str, str]  # dotted name; "now" when the module is imported, "later" in a function, "types" for checkers
+FILES = sorted(ROOT.rglob("*.py"))
+ROOMS = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
 
 
-@cache  # each file is asked about three times
-def imports_of(source: str) -> set[Import]:
-    """Every module that ``source`` imports, lazily or not; names imported from a package count as its modules."""
+@cache  # each file is read by three tests
+def imports_of(source: str) -> frozenset[Import]:
+    """Every module that ``source`` imports, lazily or not, and every module of this project that a string names."""
     tree = ast.parse(source)
     when: dict[int, str] = {}
     for node in ast.walk(tree):
@@ -55,72 +57,89 @@ def imports_of(source: str) -> set[Import]:
             when.update((id(inner), "types") for inner in ast.walk(node))
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             when.update((id(inner), "later") for inner in ast.walk(node))
-    found: set[Import] = set()
+    imports: set[Import] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {(name.name, when.get(id(node), "now")) for name in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports hide which layer is meant"
-            assert node.module is not None
-            inside = node.module == "codefend"
-            names = [f"codefend.{name.name}" for name in node.names] if inside else [node.module]
-            found |= {(name, when.get(id(node), "now")) for name in names}
-    return found
+        imports |= {(name, when.get(id(node), "now")) for name in modules_in(node)}
+    return frozenset(imports)
+
+
+def modules_in(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [name.name for name in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "relative imports hide which floor is meant"
+        assert node.module is not None
+        return [f"{node.module}.{name.name}" for name in node.names]
+    if isinstance(node, ast.Constant) and isinstance(node.value, str) and is_module(node.value.partition(":")[0]):
+        return [node.value.partition(":")[0]]
+    return []
+
+
+def is_module(name: str) -> bool:
+    """Whether ``name`` is a module of this project, such as ``"codefend.bench.judge"``."""
+    first, *rest = name.split(".")
+    path = ROOT.joinpath(*rest)
+    return first == "codefend" and bool(rest) and (path.with_suffix(".py").is_file() or path.is_dir())
 
 
 def is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
-def part_of(path: Path) -> str:
+def room_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-def project_parts(found: set[Import]) -> set[str]:
-    names = {name.split(".")[1] if "." in name else "__init__" for name, _ in found if name.split(".")[0] == "codefend"}
-    return {name if name in LAYERS or name in TOP else "__init__" for name in names}
-
-
-TOP = {path.stem for path in ROOT.iterdir()}
-FILES = sorted(ROOT.rglob("*.py"))
+def project_rooms(imports: frozenset[Import]) -> set[str]:
+    parts = [name.split(".") for name, _ in imports if name.split(".")[0] == "codefend"]
+    return {part[1] if len(part) > 1 and part[1] in ROOMS else "__init__" for part in parts}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_imports_go_down(path: Path) -> None:
-    part, found = part_of(path), imports_of(path.read_text())
-    assert part in LAYERS, f"give {part} a layer in ARCHITECTURE.md and in this test"
-    if path == ROOT / "__init__.py":  # the front door looks its names up lazily, in every layer
+    room, file = room_of(path), path.relative_to(ROOT).as_posix()
+    if room == "__init__":  # the front door looks its names up lazily, on every floor
         return
-    for other in project_parts(found) - {part}:
-        assert LAYERS[other] <= LAYERS[part], f"{part} (L{LAYERS[part]}) imports {other} (L{LAYERS[other]})"
-        assert not {part, other} <= STRANGERS, f"{part} and {other} are both L2 and may not know each other"
-        assert not (part == "gateway" and other in GATEWAY_NEVER), f"the gateway may not import {other}"
+    assert room in FLOOR_OF, f"give {room} a floor in ARCHITECTURE.md and in this test"
+    for other in project_rooms(imports_of(path.read_text())) - {room, "__init__"}:
+        if other in {"contrib", "integrations"} and file in REGISTRIES:
+            continue
+        if other == "victims" and room == "gateway":
+            assert file in VICTIMS_DOOR, f"the gateway reaches models through {', '.join(VICTIMS_DOOR)} only"
+        assert FLOOR_OF[other] < FLOOR_OF[room], f"{room} (floor {FLOOR_OF[room]}) imports {other} ({FLOOR_OF[other]})"
+        assert not (room == "gateway" and other in GATEWAY_NEVER), f"the gateway may not import {other}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_heavy_libraries_stay_with_their_owners(path: Path) -> None:
-    part = part_of(path)
+    room = room_of(path)
     for name, when in imports_of(path.read_text()):
         library = name.partition(".")[0]
         if when == "types":
             continue
-        assert part in OWNERS.get(library, {part}), f"{part} imports {library}, which belongs to {OWNERS[library]}"
+        assert room in OWNERS.get(library, {room}), f"{room} imports {library}, which belongs to {OWNERS[library]}"
         if library == "torch" and when == "now":
-            assert part not in NOT_TORCH_ON_IMPORT, f"{part} imports torch when it is imported"
+            assert room not in NOT_TORCH_ON_IMPORT, f"{room} imports torch when it is imported"
 
 
-def test_modules_of_one_layer_do_not_import_in_circles() -> None:
+def test_no_circle_of_files() -> None:
+    """Imports at the top of modules and inside functions; those for type checkers alone don't count."""
+    modules = {".".join(("codefend", *path.relative_to(ROOT).with_suffix("").parts)): path for path in FILES}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
     edges: dict[str, set[str]] = {}
-    for path in FILES:
-        if path != ROOT / "__init__.py":
-            edges.setdefault(part_of(path), set()).update(project_parts(imports_of(path.read_text())) - {part_of(path)})
+    for module, path in modules.items():
+        names = {name for name, when in imports_of(path.read_text()) if when != "types"}
+        if path.relative_to(ROOT).as_posix() in REGISTRIES or module == "codefend":
+            names = set()  # a registry names its entries, and they import what stands beside it
+        targets = {name if name in modules else name.rpartition(".")[0] for name in names}
+        edges[module] = (targets & set(modules)) - {module, "codefend"}
     while edges:
-        free = {part for part, needs in edges.items() if not needs & set(edges)}
+        free = {module for module, needs in edges.items() if not needs & set(edges)}
         assert free, f"circular: {sorted(edges)}"
-        edges = {part: needs for part, needs in edges.items() if part not in free}
+        edges = {module: needs for module, needs in edges.items() if module not in free}
 
 
-def test_this_check_sees_lazy_and_hidden_imports() -> None:
+def test_this_check_sees_lazy_imports_and_strings() -> None:
     source = """
 from typing import TYPE_CHECKING
 if TYPE_CHECKING:
@@ -129,9 +148,10 @@ import torch.nn
 def f():
     from codefend import victims
     import PIL.Image
+    return import_module("codefend.attacks.pgd")
 """
-    found = imports_of(source)
-    assert ("torch.nn", "now") in found
-    assert ("PIL.Image", "later") in found
-    assert ("codefend.bench", "types") in found
-    assert {"evaluate", "victims"} <= project_parts(found)
+    imports = imports_of(source)
+    assert ("torch.nn", "now") in imports
+    assert ("PIL.Image", "later") in imports
+    assert ("codefend.bench.evaluate", "types") in imports
+    assert {"bench", "victims", "attacks"} == project_rooms(imports)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Generator, Tensor
 
 from codefend.core.devices import default_device
 from codefend.prompts.asking import prompted
-from codefend.types import Purifier, Victim, WhiteBox
+from codefend.types import HasFeatures, HasLoss, HasMargins, HasWordScores, Purifier, Victim
 
 
 @dataclass(frozen=True)
@@ -61,42 +62,84 @@ class StraightThrough:
 class DefendedVictim:
     """``victim`` behind ``defense``. Each call draws fresh purifier noise unless ``generator`` is given.
 
+    It has the capabilities of the victim, no more and no fewer: a defended white box has ``loss`` and ``features``,
+    a defended black box has neither (``isinstance(defended, HasLoss)`` says which).
+
     Raises CodefendError for a soft prefix that was learned for another victim.
+
+    >>> from codefend import DefendedVictim, Defense, load_purifier, load_victim
+    >>> purifier, victim = load_purifier("bridge"), load_victim("pocket")  # doctest: +SKIP
+    >>> defended = DefendedVictim(victim, Defense(purifier, name="bridge"))  # doctest: +SKIP
+    >>> defended.generate(images, ["Describe the image."] * len(images))  # doctest: +SKIP
     """
 
+    def __new__(cls, victim: Victim, defense: Defense, *, generator: Generator | None = None) -> DefendedVictim:
+        return object.__new__(_with_capabilities(cls, prompted(victim, defense.policy)))
+
     def __init__(self, victim: Victim, defense: Defense, *, generator: Generator | None = None) -> None:
-        self.victim, self.defense, self.generator = prompted(victim, defense.policy), defense, generator
+        self.victim: Any = prompted(victim, defense.policy)
+        self.defense, self.generator = defense, generator
         self.name = f"{victim.name}+{defense.name}"
 
     def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
         with torch.no_grad():
-            purified = self.defense.images(images, generator=self.generator)
-        return self.victim.generate(purified, self.defense.prompts(prompts))
+            purified = self._purified(images)
+        answers: list[str] = self.victim.generate(purified, self.defense.prompts(prompts))
+        return answers
 
+    def _purified(self, images: Tensor) -> Tensor:
+        return self.defense.images(images, generator=self.generator)
+
+
+class _DefendedLoss(DefendedVictim):
     def loss(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
-        """``[B]``; raises TypeError when the victim is a black box."""
-        victim = self._white_box()
-        purified = self.defense.images(images, generator=self.generator)
-        return victim.loss(purified, self.defense.prompts(prompts), targets)
+        """``[B]``, see `HasLoss`."""
+        loss: Tensor = self.victim.loss(self._purified(images), self.defense.prompts(prompts), targets)
+        return loss
 
+
+class _DefendedFeatures(DefendedVictim):
     def features(self, images: Tensor) -> Tensor:
-        """``[B, T, D]``; raises TypeError when the victim is a black box."""
-        return self._white_box().features(self.defense.images(images, generator=self.generator))
+        """``[B, T, D]``, see `HasFeatures`."""
+        features: Tensor = self.victim.features(self._purified(images))
+        return features
 
+
+class _DefendedMargins(DefendedVictim):
     def margins(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> list[Tensor]:
-        """Of each image's target tokens, ``[L_i]``; raises AttributeError when the victim shows no logits."""
-        shown: Any = self.victim
-        purified = self.defense.images(images, generator=self.generator)
-        margins: list[Tensor] = shown.margins(purified, self.defense.prompts(prompts), targets)
+        """``[L_i]`` for each image, see `HasMargins`."""
+        margins: list[Tensor] = self.victim.margins(self._purified(images), self.defense.prompts(prompts), targets)
         return margins
 
+
+class _DefendedWordScores(DefendedVictim):
+    @property
+    def vocabulary(self) -> Sequence[str]:
+        """The victim's, see `HasWordScores`."""
+        vocabulary: Sequence[str] = self.victim.vocabulary
+        return vocabulary
+
     def word_scores(self, images: Tensor, words: Sequence[str]) -> Tensor:
-        """``[B, T, C]``; raises AttributeError when the victim has no space that tokens and words share."""
-        shown: Any = self.victim
-        scores: Tensor = shown.word_scores(self.defense.images(images, generator=self.generator), words)
+        """``[B, T, C]``, see `HasWordScores`."""
+        scores: Tensor = self.victim.word_scores(self._purified(images), words)
         return scores
 
-    def _white_box(self) -> WhiteBox:
-        if not isinstance(self.victim, WhiteBox):
-            raise TypeError(f"{self.victim.name} is a black box: it has no gradient to attack")
-        return self.victim
+
+_CAPABILITIES: dict[type, type[DefendedVictim]] = {
+    HasLoss: _DefendedLoss,
+    HasFeatures: _DefendedFeatures,
+    HasMargins: _DefendedMargins,
+    HasWordScores: _DefendedWordScores,
+}
+
+
+def _with_capabilities(cls: type[DefendedVictim], victim: Victim) -> type[DefendedVictim]:
+    """``cls`` with the methods that ``victim`` has."""
+    methods = tuple(defended for capability, defended in _CAPABILITIES.items() if isinstance(victim, capability))
+    return _composed((*methods, cls))
+
+
+@cache
+def _composed(bases: tuple[type[DefendedVictim], ...]) -> type[DefendedVictim]:
+    cls = bases[-1]
+    return type(cls.__name__, bases, {"__doc__": cls.__doc__, "__module__": cls.__module__})

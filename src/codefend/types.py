@@ -63,24 +63,56 @@ class Purifier(Protocol):
 
 @runtime_checkable
 class Victim(Protocol):
-    """A black-box multimodal LLM."""
+    """A multimodal LLM that answers. What else it can do, its capabilities say: `HasLoss`, `HasFeatures`, ..."""
 
     name: str
 
-    def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]: ...
+    def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
+        """One answer for each image of ``[B, 3, H, W]`` and its prompt."""
+        ...
 
 
 @runtime_checkable
-class WhiteBox(Victim, Protocol):
-    """A victim whose gradients can be had: everything here is differentiable in ``images``."""
+class HasLoss(Protocol):
+    """A victim with a language-model loss that is differentiable in the images."""
 
     def loss(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
         """Mean negative log-likelihood per target token, ``[B]``."""
         ...
 
+
+@runtime_checkable
+class HasFeatures(Protocol):
+    """A victim with vision tokens that are differentiable in the images."""
+
     def features(self, images: Tensor) -> Tensor:
         """Vision tokens as the language model receives them from the encoder, ``[B, T, D]``."""
         ...
+
+
+@runtime_checkable
+class HasMargins(Protocol):
+    """A victim with logits of its own."""
+
+    def margins(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> list[Tensor]:
+        """Logit of each target token minus the largest other logit, ``[L_i]`` for each image."""
+        ...
+
+
+@runtime_checkable
+class HasWordScores(Protocol):
+    """A victim whose vision tokens and words share a space."""
+
+    vocabulary: Sequence[str]
+
+    def word_scores(self, images: Tensor, words: Sequence[str]) -> Tensor:
+        """How well each vision token fits each word, ``[B, T, C]``."""
+        ...
+
+
+@runtime_checkable
+class WhiteBox(Victim, HasLoss, HasFeatures, Protocol):
+    """A victim with gradients: loss and features are differentiable in the images."""
 
 
 class Attack(Protocol):

@@ -216,7 +216,7 @@ def _judge(config: PhotographsConfig, label: str, name: str, contenders: Mapping
     for defense in config.adaptive:
         which = contenders[defense]
         draw = make_generator(config.seed, "photographs", label, name, defense)
-        behind = DefendedVictim(encoder, which.adaptive, generator=draw)
+        behind: Any = DefendedVictim(encoder, which.adaptive, generator=draw)
         eot = config.eot if which.randomized else 1
         through = _attacked(config, behind, clean, draw, eot=eot, reference=encoder)  # the tokens that it is judged by
         add(defense, seen_through(which.defense, "attacked", through), "|T2", threat="T2")

@@ -19,7 +19,7 @@ from codefend import purifiers, victims
 from codefend.core import images
 from codefend.core.runs import make_generator, progress
 from codefend.defense import DefendedVictim, Defense
-from codefend.types import CodefendError, WhiteBox
+from codefend.types import CodefendError, HasLoss, WhiteBox
 
 GAP = 8  # white pixels between two pictures
 
@@ -72,14 +72,16 @@ class CoDefend(lmms):  # type: ignore[misc]  # lmms-eval has no types
         if not isinstance(self.model.victim, WhiteBox):
             name = self.model.victim.name
             raise CodefendError(f"victim {name!r} only answers text: tasks by likelihood need a white box")
-        found = []
+        model, found = self.model, []
+        if not isinstance(model, HasLoss):
+            raise CodefendError(f"victim {model.name!r} only answers text, and this task needs its loss")
         for request in requests:
             context, target, visual, doc_id, task, split = request.args[:6]
             pixels = _pictures(visual, self.task_dict[task][split][doc_id])[None]
             wanted = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
             with torch.no_grad():
-                loss = float(self.model.loss(pixels, [context], [wanted]))
-            found.append((-loss, self.model.generate(pixels, [context])[0].strip() == wanted.strip()))
+                loss = float(model.loss(pixels, [context], [wanted]))
+            found.append((-loss, model.generate(pixels, [context])[0].strip() == wanted.strip()))
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
