@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from codefend.core.settings import check_keys, known_keys, number, override, parse_settings
+from codefend.core.settings import check_keys, known_keys, number, override
 from codefend.types import CodefendError
 
 
@@ -105,13 +105,6 @@ def test_unknown_keys_name_the_nearest() -> None:
 def test_bad_values_are_user_errors(key: str, text: str) -> None:
     with pytest.raises(CodefendError):
         override(Settings(), {key: text})
-
-
-def test_items_are_split_at_the_first_equals_sign() -> None:
-    assert parse_settings(["a=1", "b = x=y", "a=2"]) == {"a": "2", "b": "x=y"}
-    for item in ("a", "=1"):
-        with pytest.raises(CodefendError, match="key=value"):
-            parse_settings([item])
 
 
 def test_number_reads_fractions() -> None:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from codefend.attacks import EVERY_ATTACK, AttackSpec, TextAttackSpec
 from codefend.core.registry import lookup
-from codefend.core.settings import override, parse_settings
+from codefend.core.settings import override
+from codefend.core.specs import literal, parse_spec, split_specs
 from codefend.types import Budget, CodefendError
 
 Threat = Literal["T0", "T1", "T2", "T2d"]
 # T0 oblivious: the attack sees the bare victim. T1 transfer: it goes through a surrogate defense.
 # T2 white box: through the defense itself. T2d: and it knows the seed that the defense will draw its noise with.
-
-
-PROMPT = "+prompt="  # between a purifier and a prompt policy
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class EvalConfig:
             "adaptive",
             "seen",
         ):  # `--set attacks=apgd:steps=9,restarts=2` arrives in pieces
-            object.__setattr__(self, name, rejoin(getattr(self, name)))
+            object.__setattr__(self, name, split_specs(getattr(self, name)))
 
     def radius(self, eps: float) -> float:
         """``eps`` of the list in pixel units."""
@@ -112,11 +109,8 @@ class DefenseChoice:
 
         Raises CodefendError for a malformed option or an empty policy.
         """
-        purifier, plus, prompt = text.partition(PROMPT)
-        if plus and not (purifier and prompt):
-            raise CodefendError(f"defense {text!r}: write PURIFIER{PROMPT}POLICY, such as none{PROMPT}doubt")
-        name, options = _split(purifier)
-        return cls(text, name, {key: _literal(value) for key, value in options.items()}, prompt)
+        spec = parse_spec(text)
+        return cls(text, spec.name, {key: literal(value) for key, value in spec.options.items()}, spec.prompt)
 
 
 @dataclass(frozen=True)
@@ -142,7 +136,8 @@ class AttackChoice:
     @classmethod
     def parse(cls, text: str, config: EvalConfig) -> AttackChoice:
         """Read ``name`` or ``name:steps=50,...``. Raises CodefendError for an unknown attack or option."""
-        name, options = _split(text)
+        parsed = parse_spec(text)
+        name, options = parsed.name, dict(parsed.options)
         spec = lookup("attack", name, EVERY_ATTACK)
         if hasattr(_built(spec), "restarts"):
             options = {"restarts": str(config.restarts), **options}
@@ -201,38 +196,6 @@ def check_radius(eps: float, norm: Literal["linf", "l2"] = "linf") -> None:
         raise CodefendError(f"eps must be above 0 and finite, not {eps:g}; the clean images are always judged")
     if norm == "linf" and eps < 0.1:
         raise CodefendError(f"l-inf eps is counted in 1/255: write {eps * 255:g}, not {eps:g}")
-
-
-def rejoin(items: Sequence[str]) -> tuple[str, ...]:
-    """Names whose options were split at their commas, whole again."""
-    joined: list[str] = []
-    for item in items:
-        key, equals, _ = item.partition("=")
-        if joined and equals and key.isidentifier():
-            joined[-1] += f",{item}"
-        else:
-            joined.append(item)
-    return tuple(joined)
-
-
-def _split(text: str) -> tuple[str, dict[str, str]]:
-    name, colon, options = text.rpartition(":")  # the last colon: folders may hold others
-    if not colon or "=" not in options:
-        return text, {}
-    return name, parse_settings(options.split(","))
-
-
-def _literal(text: str) -> Any:
-    """A number, true, false or none where it reads like one, else the text."""
-    words: dict[str, Any] = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def _whole(text: str, what: str) -> int:

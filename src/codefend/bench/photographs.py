@@ -26,13 +26,14 @@ from torch import Generator, Tensor
 from codefend.attacks.apgd import APGD
 from codefend.attacks.norms import quantize_in_budget
 from codefend.attacks.objectives import features_away
-from codefend.bench.config import DefenseChoice, check_radius, rejoin
+from codefend.bench.config import DefenseChoice, check_radius
 from codefend.bench.frozen import check_unchanged, fingerprints
 from codefend.bench.results import BARE
 from codefend.core.devices import default_device
 from codefend.core.images import quantize8
 from codefend.core.runs import Row, check_run, make_generator, open_run, progress
 from codefend.core.settings import recorded
+from codefend.core.specs import parse_encoders, split_specs
 from codefend.defense import DefendedVictim, Defense
 from codefend.encoders.efficientnet_lite import NAMES
 from codefend.encoders.views import View
@@ -66,11 +67,11 @@ class PhotographsConfig:
     eot: int = 1  # draws of noise that such an attacker averages over, where a defense draws any
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "defenses", rejoin(self.defenses))
-        object.__setattr__(self, "adaptive", rejoin(self.adaptive))
+        object.__setattr__(self, "defenses", split_specs(self.defenses))
+        object.__setattr__(self, "adaptive", split_specs(self.adaptive))
         if foreign := [label for label in self.adaptive if label not in self.defenses or label == BARE]:
             raise CodefendError(f"adaptive names some of the defenses, and {foreign[0]!r} is none of them")
-        unknown = [label for label in self.encoders if label.partition("@")[0] not in NAMES]
+        unknown = [label for label in self.encoders if parse_encoders(label)[0][0] not in NAMES]
         if unknown or not self.encoders:
             raise CodefendError(f"unknown encoder {unknown[0] if unknown else ''!r}; known: {', '.join(NAMES)}")
         for label in self.encoders:
@@ -92,12 +93,7 @@ class PhotographsConfig:
 
 def _shown_side(label: str, side: int) -> int:
     """The pixels a side that the encoder of ``label`` sees. Raises CodefendError unless a multiple of 32 follows an @."""
-    _, at, wanted = label.partition("@")
-    if not at:
-        return side
-    if not wanted.isdecimal() or int(wanted) % 32 or not int(wanted):
-        raise CodefendError(f"{label}: after the @ stands a multiple of 32, the pixels a side that the encoder sees")
-    return int(wanted)
+    return parse_encoders(label)[0][1] or side
 
 
 class Encoder(Tower):
@@ -183,7 +179,7 @@ def run_photographs(config: PhotographsConfig, folder: str | Path) -> list[Row]:
 
 def _judge(config: PhotographsConfig, label: str, name: str, contenders: Mapping[str, Contender]) -> list[Row]:
     clean = crops(name, config).to(default_device())
-    encoder = Encoder(label.partition("@")[0], View(_shown_side(label, config.side)))
+    encoder = Encoder(parse_encoders(label)[0][0], View(_shown_side(label, config.side)))
     draw = make_generator(config.seed, "photographs", label, name)
     attacked = _attacked(config, encoder, clean, draw)
     right, classes = encoder.features(clean), encoder.classes(clean)
@@ -256,7 +252,7 @@ def _as_noisy(clean: Tensor, changed: Tensor, draw: Generator) -> Tensor:
 
 def table(config: PhotographsConfig, rows: Sequence[Row]) -> str:
     """Markdown: a line for each defense; means over all crops, for every encoder its own attack."""
-    seen = ["seen" if e.partition("@")[0] in SEEN else "unseen" for e in config.encoders]
+    seen = ["seen" if parse_encoders(e)[0][0] in SEEN else "unseen" for e in config.encoders]
     heads = [f"{e} ({known}): cosine, class" for e, known in zip(config.encoders, seen, strict=True)]
     found = list(dict.fromkeys(row["photograph"] for row in rows))  # not read again: the folder may be gone
     which = (

@@ -118,9 +118,10 @@ def table(
 
 
 def _config(default: Any, items: Sequence[str]) -> Any:
-    from codefend.core.settings import override, parse_settings
+    from codefend.core.settings import override
+    from codefend.core.specs import parse_options
 
-    return override(default, parse_settings(items))
+    return override(default, parse_options(items))
 
 
 def _shown(config: Any, dry_run: bool) -> bool:

@@ -208,9 +208,10 @@ def demo(run: RunFolder = Path("runs/demo")) -> None:
 def _config(name: str, items: Sequence[str], kind: type | None = None) -> Any:
     """Build a preset's config with ``key=value`` settings. Raises CodefendError for unknown names, nearest one named."""
     from codefend.cli.presets import PRESETS
-    from codefend.core.settings import check_keys, parse_settings
+    from codefend.core.settings import check_keys
+    from codefend.core.specs import parse_options
 
-    preset, settings = lookup("preset", name, PRESETS), parse_settings(items)
+    preset, settings = lookup("preset", name, PRESETS), parse_options(items)
     plain_config = preset.build({})
     if kind is not None and not isinstance(plain_config, kind):
         raise CodefendError(f"preset {name!r} is for another verb; `codefend list presets` says which")

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from codefend.purifiers.base import ImagePurifier, clip, spelled
+from codefend.core.specs import format_spec
+from codefend.purifiers.base import ImagePurifier, clip
 from codefend.purifiers.diffusion import noise_like
 from codefend.types import CodefendError
 
@@ -79,7 +80,7 @@ class Oidn(ImagePurifier):
     def __init__(self, options: OidnOptions | None = None) -> None:
         self.options = options or OidnOptions()
         self.stochastic = self.options.sigma > 0
-        self.name = spelled("oidn", self.options, OidnOptions())
+        self.name = format_spec("oidn", self.options, OidnOptions())
         self.net = OidnNet(load_tensors())
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:

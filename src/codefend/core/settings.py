@@ -15,17 +15,6 @@ from codefend.types import CodefendError
 Config = TypeVar("Config")
 
 
-def parse_settings(items: Sequence[str]) -> dict[str, str]:
-    """Split ``key=value`` items; of a repeated key the last counts. Raises CodefendError when one is malformed."""
-    settings = {}
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not equals or not key.strip():
-            raise CodefendError(f"expected key=value, got {item!r}")
-        settings[key.strip()] = value.strip()
-    return settings
-
-
 def number(text: str) -> float:
     """Read ``0.03`` or ``8/255``. Raises CodefendError when it is neither, or not finite."""
     top, slash, bottom = text.partition("/")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codefend.core.registry import lookup
-from codefend.core.settings import parse_settings
+from codefend.core.specs import parse_spec
 from codefend.types import CodefendError
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ def load(name_or_folder: str | Path, **options: Any) -> ImagePurifier:
 
     Keywords win over options in the name. Raises CodefendError for an unknown name or option and for a bad folder.
     """
-    name, settings = _split(str(name_or_folder))
-    settings |= options
+    spec = parse_spec(str(name_or_folder), PURIFIERS)
+    name, settings = spec.name, {**spec.options, **options}
     prefix, colon, _ = name.partition(":")
     if colon and name not in PURIFIERS and prefix in FOREIGN:
         return FOREIGN[prefix](name, settings)
@@ -49,13 +49,6 @@ def load(name_or_folder: str | Path, **options: Any) -> ImagePurifier:
     if isinstance(name_or_folder, Path) or by_place:
         return _from_folder(Path(name), settings)
     return lookup("purifier", name, PURIFIERS).build(settings)
-
-
-def _split(text: str) -> tuple[str, dict[str, object]]:
-    head, colon, tail = text.rpartition(":")
-    if not colon or Path(text).is_dir() or not (head in PURIFIERS or "=" in tail):
-        return text, {}
-    return head, dict(parse_settings([item for item in tail.split(",") if item]))
 
 
 def _from_folder(folder: Path, settings: Mapping[str, object], *, name: str | None = None) -> ImagePurifier:
@@ -73,7 +66,8 @@ def _from_folder(folder: Path, settings: Mapping[str, object], *, name: str | No
 
 def wrap_net(net: PurifierNet, meta: Mapping[str, Any], settings: Mapping[str, object], *, name: str) -> ImagePurifier:
     """The purifier that ``meta`` (kind, options) says ``net`` is. Raises CodefendError for another kind or option."""
-    from codefend.purifiers.base import configure, spelled
+    from codefend.core.specs import format_spec
+    from codefend.purifiers.base import configure
     from codefend.purifiers.detection import Detector
 
     kinds = _kinds()
@@ -82,7 +76,7 @@ def wrap_net(net: PurifierNet, meta: Mapping[str, Any], settings: Mapping[str, o
     make, fallback = kinds[meta["kind"]]
     defaults = configure(fallback, meta.get("options", {}))
     options = configure(defaults, settings)
-    purifier: ImagePurifier = make(net, options, name=spelled(name, options, defaults))
+    purifier: ImagePurifier = make(net, options, name=format_spec(name, options, defaults))
     gate = getattr(options, "gate", False)
     after = {key: getattr(defaults, key) for key in AFTER if hasattr(defaults, key)}
     if meta.get("detector") and replace(options, **after) == defaults:  # else other residuals: its rates wouldn't hold

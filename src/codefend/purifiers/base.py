@@ -191,12 +191,3 @@ def configure(defaults: Options, settings: Mapping[str, object]) -> Options:
     typed: Any = override(defaults, texts)
     changed: Options = replace(typed, **{key: value for key, value in settings.items() if key not in texts})
     return changed
-
-
-def spelled(name: str, options: object, defaults: object) -> str:
-    """``name:key=value,...`` with the options that differ from ``defaults``: how `load` would be asked for it."""
-    changed = []
-    for key, value in vars(options).items():
-        if value != getattr(defaults, key):
-            changed.append(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}")
-    return f"{name}:{','.join(changed)}" if changed else name

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
-from codefend.purifiers.base import NetPurifier, spelled
+from codefend.core.specs import format_spec
+from codefend.purifiers.base import NetPurifier
 from codefend.purifiers.diffusion import bridge_purify
 from codefend.purifiers.guidance import Guidance, names_of
 from codefend.purifiers.nets import PurifierNet
@@ -47,7 +48,7 @@ class Bridge(NetPurifier):
         self.stochastic = options.sigma > 0
         self.gate = options.gate
         self.guidance = Guidance.by(options.guided, options.guides) if options.guided else None
-        self.name = name or spelled("bridge", options, BridgeOptions())
+        self.name = name or format_spec("bridge", options, BridgeOptions())
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
         o = self.options

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
-from codefend.purifiers.base import NetPurifier, spelled
+from codefend.core.specs import format_spec
+from codefend.purifiers.base import NetPurifier
 from codefend.purifiers.diffusion import diffpure
 from codefend.purifiers.nets import PurifierNet
 from codefend.types import CodefendError
@@ -41,7 +42,7 @@ class DiffPure(NetPurifier):
         super().__init__(net)
         self.options = options = options or DiffPureOptions()
         self.evaluations = options.steps or max(1, round(1000 * options.t))
-        self.name = name or spelled("diffpure", options, DiffPureOptions())
+        self.name = name or format_spec("diffpure", options, DiffPureOptions())
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
         o = self.options

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from codefend.core.specs import parse_encoders
 from codefend.encoders import efficientnet_lite as encoders
 from codefend.purifiers import grid, tiling
 from codefend.purifiers.base import pad_to_multiple
@@ -120,7 +121,7 @@ class _Middle:
 
 def names_of(guides: str) -> list[str]:
     """The encoders in ``lite0+lite2``, each once. Raises CodefendError for an unknown one."""
-    names = list(dict.fromkeys(name.strip() for name in guides.split("+")))
+    names = [name for name, _ in parse_encoders(guides)]
     for name in names:
         if name not in encoders.NAMES:
             raise CodefendError(f"unknown encoder {name!r} among the guides; known: {', '.join(encoders.NAMES)}")

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from codefend.purifiers.base import ImagePurifier, spelled
+from codefend.core.specs import format_spec
+from codefend.purifiers.base import ImagePurifier
 from codefend.types import CodefendError
 
 
@@ -38,7 +39,7 @@ class Jpeg(ImagePurifier):
 
     def __init__(self, options: JpegOptions | None = None) -> None:
         self.options = options or JpegOptions()
-        self.name = spelled("jpeg", self.options, JpegOptions())
+        self.name = format_spec("jpeg", self.options, JpegOptions())
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
         from codefend.core import images as pictures
@@ -66,7 +67,7 @@ class BitDepth(ImagePurifier):
 
     def __init__(self, options: BitDepthOptions | None = None) -> None:
         self.options = options or BitDepthOptions()
-        self.name = spelled("bitdepth", self.options, BitDepthOptions())
+        self.name = format_spec("bitdepth", self.options, BitDepthOptions())
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
         levels = 2**self.options.bits - 1
@@ -86,7 +87,7 @@ class Median(ImagePurifier):
 
     def __init__(self, options: MedianOptions | None = None) -> None:
         self.options = options or MedianOptions()
-        self.name = spelled("median", self.options, MedianOptions())
+        self.name = format_spec("median", self.options, MedianOptions())
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
         return median_filter(images, self.options.size)
@@ -106,7 +107,7 @@ class Blur(ImagePurifier):
 
     def __init__(self, options: BlurOptions | None = None) -> None:
         self.options = options or BlurOptions()
-        self.name = spelled("blur", self.options, BlurOptions())
+        self.name = format_spec("blur", self.options, BlurOptions())
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
         radius = int(4 * self.options.sigma + 0.5)

@@ -13,17 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
 
 from torch import Tensor
 
 from codefend.core import images as pictures
 from codefend.core.settings import override
+from codefend.core.specs import parse_endpoint
 from codefend.types import CodefendError
 from codefend.victims.answers import AnswerCache, content_key, default_cache
 
 PREFIX = "openai:"
-HOW = "write openai:URL#model, such as openai:http://localhost:8000/v1#llava"
 
 
 @dataclass(frozen=True)
@@ -41,21 +40,13 @@ class Options:
 
 def parse(name: str) -> tuple[str, str, Options]:
     """URL, model and options of ``openai:URL#model?...``. Raises CodefendError for anything else."""
-    url, mark, rest = name.removeprefix(PREFIX).partition("#")
-    model, _, query = rest.partition("?")
-    split = urlsplit(url)
-    if not mark or not model or split.scheme not in ("http", "https") or not split.hostname:
-        raise CodefendError(f"{name!r} names no endpoint and model; {HOW}")
-    if split.username or split.password:
-        raise CodefendError(
-            f"keep the key out of the address: put it into {Options.key}, or name a variable with ?key=NAME"
-        )
-    options = override(Options(), dict(parse_qsl(query, keep_blank_values=True)))
+    endpoint = parse_endpoint(name)
+    options = override(Options(), endpoint.options)
     for field in fields(options):
         value = getattr(options, field.name)
         if not isinstance(value, str) and value < (0 if field.name in ("rpm", "retries") else 1):
             raise CodefendError(f"{field.name}={value:g} is too small")
-    return url.rstrip("/"), model, options
+    return endpoint.url, endpoint.model, options
 
 
 class Pace:

@@ -22,7 +22,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from codefend.contrib.backbones.vp import VPDenoiser, require, table_of
-from codefend.purifiers.base import ImagePurifier, configure, spelled
+from codefend.core.specs import format_spec
+from codefend.purifiers.base import ImagePurifier, configure
 from codefend.purifiers.diffusion import denoise_from, evaluate, noise_like, per_image
 from codefend.types import CodefendError
 
@@ -79,7 +80,7 @@ class LatentPurifier(ImagePurifier):
         self.evaluations = self.options.steps if self.options.t > 0 else 0
         self.stochastic = self.options.t > 0
         self.multiple = latents.fold * latents.denoiser.multiple
-        self.name = name or spelled("hf-latent", self.options, LatentOptions())
+        self.name = name or format_spec("hf-latent", self.options, LatentOptions())
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
         weight = next(self.latents.parameters())
@@ -225,7 +226,7 @@ def from_folder(folder: Path, meta: Mapping[str, Any], settings: Mapping[str, ob
     for name, parameter in own.items():
         parameter.data.copy_(state[name])
     latents.requires_grad_(False)
-    return LatentPurifier(latents, options, name=spelled(folder.resolve().name, options, defaults))
+    return LatentPurifier(latents, options, name=format_spec(folder.resolve().name, options, defaults))
 
 
 def build_latent(name: str, settings: Mapping[str, object]) -> LatentPurifier:
@@ -236,4 +237,6 @@ def build_latent(name: str, settings: Mapping[str, object]) -> LatentPurifier:
         raise CodefendError(f"name a model, as in {PREFIX}stabilityai/sd-turbo or {PREFIX}./folder")
     if (Path(source) / ADAPTERS).is_file():
         return from_folder(Path(source), read_meta(Path(source)), settings)
-    return LatentPurifier(load_latents(source, options.dtype), options, name=spelled(name, options, LatentOptions()))
+    return LatentPurifier(
+        load_latents(source, options.dtype), options, name=format_spec(name, options, LatentOptions())
+    )

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from torch import Generator, Tensor
 
 from codefend.contrib.peers.losses import flow_purify
-from codefend.purifiers.base import NetPurifier, spelled
+from codefend.core.specs import format_spec
+from codefend.purifiers.base import NetPurifier
 from codefend.purifiers.diffusion import per_image
 from codefend.purifiers.nets import PurifierNet
 from codefend.types import CodefendError
@@ -61,7 +62,7 @@ class FlowPure(NetPurifier):
         self.options = options = options or FlowOptions()
         self.evaluations = options.steps
         self.stochastic = options.noise > 0
-        self.name = name or spelled("flowpure", options, FlowOptions())
+        self.name = name or format_spec("flowpure", options, FlowOptions())
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
         o = self.options

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from codefend import prompts
-from codefend.bench.config import rejoin
 from codefend.core.runs import Row, Run, check_run, open_run, plain, progress
+from codefend.core.specs import split_specs
 from codefend.prompts.asking import Asker, Policy, prompted
 from codefend.prompts.items import Item, is_refusal
 from codefend.tasks.metrics import Interval, bootstrap_interval
@@ -56,7 +56,7 @@ class TableConfig:
     attack: AttackConfig = field(default_factory=AttackConfig)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "purifiers", rejoin(self.purifiers))
+        object.__setattr__(self, "purifiers", split_specs(self.purifiers))
 
     def groups(self) -> dict[str, tuple[str, ...]]:
         """Columns of the table and the families that each averages."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from codefend.types import CodefendError
@@ -18,12 +17,11 @@ def load(spec: str) -> HFVictim:
 
     Raises CodefendError for a missing package, an unknown model or option, or a model of another kind.
     """
-    from codefend.core.settings import override, parse_settings
+    from codefend.core.settings import override
+    from codefend.core.specs import parse_spec
 
-    rest = spec.removeprefix(PREFIX)
-    parts = re.fullmatch(r"(.*):(\w+=.*)", rest)  # a device has a colon of its own, as in device=cuda:1
-    name, tail = parts.groups() if parts else (rest, "")
-    if not name:
+    model = parse_spec(spec.removeprefix(PREFIX))
+    if not model.name:
         raise CodefendError("name a model, as in hf:HuggingFaceTB/SmolVLM-256M-Instruct or hf:./folder")
     try:
         import transformers  # noqa: F401
@@ -31,5 +29,5 @@ def load(spec: str) -> HFVictim:
         raise CodefendError("hf: victims need Transformers; install it with `pip install codefend[hf]`") from error
     from codefend.victims.hf.loading import HFOptions, load_victim
 
-    options = override(HFOptions(), parse_settings([item for item in tail.split(",") if item]))
-    return load_victim(name, options)
+    options = override(HFOptions(), model.options)
+    return load_victim(model.name, options)
