@@ -59,7 +59,7 @@ def test_purify_says_what_failed_last_and_exits_with_1(dark: Path, run: Run) -> 
         (["dark.png", "-o", "x.png", "--purifier", "brigthen"], "did you mean 'brighten'"),
         (["dark.png", "-o", "x.png", "--max-pixels", "10"], "limit of 10; raise it with --max-pixels 64"),
         (["moving.gif", "-o", "x.png"], "--first-frame"),
-        (["cut.png", "-o", "x.png"], "damaged, cut short"),
+        (["cut.png", "-o", "x.png"], "damaged, truncated"),
     ],
 )
 def test_purify_refuses_with_one_line(

@@ -83,7 +83,7 @@ def test_a_search_is_interrupted_and_goes_on_with_the_same_command(
     assert len(read_rows(tmp_path / "run")) > before
     code, _, err = optimize(run, tmp_path / "run", "--set", "seed=1")
     assert code == 2
-    assert "was made with another config: seed was 0, now 1" in err
+    assert "holds a run with another config: seed was 0, now 1" in err
 
 
 def test_a_search_that_finds_nothing_says_so(run: Run, toys: dict[str, Any], tmp_path: Path) -> None:

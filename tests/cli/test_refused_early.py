@@ -59,7 +59,7 @@ def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_another_config_is_refused_before_anything_is_loaded(tmp_path: Path, verb: str) -> None:
     open_run(tmp_path, {"another": 1}).close()
-    with pytest.raises(CodefendError, match="was made with another config"):
+    with pytest.raises(CodefendError, match="holds a run with another config"):
         VERBS[verb](tmp_path)
 
 

@@ -44,7 +44,7 @@ def test_the_default_device_is_the_named_one(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_pocket_moves_images_to_itself(distant: Pocket) -> None:
     assert distant.device == META
     images = IMAGES.to("meta").requires_grad_()
-    loss = distant.loss(images, ["Describe the picture.", "What color is the car?"], ["a red car", "red"])
+    loss = distant.loss(images, ["Describe the image.", "What color is the car?"], ["a red car", "red"])
     assert loss.device == META
     assert loss.shape == (2,)
     (gradient,) = torch.autograd.grad(loss.sum(), images)
@@ -73,7 +73,7 @@ def test_purifiers_follow_the_images(name: str) -> None:
 
 
 class Elsewhere:
-    """A purifier on another device: notes what it gets there, and gives a picture back that can come home."""
+    """A purifier on another device: notes what it gets there, and gives an image back that can come home."""
 
     def __init__(self) -> None:
         self.seen: list[torch.Tensor] = []
@@ -124,8 +124,8 @@ def test_purifying_is_mixed_and_an_attack_exact(monkeypatch: pytest.MonkeyPatch)
     purifier = purifiers.load("bridge")
     images = torch.rand(1, 3, 32, 32, generator=make_generator(1))
 
-    def purified(pictures: torch.Tensor) -> torch.Tensor:
-        return purifier(pictures, generator=make_generator(2)).detach()
+    def purified(images: torch.Tensor) -> torch.Tensor:
+        return purifier(images, generator=make_generator(2)).detach()
 
     exact = purified(images)
     monkeypatch.delenv(devices.PRECISION)

@@ -13,7 +13,7 @@ from codefend.core import files
 from codefend.core.files import write_atomic
 from codefend.types import CodefendError
 
-SRC = str(Path(files.__file__).parents[1])
+SRC = str(Path(files.__file__).parents[2])
 
 
 def test_write_atomic_replaces_whole_and_makes_folders(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The one door for pictures: what comes in is converted, what is wrong is one clear line, what goes out is whole."""
+"""The one door for images: what comes in is converted, what is wrong is one clear line, what goes out is whole."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def test_png_is_read_exactly() -> None:
-    picture = gradient()
-    loaded = images.load(encoded(picture))
+    image = gradient()
+    loaded = images.load(encoded(image))
     assert loaded.pixels.shape == (3, 16, 24)
     assert loaded.pixels.dtype == torch.float32
     assert loaded.alpha is None
-    np.testing.assert_array_equal(levels(loaded.pixels), np.asarray(picture))
+    np.testing.assert_array_equal(levels(loaded.pixels), np.asarray(image))
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -88,7 +88,7 @@ def test_16_bit_rgb_is_scaled() -> None:
     torch.testing.assert_close(pixels[:, 0, 1], torch.tensor([1.0, 1 / 255, 0]))
 
 
-def test_float_and_32_bit_pictures_pass_in_range_and_are_refused_beyond() -> None:
+def test_float_and_32_bit_images_pass_in_range_and_are_refused_beyond() -> None:
     inside = encoded(Image.fromarray(np.array([[0.0, 0.25, 1.0]], dtype=np.float32)), "TIFF")
     torch.testing.assert_close(images.load(inside).pixels[0, 0], torch.tensor([0.0, 0.25, 1.0]))
     for beyond in (np.array([[0.0, 300.0]], np.float32), np.array([[np.nan]], np.float32), np.array([[-5]], np.int32)):
@@ -99,9 +99,9 @@ def test_float_and_32_bit_pictures_pass_in_range_and_are_refused_beyond() -> Non
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
     kind = "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"
-    picture = gradient().convert(mode)
-    loaded = images.load(encoded(picture, kind))
-    np.testing.assert_array_equal(levels(loaded.pixels), np.asarray(picture.convert("RGB")))
+    image = gradient().convert(mode)
+    loaded = images.load(encoded(image, kind))
+    np.testing.assert_array_equal(levels(loaded.pixels), np.asarray(image.convert("RGB")))
 
 
 def test_cmyk_jpeg_is_not_inverted() -> None:
@@ -112,10 +112,10 @@ def test_cmyk_jpeg_is_not_inverted() -> None:
 
 
 def test_palette_transparency_is_alpha() -> None:
-    picture = Image.new("P", (4, 2), 0)
-    picture.putpalette([10, 20, 30, 200, 100, 50])
-    picture.putpixel((1, 0), 1)
-    loaded = images.load(encoded(picture, "PNG", transparency=0))
+    image = Image.new("P", (4, 2), 0)
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    loaded = images.load(encoded(image, "PNG", transparency=0))
     assert loaded.alpha is not None
     assert loaded.alpha[0, 0].tolist() == [0, 1, 0, 0]
     assert loaded.pixels[:, 0, 0].tolist() == [1, 1, 1]  # white shows through
@@ -143,7 +143,7 @@ def test_alpha_is_composited_on_the_background() -> None:
 def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
     upright = np.zeros((8, 16, 3), np.uint8)
     upright[:4, :8] = 255  # only the upper left is white
-    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transpose that stores the picture for this tag
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transpose that stores the image for this tag
     stored = Image.fromarray(upright)
     if orientation > 1:
         stored = stored.transpose(Image.Transpose(undo[orientation]))
@@ -155,18 +155,18 @@ def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
     assert max(pixels[:, 1, -2].max(), pixels[:, -2, 1].max(), pixels[:, -2, -2].max()) < 0.1
 
 
-def test_broken_exif_does_not_refuse_the_picture() -> None:
+def test_broken_exif_does_not_refuse_the_image() -> None:
     pixels = images.load(encoded(gradient(), "JPEG", exif=b"Exif\0\0garbage" * 3)).pixels
     assert pixels.shape == (3, 16, 24)
 
 
-def test_phone_jpeg_with_a_second_picture_is_not_an_animation() -> None:
+def test_phone_jpeg_with_a_second_image_is_not_an_animation() -> None:
     mpo = encoded(gradient(), "MPO", save_all=True, append_images=[gradient()])
     assert images.load(mpo).format == "JPEG"
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (7, 3)])
-def test_tiny_pictures_are_read(size: tuple[int, int]) -> None:
+def test_tiny_images_are_read(size: tuple[int, int]) -> None:
     assert images.load(encoded(gradient(*size))).pixels.shape == (3, size[1], size[0])
 
 
@@ -191,7 +191,7 @@ def test_a_file_cut_in_half_is_one_line(kind: str, tmp_path: Path) -> None:
     data = encoded(noise, kind)
     path = tmp_path / f"cut.{kind.lower()}"
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(CodefendError, match="damaged, cut short") as caught:
+    with pytest.raises(CodefendError, match="damaged, truncated") as caught:
         images.load(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
@@ -199,9 +199,9 @@ def test_a_file_cut_in_half_is_one_line(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("data", "text"),
-    [(b"", "empty"), (b"hello", "not a picture"), (b"<svg></svg>", "not a picture"), (b"%PDF-1.7", "not a picture")],
+    [(b"", "empty"), (b"hello", "not an image"), (b"<svg></svg>", "not an image"), (b"%PDF-1.7", "not an image")],
 )
-def test_what_is_no_picture_is_named(data: bytes, text: str) -> None:
+def test_what_is_no_image_is_named(data: bytes, text: str) -> None:
     with pytest.raises(CodefendError, match=text):
         images.load(data)
 
@@ -252,7 +252,7 @@ def test_gif_frame_larger_than_its_canvas_is_held_to_the_limit() -> None:
 
 
 def loads_or_is_refused(data: bytes, max_pixels: int) -> bool:
-    """True when ``data`` is a proper picture or one clear line; anything else is raised or false."""
+    """True when ``data`` is a proper image or one clear line; anything else is raised or false."""
     try:
         pixels = images.load(data, max_pixels=max_pixels).pixels
     except CodefendError as error:
@@ -274,7 +274,7 @@ VALID = {kind: encoded(gradient(12, 10), kind) for kind in FORMATS}
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(FORMATS), st.data())
-def test_flipped_bytes_in_a_real_picture_only_raise_user_errors(kind: str, data: st.DataObject) -> None:
+def test_flipped_bytes_in_a_real_image_only_raise_user_errors(kind: str, data: st.DataObject) -> None:
     mutated = bytearray(VALID[kind])
     for _ in range(data.draw(st.integers(1, 6))):
         mutated[data.draw(st.integers(0, min(len(mutated) - 1, 120)))] = data.draw(st.integers(0, 255))
@@ -341,7 +341,7 @@ def test_metadata_is_dropped_but_the_rgb_profile_is_kept() -> None:
 
 
 def test_unwritable_endings_and_sizes_are_user_errors(tmp_path: Path) -> None:
-    for name, why in (("a.gif", "256 colours"), ("a.txt", "not a picture ending"), ("a.mp4", ".png")):
+    for name, why in (("a.gif", "256 colours"), ("a.txt", "not an image suffix"), ("a.mp4", ".png")):
         with pytest.raises(CodefendError, match=why):
             images.save(tmp_path / name, torch.rand(3, 4, 4))
     with pytest.raises(CodefendError, match="known: PNG"):
@@ -372,8 +372,8 @@ def test_quantize8_is_idempotent_and_within_half_a_level() -> None:
 
 
 def test_pil_round_trip_and_shape_check() -> None:
-    picture = gradient()
-    np.testing.assert_array_equal(np.asarray(images.to_pil(images.from_pil(picture).pixels)), np.asarray(picture))
+    image = gradient()
+    np.testing.assert_array_equal(np.asarray(images.to_pil(images.from_pil(image).pixels)), np.asarray(image))
     with pytest.raises(ValueError, match="expected"):
         images.to_pil(torch.rand(1, 3, 4, 4))
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from codefend.core import runs
 from codefend.types import CodefendError
 
-SRC = str(Path(runs.__file__).parents[1])
+SRC = str(Path(runs.__file__).parents[2])
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def test_folders_that_cannot_be_a_run(tmp_path: Path) -> None:
     with pytest.raises(CodefendError, match="is a file"):
         runs.open_run(tmp_path / "file", {})
     (tmp_path / "rows.jsonl").write_text("")
-    with pytest.raises(CodefendError, match=r"without their config\.json"):
+    with pytest.raises(CodefendError, match=r"without a config\.json"):
         runs.open_run(tmp_path, {})
     runs.open_run(tmp_path / "run", {}).close()
     with pytest.raises(CodefendError, match="already holds a run"):

@@ -31,7 +31,7 @@ def environment(**extra: str) -> dict[str, str]:
         (["--upstream", "ftp://x"], {}, "expected http(s)://host"),
         (["--upstream", "http://x", "--purifier", "jpeg", "--policy", "block"], {}, "policy block needs a threshold"),
         (["--upstream", "http://x", "--purifier", "brigde"], {}, "did you mean 'bridge'"),
-        (["--upstream", "http://x", "--device", "cuda:77"], {}, "is no device of this machine"),
+        (["--upstream", "http://x", "--device", "cuda:77"], {}, "this device is not available"),
         (["--upstream", "http://x"], {"CODEFEND_UPSTRAEM": "http://x"}, "did you mean CODEFEND_UPSTREAM?"),
         (["--upstream", "http://x"], {"CODEFEND_API_KEYS": "short"}, "at least 8 characters"),
         (["--upstream", "http://x"], {"OTEL_TRACES_EXPORTER": "zipkin"}, "choose console, otlp or none"),

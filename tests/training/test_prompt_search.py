@@ -197,7 +197,7 @@ def test_names_are_looked_up_before_the_folder_is_made(tmp_path: Path, change: d
 
 def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     optimize_prompt(replace(CONFIG, gepa=GepaConfig(evaluations=40)), tmp_path, sources=sources())
-    with pytest.raises(CodefendError, match="was made with another config: seed"):
+    with pytest.raises(CodefendError, match="holds a run with another config: seed"):
         optimize_prompt(replace(CONFIG, gepa=GepaConfig(evaluations=40), seed=1), tmp_path, sources=sources())
 
 

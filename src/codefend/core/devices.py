@@ -1,6 +1,6 @@
-"""Where the networks run and how wide their numbers are.
+"""Default device and precision of the networks.
 
-Networks stand on the default device and take images from any: what comes back lies where the images lay.
+Networks run on the default device and accept images from any device; the result is on the device of the images.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from codefend.types import CodefendError
 
 VARIABLE = "CODEFEND_DEVICE"
-PRECISION = "CODEFEND_PRECISION"  # float32: nothing in mixed precision, for figures that are the same on any machine
+PRECISION = "CODEFEND_PRECISION"  # "float32" turns mixed precision off, for reproducible results
 
 
 def default_device() -> torch.device:
-    """The device that ``CODEFEND_DEVICE`` names ("cuda:1", "cpu", ...); without it a GPU if there is one, else the CPU.
+    """The device that ``CODEFEND_DEVICE`` names ("cuda:1", "cpu", ...); otherwise a GPU if there is one, else the CPU.
 
-    Raises CodefendError when it names none, or one that this machine hasn't.
+    Raises CodefendError for an unknown or unavailable device.
     """
     name = os.environ.get(VARIABLE, "")
     if not name:
@@ -27,39 +27,39 @@ def default_device() -> torch.device:
     return device_named(name, f"{VARIABLE}={name}")
 
 
-def device_named(name: str, said: str) -> torch.device:
-    """The device ``name``, tried out. Raises CodefendError, which begins with ``said``, when this machine hasn't it."""
+def device_named(name: str, setting: str) -> torch.device:
+    """The device ``name``, tested. Raises CodefendError, which names the ``setting``, when it is not available."""
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device it wasn't built for
         reason = str(error).splitlines()[0]
-        raise CodefendError(f"{said} is no device of this machine ({reason}); try cpu") from error
+        raise CodefendError(f"{setting}: this device is not available ({reason}); use cpu") from error
     return device
 
 
 def precision(device: torch.device) -> str:
-    """What pays there: "bfloat16" on a GPU or a CPU with units for it (AMX, AVX512-BF16), else "float32".
+    """The fastest precision: "bfloat16" on a GPU or a CPU that multiplies it (AMX, AVX512-BF16), else "float32".
 
-    A CPU without such units emulates bfloat16, tens of times slower than float32. ``CODEFEND_PRECISION=float32`` turns
-    it off. Raises CodefendError when that is set to something else.
+    A CPU without these units emulates bfloat16, tens of times slower than float32. ``CODEFEND_PRECISION=float32``
+    always selects float32. Raises CodefendError when the variable holds anything else.
     """
-    wanted = os.environ.get(PRECISION, "")
-    if wanted not in ("", "float32"):
-        raise CodefendError(f"{PRECISION}={wanted}: set it to float32, or not at all")
+    setting = os.environ.get(PRECISION, "")
+    if setting not in ("", "float32"):
+        raise CodefendError(f"{PRECISION}={setting}: set it to float32 or unset it")
     units = device.type == "cuda" or (device.type == "cpu" and _multiplies_bfloat16())
-    return "bfloat16" if units and not wanted else "float32"
+    return "bfloat16" if units and not setting else "float32"
 
 
 def mixed_precision(device: torch.device) -> AbstractContextManager[None]:
-    """Autocast to what pays there, for trainings and for purifying. Raises CodefendError as `precision`.
+    """Autocast to `precision`, for training and purification. Raises CodefendError as `precision` does.
 
-    Never for an attack that is judged: its gradients are exact in float32 only.
+    Never use it in an attack that is evaluated: gradients are exact in float32 only.
     """
     return torch.autocast(device.type, torch.bfloat16) if precision(device) == "bfloat16" else nullcontext()
 
 
 def _multiplies_bfloat16() -> bool:
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # private, so they may be gone in another release
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # private: another release may lack them
     probes = (getattr(torch.cpu, name, None) for name in names)
     return any(probe() for probe in probes if probe)

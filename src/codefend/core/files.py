@@ -1,4 +1,4 @@
-"""A file is there whole or not at all, whoever is killed while it is written and whoever else writes it."""
+"""Atomic file writes, safe against kills and against other writers of the same file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if sys.platform != "win32":
 
 
 def write_atomic(path: str | Path, content: bytes | str | Callable[[IO[bytes]], object]) -> None:
-    """Write a file whole or not at all: into a neighbour first, flushed to disk, then renamed over ``path``.
+    """Write a file atomically: into a temporary neighbour, flushed to disk, then renamed to ``path``.
 
-    ``content`` is bytes, text, or a function that writes to an open binary file. Missing folders are made.
-    Raises CodefendError when the place cannot be written (no permission, disk full, a folder of that name).
+    ``content`` is bytes, text, or a function that writes to an open binary file. Missing folders are created.
+    Raises CodefendError when the path cannot be written (no permission, disk full, a folder of that name).
     """
     path = Path(path)
     try:
@@ -33,10 +33,10 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[IO[bytes]], 
                 stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
-            _let_go(stream)
+            _close_on_windows(stream)
             part.replace(path)
         except BaseException:
-            _let_go(stream)
+            _close_on_windows(stream)
             with suppress(OSError):
                 part.unlink()
             raise
@@ -47,11 +47,12 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[IO[bytes]], 
 
 
 def _open_part(path: Path) -> tuple[Path, IO[bytes]]:
-    """An empty hidden neighbour that no other writer has, held until it is closed.
+    """An empty hidden neighbour of ``path``, locked against other writers until it is closed.
 
-    Its name is fixed, so what a killed process left is soon reused; while another writes there, it is the thread's own.
+    Its name is fixed, so that the leftover of a killed process is reused; while another writer holds it, the thread
+    gets a name of its own.
     """
-    part = path.with_name(f".{path.name[:60]}.part")  # at most 240 bytes and what is added: a name may have 255
+    part = path.with_name(f".{path.name[:60]}.part")  # at most 240 bytes plus the suffix: a name may have 255
     stream = _hold(part)
     if stream is not None:
         return part, stream
@@ -60,8 +61,8 @@ def _open_part(path: Path) -> tuple[Path, IO[bytes]]:
 
 
 def _hold(part: Path) -> IO[bytes] | None:
-    """The file, emptied and locked; None where another writer has it, or it cannot be had."""
-    if sys.platform == "win32":  # no such lock there
+    """The file, emptied and locked; None when another writer holds it or it cannot be opened."""
+    if sys.platform == "win32":  # no flock on Windows
         return None
     try:
         stream = os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT, 0o666), "wb")
@@ -69,7 +70,7 @@ def _hold(part: Path) -> IO[bytes] | None:
         return None
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(stream.fileno()), part.stat()):  # else its writer has just put it in place
+        if os.path.samestat(os.fstat(stream.fileno()), part.stat()):  # else its writer has just renamed it
             stream.truncate(0)
             return stream
     except OSError:
@@ -78,7 +79,7 @@ def _hold(part: Path) -> IO[bytes] | None:
     return None
 
 
-def _let_go(stream: IO[bytes]) -> None:
-    """Windows renames and removes no open file. Elsewhere it stays locked until it has its name."""
+def _close_on_windows(stream: IO[bytes]) -> None:
+    """Windows cannot rename or remove an open file. Elsewhere the file stays locked until it is renamed."""
     if sys.platform == "win32":
         stream.close()

@@ -1,7 +1,7 @@
-"""The one door for pictures: files, bytes and data URLs <-> float32 ``[3, H, W]``, RGB, in ``[0, 1]``.
+"""Read and write images: files, bytes and data URLs <-> float32 ``[3, H, W]``, RGB, in ``[0, 1]``.
 
-Nothing else imports PIL. A picture is judged by its content, never by its name, and its size is read from the header
-before a pixel is decoded. Whatever is wrong with it, the caller gets a ``CodefendError`` with one line to act on.
+Only this module imports Pillow. The format is detected from the content, never from the name, and the size is read
+from the header before any pixel is decoded. Every fault of an image raises a ``CodefendError`` of one line.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from codefend.types import CodefendError
 MAX_PIXELS = 64_000_000
 WHITE = (255, 255, 255)
 
-# Decoders by content. Pillow's own look-up would take a phone's two-image JPEG (MPO) for an animation.
+# Decoders by format. Pillow's own lookup opens a phone's two-image JPEG (MPO) as an animation.
 _DECODERS: dict[str, type[ImageFile.ImageFile]] = {
     "PNG": PngImagePlugin.PngImageFile,
     "JPEG": JpegImagePlugin.JpegImageFile,
@@ -49,7 +49,7 @@ _DECODERS: dict[str, type[ImageFile.ImageFile]] = {
     "GIF": GifImagePlugin.GifImageFile,
     "TIFF": TiffImagePlugin.TiffImageFile,
 }
-_ENDINGS = {
+_SUFFIXES_OF = {
     "PNG": (".png",),
     "JPEG": (".jpg", ".jpeg", ".jpe"),
     "WEBP": (".webp",),
@@ -57,8 +57,8 @@ _ENDINGS = {
     "GIF": (".gif",),
     "TIFF": (".tif", ".tiff"),
 }
-_SUFFIXES = {ending: kind for kind, endings in _ENDINGS.items() for ending in endings}
-READABLE = frozenset(_SUFFIXES)  # file name endings that a folder job looks at
+_SUFFIXES = {suffix: kind for kind, suffixes in _SUFFIXES_OF.items() for suffix in suffixes}
+READABLE = frozenset(_SUFFIXES)  # file name suffixes that a folder job reads
 _MAGIC: dict[str, tuple[bytes, ...]] = {
     "PNG": (b"\x89PNG\r\n\x1a\n",),
     "JPEG": (b"\xff\xd8\xff",),
@@ -77,7 +77,7 @@ Source = str | Path | bytes
 
 @dataclass(frozen=True)
 class Probe:
-    """What a header says: nothing has been decoded yet. ``width`` and ``height`` are before EXIF orientation."""
+    """The header of an image, read without decoding. ``width`` and ``height`` are before EXIF orientation."""
 
     format: str
     width: int
@@ -87,7 +87,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """A picture as it is seen over ``background``, with what is needed to write it back as it came."""
+    """An image composited on ``background``, with the alpha, format and colour profile needed to write it back."""
 
     pixels: Tensor  # [3, H, W] float32 in [0, 1]
     alpha: Tensor | None = None  # [1, H, W] in [0, 1]; None when opaque
@@ -96,10 +96,10 @@ class LoadedImage:
     background: tuple[int, int, int] = WHITE
 
     def recombine(self, pixels: Tensor) -> Tensor:
-        """Give ``pixels`` ``[3, H, W]`` this picture's alpha: ``[4, H, W]``, or as they are when it was opaque.
+        """Give ``pixels`` ``[3, H, W]`` this image's alpha: ``[4, H, W]``, or unchanged when it was opaque.
 
-        Over ``background`` the result shows exactly ``pixels``. Fully transparent places take the background's colour,
-        so that nothing hides there from a viewer that ignores alpha.
+        Composited on ``background``, the result equals ``pixels``. Fully transparent pixels take the background's
+        colour, so that a viewer that ignores alpha shows no hidden content.
         """
         if self.alpha is None:
             return pixels
@@ -120,26 +120,26 @@ def load(
 ) -> LoadedImage:
     """Read a file, the bytes of one, or a data URL. EXIF orientation is applied, 16 bits are scaled, alpha composited.
 
-    Raises CodefendError when the source is missing, no picture of a known format, damaged, over ``max_pixels``, or
+    Raises CodefendError when the source is missing, not an image of a known format, damaged, over ``max_pixels``, or
     animated while ``first_frame`` is false.
     """
     with _opened(source) as (stream, name), _decoding(name, max_pixels):
-        image, found = _open_header(stream, name)
+        image, header = _open_header(stream, name)
         _check_size(image, name, max_pixels)
-        if found.animated and not first_frame:
-            raise CodefendError(f"{name} is animated or has several pages; take the first one with --first-frame")
+        if header.animated and not first_frame:
+            raise CodefendError(f"{name} is animated or has several pages; use the first one with --first-frame")
         image.load()
-        _check_size(image, name, max_pixels)  # again: a GIF's frame can outgrow the canvas that its header promised
-        return _from_decoded(_upright(image), name, found.format, background)
+        _check_size(image, name, max_pixels)  # again: a GIF's frame can be larger than the canvas in its header
+        return _from_decoded(_upright(image), name, header.format, background)
 
 
 def probe(source: Source, *, max_pixels: int | None = None) -> Probe:
     """Read format, size and animation from the header alone. Raises CodefendError as ``load`` does."""
     with _opened(source) as (stream, name), _decoding(name, max_pixels):
-        image, found = _open_header(stream, name)
+        image, header = _open_header(stream, name)
         if max_pixels is not None:
             _check_size(image, name, max_pixels)
-        return found
+        return header
 
 
 def from_pil(image: Image.Image, *, background: tuple[int, int, int] = WHITE) -> LoadedImage:
@@ -151,20 +151,22 @@ def from_pil(image: Image.Image, *, background: tuple[int, int, int] = WHITE) ->
 @contextmanager
 def _opened(source: Source) -> Iterator[tuple[IO[bytes], str]]:
     if isinstance(source, bytes):
-        yield io.BytesIO(source), "the picture"
+        yield io.BytesIO(source), "the image"
         return
     if isinstance(source, str) and source[:5].lower() == "data:":
         yield io.BytesIO(decode_data_url(source)), "the data URL"
         return
-    path, name = Path(source), _shown(source)
+    path, name = Path(source), _printable(source)
     try:
         if path.is_dir():
-            raise CodefendError(f"{name} is a folder; name a picture")
+            raise CodefendError(f"{name} is a folder; name an image file")
         if not path.exists():
             raise CodefendError(f"no such file: {name}")
         if not path.is_file():
             raise CodefendError(f"{name} is not a regular file")
         stream = path.open("rb")
+    except CodefendError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise CodefendError(f"cannot open {name}: {getattr(error, 'strerror', None) or error}") from error
     with stream:
@@ -173,20 +175,20 @@ def _opened(source: Source) -> Iterator[tuple[IO[bytes], str]]:
 
 @contextmanager
 def _decoding(name: str, max_pixels: int | None) -> Iterator[None]:
-    """Set Pillow's own limit to ours, keep it quiet, and turn all that damaged data can raise into a CodefendError."""
+    """Apply our pixel limit to Pillow, silence its warnings, and turn every decoder exception into a CodefendError."""
     with _PILLOW, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # oversize and EXIF warnings: both are handled here
+        warnings.simplefilter("ignore")  # about size and EXIF: both are handled here
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
         try:
             yield
         except CodefendError:
             raise
         except Image.DecompressionBombError as error:
-            claimed = re.search(r"\d+", str(error))  # Pillow's text starts with the size that it met
+            claimed = re.search(r"\d+", str(error))  # Pillow's message starts with the size
             raise CodefendError(_too_many(name, int(claimed[0]) if claimed else 0, max_pixels or 0)) from error
-        except Exception as error:  # decoders raise nearly every type on damaged data; none of it is our bug to show
+        except Exception as error:  # decoders raise nearly every type on damaged data
             reason = " ".join(str(error).split())[:120] or type(error).__name__
-            raise CodefendError(f"{name} is damaged, cut short or of an unsupported kind ({reason})") from error
+            raise CodefendError(f"{name} is damaged, truncated or of an unsupported kind ({reason})") from error
         finally:
             Image.MAX_IMAGE_PIXELS = before
 
@@ -194,15 +196,15 @@ def _decoding(name: str, max_pixels: int | None) -> Iterator[None]:
 def _open_header(stream: IO[bytes], name: str) -> tuple[ImageFile.ImageFile, Probe]:
     head = stream.read(16)
     stream.seek(0)
-    found = _sniff(head)
-    if found is None:
-        what = f"{name} is not a picture" if head else f"{name} is empty, not a picture"
-        raise CodefendError(f"{what} of a kind that can be read (PNG, JPEG, WebP, BMP, GIF, TIFF)")
-    image = _DECODERS[found](stream)
+    kind = _sniff(head)
+    if kind is None:
+        problem = "is not an image in" if head else "is empty; expected an image in"
+        raise CodefendError(f"{name} {problem} a readable format (PNG, JPEG, WebP, BMP, GIF, TIFF)")
+    image = _DECODERS[kind](stream)
     width, height = image.size
     if width < 1 or height < 1:
         raise CodefendError(f"{name} is damaged: it claims {width}x{height} pixels")
-    return image, Probe(found, width, height, bool(getattr(image, "is_animated", False)))
+    return image, Probe(kind, width, height, bool(getattr(image, "is_animated", False)))
 
 
 def _sniff(head: bytes) -> str | None:
@@ -219,7 +221,7 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF doesn't make a broken picture; viewers show it as stored, and so do we
+    except Exception:  # with broken EXIF, viewers show the image as stored
         return image
 
 
@@ -242,7 +244,7 @@ def _from_decoded(image: Image.Image, name: str, kind: str, background: tuple[in
 def _eight_bits(image: Image.Image) -> tuple[Tensor, Tensor | None]:
     transparent = image.has_transparency_data
     array = np.array(image.convert("RGBA" if transparent else "RGB"))
-    planes = torch.from_numpy(array).permute(2, 0, 1).contiguous()  # while a value is one byte and not four
+    planes = torch.from_numpy(array).permute(2, 0, 1).contiguous()  # permuted while a value takes one byte, not four
     values = planes.to(torch.float32).div_(255)
     return (values[:3], values[3:]) if transparent else (values, None)
 
@@ -256,9 +258,9 @@ def _deep_grey(image: Image.Image, name: str) -> tuple[Tensor, Tensor | None]:
         declared = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # TIFF BitsPerSample: 12-bit scans arrive as 16
         top = float(2 ** min(int(declared), 16) - 1)
     values = torch.from_numpy(array.astype(np.float32)) / top
-    if not bool(((values >= 0) & (values <= 1)).all()):  # false for nan, too
+    if not bool(((values >= 0) & (values <= 1)).all()):  # also false for nan
         raise CodefendError(
-            f"{name} holds numbers beyond 16 bits (mode {image.mode}); convert it to 8 or 16 bits first"
+            f"{name} holds values of more than 16 bits (mode {image.mode}); convert it to 8 or 16 bits first"
         )
     keyed = image.info.get("transparency")
     alpha = None if not isinstance(keyed, int) else torch.from_numpy((array != keyed).astype(np.float32))[None]
@@ -266,7 +268,7 @@ def _deep_grey(image: Image.Image, name: str) -> tuple[Tensor, Tensor | None]:
 
 
 def _rgb_profile(image: Image.Image) -> bytes | None:
-    # A CMYK or grey profile would be wrong beside the RGB that we write. Bytes 16-20 name the space (ICC.1, 7.2.6).
+    # A CMYK or grey profile would be wrong for the RGB pixels that we write. Bytes 16-20 name the space (ICC.1, 7.2.6).
     profile = image.info.get("icc_profile")
     return profile if isinstance(profile, bytes) and profile[16:20] == b"RGB " else None
 
@@ -292,17 +294,17 @@ def to_pil(pixels: Tensor) -> Image.Image:
 
 
 def format_of(path: str | Path) -> str:
-    """Name the format that a file name asks for, PNG when it has no ending. Raises CodefendError for an unwritable one."""
+    """The image format of a file name, PNG without a suffix. Raises CodefendError for one that cannot be written."""
     suffix = Path(path).suffix.lower()
     kind = _SUFFIXES.get(suffix) if suffix else "PNG"
     if kind in _WRITABLE:
         return kind
-    why = "holds only 256 colours" if kind == "GIF" else "is not a picture ending"
-    raise CodefendError(f"cannot write {_shown(path)}: {suffix} {why}; use .png, .jpg, .webp, .bmp or .tiff")
+    reason = "holds only 256 colours" if kind == "GIF" else "is not an image suffix"
+    raise CodefendError(f"cannot write {_printable(path)}: {suffix} {reason}; use .png, .jpg, .webp, .bmp or .tiff")
 
 
 def is_lossless(kind: str, *, quality: int | None = None) -> bool:
-    """Tell whether ``encode`` with these settings keeps every 8-bit pixel as it is."""
+    """Whether ``encode`` with these settings preserves every 8-bit pixel."""
     return kind in _LOSSLESS or (kind == "WEBP" and quality is None)
 
 
@@ -314,11 +316,11 @@ def encode(
     subsampling: int = 0,
     icc: bytes | None = None,
 ) -> bytes:
-    """Encode ``[3, H, W]`` or ``[4, H, W]`` in ``[0, 1]``, never resized. Metadata is left out, apart from ``icc``.
+    """Encode ``[3, H, W]`` or ``[4, H, W]`` in ``[0, 1]``, never resized. Metadata other than ``icc`` is dropped.
 
     ``quality`` 1-100 is for JPEG (95 when None) and WebP (lossless when None); ``subsampling`` of JPEG's chroma is 0, 1
     or 2: none, along the rows, both ways. Alpha is composited on white where the format has none. Raises CodefendError
-    when the format is unknown or cannot hold a picture of this size.
+    when the format is unknown or cannot hold an image of this size.
     """
     if kind not in _WRITABLE:
         raise CodefendError(f"cannot write {kind}; known: {', '.join(_WRITABLE)}")
@@ -332,16 +334,16 @@ def encode(
     buffer = io.BytesIO()
     try:
         to_pil(pixels).save(buffer, format=kind, **options)
-    except OSError as error:  # JPEG ends at 65,500 pixels a side, WebP at 16,383
+    except OSError as error:  # JPEG allows 65,500 pixels a side, WebP 16,383
         size = f"{pixels.shape[2]}x{pixels.shape[1]}"
-        raise CodefendError(f"a picture of {size} cannot be written as {kind} ({error}); use PNG") from error
+        raise CodefendError(f"an image of {size} cannot be written as {kind} ({error}); use PNG") from error
     return buffer.getvalue()
 
 
 def save(path: str | Path, pixels: Tensor, *, quality: int | None = None, icc: bytes | None = None) -> None:
-    """Write a picture in the format that its name asks for: whole or not at all, replacing what was there.
+    """Write an image atomically, in the format of the file name's suffix; an existing file is replaced.
 
-    Raises CodefendError for an unknown ending or when the place cannot be written.
+    Raises CodefendError for an unknown suffix or when the path cannot be written.
     """
     write_atomic(path, encode(pixels, format_of(path), quality=quality, icc=icc))
 
@@ -363,13 +365,13 @@ def decode_data_url(url: str) -> bytes:
 
 
 def encode_data_url(pixels: Tensor, kind: str = "PNG", *, quality: int | None = None) -> str:
-    """Encode a picture as ``data:image/...;base64,...``. Raises CodefendError as ``encode`` does."""
+    """Encode an image as ``data:image/...;base64,...``. Raises CodefendError as ``encode`` does."""
     body = base64.b64encode(encode(pixels, kind, quality=quality)).decode("ascii")
     return f"data:image/{kind.lower()};base64,{body}"
 
 
-def _shown(source: str | Path) -> str:
-    text = "".join(c if c.isprintable() else "?" for c in str(source))  # a name may hold newlines, or what isn't text
+def _printable(source: str | Path) -> str:
+    text = "".join(c if c.isprintable() else "?" for c in str(source))  # a name may hold newlines or undecodable bytes
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 

@@ -1,4 +1,4 @@
-"""One way to look a name up, with the nearest names when it is unknown."""
+"""Look up names in registries; unknown ones are refused with the nearest names."""
 
 from __future__ import annotations
 

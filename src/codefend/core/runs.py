@@ -1,7 +1,7 @@
-"""Long work that can be killed: run folders, seeds, checkpoints, progress.
+"""Run folders that survive kills, and seeds, checkpoints and progress of long work.
 
-A run folder holds ``config.json`` (what was asked), ``environment.jsonl`` (on what it ran) and ``rows.jsonl`` (what
-came out, one whole line per result). Running the same command again goes on where the last one stopped.
+A run folder holds ``config.json`` (the settings), ``environment.jsonl`` (the machines it ran on) and ``rows.jsonl``
+(the results, one line each). Rerun the command to resume.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def plain(value: Any) -> Any:
 
 
 class Run:
-    """An open run folder. Make one with ``open_run``; it is held against other processes until closed or dropped."""
+    """An open run folder, locked against other processes until it is closed. Create one with ``open_run``."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], *, resume: bool = True) -> None:
         self.dir, self.config = folder, dict(config)
@@ -76,16 +76,16 @@ class Run:
             raise
 
     def rows(self) -> list[Row]:
-        """All whole rows so far, oldest first."""
+        """All complete rows so far, oldest first."""
         return read_rows(self._path)
 
     def has(self, key: str) -> bool:
         return key in self._keys
 
     def append(self, row: Mapping[str, Any]) -> bool:
-        """Add one row, on disk before this returns; False and nothing written when its ``"key"`` is there already.
+        """Append one row and flush it to disk; returns False, without writing, when its ``"key"`` exists already.
 
-        Rows without a ``"key"`` are always added. nan and infinities are written as null: not scored.
+        Rows without a ``"key"`` are always appended. nan and infinities are written as null: not scored.
         """
         key = row.get("key")
         if key in self._keys:
@@ -107,7 +107,7 @@ class Run:
         return True
 
     def write(self, name: str, content: bytes | str | Callable[[IO[bytes]], object]) -> Path:
-        """Write a file of this run atomically and return where it is."""
+        """Write a file into the run folder atomically and return its path."""
         write_atomic(self.dir / name, content)
         return self.dir / name
 
@@ -128,26 +128,24 @@ class Run:
             self.close()
 
     def _lock(self) -> None:
-        if sys.platform == "win32":  # no such lock there
+        if sys.platform == "win32":  # no lockf on Windows
             return
-        # Held by the process, so one that was interrupted inside a session can open its folder again; on a file of its
-        # own, because such a lock is lost as soon as the process closes any other descriptor of the same file.
+        # The lock belongs to the process, so that an interactive session can reopen its own folder. It is on a file of
+        # its own, because it is lost as soon as the process closes any other descriptor of the same file.
         try:
             fcntl.lockf(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise CodefendError(
-                f"another process is working in {self.dir}; wait for it or use another folder"
-            ) from error
+            raise CodefendError(f"another process uses {self.dir}; wait for it or choose another folder") from error
 
     def _settle(self, resume: bool) -> None:
-        """Write a new run's config; checked under the lock, since another process may just have made the folder its."""
+        """Write a new run's config; checked under the lock, since another process may just have written one."""
         check_run(self.dir, self.config, resume=resume)
         saved = self.dir / "config.json"
         if not saved.exists():
             write_atomic(saved, json.dumps(self.config, indent=2, ensure_ascii=False) + "\n")
 
     def _repair(self) -> set[Any]:
-        """Cut off the line that a kill tore; return the keys of the rows that stay."""
+        """Truncate the line that a kill left incomplete; return the keys of the remaining rows."""
         data = self._path.read_bytes()
         end = data.rfind(b"\n") + 1
         last = data.rfind(b"\n", 0, max(end - 1, 0)) + 1
@@ -160,7 +158,7 @@ class Run:
 
 @contextmanager
 def listening(listener: Callable[[Run, Mapping[str, Any]], None]) -> Iterator[None]:
-    """Inside the block, call ``listener(run, row)`` after every row that is new on disk."""
+    """Inside the block, call ``listener(run, row)`` after every new row."""
     _listeners.append(listener)
     try:
         yield
@@ -169,23 +167,23 @@ def listening(listener: Callable[[Run, Mapping[str, Any]], None]) -> Iterator[No
 
 
 def check_run(folder: str | Path, config: Any, *, resume: bool = True) -> None:
-    """Raise CodefendError where ``open_run`` would refuse what is in the folder; make nothing. For before models load."""
+    """Raise CodefendError where ``open_run`` would, without creating anything; call it before models are loaded."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise CodefendError(f"{folder} is a file; a run needs a folder")
+        raise CodefendError(f"{folder} is a file; choose a folder")
     if (folder / "config.json").exists():
         if not resume:
-            raise CodefendError(f"{folder} already holds a run; use another folder")
+            raise CodefendError(f"{folder} already holds a run; choose another folder")
         _check_config(folder, read_config(folder), plain(config))
     elif (folder / "rows.jsonl").exists():
-        raise CodefendError(f"{folder} holds results without their config.json; use another folder")
+        raise CodefendError(f"{folder} holds results without a config.json; choose another folder")
 
 
 def open_run(folder: str | Path, config: Any, *, resume: bool = True) -> Run:
-    """Start a run in ``folder``, or go on with the one there. ``config`` is a mapping or a dataclass.
+    """Start a run in ``folder`` or resume the one there. ``config`` is a mapping or a dataclass.
 
-    Raises CodefendError when the folder holds a run with another config (the differing keys are named), any run at all
-    while ``resume`` is false, or cannot be used.
+    Raises CodefendError when the folder holds a run with another config (the differing keys are named), when it holds
+    any run and ``resume`` is false, and when it cannot be written.
     """
     check_run(folder, config, resume=resume)
     folder = Path(folder)
@@ -198,9 +196,9 @@ def open_run(folder: str | Path, config: Any, *, resume: bool = True) -> Run:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Read the whole rows of a run folder or a ``rows.jsonl``; a torn last one is skipped, and the file left as it is.
+    """Read the rows of a run folder or a ``rows.jsonl``; an incomplete last line is skipped. The file is not changed.
 
-    Raises CodefendError when there is no such file or a line inside it is damaged.
+    Raises CodefendError for a missing file or a damaged line.
     """
     path = Path(path)
     path = path / "rows.jsonl" if path.is_dir() else path
@@ -209,12 +207,12 @@ def read_rows(path: str | Path) -> list[Row]:
     except OSError as error:
         raise CodefendError(f"cannot read {path}: {error.strerror or error}") from error
     rows = []
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is empty or torn
+    for number, line in enumerate(lines[:-1], 1):  # after the last newline: empty or incomplete
         row = _parse(line)
         if row is not None:
             rows.append(row)
         elif number < len(lines) - 1:
-            raise CodefendError(f"{path}: line {number} is damaged; remove it to go on without that result")
+            raise CodefendError(f"{path}: line {number} is damaged; remove it to resume without that result")
     return rows
 
 
@@ -226,9 +224,9 @@ def read_config(folder: str | Path) -> Row:
     except OSError as error:
         raise CodefendError(f"{folder} is not a run folder: cannot read config.json ({error.strerror})") from error
     except ValueError as error:
-        raise CodefendError(f"{path} is damaged ({error}); use another folder") from error
+        raise CodefendError(f"{path} is damaged ({error}); choose another folder") from error
     if not isinstance(config, dict):
-        raise CodefendError(f"{path} is damaged (no object); use another folder")
+        raise CodefendError(f"{path} is damaged (no object); choose another folder")
     return config
 
 
@@ -240,16 +238,16 @@ def _parse(line: bytes) -> Row | None:
     return row if isinstance(row, dict) else None
 
 
-def _check_config(folder: Path, saved: Row, wanted: Row) -> None:
-    old, new = _flat(saved), _flat(wanted)
+def _check_config(folder: Path, saved: Row, config: Row) -> None:
+    old, new = _flat(saved), _flat(config)
     missing = "(unset)"
     keys = [key for key in sorted(old | new) if old.get(key, missing) != new.get(key, missing)]
     if keys:
         changes = [f"{key} was {old.get(key, missing)!r}, now {new.get(key, missing)!r}" for key in keys[:5]]
         more = f", and {len(keys) - 5} more" if len(keys) > 5 else ""
         raise CodefendError(
-            f"{folder} was made with another config: {'; '.join(changes)}{more}. "
-            "Use the same settings to go on, or another folder"
+            f"{folder} holds a run with another config: {'; '.join(changes)}{more}. "
+            "Use the same settings to resume it, or choose another folder"
         )
 
 
@@ -264,7 +262,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Row:
 
 
 def environment() -> Row:
-    """Versions, processor and threads: what a result depends on beside its config. No names of users or machines."""
+    """Versions, processor and threads, on which a result depends besides its config. No names of users or machines."""
     versions: Row = {}
     for package in ("codefend", "torch", "numpy", "pillow", "safetensors", "transformers", "gguf"):
         try:
@@ -289,7 +287,7 @@ def _cpu() -> str:
 
 
 def _note_environment(path: Path) -> None:
-    """Add this machine to the run's list unless the last sitting was on the same."""
+    """Append this machine's environment unless it equals the last one."""
     now = plain(environment())
     before = path.read_text().splitlines() if path.exists() else []
     if not before or _parse(before[-1].encode()) != now:
@@ -297,7 +295,7 @@ def _note_environment(path: Path) -> None:
 
 
 def make_generator(seed: int, *names: object, device: str = "cpu") -> Generator:
-    """Derive an independent random stream from ``seed`` and what it is for, e.g. ``(0, "noise", example.id)``."""
+    """Derive an independent random generator from ``seed`` and names, such as ``(0, "noise", example.id)``."""
     import torch
 
     digest = hashlib.sha256(json.dumps([seed, *map(str, names)]).encode()).digest()
@@ -308,19 +306,21 @@ def make_generator(seed: int, *names: object, device: str = "cpu") -> Generator:
 
 
 def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> None:
-    """Write tensors and JSON ``state`` as one safetensors file, atomically: they can never disagree.
+    """Write tensors and a JSON ``state`` as one safetensors file, atomically.
 
-    A generator's ``get_state()`` is a tensor like any other. Raises CodefendError when the place cannot be written.
+    The ``get_state()`` of a generator is stored as a tensor. Raises CodefendError when the path cannot be written.
     """
     from safetensors.torch import save
 
-    seen: set[int] = set()
+    stored: set[int] = set()
     owned: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         value = tensor.detach().cpu().contiguous()
         address = value.untyped_storage().data_ptr()
-        owned[name] = value.clone() if address in seen or value.storage_offset() else value  # the format shares nothing
-        seen.add(address)
+        owned[name] = (
+            value.clone() if address in stored or value.storage_offset() else value
+        )  # the format allows no shared memory
+        stored.add(address)
     write_atomic(path, save(owned, metadata={"state": json.dumps(plain(state or {}))}))
 
 
@@ -346,9 +346,9 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Row]:
 
 @contextmanager
 def progress(label: str, total: int, *, done: int = 0, every: float = 30.0) -> Iterator[Callable[..., None]]:
-    """Show how far ``total`` steps have come; yields ``advance(steps=1, note="")``.
+    """Show progress over ``total`` steps on standard error; yields ``advance(steps=1, note="")``.
 
-    A bar on a terminal's standard error; elsewhere one line each ``every`` seconds, so logs stay short.
+    A bar on a terminal; elsewhere one line every ``every`` seconds.
     """
     if not sys.stderr.isatty():
         yield _plain_progress(label, total, done, every)

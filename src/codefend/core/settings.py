@@ -1,4 +1,4 @@
-"""``key=value`` settings of the command line, laid over a config dataclass; nested ones as ``model.width=64``."""
+"""Override the fields of config dataclasses with ``key=value`` text; nested fields as ``model.width=64``."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def number(text: str) -> float:
 
 
 def recorded(config: Any, *, later: str) -> dict[str, object]:
-    """The fields that a run holds: all before the one named ``later``, from there on those that are set.
+    """The fields to save with a run: all before the field ``later``, and those after it that differ from the default.
 
-    So runs from before a later field existed go on.
+    So a run that was saved before a later field existed can still be resumed.
     """
     names = [field.name for field in fields(config)]
-    unset = {f.name for f in fields(config)[names.index(later) :] if getattr(config, f.name) == f.default}
-    return {name: value for name, value in asdict(config).items() if name not in unset}
+    defaults = {f.name for f in fields(config)[names.index(later) :] if getattr(config, f.name) == f.default}
+    return {name: value for name, value in asdict(config).items() if name not in defaults}
 
 
 def known_keys(config: Any) -> list[str]:
-    """Every key that can be set, in order, nested ones with dots."""
+    """All keys that can be set, in order; nested ones with dots."""
     keys = []
     for field in fields(config):
         value = getattr(config, field.name)
@@ -48,7 +48,7 @@ def known_keys(config: Any) -> list[str]:
 
 
 def check_keys(config: Any, settings: Mapping[str, str]) -> None:
-    """Raise CodefendError for a setting that ``config`` has no field for, naming the nearest one that it has."""
+    """Raise CodefendError for a setting that ``config`` has no field for, naming the nearest field."""
     known = known_keys(config)
     for key in settings:
         if key in known:
@@ -64,17 +64,17 @@ def override(config: Config, settings: Mapping[str, str]) -> Config:
     Raises CodefendError for an unknown key (the nearest is named) or a value that the field's type cannot hold.
     """
     check_keys(config, settings)
-    changed: Config = _laid_over(config, [(key.split("."), text) for key, text in settings.items()])
+    changed: Config = _overridden(config, [(key.split("."), text) for key, text in settings.items()])
     return changed
 
 
-def _laid_over(config: Any, settings: Sequence[tuple[Sequence[str], str]], above: str = "") -> Any:
-    """All of a dataclass's settings at once: what it checks of several fields together is checked at the end."""
+def _overridden(config: Any, settings: Sequence[tuple[Sequence[str], str]], above: str = "") -> Any:
+    """Apply all settings of a dataclass at once, so that checks of several fields see their final values."""
     kinds, values = get_type_hints(type(config)), {}
     for name in dict.fromkeys(path[0] for path, _ in settings):
         old, key = getattr(config, name), above + name
-        mine = [(path[1:], text) for path, text in settings if path[0] == name]
-        values[name] = _laid_over(old, mine, f"{key}.") if is_dataclass(old) else _read(mine[0][1], kinds[name], key)
+        inner = [(path[1:], text) for path, text in settings if path[0] == name]
+        values[name] = _overridden(old, inner, f"{key}.") if is_dataclass(old) else _read(inner[0][1], kinds[name], key)
     return replace(config, **values)
 
 

@@ -1,6 +1,6 @@
-"""Small edits of a text that leave its meaning to a reader: typing errors, letters that look alike, rewordings.
+"""Small text edits that preserve the meaning for a reader: typos, look-alike letters, rewordings.
 
-The attacks on prompts search these menus; the prompt generator learns to say the text right again.
+Text attacks search these edits; the prompt generator is trained to undo them.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Edit:
-    """``length`` units from ``start`` on are replaced by ``by``; units are characters or words."""
+    """``length`` units from ``start`` on are replaced with ``by``; units are characters or words."""
 
     start: int
     length: int
     by: tuple[str, ...]
 
     def apart(self, other: Edit) -> bool:
-        """Whether both can be made in either order: they touch different units and start at different places."""
+        """Whether both can be applied in either order: they touch different units and start at different ones."""
         first, second = sorted((self, other), key=lambda edit: edit.start)
         return first.start != second.start and first.start + first.length <= second.start
 
 
 def rewrite(units: Sequence[str], edits: Sequence[Edit]) -> list[str]:
-    """``units`` after edits that are apart, made from the last to the first so that places stay valid."""
+    """Apply edits that are pairwise `apart` to ``units``, from the last to the first so that positions stay valid."""
     changed = list(units)
     for edit in sorted(edits, key=lambda e: e.start, reverse=True):
         changed[edit.start : edit.start + edit.length] = edit.by
     return changed
 
 
-Menu = Callable[[Sequence[str]], list[Edit]]  # every single edit that may be made to these units
+Menu = Callable[[Sequence[str]], list[Edit]]  # all single edits of these units
 
 _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 
@@ -53,16 +53,16 @@ def _neighbours(letter: str) -> str:
 
 def typos(characters: Sequence[str]) -> list[Edit]:
     """Every swap, deletion, doubling, slip (a neighbouring key instead) and insertion of a neighbouring key."""
-    found = []
+    edits = []
     for i, letter in enumerate(characters):
         if not letter.isalpha():
             continue
         if i + 1 < len(characters) and characters[i + 1].isalpha() and characters[i + 1] != letter:
-            found.append(Edit(i, 2, (characters[i + 1], letter)))
-        found += [Edit(i, 1, ()), Edit(i, 1, (letter, letter))]
+            edits.append(Edit(i, 2, (characters[i + 1], letter)))
+        edits += [Edit(i, 1, ()), Edit(i, 1, (letter, letter))]
         for near in _neighbours(letter):
-            found += [Edit(i, 1, (near,)), Edit(i, 1, (letter, near))]
-    return found
+            edits += [Edit(i, 1, (near,)), Edit(i, 1, (letter, near))]
+    return edits
 
 
 # Cyrillic letters that print like Latin ones.
@@ -71,15 +71,15 @@ _ACCENTED = tuple(chr(code) for code in range(0xC0, 0x250) if len(unicodedata.no
 
 
 def lookalikes(characters: Sequence[str]) -> list[Edit]:
-    """Every exchange of a letter for one that looks like it: with an accent, or of another alphabet."""
-    found = []
+    """Every replacement of a letter with one that looks alike: with an accent, or from another alphabet."""
+    edits = []
     for i, letter in enumerate(characters):
         alike = [other for other in _ACCENTED if unicodedata.normalize("NFD", other)[0] == letter]
-        found += [Edit(i, 1, (other,)) for other in (*alike, *_TWINS.get(letter, ""))]
-    return found
+        edits += [Edit(i, 1, (other,)) for other in (*alike, *_TWINS.get(letter, ""))]
+    return edits
 
 
-# Words that may go or be exchanged without changing what is asked.
+# Words that can be deleted or replaced without changing the question.
 _SPARE = frozenset(
     ("a", "an", "the", "of", "is", "are", "there", "do", "does", "please", "in", "on", "this", "that", "it")
 )
@@ -106,18 +106,18 @@ _SYNONYMS = {
 
 
 def rewordings(words: Sequence[str]) -> list[Edit]:
-    """Every swap of neighbours, repetition, deletion of a spare word and exchange for a synonym."""
-    found = []
+    """Every swap of neighbours, repetition, deletion of a spare word and replacement with a synonym."""
+    edits = []
     for i, word in enumerate(words):
         bare = word.strip(".,?!").lower()
         if not bare:
             continue
         if i + 1 < len(words) and words[i + 1] != word:
-            found.append(Edit(i, 2, (words[i + 1], word)))
-        found.append(Edit(i, 1, (word, word)))
+            edits.append(Edit(i, 2, (words[i + 1], word)))
+        edits.append(Edit(i, 1, (word, word)))
         if bare in _SPARE and len(words) > 1:
-            found.append(Edit(i, 1, ()))
+            edits.append(Edit(i, 1, ()))
         for other in _SYNONYMS.get(bare, ()):
             tail = word[len(word.rstrip(".,?!")) :]
-            found.append(Edit(i, 1, ((other.capitalize() if word[0].isupper() else other) + tail,)))
-    return found
+            edits.append(Edit(i, 1, ((other.capitalize() if word[0].isupper() else other) + tail,)))
+    return edits
