@@ -393,3 +393,25 @@ def test_data_url_round_trip() -> None:
 def test_malformed_data_urls(url: str) -> None:
     with pytest.raises(CodefendError):
         images.load(url)
+
+
+def test_large_images_are_shrunk_by_area_averaging() -> None:
+    pixels = torch.zeros(3, 40, 60)
+    pixels[:, ::4, ::4] = 1.0  # one pixel of 16: what an image-scaling attack sets for nearest-neighbour scaling
+    shrunk = images.load(images.encode(pixels), max_side=15).pixels
+    assert shrunk.shape == (3, 10, 15)
+    torch.testing.assert_close(shrunk, torch.full_like(shrunk, 1 / 16), atol=1 / 255, rtol=0)
+    assert images.load(images.encode(pixels), max_side=60).pixels.shape == (3, 40, 60)
+
+
+def test_a_shrunk_image_keeps_alpha_and_16_bits() -> None:
+    rgba = torch.cat([torch.ones(3, 8, 8), torch.zeros(1, 8, 8)])
+    rgba[3, :, :4] = 1.0
+    loaded = images.load(images.encode(rgba), max_side=4)
+    assert loaded.alpha is not None
+    assert loaded.alpha.shape == (1, 4, 4)
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((6, 9), 40_000, np.uint16)).save(buffer, "PNG")
+    torch.testing.assert_close(
+        images.load(buffer.getvalue(), max_side=3).pixels, torch.full((3, 2, 3), 40_000 / 65_535)
+    )

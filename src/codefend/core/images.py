@@ -21,6 +21,7 @@ from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
@@ -117,8 +118,12 @@ def load(
     max_pixels: int = MAX_PIXELS,
     first_frame: bool = False,
     background: tuple[int, int, int] = WHITE,
+    max_side: int = 0,
 ) -> LoadedImage:
     """Read a file, the bytes of one, or a data URL. EXIF orientation is applied, 16 bits are scaled, alpha composited.
+
+    With ``max_side`` (pixels; 0: never) a larger image is shrunk by area averaging, in which every pixel of the file
+    counts equally: an image-scaling attack (Xiao et al., USENIX Security 2019) finds no pixels that decide alone.
 
     Raises CodefendError when the source is missing, not an image of a known format, damaged, over ``max_pixels``, or
     animated while ``first_frame`` is false.
@@ -130,7 +135,7 @@ def load(
             raise CodefendError(f"{name} is animated or has several pages; use the first one with --first-frame")
         image.load()
         _check_size(image, name, max_pixels)  # again: a GIF's frame can be larger than the canvas in its header
-        return _from_decoded(_upright(image), name, header.format, background)
+        return _from_decoded(_upright(image), name, header.format, background, max_side)
 
 
 def probe(source: Source, *, max_pixels: int | None = None) -> Probe:
@@ -228,12 +233,15 @@ def _upright(image: Image.Image) -> Image.Image:
 # --- modes -> tensors ------------------------------------------------------------------------------------------------
 
 
-def _from_decoded(image: Image.Image, name: str, kind: str, background: tuple[int, int, int]) -> LoadedImage:
+def _from_decoded(
+    image: Image.Image, name: str, kind: str, background: tuple[int, int, int], max_side: int = 0
+) -> LoadedImage:
     icc = _rgb_profile(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         pixels, alpha = _deep_grey(image, name)
+        pixels, alpha = _shrink_tensor(pixels, max_side), alpha if alpha is None else _shrink_tensor(alpha, max_side)
     else:
-        pixels, alpha = _eight_bits(image)
+        pixels, alpha = _eight_bits(image, max_side)
     if alpha is not None and bool((alpha == 1).all()):
         alpha = None
     if alpha is not None:
@@ -241,9 +249,25 @@ def _from_decoded(image: Image.Image, name: str, kind: str, background: tuple[in
     return LoadedImage(pixels.contiguous(), alpha, kind, icc, background)
 
 
-def _eight_bits(image: Image.Image) -> tuple[Tensor, Tensor | None]:
+def _shrunk_size(width: int, height: int, max_side: int) -> tuple[int, int] | None:
+    longest = max(width, height)
+    if not max_side or longest <= max_side:
+        return None
+    return max(1, round(width * max_side / longest)), max(1, round(height * max_side / longest))
+
+
+def _shrink_tensor(values: Tensor, max_side: int) -> Tensor:
+    size = _shrunk_size(values.shape[2], values.shape[1], max_side)
+    return values if size is None else F.interpolate(values[None], size[::-1], mode="area")[0]
+
+
+def _eight_bits(image: Image.Image, max_side: int) -> tuple[Tensor, Tensor | None]:
     transparent = image.has_transparency_data
-    array = np.array(image.convert("RGBA" if transparent else "RGB"))
+    image = image.convert("RGBA" if transparent else "RGB")
+    size = _shrunk_size(image.width, image.height, max_side)
+    if size is not None:
+        image = image.resize(size, Image.Resampling.BOX)  # weights colours by their alpha
+    array = np.array(image)
     planes = torch.from_numpy(array).permute(2, 0, 1).contiguous()  # permuted while a value takes one byte, not four
     values = planes.to(torch.float32).div_(255)
     return (values[:3], values[3:]) if transparent else (values, None)
