@@ -136,7 +136,7 @@ def test_mistaken_means(tmp_path: Path) -> None:
 
 
 def test_detector_of_the_weights_sets_the_limit() -> None:
-    from codefend.bench.adaptive import suspicion, unsuspected
+    from codefend.bench.adaptive import detection_score, evasive_objective
 
     class Judged:
         class detector:
@@ -151,17 +151,17 @@ def test_detector_of_the_weights_sets_the_limit() -> None:
 
     images = torch.tensor([0.25, 0.75]).view(2, 1, 1, 1).expand(2, 3, 4, 4) - 0.5
     judged = Judged()
-    assert suspicion(judged, images, judged(images)).tolist() == [-0.25, 0.25]
-    fined = unsuspected(lambda x: torch.zeros(len(x)), judged, images, 8.0, None)
+    assert detection_score(judged, images, judged(images)).tolist() == [-0.25, 0.25]
+    fined = evasive_objective(lambda x: torch.zeros(len(x)), judged, images, 8.0, None)
     assert fined(images).tolist() == [0.0, 2.0]  # logit(0.5) = 0
 
 
 def test_evasion_has_a_gradient_where_the_purifier_has_none() -> None:
-    from codefend.bench.adaptive import unsuspected
+    from codefend.bench.adaptive import evasive_objective
 
     images = torch.full((2, 3, 4, 4), 0.498).requires_grad_()
     seen = StraightThrough(StraightThrough(toys.Rounded()))
-    fined = unsuspected(lambda x: torch.zeros(len(x)), seen, torch.zeros(2, 3, 4, 4), 1.0, None)
+    fined = evasive_objective(lambda x: torch.zeros(len(x)), seen, torch.zeros(2, 3, 4, 4), 1.0, None)
     fined(images).sum().backward()
     assert images.grad is not None
     assert float(images.grad.abs().min()) > 0  # towards what rounding leaves as it is
@@ -186,7 +186,7 @@ def test_behind_a_gate_the_doubt_is_about_what_it_judged() -> None:
 
     images = torch.zeros(2, 3, 4, 4)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(7))
-    found = judge._doubts(Gated(), images, judge.Submissions([["a", "b"]], images, 0.0, 0.0, 7))
+    found = judge.first_detection(Gated(), images, images, 7)
     assert torch.allclose(found, -noise.flatten(1).mean(1))
 
 
@@ -216,5 +216,5 @@ def test_presets_name_attacks_that_there_are(name: str) -> None:
     if name == "full":
         families = {type(choice.build()).__name__ for choice in choices}
         assert len(families) >= 15
-        means = {(c.means.bpda, c.means.process > 0, c.means.evade > 0) for c in choices}
+        means = {(c.adaptive.bpda, c.adaptive.process > 0, c.adaptive.evade > 0) for c in choices}
         assert len(means) == 4  # each alone, and none

@@ -19,10 +19,13 @@ from codefend import attacks
 from codefend.attacks import AttackSpec
 from codefend.attacks.search import Trace
 from codefend.bench import AttackChoice, DefenseChoice, EvalConfig
-from codefend.bench.craft import Cell, curves, gradients, slug
-from codefend.bench.loop import cells
+from codefend.bench.cells import Cell, slug
+from codefend.bench.defenses import evaluated_defense
+from codefend.bench.grid import grid
+from codefend.bench.notes import curves, gradients
 from codefend.bench.results import CLEAN
-from codefend.bench.setup import Examined, contender, open_bench
+from codefend.bench.setup import open_bench
+from codefend.bench.tasks import EvaluatedTask
 from codefend.core.settings import override
 from codefend.types import Budget, CodefendError, Example, Objective, Task
 from evaluate_kit import SMALL, run
@@ -73,10 +76,10 @@ def test_declarations_are_believed_only_against_the_defense() -> None:
 
     picture = toys.scene(1)[0][None]
     loaders = replace(toys.loaders(), purifier=lambda name, **options: {"liar": Liar(), "modest": Modest()}[name])
-    assert contender("liar", loaders, picture).gradient == "straight-through"
-    assert contender("modest", loaders, picture).randomized
-    bare = contender("none", loaders, picture)
-    assert bare.adaptive is bare.defense
+    assert evaluated_defense("liar", loaders, picture).gradient == "straight-through"
+    assert evaluated_defense("modest", loaders, picture).randomized
+    bare = evaluated_defense("none", loaders, picture)
+    assert bare.differentiable is bare.defense
 
 
 # Small parts
@@ -107,15 +110,18 @@ def test_gradient_summary() -> None:
 def test_batches_keep_picture_sizes_apart() -> None:
     sizes = [8, 8, 8, 12, 12, 8]
     examples = [Example(str(i), torch.zeros(3, side, side), "?", ("a",)) for i, side in enumerate(sizes)]
-    known = Examined.of(Task("mixed", examples, dict(toys.task("questions").metrics), "vqa_accuracy"))
+    known = EvaluatedTask.of(
+        Task("mixed", examples, dict(toys.task("questions").metrics), "vqa_accuracy"), toys.ToyVictim()
+    )
     assert known.batches(2, None) == [[0, 1], [2], [3, 4], [5]]
     assert known.batches(2, 3) == [[0, 1], [2]]
 
 
 def test_success_of_captions_without_tags_is_half_the_score_lost() -> None:
-    known = Examined.of(replace(toys.task("captions"), metrics={"cider_d": toys.cider_d}, headline="cider_d"))
+    task = replace(toys.task("captions"), metrics={"cider_d": toys.cider_d}, headline="cider_d")
+    known = EvaluatedTask.of(task, toys.ToyVictim())
     assert known.judge == "cider_d"
-    broken = known.broken(torch.tensor([1.0, 1.0, 0.05]), torch.tensor([0.4, 0.6, 0.0]))
+    broken = known.untargeted_success(torch.tensor([1.0, 1.0, 0.05]), torch.tensor([0.4, 0.6, 0.0]))
     assert broken[:2].tolist() == [1.0, 0.0]
     assert broken[2].isnan()
 
@@ -143,7 +149,7 @@ def test_spelling_of_defenses_and_attacks() -> None:
 
 
 def test_cells_put_clean_rows_first() -> None:
-    listed = list(cells(replace(SMALL, eps=(4.0, 8.0))))
+    listed = list(grid(open_bench(replace(SMALL, eps=(4.0, 8.0)), toys.loaders())))
     assert [cell.attack for cell in listed[:4]] == [CLEAN] * 3 + ["apgd"]
     assert listed[3] == Cell("questions", "apgd", 4.0, "T0", "none")
     assert len(listed) == 3 + 2 * (3 + 2)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+import evaluate_kit
 import toys
 from codefend.core import runs
 from codefend.core.runs import Row
@@ -60,7 +61,7 @@ KILLED_AT_RANDOM = """
 import os, random, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 import torch._dynamo, torch.utils.flop_counter  # children inherit what is slow to import
-import codefend.bench.loop, codefend.attacks.apgd
+import codefend.bench.grid, codefend.attacks.apgd
 import evaluate_kit as t
 
 class Telling(t.toys.ToyVictim):
@@ -91,7 +92,7 @@ print(kills, len(sizes))
 
 def test_kill_at_random_moments_loses_and_doubles_nothing(tmp_path: Path, grid: list[Row]) -> None:
     """The process dies wherever it happens to be: between grid, within a file, in an attack."""
-    command = [sys.executable, "-c", KILLED_AT_RANDOM, str(Path(__file__).parent), str(tmp_path)]
+    command = [sys.executable, "-c", KILLED_AT_RANDOM, str(Path(evaluate_kit.__file__).parent), str(tmp_path)]
     done = subprocess.run([*command, "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kills, moments = map(int, done.stdout.split())

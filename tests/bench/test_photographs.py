@@ -1,8 +1,9 @@
-"""Held-out photographs under ImageNet encoders: crops, rows, the table, and how a run goes on."""
+"""Photographs judged by image encoders: one evaluation like any other, with agreement and cosines as its scores."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,132 +11,105 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("skimage")
-
-from codefend.attacks.objectives import features_away
-from codefend.bench import evaluate, photographs
-from codefend.bench.photographs import SEEN, PhotographsConfig, _as_noisy, crops, names
-from codefend.cli import main
-from codefend.core.images import save
-from codefend.core.runs import make_generator
-from codefend.purifiers import WEIGHTS
+import toys
+from codefend.bench import EvalConfig, PhotographsConfig, attacking, evaluate
+from codefend.bench.results import CLEAN
+from codefend.bench.tasks import with_equal_noise
+from codefend.core.runs import Row
 from codefend.purifiers.nets import NetConfig, PurifierNet, save_net
-from codefend.tasks.scenes import PHOTOGRAPHS
-from codefend.tasks.training_images import HELD_OUT
-from codefend.types import CodefendError
+from codefend.types import CodefendError, Example, Task
 
-TINY = {"encoders": ("lite1",), "limit": 1, "side": 64, "steps": 3}
+pytest.importorskip("skimage", reason="the photographs are scikit-image's")
 
-
-def test_crops_are_8_bit_windows_from_the_seed() -> None:
-    config = PhotographsConfig(limit=2, side=64)
-    first = crops("chelsea", config)
-    assert first.shape == (2, 3, 64, 64)
-    assert torch.allclose(first * 255, (first * 255).round(), atol=1e-4)
-    assert torch.equal(first, crops("chelsea", config))
-    assert not torch.equal(first, crops("chelsea", PhotographsConfig(limit=2, side=64, seed=1)))
-    assert float(first.std()) > 0.05
+TINY: dict[str, Any] = {"encoders": ("lite1",), "limit": 4, "side": 64, "steps": 3, "panels": 0}
 
 
-def test_no_training_sees_the_held_out() -> None:
-    """Scenes and trainings take scikit-image's pictures by these names; scikit-learn's two are others."""
-    assert not set(PHOTOGRAPHS) & set(HELD_OUT)
+def by(rows: list[Row], **where: object) -> list[Row]:
+    return [row for row in rows if all(row[key] == value for key, value in where.items())]
 
 
-def test_seen_is_what_the_shipped_bridge_was_guided_by() -> None:
-    told = json.loads((WEIGHTS / "bridge" / "training.json").read_text())
-    banks = [name for bank in told["pairs"] for name in bank["config"]["encoders"]]
-    assert {*told["config"]["encoders"], *banks} == set(SEEN)
-    assert set(PhotographsConfig().encoders) > set(SEEN)
+def cosine(rows: list[Row], **where: object) -> float:
+    chosen = by(rows, **where)
+    assert chosen
+    return float(sum(row["scores"]["cosine"] for row in chosen) / len(chosen))
 
 
 def test_noise_is_as_large_as_the_change() -> None:
     clean = torch.full((2, 3, 64, 64), 0.5)
     changed = clean + torch.tensor([0.02, 0.1]).view(2, 1, 1, 1)
-    noised = _as_noisy(clean, changed, make_generator(0))
+    noised = with_equal_noise(clean, changed)
     sizes = (noised - clean).square().mean((1, 2, 3)).sqrt()
     assert sizes.tolist() == pytest.approx([0.02, 0.1], rel=0.05)
     assert abs(float((noised - clean).mean())) < 0.002
 
 
-def test_photographs_of_ones_own_are_judged_by_name(tmp_path: Path) -> None:
-    for name, level in (("b.png", 0.2), ("deep/a.png", 0.8)):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        save(tmp_path / name, torch.full((3, 130, 140), level))
-    config = PhotographsConfig(limit=2, side=64, photographs=str(tmp_path))
-    assert names(config) == ["b.png", "deep/a.png"]
-    assert crops("deep/a.png", config).shape == (2, 3, 64, 64)
-    assert float(crops("deep/a.png", config).mean()) == pytest.approx(0.8, abs=0.01)
-    assert not {"photographs", "adaptive", "eot"} & set(PhotographsConfig().recorded())
-    assert config.recorded()["photographs"] == str(tmp_path)
-    with pytest.raises(CodefendError, match="holds no pictures"):
-        evaluate(PhotographsConfig(photographs=str(tmp_path / "none")), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+def test_a_task_without_references_is_judged_by_agreement(tmp_path: Path) -> None:
+    def unlabelled(name: str, split: str, limit: int | None) -> Task:
+        examples = [Example(f"u{i}", toys.scene(i)[0], "left?") for i in range(4)]
+        return Task(name, examples, {"agreement": toys.VQA_METRICS["exact_match"]}, "agreement")
+
+    config = EvalConfig(
+        victim="toy", tasks=("u",), defenses=("none", "smooth"), attacks=("feature",), steps=12, panels=0
+    )
+    loaders = toys.loaders()
+    rows = evaluate(config, tmp_path, loaders=type(loaders)(loaders.victim, unlabelled, loaders.purifier))
+    assert {row["headline"] for row in rows} == {"cosine"}
+    assert all(row["references"] == [row["answer"]] for row in by(rows, attack=CLEAN, defense="none"))
+    assert cosine(rows, attack=CLEAN, defense="none") == pytest.approx(1, abs=1e-6)
+    assert cosine(rows, threat="T0", defense="none") < 0.5 < cosine(rows, threat="T0", defense="smooth")
+    fallen = [row["success"]["untargeted"] for row in by(rows, threat="T0", defense="none")]
+    assert sum(fallen) > 0
+    assert not any(row["success"]["untargeted"] for row in by(rows, threat="T0", defense="smooth"))
 
 
 @pytest.mark.weights
-def test_rows_show_the_attack_and_the_repair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = PhotographsConfig(**TINY, defenses=("none", "jpeg", "blur:sigma=2"))
-    rows = evaluate(config, tmp_path)
-    assert len(rows) == len(HELD_OUT) * 3
-    by = {(row["photograph"], row["defense"]): row for row in rows}
-    for name in HELD_OUT:
-        bare, jpeg = by[name, "none"], by[name, "jpeg"]
-        assert bare["cosine_clean"] == pytest.approx(1, abs=1e-4)
-        assert bare["agrees_clean"] == bare["agrees_noised"] == 1
-        assert bare["psnr_clean"] is None  # infinite: nothing was changed
-        assert bare["cosine_attacked"] < 0.8
-        assert bare["psnr_attacked"] > 29.9  # 8/255 at most
-        assert 25 < jpeg["psnr_clean"] < 50
-        assert jpeg["cosine_attacked"] > bare["cosine_attacked"]
-    table = (tmp_path / "photographs.md").read_text()
-    assert [line.split(" |")[0] for line in table.splitlines()[4:]] == ["| none", "| jpeg", "| blur:sigma=2"]
-    assert "lite1 (unseen)" in table
-    assert f"(n = {len(HELD_OUT)} each)" in table
-    assert table.splitlines()[5].split(" | ")[3] == "-"  # nothing detects
-    before = (tmp_path / "rows.jsonl").read_text()
-    assert evaluate(config, tmp_path) == rows
-    assert (tmp_path / "rows.jsonl").read_text() == before
-    assert main(["report", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == table
-
-
-@pytest.mark.weights
-def test_an_attacker_who_sees_the_defense_leaves_less(tmp_path: Path) -> None:
-    labels = ("none", "blur:sigma=1.5")
-    config = PhotographsConfig(**TINY, defenses=labels, adaptive=labels[1:])
-    rows = evaluate(config, tmp_path)
-    assert len(rows) == len(HELD_OUT) * 3
-    blurred = [row for row in rows if row["defense"] == labels[1]]
-    plain, seen = ([row for row in blurred if ("threat" in row) == adaptive] for adaptive in (False, True))
-    assert len(plain) == len(seen) == len(HELD_OUT)
-    assert all(row["cosine_attacked"] > other["cosine_attacked"] + 0.1 for row, other in zip(plain, seen, strict=True))
-    assert not any("agrees_clean" in row for row in seen)
-    last = (tmp_path / "photographs.md").read_text().splitlines()[-1]
-    assert last.startswith("| blur:sigma=1.5, seen by the attacker (T2) | - | - | - | ")
-    before = (tmp_path / "rows.jsonl").read_text()
-    assert evaluate(config, tmp_path) == rows
-    assert (tmp_path / "rows.jsonl").read_text() == before
-
-
-@pytest.mark.weights
-def test_who_sees_the_defense_is_judged_by_what_the_attack_lowered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_rows_show_the_attack_and_the_repair(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]], few_samples: None
 ) -> None:
-    asked = []
+    rows = evaluate(PhotographsConfig(**TINY, defenses=("none", "jpeg", "blur:sigma=2")), tmp_path)
+    assert len(rows) == 4 * 3 * 2
+    for row in by(rows, attack=CLEAN, defense="none"):
+        assert row["scores"] == {"agreement": 1, "agreement_noise": 1, "cosine": pytest.approx(1, abs=1e-4)}
+        assert row["purified_psnr"] is None  # infinite: nothing was changed
+    assert cosine(rows, threat="T0", defense="none") < 0.8
+    assert cosine(rows, threat="T0", defense="jpeg") > cosine(rows, threat="T0", defense="none")
+    assert all(row["perturbation"]["psnr"] > 29.9 and not row["violation"] for row in by(rows, threat="T0"))
+    assert all(25 < row["purified_psnr"] < 50 for row in by(rows, attack=CLEAN, defense="jpeg"))
+    before = (tmp_path / "rows.jsonl").read_text()
+    assert evaluate(PhotographsConfig(**TINY, defenses=("none", "jpeg", "blur:sigma=2")), tmp_path) == rows
+    assert (tmp_path / "rows.jsonl").read_text() == before
+    code, out, _ = run("report", tmp_path)
+    assert code == 0
+    assert "photographs lite1: cosine at 8/255" in out
+
+
+@pytest.mark.weights
+def test_an_adaptive_attack_leaves_less(tmp_path: Path) -> None:
+    labels = ("none", "blur:sigma=1.5")
+    rows = evaluate(PhotographsConfig(**TINY, defenses=labels, adaptive=labels[1:]), tmp_path)
+    assert {row["threat"] for row in by(rows, defense=labels[1])} == {"clean", "T0", "T2"}
+    oblivious, adaptive = (by(rows, defense=labels[1], threat=threat) for threat in ("T0", "T2"))
+    pairs = zip(oblivious, adaptive, strict=True)
+    assert all(weak["scores"]["cosine"] > strong["scores"]["cosine"] + 0.1 for weak, strong in pairs)
+
+
+def test_an_adaptive_attack_lowers_the_cosine_that_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    references = []
 
     def away(victim: Any, clean: Tensor, *, reference: Any = None) -> Any:
-        asked.append(type(reference or victim).__name__)
+        references.append(type(reference or victim).__name__)
         return features_away(victim, clean, reference=reference)
 
-    monkeypatch.setattr(photographs, "features_away", away)
-    config = PhotographsConfig(**TINY, defenses=("blur:sigma=1.5",), adaptive=("blur:sigma=1.5",))
-    evaluate(config, tmp_path)
-    assert set(asked) == {"Encoder"}  # the bare encoder's tokens of the clean picture, as the table's
+    features_away = attacking.features_away
+    monkeypatch.setattr(attacking, "features_away", away)
+    loaders = type(toys.loaders())(victim=lambda name: toys.ToyVictim(), purifier=toys.purifier)
+    config = PhotographsConfig(**TINY | {"side": 32}, defenses=("leaky",), threats=("T2",))
+    evaluate(config, tmp_path, loaders=loaders)
+    assert set(references) == {"ToyVictim"}  # the bare victim's tokens of the clean image
 
 
 @pytest.mark.weights
-def test_weights_may_not_change_while_photographs_are_judged(tmp_path: Path) -> None:
+def test_weights_may_not_change_during_a_run(tmp_path: Path) -> None:
     save_net(tmp_path / "mine", PurifierNet(NetConfig(channels=(4,), blocks=(1,), embedding=8)), kind="bridge")
     config = PhotographsConfig(**TINY, defenses=(str(tmp_path / "mine"),))
     rows = evaluate(config, tmp_path / "run")
@@ -148,46 +122,47 @@ def test_weights_may_not_change_while_photographs_are_judged(tmp_path: Path) -> 
 
 @pytest.mark.weights
 def test_an_encoder_behind_a_resizing_is_attacked_through_it(tmp_path: Path) -> None:
-    labels = ("lite1", "lite1@96")
-    rows = evaluate(PhotographsConfig(**{**TINY, "encoders": labels}, defenses=("none",)), tmp_path)
-    plain, resized = ([row for row in rows if row["encoder"] == label] for label in labels)
-    assert all(row["cosine_attacked"] < 0.8 for row in rows)
-    assert all(a["cosine_attacked"] != b["cosine_attacked"] for a, b in zip(plain, resized, strict=True))
-    assert all(row["psnr_attacked"] > 29.9 for row in rows)  # 8/255 of the crop's own pixels
-    assert "lite1@96 (unseen)" in (tmp_path / "photographs.md").read_text()
+    rows = evaluate(PhotographsConfig(**TINY | {"encoders": ("lite1", "lite1@96")}, defenses=("none",)), tmp_path)
+    attacked = by(rows, threat="T0")
+    plain, resized = (by(attacked, task=f"photographs {label}") for label in ("lite1", "lite1@96"))
+    assert all(row["scores"]["cosine"] < 0.8 for row in attacked)
+    pairs = zip(plain, resized, strict=True)
+    assert all(a["scores"]["cosine"] != b["scores"]["cosine"] for a, b in pairs)
+    assert all(row["perturbation"]["linf"] <= 8 / 255 + 1e-6 for row in attacked)  # of the crop's own pixels
 
 
 @pytest.mark.weights
-def test_a_gate_shows_in_what_is_unchanged_and_flagged(tmp_path: Path) -> None:
+def test_a_gate_leaves_clean_images_alone(tmp_path: Path) -> None:
     labels = ("bridge-detail", "bridge-detail:gate=true")
-    rows = evaluate(PhotographsConfig(encoders=("lite1",), limit=1, side=224, steps=3, defenses=labels), tmp_path)
-    plain, gated = ([row for row in rows if row["defense"] == label] for label in labels)
-    for one, other in zip(plain, gated, strict=True):
-        assert one["flagged_clean"] == other["flagged_clean"] == 0
-        assert one["flagged_attacked"] == other["flagged_attacked"] == 1
-        assert one["cosine_attacked"] == pytest.approx(other["cosine_attacked"], abs=1e-4)
-        assert one["psnr_clean"] < 60
-        assert other["psnr_clean"] is None or other["psnr_clean"] > one["psnr_clean"]
-    lines = (tmp_path / "photographs.md").read_text().splitlines()[-2:]
-    assert [line.split(" | ")[3] for line in lines] == ["0%, 100%"] * 2
-    assert lines[1].split(" | ")[1] == "-" or "unchanged" in lines[1]
+    rows = evaluate(PhotographsConfig(**TINY | {"side": 224}, defenses=labels), tmp_path)
+    for attack in (CLEAN, "feature"):
+        plain, gated = (by(rows, defense=label, attack=attack) for label in labels)
+        assert [row["suspicion"] for row in plain] == pytest.approx([row["suspicion"] for row in gated], abs=1e-3)
+    assert cosine(rows, defense=labels[0], threat="T0") == pytest.approx(
+        cosine(rows, defense=labels[1], threat="T0"), abs=1e-4
+    )
+    for row, other in zip(*(by(rows, defense=label, attack=CLEAN) for label in labels), strict=True):
+        assert other["purified_psnr"] is None or other["purified_psnr"] > row["purified_psnr"]
 
 
-def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wrong: list[tuple[dict[str, object], str]] = [
-        ({"encoders": ("vit",)}, "known: lite0"),
-        ({"side": 50}, "of 32"),
-        ({"eps": 0.0}, "eps"),
-    ]
-    wrong.append(({"eot": 0}, "at least 1"))
-    wrong += [({"adaptive": (label,)}, "is none of them") for label in ("none", "blur")]
+def test_mistakes_are_named(tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    wrong: list[tuple[dict[str, object], str]] = [({"side": 50}, "of 32"), ({"encoders": ()}, "encoders is empty")]
     wrong += [({"encoders": (label,)}, "after the @") for label in ("lite1@", "lite1@100", "lite0@0", "lite0@wide")]
+    wrong += [({"victim": "pocket"}, "judged by encoders"), ({"tasks": ("vqa",)}, "judged by encoders")]
     for change, words in wrong:
         with pytest.raises(CodefendError, match=words):
             PhotographsConfig(**change)  # type: ignore[arg-type]
-    run = ["eval", "photographs", "--run", str(tmp_path / "a")]
-    assert main([*run, "--set", "defenses=nothing"]) == 2
-    assert main([*run, "--max-asr", "0.1"]) == 2
-    assert main([*run, "--victim", "pocket"]) == 2
-    assert "judged by encoders" in capsys.readouterr().err
+    mistakes = {"eps=0": "eps", "eot=0": "eot", "adaptive=bridge-large": "not among", "defenses=nothing": "nothing"}
+    for setting, words in mistakes.items():
+        code, _, err = run("eval", "photographs", "--run", tmp_path / "a", "--set", setting)
+        assert code == 2
+        assert words in err
     assert not (tmp_path / "a").exists()
+
+
+def test_an_unknown_encoder_or_folder_is_named_before_the_run_folder_is_made(tmp_path: Path) -> None:
+    with pytest.raises(CodefendError, match="unknown encoder 'vit'"):
+        evaluate(PhotographsConfig(encoders=("vit",), defenses=("none",), limit=1), tmp_path / "run")
+    with pytest.raises(CodefendError, match=r"holds no (pictures|images)"):
+        evaluate(PhotographsConfig(photographs=str(tmp_path / "none")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

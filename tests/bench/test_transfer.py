@@ -16,11 +16,13 @@ from torch import Tensor
 
 import toys
 from codefend.bench import DefenseChoice, EvalConfig, TransferConfig, evaluate
+from codefend.bench.defenses import evaluated_defense
+from codefend.bench.loaders import Loaders
 from codefend.bench.report import export_rows, print_summary, write_report
 from codefend.bench.report.plots import heat_map
 from codefend.bench.report.transfer import read_matrix
 from codefend.bench.results import CLEAN
-from codefend.bench.setup import Loaders, contender, open_bench
+from codefend.bench.setup import open_bench
 from codefend.bench.transfer import pairs
 from codefend.core import runs
 from codefend.core.runs import Row
@@ -247,9 +249,9 @@ def test_prompt_defenses_are_attacked_through_the_prompt(tmp_path: Path) -> None
 
 def test_a_straight_through_defense_keeps_its_prompt() -> None:
     picture = toys.scene(1)[0][None]
-    made = contender("rounded+prompt=twice", loaders(), picture)
+    made = evaluated_defense("rounded+prompt=twice", loaders(), picture)
     assert made.gradient == "straight-through"
-    assert made.adaptive.prompts(["a"]) == made.defense.prompts(["a"]) == ["a again"]
+    assert made.differentiable.prompts(["a"]) == made.defense.prompts(["a"]) == ["a again"]
     assert isinstance(toys.ToyVictim(), WhiteBox)
 
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from codefend.bench import evaluate
-from codefend.bench.photographs import PhotographsConfig
-from codefend.bench.setup import Loaders
+from codefend.bench import PhotographsConfig, evaluate
+from codefend.bench.loaders import Loaders
 from codefend.contrib.peers.training import PeerConfig
 from codefend.core.runs import open_run
 from codefend.training import train
@@ -50,7 +49,7 @@ VERBS: dict[str, Callable[[Path], object]] = {
 @pytest.fixture(autouse=True)
 def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("codefend.victims.load_white_box", load)
-    monkeypatch.setattr("codefend.bench.photographs.crops", load)
+    monkeypatch.setattr("codefend.tasks.photographs.load_all", load)
     monkeypatch.setattr("codefend.training.pocket.Pocket", load)
     monkeypatch.setattr("codefend.training.bridge.open_bank", load)
     monkeypatch.setattr("codefend.contrib.peers.training.Bank", load)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from codefend import purifiers
-from codefend.bench.craft import KnownSeed
-from codefend.bench.judge import Watched
+from codefend.bench.craft import KnownSeedPurifier
+from codefend.bench.judge import RecordingPurifier
 from codefend.core import devices
 from codefend.core.runs import make_generator
 from codefend.defense import Defense, StraightThrough
@@ -83,7 +83,7 @@ class Elsewhere:
         return torch.zeros(images.shape)
 
 
-WRAPPERS = [lambda p: p, StraightThrough, Watched, lambda p: KnownSeed(p, 0)]
+WRAPPERS = [lambda p: p, StraightThrough, RecordingPurifier, lambda p: KnownSeedPurifier(p, 0)]
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS, ids=["bare", "straight through", "watched", "known seed"])

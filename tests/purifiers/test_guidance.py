@@ -14,7 +14,7 @@ from torch import Tensor
 from codefend import purifiers
 from codefend.attacks.objectives import features_away
 from codefend.attacks.pgd import PGD
-from codefend.bench.adaptive import unsuspected
+from codefend.bench.adaptive import evasive_objective
 from codefend.encoders.efficientnet_lite import efficientnet_lite as encoders
 from codefend.purifiers import grid, guidance
 from codefend.purifiers.base import ImagePurifier
@@ -217,7 +217,7 @@ def test_an_attacker_who_evades_the_detector_evades_what_it_goes_by() -> None:
     for label in ("bridge-detail", "bridge-detail:guided=0.2"):
         purifier: ImagePurifier = purifiers.load(label)
         with torch.no_grad():
-            fines.append(unsuspected(nothing, purifier, attacked, 1.0, None)(attacked))
+            fines.append(evasive_objective(nothing, purifier, attacked, 1.0, None)(attacked))
         assert (purifier.guidance is None) == (label == "bridge-detail")  # a copy lost it
     assert float(fines[0].min()) > 0
     assert torch.equal(*fines)

@@ -1,4 +1,4 @@
-"""Adaptive means: what an attacker who sees the defense puts in place of its exact gradient, or adds to the goal."""
+"""Adaptive attacks: the defense as an attack differentiates it, and objectives that also evade its detector."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ import torch
 from torch import Generator, Tensor
 
 from codefend.attacks.objectives import evading
-from codefend.bench.config import AttackChoice
-from codefend.bench.setup import Bench, Contender
+from codefend.bench.config import AdaptiveOptions
+from codefend.bench.defenses import EvaluatedDefense
+from codefend.bench.setup import Bench
 from codefend.defense import Defense, StraightThrough
 from codefend.types import Objective, Purifier
 
 
-def seen_through(bench: Bench, contender: Contender, choice: AttackChoice) -> Defense:
-    """The defense as this attack differentiates it."""
-    defense = contender.adaptive
-    if choice.means.process:
-        defense = replace(defense, purifier=bench.shorter[contender.label, choice.means.process])
-    if choice.means.bpda and defense.purifier is not None and contender.gradient == "exact":
+def attacked_defense(bench: Bench, evaluated: EvaluatedDefense, options: AdaptiveOptions) -> Defense:
+    """The defense as an attack with these options differentiates it."""
+    defense = evaluated.differentiable
+    if options.process:
+        defense = replace(defense, purifier=bench.shorter[evaluated.label, options.process])
+    if options.bpda and defense.purifier is not None and evaluated.gradient == "exact":
         defense = replace(defense, purifier=StraightThrough(defense.purifier))
     return defense
 
 
-def makes_sense(bench: Bench, defense: str, choice: AttackChoice) -> bool:
-    """Whether the attack's means change anything about this defense."""
-    contender, means = bench.contenders[defense], choice.means
-    if contender.defense.purifier is None:
-        return not (means.bpda or means.process or means.evade)
-    if means.process and (defense, means.process) not in bench.shorter:
+def options_apply(bench: Bench, evaluated: EvaluatedDefense, options: AdaptiveOptions) -> bool:
+    """Whether the options change the attack on this defense."""
+    if evaluated.defense.purifier is None:
+        return options == AdaptiveOptions()
+    if options.process and (evaluated.label, options.process) not in bench.shorter:
         return False
-    return not means.bpda or contender.gradient == "exact"
+    return not options.bpda or evaluated.gradient == "exact"
 
 
 def _layers(purifier: Purifier) -> list[Any]:
     """The wrappers that fix its noise or its gradient, the outermost first, and the purifier itself."""
-    found: list[Any] = [purifier]
-    while hasattr(found[-1], "purifier"):
-        found.append(found[-1].purifier)
-    return found
+    layers: list[Any] = [purifier]
+    while hasattr(layers[-1], "purifier"):
+        layers.append(layers[-1].purifier)
+    return layers
 
 
 def unwrapped(purifier: Purifier) -> Any:
@@ -51,22 +51,22 @@ def unwrapped(purifier: Purifier) -> Any:
 
 
 def _unguided(purifier: Purifier) -> Purifier:
-    """The same in copies of its wrappers, without guidance: what a detector goes by is known before that."""
+    """The same in copies of its wrappers, without guidance, which comes after the detector."""
     layers = [copy(layer) for layer in _layers(purifier)]
     if getattr(layers[-1], "guidance", None) is None:
         return purifier
     layers[-1].guidance = None
     for outer, inner in pairwise(layers):
         outer.purifier = inner
-    found: Purifier = layers[0]
-    return found
+    unguided: Purifier = layers[0]
+    return unguided
 
 
-def suspicion(purifier: Purifier, images: Tensor, purified: Tensor) -> Tensor:
-    """How suspicious ``purifier`` finds each picture, ``[B]``, in units that an attacker can descend.
+def detection_score(purifier: Purifier, images: Tensor, purified: Tensor) -> Tensor:
+    """How suspicious ``purifier`` finds each image, ``[B]``, in units whose gradient doesn't fade.
 
-    The logit of a calibrated detector, else the root mean square of what was removed in 8-bit levels. ``purified`` is
-    what it makes of the pictures before guidance moves them and a gate lets them pass.
+    The logit of a calibrated detector, else the root mean square of the removed part in 8-bit levels. ``purified`` is
+    the purifier's output before guidance and gate.
     """
     detector = getattr(unwrapped(purifier), "detector", None)
     if detector is not None:
@@ -75,22 +75,22 @@ def suspicion(purifier: Purifier, images: Tensor, purified: Tensor) -> Tensor:
     return 255 * ((images - purified).square().flatten(1).mean(1) + 1e-12).sqrt()
 
 
-def unsuspected(
+def evasive_objective(
     objective: Objective, purifier: Purifier, clean: Tensor, weight: float, generator: Generator | None
 ) -> Objective:
-    """``objective`` with a fine on pictures more suspicious than the detector's threshold or, without one, than clean.
+    """``objective`` with a penalty on detection scores above the detector's threshold, else above the clean image's.
 
-    Costs another purification per look. Carlini & Wagner 2017 (arXiv 1705.07263): detectors fall to whoever aims at
-    them, too.
+    Each evaluation costs another purification. Carlini & Wagner 2017 (arXiv 1705.07263): attacks that aim at a detector
+    evade it.
     """
     defense = Defense(_unguided(purifier))
     detached = any(isinstance(layer, StraightThrough) for layer in _layers(purifier))
 
     def score(images: Tensor) -> Tensor:
         purified = defense.images(images, generator=generator)
-        # A backward pass as of the identity would cancel the residual's own gradient: nothing to descend would be left.
-        # A gate changes nothing here: it is wide open wherever there is a fine.
-        return suspicion(purifier, images, purified.detach() if detached else purified)
+        # An identity gradient of the purifier would cancel the residual's own: there would be nothing to descend.
+        # A gate changes nothing here: it is fully open wherever there is a penalty.
+        return detection_score(purifier, images, purified.detach() if detached else purified)
 
     detector = getattr(unwrapped(purifier), "detector", None)
     if detector is not None:

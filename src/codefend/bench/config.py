@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from codefend.attacks import EVERY_ATTACK, AttackSpec, TextAttackSpec
 from codefend.core.registry import lookup
-from codefend.core.settings import override
-from codefend.core.specs import literal, parse_spec, split_specs
+from codefend.core.settings import override, recorded
+from codefend.core.specs import literal, parse_encoders, parse_spec, split_specs
 from codefend.types import Budget, CodefendError
 
+# T0, oblivious: the attack goes through the bare victim. T1, transfer: through a surrogate defense. T2, adaptive white
+# box: through the defense itself. T2d: also with the seed of the defense's noise.
 Threat = Literal["T0", "T1", "T2", "T2d"]
-# T0 oblivious: the attack sees the bare victim. T1 transfer: it goes through a surrogate defense.
-# T2 white box: through the defense itself. T2d: and it knows the seed that the defense will draw its noise with.
+
+
+class Case(NamedTuple):
+    """A task by name, with its options, and the victim that is judged on it."""
+
+    task: str
+    victim: str
+    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -26,19 +35,19 @@ class EvalConfig:
     victim, behind ``surrogate`` if one is set, and judged on ``victim``, which may then be a black box. The defense
     ``none`` is the bare victim; all its rows are T0, as there is nothing to adapt to.
 
-    Attackers who adapt to a purifier, and how to ask for them:
+    Adaptive attacks, and their settings:
 
     - exact gradient through every network evaluation, fp32: ``threats=T2``; ``diffpure:checkpoint=true`` as the defense
       keeps the memory of one evaluation
     - expectation over its noise: ``eot=20``, or ``apgd:eot=20`` for one attack
-    - BPDA, exact forward and identity backward: ``attacks=apgd:bpda=true``; by itself where there is no gradient
+    - BPDA, exact forward and identity backward: ``attacks=apgd:bpda=true``; the default where there is no gradient
     - surrogate process with fewer evaluations: ``attacks=apgd:process=1``
-    - aware of the gate, staying under the purifier's detection score: ``attacks=apgd:evade=10``
+    - evasion of the purifier's detector: ``attacks=apgd:evade=10``
     - features through the purifier: ``attacks=feature,feature-target``
     - transfer from an independently trained copy: ``threats=T1 surrogate=FOLDER``
-    - the seed is known: ``threats=T2d``
+    - known seed: ``threats=T2d``
 
-    Options combine (``apgd:bpda=true,evade=10``); the worst case over attacks takes each example's worst.
+    Options combine (``apgd:bpda=true,evade=10``); the worst case over attacks takes each example's lowest score.
     """
 
     victim: str = "pocket"
@@ -54,30 +63,36 @@ class EvalConfig:
     threats: tuple[Threat, ...] = ("T0", "T2")
     surrogate: str = ""  # the defense that T1 goes through
     split: str = "test"
-    limit: int | None = None  # examples per task, the first ones; None: all
+    limit: int | None = None  # examples per task, see `sample`; None: all
     adaptive: tuple[str, ...] = ()  # the defenses attacked at T2 and T2d; empty: all
-    adaptive_limit: int | None = None  # examples per task at T2 and T2d, the first ones; None: as limit
+    adaptive_limit: int | None = None  # examples per task at T2 and T2d, the first of the task's; None: as limit
     batch: int = 16
     seed: int = 0
-    resubmissions: int = 1  # N: how often a randomized defense is asked about the same image
+    resubmissions: int = 1  # N: how often the same image is submitted to a randomized defense
     skip_wrong: bool = True  # T2, untargeted: leave out images whose clean answer already scores 0
-    panels: int = 3  # examples per task whose pictures are kept for the report, the first ones
+    panels: int = 3  # examples per task whose images are stored for the report, the first ones
     target: str = ""  # the sentence that targeted attacks force; empty: each task's own
-    seen: tuple[str, ...] = ()  # attacks that the defenses were trained on; the report sets them against the others
-    attacked: str = ""  # another run's folder: attacked images that were made there alike are checked and taken over
+    seen: tuple[str, ...] = ()  # attacks that the defenses were trained on; the report compares them with the others
+    attacked: str = ""  # another run's folder: attacked images made there with the same settings are checked and reused
+    # Fields from here on are saved only where they differ from their default, so that older runs can be resumed.
+    sample: Literal["first", "strata"] = "first"  # which examples: the first, or in proportion of kind and objects
 
     def __post_init__(self) -> None:
-        for name in (
-            "defenses",
-            "attacks",
-            "adaptive",
-            "seen",
-        ):  # `--set attacks=apgd:steps=9,restarts=2` arrives in pieces
+        for name in ("defenses", "attacks", "adaptive", "seen"):  # `attacks=apgd:steps=9,restarts=2` arrives in pieces
             object.__setattr__(self, name, split_specs(getattr(self, name)))
+
+    @property
+    def cases(self) -> dict[str, Case]:
+        """What is evaluated, by the label that rows have as their task."""
+        return {task: Case(task, self.victim, {}) for task in self.tasks}
 
     def radius(self, eps: float) -> float:
         """``eps`` of the list in pixel units."""
         return eps / 255 if self.norm == "linf" else eps
+
+    def recorded(self) -> dict[str, object]:
+        """The fields for the run's config.json."""
+        return recorded(self, later="sample")
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,56 @@ class TransferConfig(EvalConfig):
 
     crafters: tuple[str, ...] = ("pocket",)
     judges: tuple[str, ...] = ()
+
+    def recorded(self) -> dict[str, object]:
+        """The fields for the run's config.json."""
+        return {**super().recorded(), "crafters": self.crafters, "judges": self.judges}
+
+
+@dataclass(frozen=True)
+class PhotographsConfig(EvalConfig):
+    """Photographs judged by image encoders: ``encoders`` are the victims, each with a task of its own in the rows.
+
+    Every encoder is attacked on its own features. ``lite1@320`` sees each crop resized to 320 pixels, as models do
+    whose preprocessing resizes. ``photographs`` is a folder of other photographs than the held-out ones.
+    """
+
+    victim: str = "encoders"
+    tasks: tuple[str, ...] = ("photographs",)
+    # DiffPure at its best t on the pocket's tasks (LOG.md), and quicker.
+    defenses: tuple[str, ...] = ("none", "jpeg", "diffpure:t=0.03", "diffpure:t=0.05,steps=5", "bridge")
+    attacks: tuple[str, ...] = ("feature",)
+    steps: int = 20
+    limit: int | None = 32
+    threats: tuple[Threat, ...] = ("T0",)
+    batch: int = 8
+    encoders: tuple[str, ...] = ("lite0", "lite2", "lite1")
+    side: int = 224  # of a crop, in pixels
+    photographs: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.victim != "encoders" or self.tasks != ("photographs",):
+            raise CodefendError("photographs are judged by encoders: set encoders=lite1, and neither victim nor tasks")
+        if not self.encoders:
+            raise CodefendError("encoders is empty; name at least one")
+        for label in self.encoders:
+            parse_encoders(label)
+        if self.side % 32 or self.side < 32:
+            raise CodefendError(f"side must be a multiple of 32, got {self.side}")
+        if self.adaptive and "T2" not in self.threats:  # naming defenses to attack adaptively asks for T2
+            object.__setattr__(self, "threats", (*self.threats, "T2"))
+
+    @property
+    def cases(self) -> dict[str, Case]:
+        """A case for each encoder."""
+        options = {"side": self.side, "folder": self.photographs, "seed": self.seed}
+        return {f"photographs {label}": Case("photographs", f"encoder:{label}", options) for label in self.encoders}
+
+    def recorded(self) -> dict[str, object]:
+        """The fields for the run's config.json."""
+        own = {"encoders": self.encoders, "side": self.side, "photographs": self.photographs}
+        return {**super().recorded(), **own}
 
 
 @dataclass(frozen=True)
@@ -114,12 +179,15 @@ class DefenseChoice:
 
 
 @dataclass(frozen=True)
-class Means:
-    """How an attack looks through a defense (T2, T2d) when it doesn't just follow the exact gradient."""
+class AdaptiveOptions:
+    """How an attack goes through a defense (T2, T2d), other than along the exact gradient."""
 
-    bpda: bool = False  # exact forward, identity backward (Athalye et al. 2018), also where a gradient could be had
+    bpda: bool = False  # exact forward, identity backward (Athalye et al. 2018), also where there is a gradient
     process: int = 0  # purifier evaluations that the attack goes through, fewer than the defense's (Lee & Kim 2023)
-    evade: float = 0.0  # weight of the purifier's detection score above its threshold, or above the clean picture's
+    evade: float = 0.0  # weight of the purifier's detection score above its threshold, or above the clean image's
+
+
+ADAPTIVE: tuple[str, ...] = ("bpda", "process", "evade")
 
 
 @dataclass(frozen=True)
@@ -131,7 +199,7 @@ class AttackChoice:
     options: dict[str, str]  # fields of the attack, as text
     steps: int
     eot: int
-    means: Means = Means()
+    adaptive: AdaptiveOptions = AdaptiveOptions()
 
     @classmethod
     def parse(cls, text: str, config: EvalConfig) -> AttackChoice:
@@ -141,10 +209,10 @@ class AttackChoice:
         spec = lookup("attack", name, EVERY_ATTACK)
         if hasattr(_built(spec), "restarts"):
             options = {"restarts": str(config.restarts), **options}
-        means = override(Means(), {key: options.pop(key) for key in ("bpda", "process", "evade") if key in options})
+        adaptive = {key: options.pop(key) for key in ADAPTIVE if key in options}
         steps = _whole(options.pop("steps", str(config.steps or spec.steps)), f"{name}:steps")
         eot = _whole(options.pop("eot", str(config.eot)), f"{name}:eot")
-        choice = cls(text, spec, options, steps, eot, means)
+        choice = cls(text, spec, options, steps, eot, override(AdaptiveOptions(), adaptive))
         choice.build()  # a wrong option fails now, not hours later
         return choice
 
@@ -153,10 +221,21 @@ class AttackChoice:
         attack = _built(self.spec, say)
         return override(attack, self.options) if self.options else attack
 
+    def describe(self) -> dict[str, Any]:
+        """The attack's entry in ``bench.json``."""
+        spec = self.spec
+        return {
+            "steps": self.steps,
+            "summary": spec.summary,
+            "source": spec.source,
+            "threat": spec.threat,
+            "goal": spec.goal,
+        }
+
     def budget(self, config: EvalConfig, eps: float, *, randomized: bool) -> Budget:
         """The budget at ``eps`` of the config's list; samples are averaged only where they differ.
 
-        An attack with a bound of its own has ``eps`` 0 in the rows, and looks at no budget's.
+        An attack with a bound of its own has ``eps`` 0 in the rows, and ignores the budget's.
         """
         return Budget(config.norm, config.radius(eps or config.eps[0]), self.steps, self.eot if randomized else 1)
 

@@ -1,4 +1,4 @@
-"""Answers and scores: the defended victim looks at a batch of finished images, and each answer becomes a row."""
+"""Answers and scores: a batch of finished images is submitted to the defended victim, and each answer becomes a row."""
 
 from __future__ import annotations
 
@@ -14,23 +14,15 @@ import torch
 from torch import Generator, Tensor
 
 from codefend.attacks import NEEDS_SENTENCE
-from codefend.bench.adaptive import suspicion, unwrapped
-from codefend.bench.craft import (
-    Cell,
-    Crafted,
-    KnownSeed,
-    as_asked,
-    clean_images,
-    evaluate_objective,
-    judge_names,
-    make_objective,
-    origin,
-    place,
-)
-from codefend.bench.results import BARE, CLEAN, eps_label
+from codefend.bench.adaptive import detection_score, unwrapped
+from codefend.bench.attacking import clean_images, evaluate_objective
+from codefend.bench.cells import Cell, cell_folder, noise_names, row_key, source_cell
+from codefend.bench.craft import AttackedBatch, adaptive_objective, attack_goal, with_known_seed, with_prompts
+from codefend.bench.results import BARE, CLEAN
 from codefend.bench.setup import Bench
-from codefend.core import images as pictures
+from codefend.bench.tasks import EvaluatedTask
 from codefend.core.devices import default_device
+from codefend.core.images import quantize8, save
 from codefend.core.runs import Row, make_generator
 from codefend.defense import DefendedVictim, Defense
 from codefend.tasks.answers import normalize_answer
@@ -40,72 +32,151 @@ from codefend.types import Example, Purifier
 
 
 @dataclass
-class Watched:
-    """A purifier that remembers its last result and the seconds it took."""
+class RecordingPurifier:
+    """A purifier that keeps its outputs and the seconds it took; ``rounded`` returns them with 8 bits, as files have."""
 
     purifier: Purifier
+    rounded: bool = False
     seconds: float = 0.0
-    last: Tensor = field(default_factory=lambda: torch.empty(0))
+    outputs: list[Tensor] = field(default_factory=list)
 
     def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         start = time.perf_counter()
-        self.last = self.purifier(images, generator=generator)
+        purified = self.purifier(images, generator=generator)
         self.seconds += time.perf_counter() - start
-        return self.last
+        self.outputs.append(purified)
+        return quantize8(purified) if self.rounded else purified
 
 
 @dataclass(frozen=True)
 class Submissions:
-    """Answers ``[N][B]`` to the same images submitted N times, what the victim saw first, and seconds per image."""
+    """N submissions of the same images: answers ``[N][B]``, N times ``[B, 3, H, W]`` purified, seconds per image."""
 
     answers: list[list[str]]
-    purified: Tensor
+    purified: list[Tensor]  # what the victim gets
+    detection: Sequence[float | None]  # `detection_score` at the first submission; None without a purifier
     purify_seconds: float
     generate_seconds: float
     seed: int
 
 
-def row_key(cell: Cell, label: str, example_id: str) -> str:
-    """What tells a row from all others of its run."""
-    return " | ".join((cell.task, cell.defense, cell.threat, cell.attack, label, example_id))
+def clean_rows(bench: Bench, folder: Path, cell: Cell, batch: int, indices: Sequence[int]) -> list[Row]:
+    """Rows of one batch without attack."""
+    examples = bench.tasks[cell.task].examples(indices)
+    images = clean_images(examples)
+    submissions = submit(bench, cell, batch, images, examples)
+    rows = common_columns(bench, cell, batch, submissions, images, examples)
+    for i, row in enumerate(rows):
+        row |= {"goal": CLEAN, "success": {}, "success_any": {}, "seconds": 0.0}
+        panel = {"clean": images[i], "purified": submissions.purified[0][i]}
+        row["pictures"] = _save_panel(bench, folder, cell, indices[i], panel)
+    return rows
+
+
+def attacked_rows(
+    bench: Bench,
+    folder: Path,
+    cell: Cell,
+    batch: int,
+    indices: Sequence[int],
+    attacked: AttackedBatch,
+    clean: list[Row],
+) -> list[Row]:
+    """Rows of one batch under attack. ``clean`` are the same defense's clean rows of the same examples."""
+    images, notes = attacked.images, attacked.notes
+    examples = bench.tasks[cell.task].examples(indices)
+    examples = with_prompts(examples, [note.get("asked", e.prompt) for note, e in zip(notes, examples, strict=True)])
+    submissions = submit(bench, cell, batch, images, examples)
+    rows = common_columns(bench, cell, batch, submissions, images, examples)
+    successes = success_columns(bench, cell, submissions, examples, clean)
+    objectives = defended_objective(bench, cell, batch, examples, attacked)
+    attack = _attack_columns(bench, cell)
+    for i, (row, note) in enumerate(zip(rows, notes, strict=True)):
+        row |= note | attack | successes[i]
+        row |= {"clean_answer": clean[i]["answer"], "clean_scores": clean[i]["scores"]}
+        row["objective"] = {**note.get("objective", {}), "defended": objectives[i]}
+        panel = {"attacked": images[i], "purified": submissions.purified[0][i]}
+        row["pictures"] = _save_panel(bench, folder, cell, indices[i], panel)
+    return rows
 
 
 def submit(bench: Bench, cell: Cell, batch: int, images: Tensor, examples: Sequence[Example]) -> Submissions:
-    """Ask the defended victim about ``images``: N times where it is randomized, with fresh noise each time."""
-    names, randomized = judge_names(cell, batch), bench.contenders[cell.defense].randomized
+    """Submit ``images`` to the defended victim: N times if it is randomized, with fresh noise each time."""
+    evaluated, randomized = bench.tasks[cell.task], bench.defenses[cell.defense].randomized
     times = bench.config.resubmissions if randomized and cell.threat != "T2d" else 1
-    defense, watched = judged_defense(bench, cell, batch), None
+    names, prompts = noise_names(cell, batch), [example.prompt for example in examples]
+    defense, recorder = judged_defense(bench, cell, batch), None
     if defense.purifier is not None:
-        watched = Watched(defense.purifier)
-        defense = Defense(watched, defense.policy, defense.name)
-    prompts, answers, purified, seed = [e.prompt for e in examples], [], images, 0
-    start = time.perf_counter()
-    for turn in range(times):
-        generator = make_generator(bench.config.seed, *names, turn)
-        answers.append(DefendedVictim(bench.victim, defense, generator=generator).generate(images, prompts))
-        if turn == 0:
-            purified = images if watched is None else watched.last.to(images.device)
-            seed = generator.initial_seed()
-    total, purify = time.perf_counter() - start, 0.0 if watched is None else watched.seconds
-    share = len(images) * times
-    return Submissions(answers, purified, purify / share, (total - purify) / share, seed)
+        recorder = RecordingPurifier(defense.purifier, rounded=evaluated.by_agreement)
+        defense = Defense(recorder, defense.policy, defense.name)
+    draws = [make_generator(bench.config.seed, *names, turn) for turn in range(times)]
+    seed, start = draws[0].initial_seed(), time.perf_counter()
+    answers = [DefendedVictim(evaluated.victim, defense, generator=d).generate(images, prompts) for d in draws]
+    total, purify = time.perf_counter() - start, 0.0 if recorder is None else recorder.seconds
+    count, purified, detection = len(images) * times, [images], [None] * len(images)
+    if recorder is not None:
+        outputs = [output.to(images.device) for output in recorder.outputs]
+        detection = first_detection(recorder.purifier, images, outputs[0], seed).tolist()
+        purified = [quantize8(output) for output in outputs] if recorder.rounded else outputs
+    return Submissions(answers, purified, detection, purify / count, (total - purify) / count, seed)
 
 
 def judged_defense(bench: Bench, cell: Cell, batch: int) -> Defense:
-    """The defense that answers in ``cell``; at T2d it draws the noise that the attacker knows."""
-    defense = bench.contenders[cell.defense].defense
-    if cell.threat != "T2d" or defense.purifier is None:
-        return defense
-    known = KnownSeed(defense.purifier, bench.config.seed, *judge_names(cell, batch), 0)
-    return Defense(known, defense.policy, defense.name)
+    """The defense that answers in ``cell``; at T2d with the noise that the attacker knows."""
+    defense = bench.defenses[cell.defense].defense
+    return with_known_seed(bench, cell, batch, defense) if cell.threat == "T2d" else defense
 
 
-def score_all(bench: Bench, task: str, answers: list[list[str]], examples: Sequence[Example]) -> list[Row]:
-    """Per example: scores of the first answer, and over N answers their mean, their worst, and of the majority's."""
-    known = bench.tasks[task]
-    each = [known.score(turn, examples) for turn in answers]
-    votes = each[0] if len(answers) == 1 else known.score(_majority(answers), examples)
-    stacked = {name: torch.stack([found[name] for found in each]).double() for name in each[0]}
+def common_columns(
+    bench: Bench, cell: Cell, batch: int, submissions: Submissions, images: Tensor, examples: Sequence[Example]
+) -> list[Row]:
+    """The columns that clean and attacked rows share."""
+    clean, evaluated, config = clean_images(examples), bench.tasks[cell.task], bench.config
+    scores = score_columns(evaluated, submissions, examples)
+    restored = psnr(submissions.purified[0], clean).tolist()
+    return [
+        {
+            "key": row_key(config, cell, example.id),
+            "task": cell.task,
+            "defense": cell.defense,
+            "threat": cell.threat,
+            "attack": cell.attack,
+            "eps": config.radius(cell.eps),
+            "norm": config.norm,
+            "example": example.id,
+            "image": _fingerprint(clean[i]),
+            "batch": batch,
+            "victim": evaluated.victim.name,
+            "crafted_on": evaluated.crafter.name,
+            "kind": example.kind,
+            "prompt": example.prompt,
+            "references": list(example.references),
+            "answer": submissions.answers[0][i],
+            "answers": [turn[i] for turn in submissions.answers] if len(submissions.answers) > 1 else None,
+            "resubmissions": len(submissions.answers),
+            "headline": evaluated.headline,
+            **scores[i],
+            "randomized": bench.defenses[cell.defense].randomized,
+            "purified_psnr": restored[i],  # of the victim's input against the clean image
+            "suspicion": submissions.detection[i],
+            "judge_seed": submissions.seed,
+            "purify_seconds": submissions.purify_seconds,
+            "generate_seconds": submissions.generate_seconds,
+        }
+        for i, example in enumerate(examples)
+    ]
+
+
+def score_columns(evaluated: EvaluatedTask, submissions: Submissions, examples: Sequence[Example]) -> list[Row]:
+    """Per example: scores of the first answer, and over N answers their mean, their lowest, and of the majority's."""
+    turns = [
+        evaluated.score(answers, examples) | evaluated.score_images(images, examples)
+        for answers, images in zip(submissions.answers, submissions.purified, strict=True)
+    ]
+    votes = turns[0]  # metrics of images have no majority
+    if len(turns) > 1:
+        votes = votes | evaluated.score(_majority(submissions.answers), examples)
+    stacked = {name: torch.stack([turn[name] for turn in turns]).double() for name in turns[0]}
     return [
         {
             "scores": {name: values[0, i].item() for name, values in stacked.items()},
@@ -119,177 +190,99 @@ def score_all(bench: Bench, task: str, answers: list[list[str]], examples: Seque
 
 def _majority(answers: list[list[str]]) -> list[str]:
     """The most frequent answer of each example, the first of equals."""
-    chosen = []
+    majority = []
     for turns in zip(*answers, strict=True):
         counts = Counter(normalize_answer(answer) for answer in turns)
         top = max(counts.values())
-        chosen.append(next(answer for answer in turns if counts[normalize_answer(answer)] == top))
-    return chosen
+        majority.append(next(answer for answer in turns if counts[normalize_answer(answer)] == top))
+    return majority
 
 
-def successes(bench: Bench, cell: Cell, submissions: Submissions, examples: Sequence[Example], clean: list[Row]) -> Row:
-    """Columns ``success`` (first submission) and ``success_any`` (any of N), each a list with one entry per example."""
-    known, choice = bench.tasks[cell.task], bench.attacks[cell.attack]
-    before = torch.tensor([_number(row["scores"][known.judge]) for row in clean])
-    metric = known.metrics[known.judge]
-    found = {"untargeted": [known.broken(before, metric(turn, examples).to(before)) for turn in submissions.answers]}
-    if choice.spec.goal in NEEDS_SENTENCE:
-        reached = targeted_success(known.task.target, [row["answer"] for row in clean])
-        found["targeted"] = [reached(turn, examples) for turn in submissions.answers]
-    first = {kind: values[0].tolist() for kind, values in found.items()}
-    most = {kind: torch.stack(values).amax(0).tolist() for kind, values in found.items()}
-    return {"success": _transposed(first, len(examples)), "success_any": _transposed(most, len(examples))}
+def success_columns(
+    bench: Bench, cell: Cell, submissions: Submissions, examples: Sequence[Example], clean: list[Row]
+) -> list[Row]:
+    """Per example ``success`` (of the first submission) and ``success_any`` (of any): 1, 0 or None, by kind."""
+    evaluated, goal = bench.tasks[cell.task], bench.attacks[cell.attack].spec.goal
+    before = torch.tensor([_number(row["scores"][evaluated.judge]) for row in clean])
+    metric = evaluated.metrics[evaluated.judge]
+    turns = [evaluated.untargeted_success(before, metric(t, examples).to(before)) for t in submissions.answers]
+    kinds = {"untargeted": torch.stack(turns)}
+    if goal in NEEDS_SENTENCE:
+        reached = targeted_success(evaluated.task.target, [row["answer"] for row in clean])
+        kinds["targeted"] = torch.stack([reached(turn, examples) for turn in submissions.answers])
+    return [
+        {
+            "success": {kind: _flag(values[0, i]) for kind, values in kinds.items()},
+            "success_any": {kind: _flag(values[:, i].amax()) for kind, values in kinds.items()},
+        }
+        for i in range(len(examples))
+    ]
 
 
-def _transposed(columns: dict[str, list[float]], count: int) -> list[Row]:
-    return [{kind: _whole(values[i]) for kind, values in columns.items()} for i in range(count)]
-
-
-def _whole(value: float) -> int | None:
-    return None if value != value else int(value)
+def _flag(value: Tensor) -> int | None:
+    return None if value.isnan() else int(value)
 
 
 def _number(value: Any) -> float:
     return float("nan") if value is None else float(value)
 
 
-def common_columns(
-    bench: Bench, cell: Cell, batch: int, found: Submissions, images: Tensor, examples: Sequence[Example]
-) -> list[Row]:
-    """What clean and attacked rows share."""
-    known, contender = bench.tasks[cell.task], bench.contenders[cell.defense]
-    clean = clean_images(examples)
-    scored = score_all(bench, cell.task, found.answers, examples)
-    restored = psnr(found.purified, clean).tolist()
-    purifier = contender.defense.purifier
-    doubted = [None] * len(examples) if purifier is None else _doubts(purifier, images, found).tolist()
-    return [
-        {
-            **_place_columns(bench, cell, batch, example, clean[i]),
-            "answer": found.answers[0][i],
-            "answers": [turn[i] for turn in found.answers] if len(found.answers) > 1 else None,
-            "resubmissions": len(found.answers),
-            "headline": known.task.headline,
-            **scored[i],
-            "randomized": contender.randomized,
-            "purified_psnr": restored[i],  # of what the victim saw, against the clean picture
-            "suspicion": doubted[i],  # the purifier's detection score before the sigmoid, or levels removed
-            "judge_seed": found.seed,
-            "purify_seconds": found.purify_seconds,
-            "generate_seconds": found.generate_seconds,
-        }
-        for i, example in enumerate(examples)
-    ]
-
-
 @torch.no_grad()
-def _doubts(purifier: Purifier, images: Tensor, found: Submissions) -> Tensor:
-    """`suspicion` at the first submission, ``[B]``; of what the network made, before gate and guidance, as it drew."""
+def first_detection(purifier: Purifier, images: Tensor, purified: Tensor, seed: int) -> Tensor:
+    """`detection_score` ``[B]`` of the purifier's output before gate and guidance, drawn from ``seed`` once more."""
     inner = unwrapped(purifier)
-    if not getattr(inner, "gate", False) and getattr(inner, "guidance", None) is None:
-        return suspicion(purifier, images, found.purified)
-    draw = torch.Generator().manual_seed(found.seed)
-    transformed = inner.transformed(images.to(default_device()), generator=draw).to(images.device)
-    return suspicion(purifier, images, transformed)
-
-
-def _place_columns(bench: Bench, cell: Cell, batch: int, example: Example, clean: Tensor) -> Row:
-    """Which figure the row belongs to, and what was asked about which picture."""
-    eps, norm = bench.config.radius(cell.eps), bench.config.norm
-    return {
-        "key": row_key(cell, eps_label(eps, norm), example.id),
-        "task": cell.task,
-        "defense": cell.defense,
-        "threat": cell.threat,
-        "attack": cell.attack,
-        "eps": eps,
-        "norm": norm,
-        "example": example.id,
-        "image": _fingerprint(clean),
-        "batch": batch,
-        "victim": bench.victim.name,
-        "crafted_on": bench.crafter.name,
-        "kind": example.kind,
-        "prompt": example.prompt,
-        "references": list(example.references),
-    }
-
-
-def clean_rows(bench: Bench, folder: Path, cell: Cell, batch: int, indices: Sequence[int]) -> list[Row]:
-    """Rows of one batch that nobody attacked."""
-    examples = bench.tasks[cell.task].examples(indices)
-    images = clean_images(examples)
-    found = submit(bench, cell, batch, images, examples)
-    rows = common_columns(bench, cell, batch, found, images, examples)
-    for i, row in enumerate(rows):
-        row |= {"goal": CLEAN, "success": {}, "success_any": {}, "seconds": 0.0}
-        row["pictures"] = _keep(bench, folder, cell, indices[i], {"clean": images[i], "purified": found.purified[i]})
-    return rows
-
-
-def attacked_rows(
-    bench: Bench, folder: Path, cell: Cell, batch: int, indices: Sequence[int], crafted: Crafted, clean: list[Row]
-) -> list[Row]:
-    """Rows of one batch under attack. ``clean`` are the same defense's clean rows of the same examples."""
-    examples = as_asked(bench.tasks[cell.task].examples(indices), crafted.notes)
-    images, spec = crafted.images, bench.attacks[cell.attack].spec
-    found = submit(bench, cell, batch, images, examples)
-    rows = common_columns(bench, cell, batch, found, images, examples)
-    success = successes(bench, cell, found, examples, clean)
-    defended = defended_objective(bench, cell, batch, examples, images, crafted.notes)
-    for i, (row, note) in enumerate(zip(rows, crafted.notes, strict=True)):
-        row |= note
-        row |= {
-            "goal": spec.goal,
-            "access": spec.threat,
-            "target": bench.tasks[cell.task].task.target if spec.goal in NEEDS_SENTENCE else None,
-            "clean_answer": clean[i]["answer"],
-            "clean_scores": clean[i]["scores"],
-            "success": success["success"][i],
-            "success_any": success["success_any"][i],
-            "objective": {**note.get("objective", {}), "defended": defended[i]},
-            "gradient_kind": _gradient_kind(bench, cell, spec.threat),
-        }
-        shown = {"attacked": images[i], "purified": found.purified[i]}
-        row["pictures"] = _keep(bench, folder, cell, indices[i], shown)
-    return rows
+    if getattr(inner, "gate", False) or getattr(inner, "guidance", None) is not None:
+        draw = torch.Generator().manual_seed(seed)
+        purified = inner.transformed(images.to(default_device()), generator=draw).to(images.device)
+    return detection_score(purifier, images, purified)
 
 
 def defended_objective(
-    bench: Bench, cell: Cell, batch: int, examples: Sequence[Example], images: Tensor, notes: Sequence[Row]
-) -> list[float | None]:
-    """The attack's objective on the finished images, seen through the judged defense; None where that is elsewhere."""
+    bench: Bench, cell: Cell, batch: int, examples: Sequence[Example], attacked: AttackedBatch
+) -> Sequence[float | None]:
+    """The attack's objective on the finished images through the judged defense; None for images of another victim."""
     if bench.config.craft_victim:
         return [None] * len(examples)
     if cell.defense == BARE:
-        return [_number(note["objective"]["bare"]) for note in notes]
+        return [_number(note["objective"]["bare"]) for note in attacked.notes]
     generator = make_generator(bench.config.seed, "objective", *cell, batch)
-    victim = DefendedVictim(bench.victim, judged_defense(bench, cell, batch), generator=generator)
-    return [*evaluate_objective(make_objective(bench, cell, victim, examples, clean_images(examples)), images)]
+    defense = judged_defense(bench, cell, batch)
+    victim = DefendedVictim(bench.tasks[cell.task].victim, defense, generator=generator)
+    goal = attack_goal(bench, cell, examples)
+    return evaluate_objective(adaptive_objective(bench, goal, cell, victim), attacked.images)
 
 
-def _gradient_kind(bench: Bench, cell: Cell, access: str) -> str:
-    if access != "white-box":
-        return "none"
-    source = origin(bench, cell)
+def _attack_columns(bench: Bench, cell: Cell) -> Row:
+    """What all rows of one attack share."""
+    spec = bench.attacks[cell.attack].spec
+    return {
+        "goal": spec.goal,
+        "access": spec.threat,
+        "target": bench.tasks[cell.task].task.target if spec.goal in NEEDS_SENTENCE else None,
+        "gradient_kind": _gradient_kind(bench, cell) if spec.threat == "white-box" else "none",
+    }
+
+
+def _gradient_kind(bench: Bench, cell: Cell) -> str:
+    source = source_cell(bench.config, cell)
     if source.threat == "T0":
         return "exact"
-    through = bench.surrogate if source.threat == "T1" else bench.contenders[source.defense]
+    through = bench.surrogate if source.threat == "T1" else bench.defenses[source.defense]
     return "exact" if through is None or through.gradient == "none needed" else through.gradient
 
 
-def _keep(bench: Bench, folder: Path, cell: Cell, index: int, shown: dict[str, Tensor]) -> Row | None:
-    """Write the pictures of the first examples as PNG; their paths inside the run folder."""
+def _save_panel(bench: Bench, folder: Path, cell: Cell, index: int, images: dict[str, Tensor]) -> Row | None:
+    """Write the images of the first examples as PNG; their paths inside the run folder."""
     if index >= bench.config.panels:
         return None
     names = {}
-    for name, image in shown.items():
-        path = Path("panels") / place(bench, cell) / f"{index}-{name}.png"
-        pictures.save(folder / path, image)
+    for name, image in images.items():
+        path = Path("panels") / cell_folder(bench.config, cell) / f"{index}-{name}.png"
+        save(folder / path, image)
         names[name] = path.as_posix()
     return names
 
 
 def _fingerprint(image: Tensor) -> str:
-    """Which picture an example shows: questions on one picture share it."""
+    """Identifies the image of an example: several questions may share it."""
     return hashlib.sha256((image * 255).round().to(torch.uint8).cpu().numpy().tobytes()).hexdigest()[:12]

@@ -1,7 +1,7 @@
 """The transfer matrix: attacks made on each of several victims, judged on all of them and on black boxes.
 
-Each pair is a run of its own in a folder of the matrix, so that it resumes, is checked and can be reported like any
-other. The images of one crafter are made once: pairs take them over as ``reuse`` does, checked.
+Each pair is a run of its own in a folder of the matrix: it resumes, is checked and can be reported like any other. The
+images of one crafter are made once: its other pairs reuse them, verified.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 
+from codefend.bench.cells import slug
 from codefend.bench.config import EvalConfig, TransferConfig, check
-from codefend.bench.craft import slug
-from codefend.bench.loop import run_grid
-from codefend.bench.setup import Loaders
+from codefend.bench.grid import run_grid
+from codefend.bench.loaders import Loaders
 from codefend.core.runs import Row, open_run
 from codefend.types import CodefendError
 
 
 def pairs(config: TransferConfig) -> Iterator[tuple[str, EvalConfig]]:
-    """Folder and config of every pair; each crafter's own run comes before those that take its images over."""
-    plain = {field.name: getattr(config, field.name) for field in fields(EvalConfig)}
+    """Folder and config of every pair; each crafter's own run comes before those that reuse its images."""
+    shared = {field.name: getattr(config, field.name) for field in fields(EvalConfig)}
     for crafter in config.crafters:
         for judge in dict.fromkeys((crafter, *config.crafters, *config.judges)):
             own = judge == crafter
-            made = EvalConfig(**plain | {"victim": judge, "craft_victim": "" if own else crafter, "threats": ("T0",)})
-            yield pair_folder(crafter, judge), made
+            changes = {"victim": judge, "craft_victim": "" if own else crafter, "threats": ("T0",)}
+            yield pair_folder(crafter, judge), EvalConfig(**shared | changes)
 
 
 def pair_folder(crafter: str, judge: str) -> str:
-    """The folder, inside the matrix's, of what was made on one victim and judged on another."""
+    """The folder, inside the matrix's, of attacks made on one victim and judged on another."""
     return f"{slug(crafter)}--{slug(judge)}"
 
 
 def check_matrix(config: TransferConfig) -> None:
-    """Raise CodefendError for a matrix that says nothing, or for settings that only a single run has."""
+    """Raise CodefendError for a matrix of one victim, or for settings that only a single run has."""
     victims = [*config.crafters, *config.judges]
     if not config.crafters:
         raise CodefendError("crafters is empty; name the victims that attacks are made on")
@@ -56,7 +56,7 @@ def run_matrix(config: TransferConfig, run_dir: str | Path, loaders: Loaders | N
     loaders = loaders or Loaders()
     loaders = replace(loaders, victim=cache(loaders.victim))  # loading one takes seconds
     folder, rows = Path(run_dir), []
-    with open_run(folder, config):
+    with open_run(folder, config.recorded()):
         for name, single in pairs(config):
             crafter = single.craft_victim
             donor = folder / pair_folder(crafter, crafter) if crafter else None

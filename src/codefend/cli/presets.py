@@ -198,7 +198,7 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "photographs",
             "held-out photographs under ImageNet encoders, seen and unseen: features, classes, dB; minutes",
-            _config("codefend.bench.photographs", "PhotographsConfig"),
+            _config("codefend.bench", "PhotographsConfig"),
         ),
         Preset(
             "standard",

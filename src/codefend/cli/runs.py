@@ -15,8 +15,6 @@ from codefend.types import CodefendError
 
 app = typer.Typer()
 
-PHOTOGRAPHS = "photographs"  # the preset whose rows aren't answers
-
 RunFolder = Annotated[Path, typer.Option("--run", help="Run folder; the same command goes on with it.")]
 Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of the preset.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the config and stop.")]
@@ -130,9 +128,7 @@ def eval_(
     from codefend.bench import EvalConfig, evaluate
 
     changes = [*([f"limit={limit}"] if limit else []), *([f"victim={victim}"] if victim else [])]
-    config = _config(preset, [*settings, *changes], None if preset == PHOTOGRAPHS else EvalConfig)
-    if max_asr is not None and preset == PHOTOGRAPHS:
-        raise CodefendError("--max-asr is for one victim, and photographs are judged by encoders")
+    config = _config(preset, [*settings, *changes], EvalConfig)
     if max_asr is not None and hasattr(config, "crafters"):
         raise CodefendError("--max-asr is for one victim; a transfer matrix has several")
     if _shown(config, dry_run):
@@ -177,9 +173,6 @@ def report(
 
     from codefend.bench import report as reports
 
-    if (run / f"{PHOTOGRAPHS}.md").is_file():  # rows of their own kind, with their table made
-        print((run / f"{PHOTOGRAPHS}.md").read_text(encoding="utf-8"), end="")
-        return
     reports.print_summary(run, Console())
     print(reports.write_report(run, out))
     if rows is not None:

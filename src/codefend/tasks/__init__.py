@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from codefend.core.registry import lookup
 from codefend.types import CodefendError
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A line of ``codefend list tasks`` and the function that loads the task: ``build(split, limit)``."""
+    """A line of ``codefend list tasks`` and the function that loads the task: ``build(split, limit, **options)``."""
 
     name: str
     summary: str
-    build: Callable[[str, int | None], Task]
+    build: Callable[..., Task]
 
 
 def _scenes(kind: str, style_split: str) -> Callable[[str, int | None], Task]:
@@ -44,6 +44,12 @@ def _easyvqa(split: str, limit: int | None) -> Task:
     return load_easyvqa(split, limit=limit)
 
 
+def _photographs(split: str, limit: int | None, **options: Any) -> Task:
+    from codefend.tasks.photographs import load_photographs
+
+    return load_photographs(split, limit, **options)
+
+
 TASKS: dict[str, TaskSpec] = {
     spec.name: spec
     for spec in (
@@ -54,15 +60,18 @@ TASKS: dict[str, TaskSpec] = {
         TaskSpec("caption-shift", "captioning in a second drawing style (256 images)", _scenes("caption", "shift")),
         TaskSpec("vqa-shift", "questions in a second drawing style", _scenes("vqa", "shift")),
         TaskSpec("easy-vqa", "coloured shapes, made by others (Zhou 2019; the easy-vqa package)", _easyvqa),
+        TaskSpec(
+            "photographs", "crops of held-out photographs: how far features and answers are restored", _photographs
+        ),
     )
 }
 
 
-def load(name: str, *, split: str = "test", limit: int | None = None) -> Task:
+def load(name: str, *, split: str = "test", limit: int | None = None, **options: Any) -> Task:
     """The task ``name``. ``split`` is "test" (frozen, shipped), or "val"/"train" where the task has them.
 
-    Raises CodefendError for an unknown name (the nearest are named), an unknown split, or a limit below 1.
+    ``options`` are the task's own, such as ``side`` and ``folder`` of photographs. Raises CodefendError for an unknown name (the nearest are named), an unknown split, or a limit below 1.
     """
     if limit is not None and limit < 1:
         raise CodefendError(f"limit must be 1 or more, not {limit}")
-    return lookup("task", name, TASKS).build(split, limit)
+    return lookup("task", name, TASKS).build(split, limit, **options)

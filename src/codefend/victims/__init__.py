@@ -42,6 +42,12 @@ def _hf(name: str) -> WhiteBox:
     return hf.load(name)
 
 
+def _encoder(name: str) -> Victim:
+    from codefend.victims.encoder import load_encoder
+
+    return load_encoder(name)
+
+
 VICTIMS: dict[str, VictimSpec] = {
     "pocket": VictimSpec(
         "pocket",
@@ -58,12 +64,17 @@ VICTIMS: dict[str, VictimSpec] = {
         "any Transformers image-text-to-text model, white-box: LLaVA, Qwen-VL, SmolVLM, BLIP-2, Gemma, ...",
         lambda: _hf("hf:"),
     ),
+    "encoder:NAME@SIDE": VictimSpec(
+        "encoder:NAME@SIDE",
+        "an ImageNet encoder that names its class: lite0, lite1 or lite2; @SIDE resizes the image first",
+        lambda: _encoder("encoder:"),
+    ),
 }
 
 
 def load(name: str) -> Victim:
-    """The victim ``name``, the pocket whose weights lie in the folder ``name``, the endpoint ``openai:URL#model``, or
-    the Transformers model ``hf:ID_OR_FOLDER``.
+    """The victim ``name``, the pocket whose weights lie in the folder ``name``, the endpoint ``openai:URL#model``,
+    the Transformers model ``hf:ID_OR_FOLDER``, or the image encoder ``encoder:NAME@SIDE``.
 
     Raises CodefendError for an unknown name (the nearest are named), a folder without weights, or a missing package.
     """
@@ -71,6 +82,8 @@ def load(name: str) -> Victim:
         return _openai(name)
     if name.startswith("hf:") and name not in VICTIMS:
         return _hf(name)
+    if name.startswith("encoder:") and name not in VICTIMS:
+        return _encoder(name)
     if name not in VICTIMS and (Path(name).is_dir() or "/" in name):
         return _pocket(Path(name))
     return lookup("victim", name, VICTIMS).build()

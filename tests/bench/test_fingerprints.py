@@ -10,7 +10,7 @@ import pytest
 
 import toys
 from codefend.bench import evaluate
-from codefend.bench.frozen import MUCH, fingerprints
+from codefend.bench.fingerprints import MUCH, fingerprints
 from codefend.types import CodefendError
 from evaluate_kit import SMALL
 

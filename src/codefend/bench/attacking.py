@@ -1,0 +1,118 @@
+"""One batch under one attack: the attack's goal and the finished 8-bit images. The grid and prompt search share it.
+
+goal = AttackGoal(EVERY_ATTACK["apgd"], examples, clean_images(examples), target=task.target)
+result = attack_batch(goal.spec.build(), goal, victim, Budget(steps=20), generator=generator)
+result.images, result.prompts  # what the victim is asked about, and how
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from codefend.attacks import AttackSpec, TextAttackSpec, asked_for, objective_for
+from codefend.attacks.bounds import finished
+from codefend.attacks.objectives import features_away
+from codefend.attacks.search import Trace
+from codefend.core.images import quantize8
+from codefend.types import Budget, Example, HasFeatures, Objective, Victim
+
+
+@dataclass(frozen=True)
+class AttackGoal:
+    """What an attack wants on a batch of examples, whichever victim, bare or defended, it goes through.
+
+    ``clean`` ``[B, 3, H, W]``; ``target`` is the sentence that a targeted attack forces; ``other_images``
+    ``[B, 3, H, W]`` are those whose features ``feature-target`` imitates; ``reference`` is the undefended victim whose
+    features count as clean, by default those of the attacked victim.
+    """
+
+    spec: AttackSpec | TextAttackSpec
+    examples: Sequence[Example]
+    clean: Tensor
+    target: str = ""
+    other_images: Tensor | None = None
+    reference: HasFeatures | None = None
+
+    @property
+    def prompts(self) -> list[str]:
+        return [example.prompt for example in self.examples]
+
+    @property
+    def answers(self) -> list[str]:
+        return [true_answer(example) for example in self.examples]
+
+    def objective(self, victim: Victim) -> Objective:
+        """The objective through ``victim``: images ``[B, 3, H, W]`` to ``[B]``, lower is better for the attacker.
+
+        Raises CodefendError when the attack needs a capability, a target or other images that are not there.
+        """
+        if isinstance(self.spec, TextAttackSpec):
+            objective: Objective = self.prompt_objective(victim)(self.prompts)
+            return objective
+        if self.reference is not None and self.spec.goal == "feature":
+            return features_away(victim, self.clean, reference=self.reference)  # type: ignore[arg-type]
+        return objective_for(self.spec, victim, self.prompts, self.answers, self.target, self.clean, self.other_images)
+
+    def prompt_objective(self, victim: Victim) -> Any:
+        """The same for an attack on words: prompts to an objective of images."""
+        assert isinstance(self.spec, TextAttackSpec)
+        return asked_for(self.spec, victim, self.answers, self.target)
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """``images`` ``[B, 3, H, W]`` are 8-bit and inside the attack's bound; ``raw`` is what the attack returned."""
+
+    images: Tensor
+    prompts: list[str]
+    raw: Tensor
+    trace: Trace
+    seconds: float  # per image
+
+
+def attack_batch(
+    attack: Any,
+    goal: AttackGoal,
+    victim: Victim,
+    budget: Budget,
+    *,
+    generator: Generator,
+    objective: Objective | None = None,
+) -> AttackResult:
+    """Attack ``goal``'s clean images (or prompts, or both) through ``victim``.
+
+    ``attack`` is what ``goal.spec.build`` returned; ``objective`` replaces the goal's own, as evasion does.
+    """
+    trace, prompts = Trace(), goal.prompts
+    trace.attach(attack)
+    start = time.perf_counter()
+    if isinstance(goal.spec, TextAttackSpec):
+        raw, prompts = attack(goal.prompt_objective(victim), goal.clean, prompts, budget, generator=generator)
+    else:
+        raw = attack(objective or goal.objective(victim), goal.clean, budget, generator=generator)
+    seconds = (time.perf_counter() - start) / len(goal.examples)
+    raw = raw.detach()
+    images = finished(attack, raw.nan_to_num(0.5), goal.clean, budget)
+    return AttackResult(images, list(prompts), raw, trace, seconds)
+
+
+def clean_images(examples: Sequence[Example]) -> Tensor:
+    """``[B, 3, H, W]``, rounded to 8 bits as an upload is."""
+    return quantize8(torch.stack([example.image for example in examples]))
+
+
+def true_answer(example: Example) -> str:
+    """The most frequent reference, the first of equals."""
+    return max(example.references, key=example.references.count)
+
+
+def evaluate_objective(objective: Objective, images: Tensor) -> list[float]:
+    """The objective of each image, without gradients."""
+    with torch.no_grad():
+        return [float(value) for value in objective(images).tolist()]

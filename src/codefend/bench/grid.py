@@ -1,0 +1,156 @@
+"""The grid, cell by cell and batch by batch: rows that are on disk are skipped, so that the same command resumes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from codefend.attacks import NEEDS_SENTENCE
+from codefend.bench.adaptive import options_apply
+from codefend.bench.cells import Cell, row_key
+from codefend.bench.config import AdaptiveOptions, AttackChoice, EvalConfig, check
+from codefend.bench.craft import craft
+from codefend.bench.fingerprints import check_unchanged
+from codefend.bench.judge import attacked_rows, clean_rows
+from codefend.bench.loaders import Loaders
+from codefend.bench.results import BARE, CLEAN, score
+from codefend.bench.reuse import check_donor, reuse_attacked
+from codefend.bench.setup import Bench, open_bench
+from codefend.core.runs import Row, Run, check_run, open_run, progress
+
+CleanRows = dict[tuple[str, str, str], Row]  # by task, defense, example
+
+
+def run_grid(
+    config: EvalConfig, run_dir: str | Path, loaders: Loaders | None = None, *, donor: Path | None = None
+) -> list[Row]:
+    """Fill the run folder with every row that it lacks and return them all; see ``evaluate``.
+
+    ``donor`` is another run whose attacked images may be reused, ``config.attacked`` by default.
+    """
+    check(config)
+    donor = donor or (Path(config.attacked) if config.attacked else None)
+    if donor is not None:
+        check_donor(config, Path(run_dir), donor)
+    check_run(run_dir, config.recorded())
+    bench = open_bench(config, loaders)
+    work = [(cell, batch, indices) for cell in grid(bench) for batch, indices in enumerate(batches(bench, cell))]
+    total = sum(len(indices) for _, _, indices in work)
+    with open_run(run_dir, config.recorded()) as run:
+        write_description(bench, run, total)
+        rows = run.rows()
+        clean: CleanRows = {_clean_key(row): row for row in rows if row["attack"] == CLEAN}
+        with progress("evaluate", total, done=len(rows)) as advance:
+            for cell, batch, indices in work:
+                advance(fill(bench, run, cell, batch, indices, clean, donor), f"{cell.defense} {cell.attack}")
+        return run.rows()
+
+
+def fill(
+    bench: Bench, run: Run, cell: Cell, batch: int, indices: Sequence[int], clean: CleanRows, donor: Path | None
+) -> int:
+    """Make the rows of one batch unless all are there; how many were added.
+
+    A batch is made whole even where a kill left some of its rows: the others must not depend on that.
+    """
+    evaluated = bench.tasks[cell.task]
+    ids = [evaluated.ids[i] for i in indices]
+    if all(run.has(row_key(bench.config, cell, name)) for name in ids):
+        return 0
+    if cell.attack == CLEAN:
+        rows = clean_rows(bench, run.dir, cell, batch, indices)
+        clean |= {_clean_key(row): row for row in rows}
+    else:
+        before = [clean[cell.task, cell.defense, name] for name in ids]
+        skip, examples = already_broken(bench, cell, before), evaluated.examples(indices)
+        if donor is not None:
+            reuse_attacked(bench, run.dir, donor, cell, batch, examples, skip)
+        attacked = craft(bench, run.dir, cell, batch, examples, skip)
+        rows = attacked_rows(bench, run.dir, cell, batch, indices, attacked, before)
+    return sum(run.append(row) for row in rows)
+
+
+def grid(bench: Bench) -> Iterator[Cell]:
+    """The cells that tell something, clean ones first, since every attacked row refers to a clean one."""
+    config = bench.config
+    for task in bench.tasks:
+        for defense in config.defenses:
+            yield Cell(task, CLEAN, 0.0, "clean", defense)
+    for task in bench.tasks:
+        for attack, choice in bench.attacks.items():
+            for eps in config.eps if choice.spec.bound == "ball" else (0.0,):
+                for threat in _threats(config):
+                    for defense in config.defenses:
+                        if _threatens(config, threat, defense) and _adapts(bench, choice, threat, defense):
+                            yield Cell(task, attack, eps, threat, defense)
+
+
+def _threats(config: EvalConfig) -> list[str]:
+    """T0 first, always if there are undefended rows; images made on another victim are T1."""
+    if config.craft_victim:
+        return ["T1"]
+    bare = ["T0"] if BARE in config.defenses else []
+    return list(dict.fromkeys([*bare, *sorted(config.threats)]))
+
+
+def _threatens(config: EvalConfig, threat: str, defense: str) -> bool:
+    """Whether the config has this threat for this defense."""
+    if config.craft_victim:
+        return True
+    if defense == BARE:
+        return threat == "T0"
+    if threat == "T1" and defense == config.surrogate:  # that is T2
+        return False
+    attacked = not config.adaptive or defense in config.adaptive
+    return threat in config.threats and (attacked or threat in ("T0", "T1"))
+
+
+def _adapts(bench: Bench, choice: AttackChoice, threat: str, defense: str) -> bool:
+    """Whether the attack differs from others: adaptive options have no effect on oblivious attacks and on some
+    defenses, and for a deterministic defense T2d equals T2.
+    """
+    evaluated = bench.defenses[defense]
+    if threat not in ("T2", "T2d"):
+        return choice.adaptive == AdaptiveOptions()
+    return options_apply(bench, evaluated, choice.adaptive) and (threat != "T2d" or evaluated.randomized)
+
+
+def batches(bench: Bench, cell: Cell) -> list[list[int]]:
+    """Example indices of a cell's batches, in order."""
+    config = bench.config
+    limit = config.adaptive_limit if cell.threat in ("T2", "T2d") else None
+    return bench.tasks[cell.task].batches(config.batch, limit)
+
+
+def write_description(bench: Bench, run: Run, total: int) -> None:
+    """Write ``bench.json`` once, with its costs. Raises CodefendError for weights or policies that changed since."""
+    path = run.dir / "bench.json"
+    if not path.exists():
+        run.write("bench.json", json.dumps({**bench.describe(), "rows": total}, indent=2) + "\n")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    check_unchanged(run.dir, before.get("prompts", {}), bench.prompts(), what="prompt policy")
+    check_unchanged(run.dir, before.get("weights", {}), bench.weights())
+
+
+def _clean_key(row: Row) -> tuple[str, str, str]:
+    return row["task"], row["defense"], row["example"]
+
+
+def already_broken(bench: Bench, cell: Cell, clean: Sequence[Row]) -> Tensor:
+    """Examples that a white-box attack may leave out, ``[B]`` bool: nothing is left to break.
+
+    Only through a deterministic defense, only untargeted, and only where the headline score is 0 already; never at T0,
+    where other defenses are judged on the same images, nor at T1.
+    """
+    evaluated, defense = bench.tasks[cell.task], bench.defenses[cell.defense]
+    allowed = bench.config.skip_wrong and cell.threat == "T2" and not defense.randomized
+    if not allowed or bench.attacks[cell.attack].spec.goal in NEEDS_SENTENCE:
+        return torch.zeros(len(clean), dtype=torch.bool)
+    headline = [score(row, metric=evaluated.headline) for row in clean]
+    right = [score(row, metric=evaluated.judge) for row in clean]
+    return torch.tensor([a == 0 and b == 0 for a, b in zip(headline, right, strict=True)])

@@ -1,0 +1,46 @@
+"""An image encoder as a victim: it has features, and its answer is the ImageNet class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from codefend.core.devices import default_device
+from codefend.core.registry import lookup
+from codefend.core.specs import parse_encoders
+from codefend.encoders.efficientnet_lite import NAMES, EfficientNetLite
+from codefend.encoders.views import View
+
+PREFIX = "encoder:"
+
+
+class EncoderVictim:
+    """Encoder ``encoder`` in NAMES; with ``side`` each image is resized to that many pixels a side first."""
+
+    def __init__(self, encoder: str, side: int | None = None) -> None:
+        self.name = encoder if side is None else f"{encoder}@{side}"
+        self.encoder = EfficientNetLite(lookup("encoder", encoder, {name: name for name in NAMES})).to(default_device())
+        self.side = side
+
+    def features(self, images: Tensor) -> Tensor:
+        """Vision tokens ``[B, T, D]``, see `HasFeatures`."""
+        tokens: Tensor = self.encoder(self._resized(images))
+        return tokens.to(images.device)
+
+    @torch.no_grad()
+    def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
+        """The number of the ImageNet-1k class of each image, as text; prompts are ignored."""
+        classes: list[int] = self.encoder.logits(self._resized(images)).argmax(1).tolist()
+        return [str(number) for number in classes]
+
+    def _resized(self, images: Tensor) -> Tensor:
+        side = self.side or max(32, round(max(images.shape[-2:]) / 32) * 32)
+        return View(side)(images.to(self.encoder.fc.weight.device))
+
+
+def load_encoder(spec: str) -> EncoderVictim:
+    """The encoder of ``encoder:NAME`` or ``encoder:NAME@SIDE``. Raises CodefendError for another."""
+    ((name, side),) = parse_encoders(spec.removeprefix(PREFIX))
+    return EncoderVictim(name, side)
