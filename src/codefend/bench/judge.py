@@ -33,7 +33,7 @@ from codefend.types import Example, Purifier
 
 @dataclass
 class RecordingPurifier:
-    """A purifier that keeps its outputs and the seconds it took; ``rounded`` returns them with 8 bits, as files have."""
+    """A purifier that keeps its outputs and the seconds it took; ``rounded`` returns them as 8-bit images."""
 
     purifier: Purifier
     rounded: bool = False
