@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -96,19 +95,20 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]
 
 
 @pytest.fixture
-def interrupt_saved(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object], ModuleType, int], None]:
-    """``interrupt_saved(work, module, step)`` trains until Ctrl-C comes, as soon as that step's checkpoint is there."""
+def interrupt_saved(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object], int], None]:
+    """``interrupt_saved(work, step)`` trains until Ctrl-C comes, as soon as that step's checkpoint is there."""
+    from codefend.training import fit
 
-    def call(work: Callable[[], object], module: ModuleType, step: int) -> None:
-        save = vars(module)["save_training"]
+    def call(work: Callable[[], object], step: int) -> None:
+        save = fit.save_training
 
-        def stop(path: Path, parameters: Any, optimizer: Any, number: int, *average: Any) -> None:
-            save(path, parameters, optimizer, number, *average)
+        def stop(path: Path, training: Any, number: int) -> None:
+            save(path, training, number)
             if number == step:
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(module, "save_training", stop)
+            patch.setattr(fit, "save_training", stop)
             with pytest.raises(KeyboardInterrupt):
                 work()
 

@@ -11,7 +11,7 @@ import pytest
 
 from codefend.bench import PhotographsConfig, evaluate
 from codefend.bench.loaders import Loaders
-from codefend.contrib.peers.training import PeerConfig
+from codefend.contrib.peers.flowpure import FlowPureConfig
 from codefend.core.runs import open_run
 from codefend.training import train
 from codefend.training.bridge import BridgeConfig
@@ -41,7 +41,7 @@ VERBS: dict[str, Callable[[Path], object]] = {
     "photographs": lambda folder: evaluate(PhotographsConfig(), folder),
     "train pocket": lambda folder: train(PocketConfig(), folder),
     "train bridge": lambda folder: train(BridgeConfig(), folder),
-    "train peer": lambda folder: train(PeerConfig(), folder),
+    "train peer": lambda folder: train(FlowPureConfig(), folder),
     "prompts table": lambda folder: make_table(TableConfig(), folder, sources=SOURCES),
 }
 
@@ -52,7 +52,7 @@ def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("codefend.tasks.photographs.load_all", load)
     monkeypatch.setattr("codefend.training.pocket.Pocket", load)
     monkeypatch.setattr("codefend.training.bridge.open_bank", load)
-    monkeypatch.setattr("codefend.contrib.peers.training.Bank", load)
+    monkeypatch.setattr("codefend.contrib.peers.base.Bank", load)
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -18,7 +18,6 @@ pytest.importorskip("peft")
 
 import diffusers_tiny
 from codefend import purifiers
-from codefend.contrib.backbones import training as backbones
 from codefend.contrib.backbones.latent import load_latents
 from codefend.contrib.backbones.training import HFBridgeConfig, LatentConfig, LatentTuner
 from codefend.core.runs import open_run, read_rows, save_checkpoint
@@ -78,7 +77,7 @@ def test_a_training_cut_short_behind_its_last_checkpoint_has_its_weights(
 ) -> None:
     chosen = config("hf-bridge", places, steps=2, micro=1, lr=1e-2)
     whole = train(chosen, tmp_path / "whole")
-    interrupt_saved(lambda: train(chosen, tmp_path / "cut"), backbones, 2)
+    interrupt_saved(lambda: train(chosen, tmp_path / "cut"), 2)
     cut = train(chosen, tmp_path / "cut")  # nothing is left to do
     assert torch.equal(purifiers.load(whole)(image()), purifiers.load(cut)(image()))
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from codefend.contrib.peers import losses as peers
-from codefend.contrib.peers.purifiers import FlowOptions, FlowPure, Hgd
+from codefend.contrib.peers import adbm, flowpure, hgd
+from codefend.contrib.peers.flowpure import FlowOptions, FlowPure
+from codefend.contrib.peers.hgd import Hgd
 from codefend.purifiers.diffusion import SHIFT_DATA, vp_log_mean, vp_sigma
 from codefend.purifiers.nets import NetConfig, PurifierNet
 
@@ -46,13 +47,13 @@ def test_flow_loss_is_the_velocitys_squared_error() -> None:
     guess = clean + 0.01 * torch.randn(clean.shape, generator=gen(2), dtype=torch.float64)
     velocity, wanted = (guess - x) / wide, clean - attacked
     expected = (velocity - wanted).square().flatten(1).mean(1) / SHIFT_DATA**2
-    assert torch.allclose(peers.flow_loss(lambda *_: guess, clean, attacked, s), expected)
+    assert torch.allclose(flowpure.flow_loss(lambda *_: guess, clean, attacked, s), expected)
 
 
 def test_gauss_flow_asks_the_network_as_the_prior_is_asked() -> None:
     clean, s = pictures(), torch.tensor([0.5, 0.2], dtype=torch.float64)
     net = Perfect(clean, error=0.01)
-    loss = peers.gauss_flow_loss(net, clean, s, noise=0.3, generator=gen())
+    loss = flowpure.gauss_flow_loss(net, clean, s, noise=0.3, generator=gen())
     assert net.calls == [(0.0, 0.15)]
     assert float((net.seen[0][0] - clean[0]).std()) == pytest.approx(0.15, rel=0.15)
     assert loss.tolist() == pytest.approx([(0.01 / 0.15) ** 2, (0.01 / 0.06) ** 2])
@@ -71,7 +72,7 @@ def test_adbm_is_the_papers_bridge_in_other_coordinates(t: float) -> None:
 
     sigma = vp_sigma(torch.full((2,), t, dtype=torch.float64))
     end = float(vp_sigma(torch.tensor(0.15, dtype=torch.float64)))
-    state = peers.adbm_state(clean, attacked, sigma, end, noise)
+    state = adbm.adbm_state(clean, attacked, sigma, end, noise)
     assert torch.allclose(state, (x_t / math.sqrt(a_t) + 1) / 2, atol=1e-9)
     if t == 0.15:  # the far end is what a purifier makes of the attacked picture
         assert torch.allclose(state, attacked + end * noise, atol=1e-9)
@@ -79,24 +80,24 @@ def test_adbm_is_the_papers_bridge_in_other_coordinates(t: float) -> None:
     guess = clean + 0.01 * torch.randn(clean.shape, generator=gen(3), dtype=torch.float64)
     said = (x_t - math.sqrt(a_t) * (2 * guess - 1)) / math.sqrt(1 - a_t)  # the noise that predicting `guess` means
     expected = (said - target).square().flatten(1).mean(1)
-    assert torch.allclose(peers.adbm_loss(guess, clean, sigma), expected, rtol=1e-6)
+    assert torch.allclose(adbm.adbm_loss(guess, clean, sigma), expected, rtol=1e-6)
 
 
 def test_bridge_levels_stay_inside_their_batchs_end() -> None:
     ends = set()
     for seed in range(20):
-        sigma, end = peers.sample_bridge_levels(64, generator=gen(seed))
+        sigma, end = adbm.sample_bridge_levels(64, generator=gen(seed))
         assert float(sigma.max()) <= end
         assert float(vp_sigma(torch.tensor(0.1))) <= end <= float(vp_sigma(torch.tensor(0.2)))
         ends.add(end)
     assert len(ends) == 20
-    assert peers.sample_bridge_levels(1, times=(0.15, 0.15))[1] == pytest.approx(float(vp_sigma(torch.tensor(0.15))))
+    assert adbm.sample_bridge_levels(1, times=(0.15, 0.15))[1] == pytest.approx(float(vp_sigma(torch.tensor(0.15))))
 
 
 def test_feature_distance_is_relative_l1() -> None:
     right = torch.tensor([[[1.0, -3.0]], [[0.5, 0.5]]])
-    assert peers.feature_distance(right + 0.5, right).tolist() == pytest.approx([0.25, 1.0])
-    assert float(peers.feature_distance(right, right).sum()) == 0
+    assert hgd.feature_distance(right + 0.5, right).tolist() == pytest.approx([0.25, 1.0])
+    assert float(hgd.feature_distance(right, right).sum()) == 0
 
 
 # --- walks -----------------------------------------------------------------------------------------------------------
@@ -112,13 +113,13 @@ def test_euler_steps_are_those_of_the_velocity() -> None:
     for k in range(5):  # x + dt v(x), t = 0, 1/5, ..., as an Euler solver would
         s = torch.full((2,), 1 - k / 5, dtype=torch.float64)
         x = x + (net(x, s, 0 * s) - x) / s.view(-1, 1, 1, 1) / 5
-    assert torch.allclose(peers.flow_purify(net, start, steps=5), x)
+    assert torch.allclose(flowpure.flow_purify(net, start, FlowOptions(steps=5)), x)
 
 
 def test_a_gaussian_flow_starts_where_it_is_told() -> None:
     clean = pictures()
     net = Perfect(clean)
-    out = peers.flow_purify(net, clean, steps=3, start=0.5, noise=0.3, generator=gen())
+    out = flowpure.flow_purify(net, clean, FlowOptions(steps=3, start=0.5, noise=0.3), generator=gen())
     assert net.calls == [(0.0, 0.15), (0.0, 0.1), (0.0, 0.05)]
     assert float((net.seen[0] - clean).std()) == pytest.approx(0.15, rel=0.15)
     assert torch.allclose(out, clean)

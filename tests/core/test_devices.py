@@ -18,8 +18,11 @@ from codefend.core import devices
 from codefend.core.runs import make_generator
 from codefend.defense import Defense, StraightThrough
 from codefend.purifiers.nets import NetConfig, PurifierNet
-from codefend.training.bridge import BridgeConfig, Guide, Step, bridge_terms
+from codefend.training.bridge import BridgeConfig, BridgeLoss
+from codefend.training.fit import MovingAverage
+from codefend.training.guides import PocketGuide
 from codefend.training.pairs import Tower
+from codefend.training.replay import Replays
 from codefend.types import CodefendError
 from codefend.victims.pocket import Pocket
 
@@ -58,8 +61,8 @@ def test_the_terms_of_a_bridge_stay_on_the_images_device(distant: Pocket, monkey
     net = PurifierNet(NetConfig(channels=(8, 8), blocks=(1, 1))).to("meta")
     images = IMAGES.to("meta")
     config = BridgeConfig(w_identity=1.0, gamma=0.05)
-    step = Step(config, Guide(distant, [tower]), 0, make_generator(0))
-    terms = bridge_terms(step, net, images, images)
+    loss = BridgeLoss(config, net, MovingAverage(net), PocketGuide(distant, [tower]), Replays(max_eps=0.1, rel_step=1))
+    terms = loss.terms(images, images, 0, make_generator(0))
     assert set(terms) == {"bridge", "identity", "features", "direction", "words"}
     assert all(term.device == META for term in terms.values())
 

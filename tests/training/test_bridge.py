@@ -16,11 +16,11 @@ from codefend.cli.presets import PRESETS
 from codefend.core import runs
 from codefend.encoders.views import View
 from codefend.purifiers.nets import NetConfig, PurifierNet, load_net, save_net
-from codefend.training import bridge, guides
-from codefend.training.bridge import BridgeConfig, Step
+from codefend.training import bridge, guides, mining
+from codefend.training.bridge import BridgeConfig, BridgeLoss, Pairs
+from codefend.training.fit import MovingAverage
 from codefend.training.pairs import Tower
 from codefend.training.replay import Replays
-from codefend.training.state import Average
 from codefend.types import CodefendError
 
 pytest.importorskip("sklearn")
@@ -53,16 +53,16 @@ class Pocket:
         return images.flatten(1).mean(1)
 
 
-class Guide(guides.Guide):
+class ToyGuide(guides.PocketGuide):
     """Guides by the toy in the pocket's place; remembers for which steps."""
 
     def __init__(self) -> None:
         self.pocket, self.steps = Pocket(), list[int]()
         super().__init__(cast(Any, self.pocket), [cast(Any, self.pocket)])
 
-    def tower(self, step: int) -> Any:
-        self.steps.append(step)
-        return super().tower(step)
+    def encoder(self, number: int) -> Any:
+        self.steps.append(number)
+        return super().encoder(number)
 
 
 def small_net() -> PurifierNet:
@@ -74,20 +74,22 @@ def small_net() -> PurifierNet:
     return net
 
 
-def of(config: BridgeConfig, guide: Any = None, number: int = 0, texts: Any = ()) -> Step:
-    return Step(config, guide or Guide(), number, gen(), texts)
+def loss_of(config: BridgeConfig, guide: Any = None, net: PurifierNet | None = None) -> BridgeLoss:
+    net = net or small_net()
+    replays = Replays(max_eps=config.max_eps, rel_step=config.replay_step)
+    return BridgeLoss(config, net, MovingAverage(net), guide or ToyGuide(), replays)
 
 
 def mined(config: BridgeConfig = CONFIG, *, seed: int = 0, step: int = 0, texts: Any = (), guide: Any = None) -> Tensor:
-    return bridge.mine(of(replace(config, seed=seed), guide, step, texts), small_net(), pictures())
+    return loss_of(replace(config, seed=seed), guide).mine(images(), texts, step, gen())
 
 
-def pictures() -> Tensor:
+def images() -> Tensor:
     return 0.3 + 0.4 * torch.rand(4, 3, 16, 16, generator=gen(5))
 
 
-def reach(images: Tensor) -> list[float]:
-    return (255 * (images - pictures()).abs().flatten(1).amax(1)).tolist()
+def reach(attacked: Tensor) -> list[float]:
+    return (255 * (attacked - images()).abs().flatten(1).amax(1)).tolist()
 
 
 # --- mining ----------------------------------------------------------------------------------------------------------
@@ -95,15 +97,17 @@ def reach(images: Tensor) -> list[float]:
 
 @pytest.mark.parametrize("lean", [False, True])
 def test_mining_lowers_its_objective_through_the_network(lean: bool) -> None:
-    config, net, guide = replace(CONFIG, lean=lean, max_eps=16 / 255, mining_steps=4), small_net(), Guide()
-    clean = pictures()
-    found = bridge.mine(of(replace(config, seed=1), guide), net, clean)  # whose draw takes features, not words
+    config, net, guide = replace(CONFIG, lean=lean, max_eps=16 / 255, mining_steps=4), small_net(), ToyGuide()
+    clean = images()
+    mined_images = loss_of(replace(config, seed=1), guide, net).mine(
+        clean, (), 0, gen()
+    )  # seed 1 draws features, not words
     assert guide.pocket.gradients == 4
     assert all(p.requires_grad and p.grad is None for p in net.parameters())
     ones, zeros = torch.ones(4), torch.zeros(4)
     with torch.no_grad():
         right = guide.pocket.features(clean)
-        before, after = (guide.pocket.features(net(x, ones, zeros)) for x in (clean, found))
+        before, after = (guide.pocket.features(net(x, ones, zeros)) for x in (clean, mined_images))
     assert float((after - right).square().sum()) > float((before - right).square().sum())
 
 
@@ -123,13 +127,13 @@ def test_the_budget_ramps_up() -> None:
 
 
 def test_noise_is_fresh_at_every_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn, noise_like = [], bridge.noise_like
+    drawn, noise_like = [], mining.noise_like
 
     def spy(images: Tensor, generator: Any = None) -> Tensor:
         drawn.append(noise_like(images, generator))
         return drawn[-1]
 
-    monkeypatch.setattr(bridge, "noise_like", spy)
+    monkeypatch.setattr(mining, "noise_like", spy)
     mined(replace(CONFIG, noise_free=1.0, max_sigma=0.2))
     assert drawn == []
     mined(replace(CONFIG, noise_free=0.0, min_sigma=0.1, max_sigma=0.2, lean=True, mining_steps=3))
@@ -141,7 +145,7 @@ def test_noise_is_fresh_at_every_look(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_family_that_is_left_out_is_not_mined(without: tuple[str, ...], features: bool | None) -> None:
     used = set()
     for seed in range(8):
-        guide = Guide()
+        guide = ToyGuide()
         mined(replace(CONFIG, without=without), seed=seed, guide=guide)
         used.add(bool(guide.steps))
     assert used == ({True, False} if features is None else {features})
@@ -151,7 +155,7 @@ def test_answers_are_attacked_both_ways() -> None:
     texts = [(f"q{i}", f"a{i}") for i in range(4)]
     seen = set()
     for seed in range(8):
-        guide = Guide()
+        guide = ToyGuide()
         mined(seed=seed, texts=texts, guide=guide)
         seen |= {targets for targets, _ in guide.pocket.losses}
     assert seen == {("a0", "a1", "a2", "a3"), ("a1", "a2", "a3", "a0")}
@@ -167,20 +171,19 @@ def test_leaving_out_everything_is_told() -> None:
 
 
 def test_the_first_pictures_stay_clean_and_are_not_mined() -> None:
-    guide, clean = Guide(), pictures()
-    net = small_net()
-    _, attacked = bridge.training_pair(of(CONFIG, guide), net, clean, torch.empty(0))
+    guide, clean = ToyGuide(), images()
+    _, attacked = loss_of(CONFIG, guide).pairs(Pairs(clean, None), 0, gen())
     assert torch.equal(attacked[0], clean[0])
     assert all(r > 0.5 for r in reach(attacked)[1:])
-    _, given = bridge.training_pair(of(CONFIG, guide), net, clean, clean + 0.1)
+    _, given = loss_of(CONFIG, guide).pairs(Pairs(clean, clean + 0.1), 0, gen())
     assert torch.equal(given, torch.cat([clean[:1], clean[1:] + 0.1]))
 
 
-def terms(config: BridgeConfig, texts: Any = ()) -> tuple[dict[str, float], Guide]:
-    guide, clean = Guide(), pictures()
+def terms(config: BridgeConfig, texts: Any = ()) -> tuple[dict[str, float], ToyGuide]:
+    guide, clean = ToyGuide(), images()
     attacked = (clean + 0.05 * torch.randn(clean.shape, generator=gen(8))).clamp(0, 1)
-    found = bridge.bridge_terms(of(config, guide, texts=texts), small_net(), clean, attacked)
-    return {name: value.item() for name, value in found.items()}, guide
+    losses = loss_of(config, guide).terms(clean, attacked, 0, gen(), texts)
+    return {name: value.item() for name, value in losses.items()}, guide
 
 
 @pytest.mark.parametrize(
@@ -207,37 +210,43 @@ def test_some_steps_are_guided_by_another_view() -> None:
         def __init__(self) -> None:
             self.name, self.view = "toy", View()
 
-    towers = [bridge._shown(of(replace(CONFIG, views=0.3), number=n), Towered()) for n in range(100)]
-    views = [tower.view for tower in towers if isinstance(tower, Tower)]
+    encoders = [guides.viewed(Towered(), np.random.default_rng([n, 11]), share=0.3) for n in range(100)]
+    views = [encoder.view for encoder in encoders if isinstance(encoder, Tower)]
     assert 20 <= sum(view != View() for view in views) <= 40
     assert len(set(views)) > 8
-    assert all(bridge._shown(of(CONFIG, number=n), tower) is tower for n, tower in enumerate(towers))
-    own = cast(Any, Pocket())  # a victim of one's own prepares its pictures itself
-    assert bridge._shown(of(replace(CONFIG, views=1.0)), own) is own
+    assert all(guides.viewed(encoder, np.random.default_rng(0), share=0.0) is encoder for encoder in encoders)
+    own = cast(Any, Pocket())  # a victim of one's own prepares its images itself
+    assert guides.viewed(own, np.random.default_rng(0), share=1.0) is own
+
+
+def test_replays_keep_their_view() -> None:
+    replayed = loss_of(replace(REPLAYED, views=1.0))
+    draws = [replayed._views_rng(number).random() for number in range(6)]
+    assert draws[0] == draws[1] == draws[2] != draws[3] == draws[4] == draws[5]
 
 
 def test_the_answers_term_needs_texts_and_a_weight() -> None:
     texts = [("q", f"a{i}") for i in range(4)]
     weighted = replace(CONFIG, w_answers=2.0)
     assert terms(weighted, texts)[0]["answers"] > 0
-    assert "answers" not in terms(weighted)[0]
+    assert terms(weighted)[0]["answers"] == 0
     assert "answers" not in terms(CONFIG, texts)[0]
 
 
 def test_noise_levels_of_the_terms(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    levels = []
 
-    def spy(net: Any, clean: Tensor, attacked: Tensor, s: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-        asked.append((s, sigma))
-        return attacked
+    def spy(clean: Tensor, attacked: Tensor, s: Tensor, sigma: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        levels.append((s, sigma))
+        return attacked, sigma
 
-    monkeypatch.setattr(bridge, "bridge_predict", spy)
+    monkeypatch.setattr(bridge, "bridge_state", spy)
     terms(replace(CONFIG, noise_free=0.0, min_sigma=0.1, max_sigma=0.25, at_one=1.0))
-    s, sigma = asked[0]
+    s, sigma = levels[0]
     assert s.tolist() == [1.0] * 4
     assert bool(((sigma >= 0.1) & (sigma <= 0.25)).all())
     terms(CONFIG)
-    assert asked[1][1].tolist() == [0.0] * 4
+    assert levels[1][1].tolist() == [0.0] * 4
 
 
 # --- replayed pairs --------------------------------------------------------------------------------------------------
@@ -251,41 +260,37 @@ class SmallBank:
         return images, (images + 8 / 255).clamp(0, 1)
 
 
-def test_replayed_pairs_climb_the_loss_in_their_balls() -> None:
-    clean, guide, net = pictures(), Guide(), small_net()
-    held = Replays(max_eps=6 / 255, rel_step=0.4)
-    held.begin(0, clean, torch.empty(0), untouched=1, generator=gen())
-    first = held.pictures(0)
-    radii = reach(first.detach())
+def test_replayed_pairs_ascend_the_loss_in_their_balls() -> None:
+    clean, loss = images(), loss_of(REPLAYED)
+    replays = loss.replays
+    replays.begin(0, clean, None, untouched=1, generator=gen())
+    radii = reach(replays.attacked(0).detach())
     losses = []
     for _ in range(6):
-        present = held.pictures(0)
-        loss = torch.stack(list(bridge.bridge_terms(of(REPLAYED, guide), net, clean, present).values())).sum()
-        loss.backward()
-        held.climb(0, clean, present)
-        losses.append(loss.item())
-    last = held.pictures(0).detach()
+        total = torch.stack(list(loss.terms(clean, replays.attacked(0), 0, gen()).values())).sum()
+        total.backward()
+        losses.append(total.item())
+    last = replays.attacked(0).detach()
     assert losses[-1] > losses[0]
     assert torch.equal(last[0], clean[0])
     assert all(0.9 * r < now <= 6 + 1e-3 for r, now in zip(radii[1:], reach(last)[1:], strict=True))
 
 
-def test_a_replayed_pair_starts_where_the_bank_has_it_and_goes_on_within_the_budget() -> None:
-    clean, held = pictures(), Replays(max_eps=6 / 255, rel_step=0.4)
-    held.begin(0, clean, clean + 10 / 255, untouched=0, generator=gen())
-    present = held.pictures(0)
-    assert torch.equal(present, clean + 10 / 255)
-    present.sum().backward()
-    held.climb(0, clean, present)
-    assert max(reach(held.pictures(0).detach())) <= 6 + 1e-3
+def test_a_replayed_pair_starts_at_the_banks_and_stays_within_the_budget() -> None:
+    clean, replays = images(), Replays(max_eps=6 / 255, rel_step=0.4)
+    replays.begin(0, clean, clean + 10 / 255, untouched=0, generator=gen())
+    first = replays.attacked(0)
+    assert torch.equal(first, clean + 10 / 255)
+    first.sum().backward()
+    assert max(reach(replays.attacked(0).detach())) <= 6 + 1e-3
 
 
 def test_each_batch_is_replayed_as_often_as_said() -> None:
-    drawn = [bridge._images(REPLAYED, SmallBank(), n)[0].sum().item() for n in range(9)]  # type: ignore[arg-type]
+    drawn = [bridge.draw_pairs(REPLAYED, SmallBank(), n)[0].sum().item() for n in range(9)]  # type: ignore[arg-type]
     assert [len(set(drawn[i : i + 3])) for i in (0, 3, 6)] == [1, 1, 1]
     assert len(set(drawn)) == 3
     two = replace(REPLAYED, micro=2)
-    drawn = [bridge._images(two, SmallBank(), n)[0].sum().item() for n in range(12)]  # type: ignore[arg-type]
+    drawn = [bridge.draw_pairs(two, SmallBank(), n)[0].sum().item() for n in range(12)]  # type: ignore[arg-type]
     assert drawn[:6] == drawn[:2] * 3
     assert len(set(drawn)) == 4
 
@@ -294,14 +299,14 @@ def test_each_batch_is_replayed_as_often_as_said() -> None:
 def test_an_interrupted_training_on_replayed_pairs_equals_an_uninterrupted_one(
     behind: bool, tmp_path: Path, interrupt: Any, interrupt_saved: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bridge, "find_guide", lambda *_: Guide())
+    monkeypatch.setattr(bridge, "load_guide", lambda *_: ToyGuide())
     monkeypatch.setattr(bridge, "open_bank", lambda _: SmallBank())
     save_net(tmp_path / "prior", small_net(), kind="prior")
     config = replace(REPLAYED, prior=str(tmp_path / "prior"), strength=1.1)
     whole = bridge.train_bridge(config, tmp_path / "whole")
     assert load_net(whole)[1]["options"] == {"strength": 1.1}
     if behind:  # the weights are there before the checkpoint that says so
-        interrupt_saved(lambda: bridge.train_bridge(config, tmp_path / "cut"), bridge, config.steps)
+        interrupt_saved(lambda: bridge.train_bridge(config, tmp_path / "cut"), config.steps)
     else:
         interrupt(lambda: bridge.train_bridge(config, tmp_path / "cut"), 5)
     cut = bridge.train_bridge(config, tmp_path / "cut")
@@ -322,7 +327,7 @@ def test_a_strength_that_no_purifier_takes_is_refused() -> None:
 def test_replays_that_a_checkpoint_would_cut_are_refused() -> None:
     with pytest.raises(CodefendError, match="replay must divide save_every=50"):
         BridgeConfig(replay=3)
-    with pytest.raises(CodefendError, match="climb the whole loss"):
+    with pytest.raises(CodefendError, match="ascend the whole loss"):
         BridgeConfig(replay=5, without=("words",))
 
 
@@ -336,23 +341,25 @@ class NoBank:
 
 def test_batches_for_the_language_model_are_scenes_with_texts() -> None:
     config = replace(CONFIG, mined=1.0, answers=1.0, answers_batch=2)
-    clean, attacked, texts = bridge._images(config, NoBank(), 3)  # type: ignore[arg-type]
-    again = bridge._images(config, NoBank(), 3)  # type: ignore[arg-type]
-    assert (len(clean), attacked.numel(), len(texts)) == (2, 0, 2)
+    clean, attacked, texts = bridge.draw_pairs(config, NoBank(), 3)  # type: ignore[arg-type]
+    again = bridge.draw_pairs(config, NoBank(), 3)  # type: ignore[arg-type]
+    assert (len(clean), attacked, len(texts)) == (2, None, 2)
     assert torch.equal(clean, again[0])
     assert texts == again[2]
     assert all(prompt and answer for prompt, answer in texts)
-    assert len(bridge._images(replace(CONFIG, mined=0.0), NoBank(), 3)[1]) == 4  # type: ignore[arg-type]
-    plain = bridge._images(replace(CONFIG, mined=1.0), NoBank(), 3)  # type: ignore[arg-type]
-    assert (len(plain[0]), plain[1].numel(), plain[2]) == (4, 0, [])
+    drawn = bridge.draw_pairs(replace(CONFIG, mined=0.0), NoBank(), 3)  # type: ignore[arg-type]
+    assert drawn.attacked is not None
+    assert len(drawn.attacked) == 4
+    plain = bridge.draw_pairs(replace(CONFIG, mined=1.0), NoBank(), 3)  # type: ignore[arg-type]
+    assert (len(plain.clean), plain.attacked, plain.texts) == (4, None, ())
 
 
 def test_a_share_of_the_pairs_is_compressed_under_its_own_perturbation() -> None:
     clean = torch.rand(64, 3, 16, 16, generator=gen())
     attacked = (clean + 4 / 255 * torch.randn(clean.shape, generator=gen(1)).sign()).clamp(0, 1)
-    kept = bridge.compressed(clean, attacked, np.random.default_rng(0), share=0.0)
+    kept = bridge.compress_clean(clean, attacked, np.random.default_rng(0), share=0.0)
     assert all(torch.equal(a, b) for a, b in zip(kept, (clean, attacked), strict=True))
-    coded, perturbed = bridge.compressed(clean, attacked, np.random.default_rng(0), share=0.25)
+    coded, perturbed = bridge.compress_clean(clean, attacked, np.random.default_rng(0), share=0.25)
     changed = (coded - clean).abs().amax((1, 2, 3)) > 0
     assert 8 < int(changed.sum()) < 24
     assert torch.allclose(perturbed, (coded + attacked - clean).clamp(0, 1))
@@ -360,16 +367,16 @@ def test_a_share_of_the_pairs_is_compressed_under_its_own_perturbation() -> None
 
 
 def test_a_share_of_the_steps_attacks_the_average() -> None:
-    assert not any(bridge._attacks_average(CONFIG, step) for step in range(50))
-    chosen = [bridge._attacks_average(replace(CONFIG, mined_average=0.3), step) for step in range(300)]
-    assert 60 < sum(chosen) < 120
     net = small_net()
-    average = Average(dict(net.named_parameters()))
+    never, always = (loss_of(replace(CONFIG, mined_average=share), net=net) for share in (0.0, 1.0))
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()
-    copy = bridge.averaged(net, average)
-    assert all(torch.equal(p, q) for p, q in zip(copy.parameters(), small_net().parameters(), strict=True))
+    before, after = (loss.mine(images(), (), 0, gen()) for loss in (always, never))
+    assert torch.equal(before, mined())  # through the average, which is still the network of before
+    assert not torch.equal(after, before)
+    some = loss_of(replace(CONFIG, mined_average=0.3))
+    assert 60 < sum(some._mines_average(number) for number in range(300)) < 120
 
 
 def test_training_starts_from_the_prior_or_from_nothing(tmp_path: Path) -> None:

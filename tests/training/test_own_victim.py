@@ -28,9 +28,10 @@ from codefend.core.runs import read_rows
 from codefend.gateway.app import create_app
 from codefend.purifiers.nets import NetConfig, PurifierNet, save_net
 from codefend.training.bridge import BridgeConfig, train_bridge
-from codefend.training.guides import OwnGuide, find_guide
+from codefend.training.fit import _micro_batches
+from codefend.training.guides import AnswerGuide, load_guide
 from codefend.training.pairs import read_pairs
-from codefend.training.parallel import Workers
+from codefend.training.parallel import Processes
 from codefend.types import CodefendError
 
 TINY = NetConfig(channels=(8, 12), blocks=(1, 1), embedding=16)
@@ -148,25 +149,25 @@ def test_two_processes_have_the_curve_of_one(folders: dict[str, Path], tmp_path:
 
 
 def test_micro_batches_are_shared_out_evenly() -> None:
-    both = [Workers(4, rank=rank, count=2).share(lambda number: number * 10, 3) for rank in range(2)]
+    both = [_micro_batches(lambda number: number * 10, 4, rank, 2, 3) for rank in range(2)]
     assert both == [[(12, 120), (14, 140)], [(13, 130), (15, 150)]]
-    assert Workers(4).share(str, 3) == [(n, str(n)) for n in (12, 13, 14, 15)]
+    assert _micro_batches(str, 4, 0, 1, 3) == [(n, str(n)) for n in (12, 13, 14, 15)]
     with pytest.raises(CodefendError, match="cannot be shared by 2"):
-        Workers(3, count=2)
+        Processes(count=2).check_micro(3)
 
 
 def test_guidance_is_the_victims_own(folders: dict[str, Path]) -> None:
-    guide = find_guide(f"hf:{folders['victim']}:max_new_tokens=4,device=cpu", ["victim"])
-    assert isinstance(guide, OwnGuide)
+    guide = load_guide(f"hf:{folders['victim']}:max_new_tokens=4,device=cpu", ["victim"])
+    assert isinstance(guide, AnswerGuide)
     images = torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(guide.divergence(images, images), torch.zeros(2), atol=1e-6)
     x = (images + 0.05 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))).requires_grad_()
     apart = guide.divergence(images, x)
     assert (apart > 1e-6).all()
     assert (torch.autograd.grad(apart.sum(), x)[0].flatten(1).norm(dim=1) > 0).all()
-    prompts, answers = guide._answers(images)
+    prompts, answers = guide.answers(images)
     loss: Tensor = guide.victim.loss(x, prompts, answers)
-    assert torch.allclose(guide.away(images)(x), -loss)
-    assert torch.equal(guide.tower(0).features(images), guide.victim.features(images))
+    assert torch.allclose(guide.objective(images)(x), -loss)
+    assert torch.equal(guide.encoder(0).features(images), guide.victim.features(images))
     with pytest.raises(CodefendError, match="at least one encoder"):
-        find_guide(f"hf:{folders['victim']}:device=cpu", [])
+        load_guide(f"hf:{folders['victim']}:device=cpu", [])

@@ -71,13 +71,13 @@ _REPLAY: dict[str, Any] = {
     "save_every": 100,
 }
 
-# The peers' own settings; steps, batch and learning rate are the bridge's.
-_PEERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("hgd", "static pairs, features kept", {"clean": 0.15}),
-    ("flowpure", "static pairs, velocity field", {"clean": 0.1}),
-    ("flowpure-gauss", "noise only, velocity field", {}),
-    ("adbm", "bridge at large noise, perturbations made in the loop", {}),
-    ("codefend-r", "static pairs, ADBM's shift, words aligned", {"times": (0.15, 0.15), "w_alignment": 0.1}),
+# The peers: module, class and summary; steps, batch and learning rate are the bridge's.
+_PEERS: tuple[tuple[str, str, str, str], ...] = (
+    ("hgd", "hgd", "HgdConfig", "static pairs, features kept"),
+    ("flowpure", "flowpure", "FlowPureConfig", "static pairs, velocity field"),
+    ("flowpure-gauss", "flowpure", "FlowPureGaussConfig", "noise only, velocity field"),
+    ("adbm", "adbm", "AdbmConfig", "bridge at large noise, perturbations made in the loop"),
+    ("codefend-r", "codefend_r", "CodefendRConfig", "static pairs, ADBM's shift, words aligned"),
 )
 
 
@@ -105,12 +105,8 @@ def _ablation(name: str, summary: str, values: Mapping[str, Any]) -> Preset:
     )
 
 
-def _peer(name: str, summary: str, values: Mapping[str, Any]) -> Preset:
-    return Preset(
-        name,
-        f"train a peer: {summary}",
-        _config("codefend.contrib.peers.training", "PeerConfig", method=name, **values),
-    )
+def _peer(name: str, module: str, kind: str, summary: str) -> Preset:
+    return Preset(name, f"train a peer: {summary}", _config(f"codefend.contrib.peers.{module}", kind))
 
 
 # What `pairs` and the bridge's own mining lower: losses, words and features of the victim, by gradients.
@@ -160,7 +156,7 @@ PRESETS: dict[str, Preset] = {
             "fit the detection score of trained weights on held-out pairs",
             _config("codefend.training.calibrate", "CalibrateConfig"),
         ),
-        *(_peer(name, summary, values) for name, summary, values in _PEERS),
+        *(_peer(*peer) for peer in _PEERS),
         Preset(
             "fare",
             "train a peer: a pocket with an adversarially fine-tuned image encoder, a victim of its own",

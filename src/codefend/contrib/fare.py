@@ -1,13 +1,12 @@
 """FARE: fine-tune a pocket's image encoder adversarially, without labels (Schlarmann et al. 2024, arXiv 2402.12336).
 
-The loss is max over |d| <= eps of ||phi(x + d) - phi_orig(x)||^2: the encoder must say of an attacked picture what the
-original encoder says of the clean one, so that connector and language model, which stay as they are, read it as before.
+The loss is max over |d| <= eps of ||phi(x + d) - phi_orig(x)||^2: on an adversarial image the encoder must have the
+features that the original encoder has on the clean one. Connector and language model stay as they are.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,15 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from codefend.core.devices import default_device, mixed_precision
+from codefend.core.devices import default_device
 from codefend.core.files import write_atomic
-from codefend.core.runs import make_generator, open_run, progress, save_checkpoint
+from codefend.core.runs import make_generator, save_checkpoint
 from codefend.encoders.efficientnet_lite import EfficientNetLite
 from codefend.tasks.training_images import training_pictures
 from codefend.training.card import write_card
-from codefend.training.feed import feed
+from codefend.training.fit import Losses, Training, cosine_schedule, fit
 from codefend.training.mining import sign_steps
-from codefend.training.state import cosine_rate, descend, restore_training, save_training, set_rate
 from codefend.types import CodefendError
 from codefend.victims import WEIGHTS
 from codefend.victims.pocket import read_encoder
@@ -50,78 +48,81 @@ class FareConfig:
     warmup: int = 20
     save_every: int = 25  # steps
 
+    def train(self, folder: str | Path) -> Path:
+        """As `train_fare`."""
+        return train_fare(self, folder)
+
 
 def train_fare(config: FareConfig, folder: str | Path) -> Path:
     """Train in ``folder`` and return the folder with the weights, a pocket's; the same call resumes.
 
     Raises CodefendError when the victim is no pocket, or the folder was made with another config.
     """
-    base, state = _pocket(config.victim)
-    run = open_run(folder, {"train": "fare", "encoder": base["encoder"], **asdict(config)})
-    device = default_device()
-    original, encoder = (_encoder(base["encoder"], state, config.victim).to(device) for _ in range(2))
-    parameters = {k: p for k, p in encoder.named_parameters() if not k.startswith(UNUSED)}
-    groups = [{"params": list(parameters.values()), "base": config.lr}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-    checkpoint = run.dir / "checkpoint.safetensors"
-    step = restore_training(checkpoint, parameters, optimizer)
-    with progress("fare", config.steps, done=step) as advance:
-        for clean in feed(partial(_pictures, config), step, config.steps, device):
-            started = time.perf_counter()
-            set_rate(optimizer, cosine_rate(step, config.steps, warmup=config.warmup))
-            with mixed_precision(device):
-                loss, before = fare_loss(config, encoder, original, clean.to(device), step)
-            norm = descend(optimizer, loss)
-            step += 1
-            row = {"loss": loss.item(), "clean": before, "grad_norm": norm}
-            run.append({"key": f"step-{step}", "step": step, **row, "seconds": time.perf_counter() - started})
-            advance(1, f"loss {loss.item():.3f}")
-            if step % config.save_every == 0 or step == config.steps:
-                _export(run.dir / "weights", base, state, parameters)
-                write_card(run, "fare")
-                save_training(checkpoint, parameters, optimizer, step)  # last: then the weights are there
-    return run.dir / "weights"
+    base, state = _read_pocket(config.victim)
+    recorded = {"train": "fare", "encoder": base["encoder"], **asdict(config)}
+
+    def build() -> Training[Tensor]:
+        device = default_device()
+        original, encoder = (_load_encoder(base["encoder"], state, config.victim).to(device) for _ in range(2))
+        parameters = {name: p for name, p in encoder.named_parameters() if not name.startswith(UNUSED)}
+        optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
+
+        def save(step: int) -> None:
+            _export(Path(folder) / "weights", base, state, parameters)
+            write_card(folder, "fare")
+
+        return Training(
+            parameters=parameters,
+            batch=partial(_images, config),
+            loss=lambda clean, step: fare_loss(config, encoder, original, clean.to(device), step),
+            optimizer=optimizer,
+            schedule=cosine_schedule(optimizer, config.steps, warmup=config.warmup),
+            steps=config.steps,
+            save=save,
+            save_every=config.save_every,
+        )
+
+    return fit(folder, recorded, build) / "weights"
 
 
 def fare_loss(
     config: FareConfig, encoder: EfficientNetLite, original: EfficientNetLite, clean: Tensor, step: int
-) -> tuple[Tensor, float]:
-    """The loss at attacked pictures, a scalar, and its value at the clean ones: how far the encoder has drifted.
+) -> Losses:
+    """ "loss" on adversarial images, and its value on the clean ones, "clean": how far the encoder has drifted.
 
     Squared distance of the vision tokens, in units of the original ones' squared length: a constant factor.
     """
     with torch.no_grad():
-        wanted = original(clean)
-    scale = wanted.square().sum(-1).mean()
+        target = original(clean)
+    scale = target.square().sum(-1).mean()
 
     def distance(images: Tensor) -> Tensor:
-        error: Tensor = encoder(images) - wanted
+        error: Tensor = encoder(images) - target
         squared: Tensor = error.square().sum(-1).mean(1) / scale
         return squared
 
-    def objective(images: Tensor) -> Tensor:
-        return -distance(images)
-
-    for parameter in encoder.parameters():
-        parameter.requires_grad_(False)
-    draw = make_generator(config.seed, "fare", step)
-    rel_step = config.mining_step / config.eps
+    encoder.requires_grad_(False)
     attacked = sign_steps(
-        objective, clean, eps=config.eps, steps=config.mining_steps, rel_step=rel_step, generator=draw
+        lambda images: -distance(images),
+        clean,
+        eps=config.eps,
+        steps=config.mining_steps,
+        rel_step=config.mining_step / config.eps,
+        generator=make_generator(config.seed, "fare", step),
     )
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(not name.startswith(UNUSED))
     with torch.no_grad():
         drift = distance(clean).mean().item()
-    return distance(attacked).mean(), drift
+    return {"loss": distance(attacked).mean(), "clean": drift}
 
 
-def _pictures(config: FareConfig, step: int) -> Tensor:
+def _images(config: FareConfig, step: int) -> Tensor:
     rng = np.random.default_rng([config.seed, 11, step])
     return training_pictures(rng, config.batch, first_scene=4_000_000 + step * config.batch)
 
 
-def _pocket(name: str) -> tuple[dict[str, object], dict[str, Tensor]]:
+def _read_pocket(name: str) -> tuple[dict[str, object], dict[str, Tensor]]:
     """A pocket's config and trained tensors, as its folder has them. Raises CodefendError when there is none."""
     folder = WEIGHTS / "pocket" if name == "pocket" else Path(name)
     try:
@@ -135,7 +136,7 @@ def _pocket(name: str) -> tuple[dict[str, object], dict[str, Tensor]]:
         ) from error
 
 
-def _encoder(name: object, state: dict[str, Tensor], folder: str) -> EfficientNetLite:
+def _load_encoder(name: object, state: dict[str, Tensor], folder: str) -> EfficientNetLite:
     encoder = EfficientNetLite(str(name))
     read_encoder(encoder, state, Path(folder))
     return encoder

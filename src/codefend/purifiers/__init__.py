@@ -91,7 +91,8 @@ def wrap_net(net: PurifierNet, meta: Mapping[str, Any], settings: Mapping[str, o
 
 def _kinds() -> dict[str, tuple[Any, Any]]:
     """The purifier of each kind of weights, and its options where the folder and the user say nothing."""
-    from codefend.contrib.peers.purifiers import FlowOptions, FlowPure, Hgd, HgdOptions
+    from codefend.contrib.peers.flowpure import FlowOptions, FlowPure
+    from codefend.contrib.peers.hgd import Hgd, HgdOptions
     from codefend.purifiers.bridge import Bridge, BridgeOptions
     from codefend.purifiers.diffpure import DiffPure, DiffPureOptions
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from codefend.bench.results import eps_label, summarize
 from codefend.core.files import write_atomic
-from codefend.core.runs import Row, Run, read_config, read_rows
+from codefend.core.runs import Row, read_config, read_rows
 from codefend.training import pair_tables
 from codefend.types import CodefendError
 
@@ -48,19 +48,19 @@ SCENES = (
 )
 
 
-def write_card(run: Run, kind: str) -> None:
-    """Write both files into the run's ``weights``. Raises CodefendError when the place cannot be written."""
-    rows = run.rows()
-    banks = [{**_bank(place), "times": times} for place, times in Counter(run.config.get("pairs", ())).items()]
+def write_card(folder: str | Path, kind: str) -> None:
+    """Write both files into the ``weights`` of a run folder. Raises CodefendError when they cannot be written."""
+    rows, config = read_rows(folder), read_config(folder)
+    banks = [{**_bank(place), "times": times} for place, times in Counter[str](config.get("pairs", ())).items()]
     training = {
         "kind": kind,
-        "config": run.config,
+        "config": config,
         "steps": max((row["step"] for row in rows if "step" in row), default=0),
         "hours": sum(row.get("seconds", 0.0) for row in rows) / 3600,
         "pairs": banks,
         "curve": curve(rows),
     }
-    _write(run.dir / "weights", training)
+    _write(Path(folder) / "weights", training)
 
 
 def refresh(folder: str | Path) -> Path:

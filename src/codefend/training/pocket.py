@@ -9,8 +9,7 @@ each text seeing the image and itself: several times the supervision per image.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,21 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codefend.core import images as pictures
-from codefend.core.devices import default_device, mixed_precision
+from codefend.core.devices import default_device
 from codefend.core.files import write_atomic
-from codefend.core.runs import Run, check_run, open_run, progress, save_checkpoint
+from codefend.core.runs import progress, save_checkpoint
 from codefend.tasks.easyvqa import load_easyvqa
 from codefend.tasks.language import MIX, training_texts
 from codefend.tasks.objects import COLOURS, THINGS
 from codefend.tasks.readers import LazyExamples
 from codefend.tasks.scenes import PLACES, Scene, compose, load_photographs
 from codefend.training.card import write_card
-from codefend.training.feed import feed
+from codefend.training.fit import Log, Losses, Training, cosine_schedule, fit, optimize
 from codefend.training.pairs import WORDS
-from codefend.training.state import Parameters, cosine_rate, restore_training, save_training, set_rate
 from codefend.victims.pocket import AFTER, BEFORE, END, SIDE, TOKENS, Pocket, fit_square, read_trained
 
-Dialogues = tuple[Path, list[tuple[str, str]]]
+Dialogues = tuple[Path, list[tuple[str, str]]]  # an image file with its (question, answer) pairs
+Instructions = tuple[Tensor, list[list[tuple[str, str]]]]  # images [B, 3, H, W], the (prompt, answer) pairs of each
 
 
 @dataclass(frozen=True)
@@ -61,49 +60,46 @@ class PocketConfig:
     warmup: int = 50
     save_every: int = 50  # steps
 
+    def train(self, folder: str | Path) -> Path:
+        """As `train_pocket`."""
+        return train_pocket(self, folder)
+
 
 def train_pocket(config: PocketConfig, folder: str | Path) -> Path:
     """Train in ``folder`` and return the folder with the weights; the same call resumes after any interruption.
 
     Raises CodefendError when a weight package or scikit-image is missing, or the folder was made with another config.
     """
-    described = {"train": "pocket", **config.__dict__}
-    check_run(folder, described)
+    return fit(folder, {"train": "pocket", **config.__dict__}, lambda: _training(config, Path(folder))) / "weights"
+
+
+def _training(config: PocketConfig, folder: Path) -> Training[Instructions]:
     pocket = Pocket(config.encoder, rank=config.rank, vocabulary=WORDS)
     if config.init:
         read_trained(pocket, Path(config.init))
-    run = open_run(folder, described)  # a misspelt name has left nothing behind
     pocket.to(default_device())
-    parameters = pocket.trainable
-    shapes = _easyvqa_dialogues()
-    checkpoint = run.dir / "checkpoint.safetensors"
-    if config.grounding_epochs and not checkpoint.exists():
-        _ground(pocket, config, run, shapes)
-    optimizer = _optimizer(parameters, config)
-    step = restore_training(checkpoint, parameters, optimizer)
-    if step == 0:
-        save_training(checkpoint, parameters, optimizer, step)  # grounding is done
-    batches = feed(partial(_batch, config, shapes), step, config.steps, pocket.device)
-    with progress("pocket", config.steps, done=step) as advance:
-        for batch, texts in batches:
-            started = time.perf_counter()
-            set_rate(optimizer, rate := cosine_rate(step, config.steps, warmup=config.warmup))
-            losses = _instruct(pocket, optimizer, batch, texts)
-            step += 1
-            row = {
-                "key": f"step-{step}",
-                "step": step,
-                **losses,
-                "rate": rate,
-                "seconds": time.perf_counter() - started,
-            }
-            run.append(row)
-            advance(1, f"loss {losses['loss']:.3f}")
-            if step % config.save_every == 0 or step == config.steps:
-                export_pocket(pocket, run.dir / "weights")
-                write_card(run, "pocket")
-                save_training(checkpoint, parameters, optimizer, step)  # last: then the weights are there
-    return run.dir / "weights"
+    shapes = load_shapes()
+    optimizer = _optimizer(pocket.trainable, config)
+
+    def loss(batch: Instructions, step: int) -> Losses:
+        mean, answers, captions = packed_loss(pocket, *batch)
+        return {"loss": mean, "answers": answers, "captions": captions}
+
+    def save(step: int) -> None:
+        export_pocket(pocket, folder / "weights")
+        write_card(folder, "pocket")
+
+    return Training(
+        parameters=pocket.trainable,
+        batch=partial(_batch, config, shapes),
+        loss=loss,
+        optimizer=optimizer,
+        schedule=cosine_schedule(optimizer, config.steps, warmup=config.warmup),
+        steps=config.steps,
+        save=save,
+        save_every=config.save_every,
+        prepare=partial(_ground, pocket, config, shapes) if config.grounding_epochs else None,
+    )
 
 
 def export_pocket(pocket: Pocket, folder: Path) -> None:
@@ -117,33 +113,41 @@ def export_pocket(pocket: Pocket, folder: Path) -> None:
 # Stage 1: words for cells
 
 
-def _ground(pocket: Pocket, config: PocketConfig, run: Run, shapes: Sequence[Dialogues]) -> None:
-    """Train the connector alone so that each token is near the words for its cell."""
+def _ground(pocket: Pocket, config: PocketConfig, shapes: Sequence[Dialogues], log: Log) -> None:
+    """Train the connector alone so that each token is near the words for its cell; log a row every hundred steps."""
     tokens, labels, words = _grounding_set(pocket, config, shapes)
     connector = pocket.connector.requires_grad_(True).train()
     if not config.init:
         connector.place.data.copy_(_places(pocket))
-    optimizer = torch.optim.AdamW(connector.parameters(), lr=config.lr_grounding, weight_decay=0.01)
     steps = config.grounding_epochs * len(tokens) // 64
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr_grounding, total_steps=steps)
     draw = torch.Generator().manual_seed(config.seed)
+    picks = [torch.randint(len(tokens), (64,), generator=draw) for _ in range(steps)]
+    optimizer = torch.optim.AdamW(connector.parameters(), lr=config.lr_grounding, weight_decay=0.01)
+
+    def loss(pick: Tensor, step: int) -> Losses:
+        with torch.autocast(pocket.device.type, enabled=False):
+            embedded = connector.words(tokens[pick].to(pocket.device).float())
+            cosines = F.normalize(embedded, dim=-1) @ words.T
+            targets = labels[pick].to(pocket.device)
+            nll = F.cross_entropy((cosines / 0.05).flatten(0, 1), targets.flatten(), ignore_index=-1)
+        correct, labelled = cosines.argmax(-1) == targets, targets >= 0
+        objects = labelled & (targets < len(words) - 1)
+        return {"loss": nll, "cells": _share(correct, labelled), "objects": _share(correct, objects)}
+
+    training = Training(
+        parameters=dict(connector.named_parameters()),
+        batch=picks.__getitem__,
+        loss=loss,
+        optimizer=optimizer,
+        schedule=torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr_grounding, total_steps=steps),
+        steps=steps,
+        clip=None,
+    )
     with progress("grounding", steps) as advance:
-        for step in range(steps):
-            pick = torch.randint(len(tokens), (64,), generator=draw)
-            cosines = F.normalize(connector.words(tokens[pick].to(pocket.device).float()), dim=-1) @ words.T
-            wanted = labels[pick].to(pocket.device)
-            loss = F.cross_entropy((cosines / 0.05).flatten(0, 1), wanted.flatten(), ignore_index=-1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            advance(1, f"loss {loss.item():.3f}")
-            if step % 100 == 0 or step == steps - 1:
-                right = cosines.argmax(-1) == wanted
-                seen = wanted >= 0
-                objects = seen & (wanted < len(words) - 1)
-                row = {"loss": loss.item(), "cells": _share(right, seen), "objects": _share(right, objects)}
-                run.append({"key": f"ground-{step}", **row})
+        for step, row in optimize(training):
+            advance(1, f"loss {row['loss']:.3f}")
+            if (step - 1) % 100 == 0 or step == steps:
+                log({"key": f"ground-{step - 1}", **{name: row[name] for name in ("loss", "cells", "objects")}})
 
 
 def _places(pocket: Pocket) -> Tensor:
@@ -239,19 +243,7 @@ def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
 # Stage 2: instructions
 
 
-def _instruct(
-    pocket: Pocket, optimizer: torch.optim.Optimizer, batch: Tensor, texts: Sequence[Sequence[tuple[str, str]]]
-) -> dict[str, float]:
-    with mixed_precision(pocket.device):
-        loss, short, caption = packed_loss(pocket, batch, texts)
-    optimizer.zero_grad()
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(list(pocket.trainable.values()), 1.0)
-    optimizer.step()
-    return {"loss": loss.item(), "answers": short, "captions": caption, "grad_norm": float(norm)}
-
-
-def _easyvqa_dialogues() -> list[Dialogues]:
+def load_shapes() -> list[Dialogues]:
     """The pictures of easy-vqa's training split, each with all its (question, answer) pairs."""
     grouped: dict[Path, list[tuple[str, str]]] = {}
     examples = load_easyvqa("train").examples
@@ -260,7 +252,7 @@ def _easyvqa_dialogues() -> list[Dialogues]:
     return list(grouped.items())
 
 
-def _batch(config: PocketConfig, shapes: Sequence[Dialogues], step: int) -> tuple[Tensor, list[list[tuple[str, str]]]]:
+def _batch(config: PocketConfig, shapes: Sequence[Dialogues], step: int) -> Instructions:
     rng = np.random.default_rng([config.seed, 2, step])
     batch, texts = [], []
     for i in range(config.batch):
@@ -347,13 +339,13 @@ def _block_mask(segments: Tensor) -> Tensor:
     return mask.masked_fill(~allowed, torch.finfo(torch.float32).min)[:, None]
 
 
-def _optimizer(parameters: Parameters, config: PocketConfig) -> torch.optim.Optimizer:
+def _optimizer(parameters: Mapping[str, nn.Parameter], config: PocketConfig) -> torch.optim.Optimizer:
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     connector = [p for name, p in parameters.items() if name.startswith("connector.")]
     lora = [p for name, p in parameters.items() if "lora_" in name]
     groups = [
-        {"params": connector, "base": config.lr_connector, "weight_decay": 0.01},
-        {"params": lora, "base": config.lr_lora, "weight_decay": 0.0},
+        {"params": connector, "lr": config.lr_connector, "weight_decay": 0.01},
+        {"params": lora, "lr": config.lr_lora, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr_connector, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98))

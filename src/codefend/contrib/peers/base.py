@@ -1,0 +1,142 @@
+"""What the peers have in common: another paper's purifier on our network, started from our prior, on our images.
+
+As in `purifiers.diffusion`, everything is in VE coordinates on [0, 1] pixels and the network predicts the clean image,
+here ``D``; a velocity or a noise prediction is a linear function of it, so each paper's loss is a squared error of D
+with the weight that its own target implies. Steps and batch are the bridge's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from codefend import victims
+from codefend.core.devices import default_device
+from codefend.core.runs import make_generator
+from codefend.purifiers.nets import PurifierNet, load_net, save_net
+from codefend.tasks.training_images import training_pictures
+from codefend.training.banks import Bank
+from codefend.training.card import write_card
+from codefend.training.fit import Losses, MovingAverage, Training, cosine_schedule, fit
+from codefend.types import CodefendError
+from codefend.victims.pocket import Pocket
+
+SMALLEST = 1e-3  # of times and noise levels in training: below it float32 rounding decides the target
+
+Batch = tuple[Tensor, Tensor | None]  # clean [B,3,H,W], adversarial images or None where the method needs none
+# (network, clean, adversarial, number of the batch, noise) -> weighted terms
+PeerLoss = Callable[[PurifierNet, Tensor, Tensor, int, Generator], Losses]
+
+
+@dataclass(frozen=True)
+class PeerConfig:
+    """Settings of every peer."""
+
+    method: ClassVar[str]
+
+    prior: str = ""  # weights folder to fine-tune from; empty: the shipped prior
+    seed: int = 0
+    steps: int = 1200
+    batch: int = 16
+    lr: float = 8e-4
+    warmup: int = 50
+    save_every: int = 50  # steps
+
+
+@dataclass(frozen=True)
+class PairsPeerConfig(PeerConfig):
+    """Settings of a peer that is trained on the static pairs of banks."""
+
+    pairs: tuple[str, ...] = ()  # bank folders made by `codefend pairs`
+    without: tuple[str, ...] = ()  # attack kinds and target networks of the banks that are left out
+    clean: float = 0.0  # share of pairs whose adversarial image is the clean one
+
+
+def train_peer(
+    config: PeerConfig,
+    folder: str | Path,
+    load_loss: Callable[[], PeerLoss],
+    *,
+    options: Mapping[str, float] | None = None,
+) -> Path:
+    """Train in ``folder`` and return the folder with the weights; the same call resumes.
+
+    ``load_loss`` loads the networks that the loss needs; ``options`` are what the purifier must know of the training.
+    Raises CodefendError when pairs, prior or victim are missing, or the folder was made with another config.
+    """
+    folder = Path(folder)
+
+    def build() -> Training[Batch]:
+        bank = Bank(config.pairs, without=config.without) if isinstance(config, PairsPeerConfig) else None
+        peer_loss = load_loss()
+        net = start_from_prior(config).to(default_device()).train()
+        optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, betas=(0.9, 0.99))
+        average = MovingAverage(net)
+
+        def loss(batch: Batch, number: int) -> Losses:
+            clean = batch[0].to(default_device())
+            attacked = clean if batch[1] is None else batch[1].to(default_device())
+            return peer_loss(net, clean, attacked, number, make_generator(config.seed, config.method, number))
+
+        def save(step: int) -> None:
+            kind = config.method
+            save_net(folder / "weights", average.module, kind=kind, options=options, dtype=torch.float16)
+            write_card(folder, kind)
+
+        return Training(
+            parameters=dict(net.named_parameters()),
+            batch=partial(_batch, config, bank),
+            loss=loss,
+            optimizer=optimizer,
+            schedule=cosine_schedule(optimizer, config.steps, warmup=config.warmup),
+            average=average,
+            steps=config.steps,
+            save=save,
+            save_every=config.save_every,
+        )
+
+    return fit(folder, {"train": "peer", "method": config.method, **asdict(config)}, build) / "weights"
+
+
+def start_from_prior(config: PeerConfig) -> PurifierNet:
+    """The prior's weights; no bound on the residual, which none of the papers has."""
+    from codefend.purifiers import WEIGHTS
+
+    prior, _ = load_net(config.prior or WEIGHTS / "prior")
+    net = PurifierNet(replace(prior.config, residual_bound=None))
+    net.load_state_dict(prior.state_dict())
+    return net
+
+
+def load_pocket(victim: str, method: str) -> Pocket:
+    """The pocket victim whose words guide. Raises CodefendError for any other victim."""
+    pocket = victims.load(victim)
+    if not isinstance(pocket, Pocket):
+        raise CodefendError(f"{method} is guided by a pocket victim, not {pocket.name}")
+    return pocket
+
+
+def _batch(config: PeerConfig, bank: Bank | None, number: int) -> Batch:
+    rng = np.random.default_rng([config.seed, 9, number])
+    if bank is None or not isinstance(config, PairsPeerConfig):
+        return training_pictures(rng, config.batch, first_scene=3_000_000 + number * config.batch), None
+    clean, attacked = bank.draw(rng, config.batch)
+    untouched = round(config.clean * config.batch)
+    return clean, torch.cat([clean[:untouched], attacked[untouched:]])
+
+
+def spread(value: Tensor) -> Tensor:
+    """``[B]`` as ``[B, 1, 1, 1]``."""
+    return value.view(-1, 1, 1, 1)
+
+
+def mean_square(images: Tensor, references: Tensor) -> Tensor:
+    """Mean squared error of each image, ``[B]``."""
+    return (images - references).square().flatten(1).mean(1)
