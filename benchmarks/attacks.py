@@ -22,19 +22,26 @@ import torch
 from torch import Generator, Tensor
 
 from codefend import tasks, victims
-from codefend.attacks import ATTACKS, NEEDS_SENTENCE, TEXT_ATTACKS, AttackSpec, TextAttackSpec, asked_for, objective_for
-from codefend.attacks.bounds import excess, finished
-from codefend.attacks.noise import Noise
+from codefend.attacks import (
+    ATTACKS,
+    NEEDS_SENTENCE,
+    TEXT_ATTACKS,
+    AttackSpec,
+    TextAttackSpec,
+    objective_for,
+    prompt_objective_for,
+)
+from codefend.attacks.base import BestImages, PromptObjective
+from codefend.attacks.bounds import excess, quantize_attacked
+from codefend.attacks.noise import RandomNoise
 from codefend.attacks.norms import random_signs, uniform
-from codefend.attacks.patch import Patch
-from codefend.attacks.search import Best, score
+from codefend.attacks.patch import AdversarialPatch
 from codefend.attacks.stadv import StAdv, warp
-from codefend.attacks.text import Asked
 from codefend.contrib.attacks.perc_al import PerCAL, shrink
 from codefend.core.images import quantize8
 from codefend.core.runs import make_generator, open_run
 from codefend.tasks.metrics import targeted_success
-from codefend.types import Budget, Example, Objective, Task, CodefendError, WhiteBox
+from codefend.types import Budget, CodefendError, Example, Objective, Task, WhiteBox
 
 DRAWS = 10
 
@@ -80,15 +87,19 @@ def batches(task: Task, size: int) -> Iterator[tuple[Sequence[Example], Tensor]]
         yield examples, quantize8(torch.stack([example.image for example in examples]))
 
 
+def evaluated(objective: Objective, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return objective(images)
+
+
 def control(attack: object, objective: Objective, clean: Tensor, budget: Budget, generator: Generator) -> Tensor:
     """The best of ten random images inside the attack's bound, by its objective."""
-    if not isinstance(attack, Patch | StAdv | PerCAL):
-        return Noise(draws=DRAWS)(objective, clean, budget, generator=generator)
-    silent = Noise()
-    best = Best(clean, score(silent, objective, clean, 1))
-    mask = attack.mask(clean, generator=generator) if isinstance(attack, Patch) else torch.zeros(1)
+    if not isinstance(attack, AdversarialPatch | StAdv | PerCAL):
+        return RandomNoise(draws=DRAWS)(objective, clean, budget, generator=generator)
+    best = BestImages(clean, evaluated(objective, clean))
+    mask = attack.mask(clean, generator=generator) if isinstance(attack, AdversarialPatch) else torch.zeros(1)
     for _ in range(DRAWS):
-        if isinstance(attack, Patch):
+        if isinstance(attack, AdversarialPatch):
             trial = torch.where(mask > 0, uniform(clean, generator), clean)
         elif isinstance(attack, StAdv):
             reach = attack.limit * min(clean.shape[-2:])
@@ -97,7 +108,7 @@ def control(attack: object, objective: Objective, clean: Tensor, budget: Budget,
         else:
             far = clean + 32 / 255 * random_signs(clean, generator) * uniform(clean, generator)
             trial = shrink(far.clamp(0, 1), clean, attack.limit)
-        best.update(trial, score(silent, objective, trial, 1))
+        best.update(trial, evaluated(objective, trial))
     return best.images
 
 
@@ -115,13 +126,13 @@ def run_image(spec: AttackSpec, victim: WhiteBox, task: Task, budget: Budget, si
         start = time.perf_counter()
         raw = attack(objective, clean, budget, generator=make_generator(0, spec.name, number))
         row.seconds += time.perf_counter() - start
-        images = finished(attack, raw, clean, budget)
+        images = quantize_attacked(attack, raw, clean, budget)
         row.broken += int((excess(attack, images, clean, budget) > 1e-5).sum())
-        row.attacked.add(score(Noise(), objective, images, 1), victim.generate(images, prompts))
+        row.attacked.add(evaluated(objective, images), victim.generate(images, prompts))
         if known is None:
             noise = control(attack, objective, clean, budget, make_generator(0, "noise", number))
-            noise = finished(attack, noise, clean, budget)
-            row.noise.add(score(Noise(), objective, noise, 1), victim.generate(noise, prompts))
+            noise = quantize_attacked(attack, noise, clean, budget)
+            row.noise.add(evaluated(objective, noise), victim.generate(noise, prompts))
     return row
 
 
@@ -129,27 +140,35 @@ def run_text(spec: TextAttackSpec, victim: WhiteBox, task: Task, budget: Budget,
     row = Row(budget.steps)
     for number, (examples, clean) in enumerate(batches(task, size)):
         prompts, answers = [e.prompt for e in examples], [e.references[0] for e in examples]
-        asked, generator = asked_for(spec, victim, answers, task.target), make_generator(0, spec.name, number)
+        objective, generator = (
+            prompt_objective_for(spec, victim, answers, task.target),
+            make_generator(0, spec.name, number),
+        )
         start = time.perf_counter()
-        images, changed = spec.build(task.target)(asked, clean, prompts, budget, generator=generator)
+        images, changed = spec.build(task.target)(objective, clean, prompts, budget, generator=generator)
         row.seconds += time.perf_counter() - start
         images = quantize8(images)
-        row.attacked.add(score(Noise(), asked(changed), images, 1), victim.generate(images, changed))
-        noise, said = text_control(spec, asked, clean, prompts, budget, make_generator(0, "noise", number))
-        row.noise.add(score(Noise(), asked(said), noise, 1), victim.generate(noise, said))
+        row.attacked.add(evaluated(objective(changed), images), victim.generate(images, changed))
+        noise, edited = text_control(spec, objective, clean, prompts, budget, make_generator(0, "noise", number))
+        row.noise.add(evaluated(objective(edited), noise), victim.generate(noise, edited))
     return row
 
 
 def text_control(
-    spec: TextAttackSpec, asked: Asked, clean: Tensor, prompts: list[str], budget: Budget, generator: Generator
+    spec: TextAttackSpec,
+    objective: PromptObjective,
+    clean: Tensor,
+    prompts: list[str],
+    budget: Budget,
+    generator: Generator,
 ) -> tuple[Tensor, list[str]]:
     """Noise for a joint attack, another sentence for one that plants a sentence, else one random edit."""
     if spec.changes == "both":
-        images = Noise(draws=DRAWS)(asked(prompts), clean, budget, generator=generator)
-        return finished(Noise(), images, clean, budget), prompts
+        images = RandomNoise(draws=DRAWS)(objective(prompts), clean, budget, generator=generator)
+        return quantize_attacked(RandomNoise(), images, clean, budget), prompts
     once = budget if spec.goal in NEEDS_SENTENCE else replace(budget, steps=1)
-    images, said = spec.build("")(asked, clean, prompts, once, generator=generator)
-    return quantize8(images), said
+    images, edited = spec.build("")(objective, clean, prompts, once, generator=generator)
+    return quantize8(images), edited
 
 
 def line(name: str, found: dict[str, Any], task: Task, clean: list[str]) -> str:

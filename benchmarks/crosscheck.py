@@ -29,8 +29,8 @@ from torch import Tensor
 
 from codefend import tasks, victims
 from codefend.attacks import ATTACKS, objective_for
+from codefend.attacks.base import BestImages
 from codefend.attacks.norms import distance
-from codefend.attacks.search import Best
 from codefend.core.images import quantize8
 from codefend.core.runs import Run, make_generator, open_run
 from codefend.core.settings import number
@@ -45,7 +45,7 @@ class Record:
 
     def __init__(self, objective: Objective, clean: Tensor, budget: Budget) -> None:
         self.objective, self.clean, self.budget = objective, clean, budget
-        self.best = Best(clean, torch.full((len(clean),), torch.inf))
+        self.best = BestImages(clean, torch.full((len(clean),), torch.inf))
 
     def __call__(self, images: Tensor) -> Tensor:
         losses = self.objective(images)

@@ -13,7 +13,7 @@ from attacks_kit import (
     ANSWERS,
     BUDGETS,
     PROMPTS,
-    Defended,
+    CallCounter,
     Noisy,
     ToyVictim,
     both_norms,
@@ -23,16 +23,18 @@ from attacks_kit import (
     setup,
 )
 from codefend.attacks import ATTACKS, AttackSpec
+from codefend.attacks.adam import Adam
 from codefend.attacks.apgd import APGD
-from codefend.attacks.bounds import OwnBound, excess, finished
+from codefend.attacks.base import BestImages
+from codefend.attacks.bounds import OwnBound, excess, quantize_attacked
 from codefend.attacks.cw import CW
 from codefend.attacks.mifgsm import MIFGSM
-from codefend.attacks.noise import Noise
+from codefend.attacks.noise import RandomNoise
 from codefend.attacks.norms import distance
-from codefend.attacks.objectives import Counted, targeted, untargeted
+from codefend.attacks.objectives import targeted, untargeted
 from codefend.attacks.pgd import PGD
-from codefend.attacks.search import Adam, Best, Trace, score
-from codefend.defense import Defense
+from codefend.attacks.trace import Trace
+from codefend.defense import DefendedVictim, Defense
 from codefend.types import Budget, CodefendError, Objective
 
 # Averages of many samples, or a side of 15% of 16 pixels, would be slow or weak on toys.
@@ -96,12 +98,12 @@ def test_contract(spec: AttackSpec, norm: str, victim: str) -> None:
     if spec.bound == "ball":
         assert (distance(adv, clean, budget.norm) <= budget.eps + 1e-6).all()
     assert (excess(attack, adv, clean, budget) <= 1e-6).all()
-    assert (excess(attack, finished(attack, adv, clean, budget), clean, budget) <= 1e-6).all()
+    assert (excess(attack, quantize_attacked(attack, adv, clean, budget), clean, budget) <= 1e-6).all()
     if spec.name not in SHARED:
         assert (objective(adv) <= objective(clean) + 1e-6).all()
     assert torch.equal(adv, built(spec)(objective, clean, budget, generator=seeded()))
     if spec.threat != "control":
-        assert_beats_noise(spec, objective(adv), objective(Noise()(objective, clean, budget, generator=seeded())))
+        assert_beats_noise(spec, objective(adv), objective(RandomNoise()(objective, clean, budget, generator=seeded())))
 
 
 def assert_beats_noise(spec: AttackSpec, adv: Tensor, noise: Tensor) -> None:
@@ -143,7 +145,7 @@ def test_an_example_does_not_depend_on_its_batch(attack: Any, norm: str) -> None
 
 @every_attack
 def test_works_behind_a_randomized_defense(spec: AttackSpec) -> None:
-    victim = Defended(ToyVictim(), Defense(purifier=Noisy(0.05), name="noisy"), generator=seeded())
+    victim = DefendedVictim(ToyVictim(), Defense(purifier=Noisy(0.05), name="noisy"), generator=seeded())
     clean = pictures()
     objective = made_for(spec, victim, clean)
     base = budget_of(spec, "linf")
@@ -260,7 +262,7 @@ def test_eot_is_not_fooled_by_a_lucky_sample() -> None:
 
 
 def test_eot_takes_that_many_samples_per_step() -> None:
-    counted = Counted(untargeted(ToyVictim(), PROMPTS, ANSWERS))
+    counted = CallCounter(untargeted(ToyVictim(), PROMPTS, ANSWERS))
     PGD()(counted, pictures(), Budget("linf", 8 / 255, 10, eot=4), generator=seeded())
     assert counted.calls == 4 * (1 + 10 + 1 + 2)  # clean, steps, last iterate, two finalists
 
@@ -274,7 +276,7 @@ def test_adam_follows_the_papers_formulas() -> None:
 
 
 def test_best_prefers_finite_and_lower() -> None:
-    best = Best(torch.zeros(3, 1, 1, 1), torch.tensor([1.0, math.nan, 1.0]))
+    best = BestImages(torch.zeros(3, 1, 1, 1), torch.tensor([1.0, math.nan, 1.0]))
     improved = best.update(torch.ones(3, 1, 1, 1), torch.tensor([0.5, 2.0, math.nan]))
     assert improved.tolist() == [True, True, False]
     assert best.images.flatten().tolist() == [1, 1, 0]
@@ -299,7 +301,7 @@ def test_gradient_memory_holds_one_sample() -> None:
             return grad
 
     objective = targeted(ToyVictim(), PROMPTS, ANSWERS)
-    graded = Counted(lambda x: objective(Tracked.apply(x)) if x.requires_grad else objective(x))  # type: ignore[no-untyped-call]
+    graded = CallCounter(lambda x: objective(Tracked.apply(x)) if x.requires_grad else objective(x))  # type: ignore[no-untyped-call]
     for attack in (PGD(), APGD(), MIFGSM(), CW()):
         attack(graded, pictures(), Budget("linf", 8 / 255, 5, eot=3), generator=seeded())
     assert max(alive) == 1
@@ -310,6 +312,6 @@ def test_score_averages_and_reports() -> None:
     attack, heard = PGD(), []
     attack.on_step = lambda step, losses: heard.append((step, losses))
     values = iter([torch.tensor([0.0]), torch.tensor([1.0])])
-    losses = score(attack, lambda x: next(values), torch.zeros(1, 3, 2, 2), 2, step=7)
+    losses = attack.score(lambda x: next(values), torch.zeros(1, 3, 2, 2), 2, step=7)
     assert losses.tolist() == [0.5]
     assert heard[0][0] == 7

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-from attacks_kit import ANSWERS, PROMPTS, ToyVictim, pictures
-from codefend.attacks.bounds import excess, finished
+from attacks_kit import ANSWERS, PROMPTS, CallCounter, ToyVictim, pictures
+from codefend.attacks.bounds import excess, quantize_attacked
 from codefend.attacks.corruptions import KINDS, Corruption, corrupt
-from codefend.attacks.objectives import Counted, Ensemble, features_towards, untargeted
-from codefend.attacks.patch import Patch
+from codefend.attacks.dct import dct_matrix
+from codefend.attacks.objectives import Ensemble, features_towards, untargeted
+from codefend.attacks.patch import AdversarialPatch
 from codefend.attacks.pgd import PGD
-from codefend.attacks.ssa_cwa import SSACWA, dct_matrix, simulate_spectrum
+from codefend.attacks.ssa_cwa import SSACWA, simulate_spectrum
 from codefend.attacks.stadv import StAdv, roughness, warp
 from codefend.contrib.attacks.colour import ciede2000, lab
 from codefend.contrib.attacks.perc_al import PerCAL, colour_distance, shrink
@@ -52,7 +53,7 @@ def test_spectrum_is_the_picture_without_mask_and_noise() -> None:
 
 def test_ssa_cwa_visits_every_model_and_fools_all() -> None:
     clean = pictures()
-    models = [Counted(objective_of(ToyVictim(seed))) for seed in range(3)]
+    models = [CallCounter(objective_of(ToyVictim(seed))) for seed in range(3)]
     adv = SSACWA(samples=2, rel_step=0.2)(Ensemble(models), clean, Budget("linf", 8 / 255, 8), generator=seeded())
     # Clean image, one look per step, and two samples per step for each part.
     assert [model.calls for model in models] == [1 + 8 + 8 * 2] * 3
@@ -178,7 +179,7 @@ def test_perc_al_spends_its_bound_and_no_more() -> None:
         found = colour_distance(adv, clean)
         assert (found <= limit + 1e-4).all()
         assert (found > 0.3 * limit).all()
-        assert excess(attack, finished(attack, adv, clean, Budget()), clean, Budget()).max() == 0
+        assert excess(attack, quantize_attacked(attack, adv, clean, Budget()), clean, Budget()).max() == 0
         losses.append(objective(adv))
     assert (losses[1] < losses[0]).all()
     assert (PerCAL(limit=1.0).outside(adv, clean) > 0).any()
@@ -192,11 +193,11 @@ def test_shrink_reaches_the_bound_from_outside() -> None:
     assert torch.equal(shrink(far, clean, 1e3), far)
 
 
-# Patch and bounds
+# AdversarialPatch and bounds
 
 
 def test_patch_knows_its_bound() -> None:
-    clean, attack = pictures(), Patch(side=0.25)
+    clean, attack = pictures(), AdversarialPatch(side=0.25)
     one, two = clean.clone(), clean.clone()
     one[:, :, 3:7, 5:9] = 1 - one[:, :, 3:7, 5:9]
     two[:, :, 3, 2] = 1 - two[:, :, 3, 2]

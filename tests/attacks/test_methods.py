@@ -8,20 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from attacks_kit import ANSWERS, BUDGETS, PROMPTS, ToyVictim, both_norms, pictures, seeded, setup
+from attacks_kit import ANSWERS, BUDGETS, PROMPTS, CallCounter, ToyVictim, both_norms, pictures, seeded, setup
 from codefend.attacks import ATTACKS
 from codefend.attacks.apgd import APGD, checkpoints
 from codefend.attacks.cw import CW
 from codefend.attacks.mifgsm import diversify
 from codefend.attacks.norms import distance, length
-from codefend.attacks.objectives import Counted, features_away, targeted, untargeted
-from codefend.attacks.patch import Patch
+from codefend.attacks.objectives import features_away, targeted, untargeted
+from codefend.attacks.patch import AdversarialPatch
 from codefend.attacks.pgd import PGD
-from codefend.attacks.search import Trace
-from codefend.attacks.square import Square, pyramid
+from codefend.attacks.square import SquareAttack, pyramid
+from codefend.attacks.trace import Trace
 from codefend.contrib.attacks.rgf import RGF, rounds
 from codefend.contrib.attacks.spsa import SPSA
-from codefend.contrib.attacks.universal import Universal
+from codefend.contrib.attacks.universal import UniversalPerturbation
 from codefend.types import Budget, Objective
 
 
@@ -81,7 +81,7 @@ def test_more_steps_do_not_hurt_apgd() -> None:
 def test_white_box_beats_score_only() -> None:
     objective, clean = setup(ATTACKS["apgd"])
     apgd = objective(APGD()(objective, clean, Budget("linf", 8 / 255, 30), generator=seeded())).mean()
-    for attack in (Square(), RGF(), SPSA()):
+    for attack in (SquareAttack(), RGF(), SPSA()):
         assert apgd <= objective(attack(objective, clean, Budget("linf", 8 / 255, 200), generator=seeded())).mean()
 
 
@@ -122,15 +122,15 @@ def test_square_pyramid_has_unit_norm_and_two_signs(side: int) -> None:
 def test_square_takes_tiny_images(size: int) -> None:
     clean = pictures(2, size)
     for budget in (Budget("linf", 8 / 255, 30), Budget("l2", 0.3, 30)):
-        adv = Square()(lambda x: x.flatten(1).mean(1), clean, budget, generator=seeded())
+        adv = SquareAttack()(lambda x: x.flatten(1).mean(1), clean, budget, generator=seeded())
         assert (distance(adv, clean, budget.norm) <= budget.eps + 1e-6).all()
         assert adv.mean() < clean.mean()
 
 
-@pytest.mark.parametrize("attack", [Square(), RGF(), SPSA()], ids=lambda attack: attack.name)
+@pytest.mark.parametrize("attack", [SquareAttack(), RGF(), SPSA()], ids=lambda attack: attack.name)
 @pytest.mark.parametrize("queries", [50, 333])
 def test_score_attacks_spend_their_queries_and_no_gradient(attack: Any, queries: int) -> None:
-    counted = Counted(untargeted(ToyVictim(), PROMPTS, ANSWERS))
+    counted = CallCounter(untargeted(ToyVictim(), PROMPTS, ANSWERS))
 
     def black_box(images: Tensor) -> Tensor:
         assert not images.requires_grad
@@ -148,7 +148,7 @@ def test_rounds_split_the_queries(queries: int, expected: tuple[int, int]) -> No
 def test_patch_stays_in_its_square_and_wins() -> None:
     clean, victim = pictures(), ToyVictim()
     objective = untargeted(victim, PROMPTS, ANSWERS)
-    attack, budget = Patch(side=0.4), Budget(steps=20)
+    attack, budget = AdversarialPatch(side=0.4), Budget(steps=20)
     adv = attack(objective, clean, budget, generator=seeded())
     mask = attack.mask(clean, generator=seeded())
     assert mask.flatten(1).sum(1).tolist() == [36, 36, 36]  # 0.4 of 16 is 6
@@ -156,7 +156,7 @@ def test_patch_stays_in_its_square_and_wins() -> None:
     assert adv.min() >= 0
     assert adv.max() <= 1
     assert (objective(adv) < objective(clean)).all()
-    fixed = Patch(side=0.25, place=(0.0, 1.0)).mask(clean)
+    fixed = AdversarialPatch(side=0.25, place=(0.0, 1.0)).mask(clean)
     assert fixed[0, 0, :4, 12:].all()
     assert fixed.sum() == 3 * 16
 
@@ -165,7 +165,7 @@ def test_patch_stays_in_its_square_and_wins() -> None:
 def test_universal_delta_is_one_for_all_and_in_budget(norm: str) -> None:
     victim, budget = ToyVictim(), BUDGETS[norm]
     batches = [(targeted(victim, PROMPTS, ["target"] * 3), pictures(seed=s)) for s in range(4)]
-    attack = Universal()
+    attack = UniversalPerturbation()
     delta = attack.fit(batches, Budget(budget.norm, budget.eps, 40), generator=seeded())
     assert delta.shape == (1, 3, 16, 16)
     assert (length(delta, budget.norm) <= budget.eps + 1e-6).all()

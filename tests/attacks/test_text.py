@@ -10,14 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attacks_kit import ANSWERS, Defended, Dim, ToyVictim, pictures
-from codefend.attacks import TEXT_ATTACKS, TextAttackSpec, asked_for
+from attacks_kit import ANSWERS, Dim, ToyVictim, pictures
+from codefend.attacks import TEXT_ATTACKS, TextAttackSpec, prompt_objective_for
+from codefend.attacks.apgd import APGD
+from codefend.attacks.base import PromptObjective
+from codefend.attacks.bitmap_font import render
 from codefend.attacks.norms import distance
-from codefend.attacks.search import Trace
-from codefend.attacks.text import PLANTS, Asked, Characters, Glyphs, Planted, Words
-from codefend.attacks.typographic import Typographic, render, write_on
+from codefend.attacks.prompt_edits import CharacterEdits, GlyphEdits, WordEdits
+from codefend.attacks.prompt_injection import INSTRUCTIONS, PlantedInstruction
+from codefend.attacks.trace import Trace
+from codefend.attacks.typographic import TypographicAttack, write_text
 from codefend.core.text_edits import Edit, lookalikes, rewordings, rewrite, typos
-from codefend.defense import Defense
+from codefend.defense import DefendedVictim, Defense
 from codefend.types import Budget, CodefendError, Objective
 
 QUESTIONS = ["What is left of the picture?", "Describe the image.", "How many red objects are there?"]
@@ -63,10 +67,10 @@ def levenshtein(a: str, b: str) -> int:
 @pytest.mark.parametrize("defended", [False, True])
 def test_contract(spec: TextAttackSpec, defended: bool) -> None:
     clean, victim = pictures(), Reader()
-    shown = Defended(victim, Defense(purifier=Dim(), name="dim")) if defended else victim
-    asked = asked_for(spec, shown, ANSWERS, "target")
+    shown = DefendedVictim(victim, Defense(purifier=Dim(), name="dim")) if defended else victim
+    objective = prompt_objective_for(spec, shown, ANSWERS, "target")
     before = clean.clone()
-    images, prompts = spec.build("target")(asked, clean, QUESTIONS, BUDGET, generator=seeded())
+    images, prompts = spec.build("target")(objective, clean, QUESTIONS, BUDGET, generator=seeded())
     assert torch.equal(clean, before)
     assert images.shape == clean.shape
     assert images.min() >= 0
@@ -78,19 +82,19 @@ def test_contract(spec: TextAttackSpec, defended: bool) -> None:
         assert prompts == QUESTIONS
     if spec.changes == "both":
         assert (distance(images, clean, "linf") <= BUDGET.eps + 1e-6).all()
-    assert (asked(prompts)(images) <= asked(QUESTIONS)(clean) + 1e-6).all()
-    assert asked(prompts)(images).mean() < asked(QUESTIONS)(clean).mean() - 1e-3
-    again = spec.build("target")(asked, clean, QUESTIONS, BUDGET, generator=seeded())
+    assert (objective(prompts)(images) <= objective(QUESTIONS)(clean) + 1e-6).all()
+    assert objective(prompts)(images).mean() < objective(QUESTIONS)(clean).mean() - 1e-3
+    again = spec.build("target")(objective, clean, QUESTIONS, BUDGET, generator=seeded())
     assert torch.equal(again[0], images)
     assert again[1] == prompts
 
 
 @every_attack
 def test_nan_objective_changes_nothing(spec: TextAttackSpec) -> None:
-    def asked(prompts: Sequence[str]) -> Objective:
+    def objective(prompts: Sequence[str]) -> Objective:
         return lambda images: images.flatten(1).sum(1) * float("nan")
 
-    images, prompts = spec.build("")(asked, pictures(), QUESTIONS, Budget(steps=3), generator=seeded())
+    images, prompts = spec.build("")(objective, pictures(), QUESTIONS, Budget(steps=3), generator=seeded())
     assert torch.equal(images, pictures())
     assert prompts == QUESTIONS
 
@@ -99,7 +103,7 @@ def test_nan_objective_changes_nothing(spec: TextAttackSpec) -> None:
 def test_trace_hears_the_looks(spec: TextAttackSpec) -> None:
     trace, attack = Trace(), spec.build("target")
     assert trace.attach(attack)
-    attack(asked_for(spec, Reader(), ANSWERS, "target"), pictures(), QUESTIONS, BUDGET, generator=seeded())
+    attack(prompt_objective_for(spec, Reader(), ANSWERS, "target"), pictures(), QUESTIONS, BUDGET, generator=seeded())
     assert trace.losses
     assert all(losses.shape == (3,) for losses in trace.losses)
     assert bool(trace.gradient_norms) == (spec.threat == "white-box")
@@ -117,14 +121,14 @@ def test_spec_is_filled_in(spec: TextAttackSpec) -> None:
 
 def test_black_boxes_are_asked_for_answers_and_spared_gradients() -> None:
     clean = pictures()
-    images, prompts = Planted(say="a dog")(
-        asked_for(TEXT_ATTACKS["planted"], BlackBox(), ANSWERS, "a dog"), clean, QUESTIONS, Budget(steps=5)
+    images, prompts = PlantedInstruction(sentence="a dog")(
+        prompt_objective_for(TEXT_ATTACKS["planted"], BlackBox(), ANSWERS, "a dog"), clean, QUESTIONS, Budget(steps=5)
     )
     assert BlackBox().generate(images, prompts) == ["a dog"] * 3
     with pytest.raises(CodefendError, match="only answers text"):
-        asked_for(TEXT_ATTACKS["joint"], BlackBox(), ANSWERS, "")
+        prompt_objective_for(TEXT_ATTACKS["joint"], BlackBox(), ANSWERS, "")
     with pytest.raises(CodefendError, match="sentence"):
-        asked_for(TEXT_ATTACKS["planted"], BlackBox(), ANSWERS, "")
+        prompt_objective_for(TEXT_ATTACKS["planted"], BlackBox(), ANSWERS, "")
 
 
 # Edits
@@ -157,8 +161,8 @@ def test_lookalikes_change_letters_that_still_read_the_same() -> None:
 
 
 def test_glyphs_changes_letters_only_and_a_few_at_most() -> None:
-    asked = asked_for(TEXT_ATTACKS["glyphs"], Reader(), ANSWERS, "")
-    changed = Glyphs(edits=2)(asked, pictures(), QUESTIONS, Budget(steps=30), generator=seeded())[1]
+    objective = prompt_objective_for(TEXT_ATTACKS["glyphs"], Reader(), ANSWERS, "")
+    changed = GlyphEdits(edits=2)(objective, pictures(), QUESTIONS, Budget(steps=30), generator=seeded())[1]
     differing = [sum(a != b for a, b in zip(p, q, strict=True)) for p, q in zip(changed, QUESTIONS, strict=True)]
     assert all(1 <= count <= 2 for count in differing)
 
@@ -174,44 +178,46 @@ def test_rewordings_keep_most_words() -> None:
 
 def test_searches_stay_in_their_edits_and_get_better_with_looks() -> None:
     clean, victim = pictures(), Reader()
-    asked: Asked = asked_for(TEXT_ATTACKS["characters"], victim, ANSWERS, "")
-    few, many = (Characters(edits=3)(asked, clean, QUESTIONS, Budget(steps=n), generator=seeded())[1] for n in (2, 60))
+    objective: PromptObjective = prompt_objective_for(TEXT_ATTACKS["characters"], victim, ANSWERS, "")
+    few, many = (
+        CharacterEdits(edits=3)(objective, clean, QUESTIONS, Budget(steps=n), generator=seeded())[1] for n in (2, 60)
+    )
     assert all(1 <= levenshtein(p, q) <= 6 for p, q in zip(many, QUESTIONS, strict=True))  # a swap counts twice
-    assert asked(many)(clean).mean() < asked(few)(clean).mean()
-    one = Characters(edits=1)(asked, clean, QUESTIONS, Budget(steps=60), generator=seeded())[1]
+    assert objective(many)(clean).mean() < objective(few)(clean).mean()
+    one = CharacterEdits(edits=1)(objective, clean, QUESTIONS, Budget(steps=60), generator=seeded())[1]
     assert all(levenshtein(p, q) <= 2 for p, q in zip(one, QUESTIONS, strict=True))
-    spoken = Words(edits=1)(asked, clean, QUESTIONS, Budget(steps=30), generator=seeded())[1]
+    spoken = WordEdits(edits=1)(objective, clean, QUESTIONS, Budget(steps=30), generator=seeded())[1]
     assert all(abs(len(p.split()) - len(q.split())) <= 1 for p, q in zip(spoken, QUESTIONS, strict=True))
 
 
 def test_a_prompt_without_letters_is_left_alone() -> None:
-    asked = asked_for(TEXT_ATTACKS["characters"], Reader(), ["a"], "")
-    assert Characters()(asked, pictures(1), ["?! 12"], Budget(steps=5), generator=seeded())[1] == ["?! 12"]
-    assert Words()(asked, pictures(1), [""], Budget(steps=5), generator=seeded())[1] == [""]
+    objective = prompt_objective_for(TEXT_ATTACKS["characters"], Reader(), ["a"], "")
+    assert CharacterEdits()(objective, pictures(1), ["?! 12"], Budget(steps=5), generator=seeded())[1] == ["?! 12"]
+    assert WordEdits()(objective, pictures(1), [""], Budget(steps=5), generator=seeded())[1] == [""]
 
 
 def test_a_planted_sentence_may_hold_braces() -> None:
-    asked = asked_for(TEXT_ATTACKS["planted"], Reader(), ["a"], "t")
-    prompt = Planted(say="{x}")(asked, pictures(1), ["{y}?"], Budget(steps=5))[1][0]
-    assert prompt in ["{y}?", *(plant.format(prompt="{y}?", say="{x}") for plant in PLANTS)]
+    objective = prompt_objective_for(TEXT_ATTACKS["planted"], Reader(), ["a"], "t")
+    prompt = PlantedInstruction(sentence="{x}")(objective, pictures(1), ["{y}?"], Budget(steps=5))[1][0]
+    assert prompt in ["{y}?", *(plant.format(prompt="{y}?", sentence="{x}") for plant in INSTRUCTIONS)]
 
 
-@pytest.mark.parametrize("plant", ["x {foo}", "{prompt} {", "{}", "{prompt.foo}", "{prompt[a]}", "{say:d}"])
+@pytest.mark.parametrize("plant", ["x {foo}", "{prompt} {", "{}", "{prompt.foo}", "{prompt[a]}", "{sentence:d}"])
 def test_a_plant_that_is_no_template_is_told(plant: str) -> None:
-    with pytest.raises(CodefendError, match="no template of"):
-        Planted(plants=(PLANTS[0], plant))
+    with pytest.raises(CodefendError, match="is not a template"):
+        PlantedInstruction(templates=(INSTRUCTIONS[0], plant))
 
 
 def test_joint_beats_each_half() -> None:
     clean, victim = pictures(), Reader()
-    asked = asked_for(TEXT_ATTACKS["joint"], victim, ANSWERS, "")
+    objective = prompt_objective_for(TEXT_ATTACKS["joint"], victim, ANSWERS, "")
     budget = Budget("linf", 2 / 255, 20)
-    images, prompts = TEXT_ATTACKS["joint"].build("")(asked, clean, QUESTIONS, budget, generator=seeded())
-    joint = asked(prompts)(images)
-    alone = asked(TEXT_ATTACKS["characters"].build("")(asked, clean, QUESTIONS, budget, generator=seeded())[1])(clean)
-    from codefend.attacks.apgd import APGD
-
-    image = asked(QUESTIONS)(APGD()(asked(QUESTIONS), clean, budget, generator=seeded()))
+    images, prompts = TEXT_ATTACKS["joint"].build("")(objective, clean, QUESTIONS, budget, generator=seeded())
+    joint = objective(prompts)(images)
+    alone = objective(TEXT_ATTACKS["characters"].build("")(objective, clean, QUESTIONS, budget, generator=seeded())[1])(
+        clean
+    )
+    image = objective(QUESTIONS)(APGD()(objective(QUESTIONS), clean, budget, generator=seeded()))
     assert joint.mean() < min(float(alone.mean()), float(image.mean()))
 
 
@@ -227,26 +233,26 @@ def test_letters_are_drawn_dot_by_dot() -> None:
 
 def test_written_strip_covers_only_its_rows() -> None:
     images = pictures(2, 64)
-    top = write_on(images, "stop", size=0.2, place=0.0)
+    top = write_text(images, "stop", size=0.2, place=0.0)
     assert torch.equal(top[:, :, 18:], images[:, :, 18:])
     assert set(top[:, :, :9].unique().tolist()) == {0.0, 1.0}
-    inverse = write_on(images, "stop", size=0.2, place=0.0, ink=0.0)
+    inverse = write_text(images, "stop", size=0.2, place=0.0, ink=0.0)
     assert torch.equal(inverse[:, :, :9], 1 - top[:, :, :9])
-    assert torch.equal(write_on(images, "stop", size=0.2)[:, :, :40], images[:, :, :40])
+    assert torch.equal(write_text(images, "stop", size=0.2)[:, :, :40], images[:, :, :40])
 
 
 def test_long_text_is_cut_at_the_edge_of_a_tiny_picture() -> None:
-    assert write_on(pictures(1, 9), "a very long sentence", size=1.0).shape == (1, 3, 9, 9)
+    assert write_text(pictures(1, 9), "a very long sentence", size=1.0).shape == (1, 3, 9, 9)
 
 
 def test_typographic_takes_the_best_place_for_each_picture() -> None:
     images = torch.full((2, 3, 32, 32), 0.5)
 
-    def asked(prompts: Sequence[str]) -> Objective:
+    def objective(prompts: Sequence[str]) -> Objective:
         # A light bottom pays for the first picture, a light top for the second.
         return lambda x: -torch.stack([x[0, :, 23:].mean(), x[1, :, :9].mean()])
 
-    written, prompts = Typographic(say="hi")(asked, images, QUESTIONS[:2], Budget(), generator=seeded())
+    written, prompts = TypographicAttack(sentence="hi")(objective, images, QUESTIONS[:2], Budget(), generator=seeded())
     assert prompts == QUESTIONS[:2]
     assert (written[0] != images[0]).any(0)[23:].all()
     assert (written[1] != images[1]).any(0)[:9].all()

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 import toys
 from codefend import attacks
 from codefend.attacks import AttackSpec
-from codefend.attacks.search import Trace
+from codefend.attacks.trace import Trace
 from codefend.bench import AttackChoice, DefenseChoice, EvalConfig
 from codefend.bench.cells import Cell, slug
 from codefend.bench.defenses import evaluated_defense

@@ -11,7 +11,7 @@ from torch.nn.functional import conv2d, cross_entropy, normalize
 
 from codefend.attacks import AttackSpec, objective_for
 from codefend.defense import DefendedVictim, Defense
-from codefend.types import Budget, Objective, WhiteBox
+from codefend.types import Budget, Objective, Victim
 
 
 class ToyVictim:
@@ -41,11 +41,11 @@ class ToyVictim:
 
     def margins(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> list[Tensor]:
         logits = self.logits(images, prompts)
-        found = []
+        margins = []
         for row, target in zip(logits, targets, strict=True):
             others = torch.ones(8, dtype=torch.bool).scatter(0, torch.tensor(len(target) % 8), False)
-            found.append((row[len(target) % 8] - row[others].max()).expand(2) / 20)
-        return found
+            margins.append((row[len(target) % 8] - row[others].max()).expand(2) / 20)
+        return margins
 
     def word_scores(self, images: Tensor, words: Sequence[str]) -> Tensor:
         table = torch.stack([torch.sin(torch.arange(12) * (len(word) + 1.0)) for word in words]).to(images)
@@ -58,15 +58,15 @@ class ToyVictim:
         return [a + "".join(map(chr, row)) for a, row in zip(letters, marks, strict=True)]
 
 
-class Defended(DefendedVictim):
-    """A defended victim that passes on logits and words as well."""
+class CallCounter:
+    """An objective that counts its evaluations: ``calls``, each of one batch."""
 
-    def margins(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> list[Tensor]:
-        purified = self.defense.images(images, generator=self.generator)
-        return self.victim.margins(purified, self.defense.prompts(prompts), targets)  # type: ignore[attr-defined, no-any-return]
+    def __init__(self, objective: Objective) -> None:
+        self.objective, self.calls = objective, 0
 
-    def word_scores(self, images: Tensor, words: Sequence[str]) -> Tensor:
-        return self.victim.word_scores(self.defense.images(images, generator=self.generator), words)  # type: ignore[attr-defined, no-any-return]
+    def __call__(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        return self.objective(images)
 
 
 class Dim:
@@ -104,13 +104,13 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-VICTIMS: dict[str, Callable[[], WhiteBox]] = {
+VICTIMS: dict[str, Callable[[], Victim]] = {
     "bare": ToyVictim,
-    "defended": lambda: Defended(ToyVictim(), Defense(purifier=Dim(), policy=lambda p: p + "!", name="dim")),
+    "defended": lambda: DefendedVictim(ToyVictim(), Defense(purifier=Dim(), policy=lambda p: p + "!", name="dim")),
 }
 
 
-def made_for(spec: AttackSpec, victim: WhiteBox, clean: Tensor) -> Objective:
+def made_for(spec: AttackSpec, victim: Victim, clean: Tensor) -> Objective:
     answers, target = list(ANSWERS), ["target"] * 3
     if spec.goal.startswith("answer"):  # what the victim says before, and what it says of other pictures
         answers, target = victim.generate(clean, PROMPTS), victim.generate(pictures(seed=2), PROMPTS)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from codefend.attacks import ATTACKS
-from codefend.attacks.text import Asked
+from codefend.attacks.base import PromptObjective
 from codefend.core.images import quantize8
 from codefend.core.runs import Run, open_run, read_rows
 from codefend.defense import DefendedVictim, Defense
@@ -249,11 +249,11 @@ def test_a_policys_settings_are_written_after_what_it_learned(tmp_path: Path, mo
 def test_attackers_plant_other_sentences_in_the_search_than_in_the_selection(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def asked_for(*_: object) -> Asked:
+    def prompt_objective_for(*_: object) -> PromptObjective:
         """The longer the prompt, the better for the attacker."""
         return lambda prompts: lambda images: -torch.tensor([float(len(prompt)) for prompt in prompts])
 
-    monkeypatch.setattr("codefend.training.prompt_search.bank.asked_for", asked_for)
+    monkeypatch.setattr("codefend.training.prompt_search.bank.prompt_objective_for", prompt_objective_for)
     bank = replace(CONFIG.bank, seen=("planted",), held_out=("injection",), search_scenes=12, says=("one", "two"))
     known = sources()
     with open_run(tmp_path, {}) as run:

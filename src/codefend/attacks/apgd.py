@@ -1,8 +1,13 @@
 """Auto-PGD (Croce & Hein 2020, arXiv 2003.01690, Algorithm 1), with a step size and restarts for each example.
 
 Two rules differ from the paper's, as in the Adversarial Robustness Toolbox, whose auto-PGD beat the paper's rules on a
-language model's loss (LOG.md): a step counts as progress when it is below the best so far, not below the last; and
-after a return to the best point the momentum is that of the move which led there.
+language model's loss (docs/notebook): a step counts as progress when it is below the best so far, not below the last;
+and after a return to the best point the momentum is that of the move which led there.
+
+A third rule is for stochastic objectives. The lowest of many noisy losses is a lucky one: no later iterate seems to
+improve on it, so the step size halves at every checkpoint and the search returns to that point again and again. With
+``Budget.eot`` above 1 the best point is therefore evaluated again at each checkpoint, with its gradient, on fresh
+samples; where the present iterate is lower than that, it becomes the best.
 """
 
 from __future__ import annotations
@@ -12,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from codefend.attacks.base import BestImages, ImageAttack
 from codefend.attacks.norms import choose, descend, project, random_start
-from codefend.attacks.search import Best, OnGradient, OnStep, gradient, score
 from codefend.types import Budget, Objective
 
 
@@ -27,7 +32,7 @@ def checkpoints(steps: int) -> list[int]:
 
 
 @dataclass(kw_only=True)
-class APGD:
+class APGD(ImageAttack):
     """Momentum descent that halves its step and returns to the best point whenever progress stalls."""
 
     alpha: float = 0.75  # share of the new step against the last move (sec. 3.1)
@@ -36,27 +41,21 @@ class APGD:
     random_start: bool = True  # False starts at the clean image, as RobustVLM does
     restarts: int = 1  # independent runs, best per example
     name: str = "apgd"
-    on_step: OnStep | None = None
-    on_gradient: OnGradient | None = None
 
-    def __call__(
-        self, objective: Objective, images: Tensor, budget: Budget, *, generator: Generator | None = None
-    ) -> Tensor:
-        if budget.eps == 0:
-            return images
-        clean = images.detach()
-        overall = Best(clean, score(self, objective, clean, budget.eot))
-        last = clean
+    def perturb(self, objective: Objective, clean: Tensor, budget: Budget, generator: Generator | None) -> Tensor:
+        overall, last = self.best_of(objective, clean, budget.eot), clean
         for run in range(self.restarts):
             start = random_start(clean, budget, generator=generator) if self.random_start or run else clean
             best, last = self._run(objective, start, clean, budget, run * (budget.steps + 1))
             overall.update(best.images, best.losses)
-        return overall.settle(self, objective, last, budget)
+        return self.select(overall, objective, last, budget)
 
-    def _run(self, objective: Objective, x: Tensor, clean: Tensor, budget: Budget, first: int) -> tuple[Best, Tensor]:
+    def _run(
+        self, objective: Objective, x: Tensor, clean: Tensor, budget: Budget, first: int
+    ) -> tuple[BestImages, Tensor]:
         """Algorithm 1 in the paper's symbols (f is minimized): x^(k), eta, z. ``first`` numbers its hooks."""
-        f, grad = gradient(self, objective, x, budget.eot, first)
-        best, best_grad, previous_x, before_best = Best(x, f), grad, x, x
+        f, grad = self.gradient(objective, x, budget.eot, first)
+        best, best_grad, previous_x, before_best = BestImages(x, f), grad, x, x
         eta = torch.full_like(f, self.rel_step * budget.eps)
         gains, best_at_mark, halved = torch.zeros_like(f), best.losses, torch.zeros_like(f, dtype=torch.bool)
         marks, last_mark = checkpoints(budget.steps), 0
@@ -66,9 +65,9 @@ class APGD:
             moved = project(x + alpha * (z - x) + (1 - alpha) * (x - previous_x), clean, budget)
             previous_x, x = x, moved
             if k == budget.steps:  # nothing follows the last iterate: its loss is enough
-                best.update(x, score(self, objective, x, budget.eot, first + k))
+                best.update(x, self.score(objective, x, budget.eot, first + k))
                 break
-            f, grad = gradient(self, objective, x, budget.eot, first + k)
+            f, grad = self.gradient(objective, x, budget.eot, first + k)
             better = best.update(x, f)
             gains = gains + better
             best_grad, before_best = choose(better, grad, best_grad), choose(better, previous_x, before_best)

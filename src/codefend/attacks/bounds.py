@@ -1,6 +1,6 @@
-"""Attacks with a bound of their own (a patch, a flow, a colour distance) beside those inside ``Budget``'s ball.
+"""Attacks with a bound of their own (a patch, a flow, a colour distance) next to those inside ``Budget``'s ball.
 
-``finished`` and ``excess`` treat both alike, so that whoever judges an attack needs no case for each.
+`quantize_attacked` and `excess` treat both alike, so that the evaluation needs no case for each.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class OwnBound(Protocol):
     """An attack that ignores ``Budget.norm`` and ``Budget.eps``."""
 
     def outside(self, images: Tensor, clean: Tensor) -> Tensor:
-        """How far each image breaks the attack's own bound, ``[B]``: 0 inside it, 8-bit rounding forgiven."""
+        """How far each image exceeds the attack's own bound, ``[B]``: 0 inside it, with a tolerance for 8 bits."""
         ...
 
 
-def finished(attack: object, images: Tensor, clean: Tensor, budget: Budget) -> Tensor:
-    """What an upload makes of attacked images: 8 bits, inside the ball unless the attack has a bound of its own."""
+def quantize_attacked(attack: object, images: Tensor, clean: Tensor, budget: Budget) -> Tensor:
+    """Attacked images as 8-bit uploads: inside the ball, unless the attack has a bound of its own."""
     if isinstance(attack, OwnBound):
         return quantize8(images)
     return quantize_in_budget(images, clean, budget)

@@ -1,4 +1,4 @@
-"""Common corruptions, a control: damage that nobody aimed (Hendrycks & Dietterich 2019, arXiv 1903.12261).
+"""Common corruptions, a control without an adversary (Hendrycks & Dietterich 2019, arXiv 1903.12261).
 
 Strengths are the benchmark's for ImageNet; lengths in pixels are scaled from its 224 px to the shorter side.
 """
@@ -14,8 +14,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import conv2d, interpolate, pad
 
+from codefend.attacks.base import ImageAttack
 from codefend.attacks.norms import normal, uniform
-from codefend.attacks.search import Best, OnGradient, OnStep, score
 from codefend.types import Budget, CodefendError, Objective
 
 Kind = Literal[
@@ -33,7 +33,7 @@ Kind = Literal[
     "pixelate",
 ]
 KINDS: tuple[str, ...] = get_args(Kind)[1:]
-_SIDE = 224  # pixels; the benchmark's pictures
+_SIDE = 224  # pixels; the benchmark's images
 _LEVELS: dict[str, tuple[float, ...]] = {
     "gaussian-noise": (0.08, 0.12, 0.18, 0.26, 0.38),  # standard deviation
     "shot-noise": (60, 25, 12, 5, 3),  # photons per unit
@@ -50,7 +50,7 @@ _LEVELS: dict[str, tuple[float, ...]] = {
 
 
 def corrupt(images: Tensor, kind: str, severity: int, *, generator: Generator | None = None) -> Tensor:
-    """``images`` under one corruption at ``severity`` 1 to 5, in [0, 1]. Raises CodefendError for another kind or level."""
+    """Corrupt ``images`` at ``severity`` 1 to 5, in [0, 1]. Raises CodefendError for another kind or severity."""
     if kind not in KINDS or not 1 <= severity <= 5:
         raise CodefendError(
             f"no corruption {kind!r} at severity {severity}; kinds: {', '.join(KINDS)}; severity 1 to 5"
@@ -143,29 +143,25 @@ _DAMAGES: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 @dataclass(kw_only=True)
-class Corruption:
+class Corruption(ImageAttack):
     """One corruption, or per example the worst of all kinds and the clean image. ``budget`` does not apply."""
 
     kind: Kind = "worst"
     severity: int = 3  # 1 to 5
     name: str = "corruption"
-    on_step: OnStep | None = None
-    on_gradient: OnGradient | None = None
 
-    def __call__(
-        self, objective: Objective, images: Tensor, budget: Budget, *, generator: Generator | None = None
-    ) -> Tensor:
-        clean = last = images.detach()
+    def perturb(self, objective: Objective, clean: Tensor, budget: Budget, generator: Generator | None) -> Tensor:
+        last = clean
         if self.kind != "worst":
             last = corrupt(clean, self.kind, self.severity, generator=generator)
-            score(self, objective, last, budget.eot, 0)
+            self.score(objective, last, budget.eot, 0)
             return last
-        best = Best(clean, score(self, objective, clean, budget.eot))
+        best = self.best_of(objective, clean, budget.eot)
         for number, kind in enumerate(KINDS):
             last = corrupt(clean, kind, self.severity, generator=generator)
-            best.update(last, score(self, objective, last, budget.eot, number))
-        return best.settle(self, objective, last, budget)
+            best.update(last, self.score(objective, last, budget.eot, number))
+        return self.select(best, objective, last, budget)
 
     def outside(self, images: Tensor, clean: Tensor) -> Tensor:
-        """0 for each image: whatever a corruption does is inside."""
+        """0 for each image: corruptions are not bounded."""
         return torch.zeros(len(clean), dtype=clean.dtype, device=clean.device)

@@ -1,4 +1,4 @@
-"""Momentum, Nesterov and input-diversity FGSM: attacks made to transfer between models.
+"""Momentum, Nesterov and input-diversity FGSM: transfer attacks.
 
 MI: Dong et al. 2018 (arXiv 1710.06081, Algorithm 1). NI: Lin et al. 2020 (arXiv 1908.06281, eq. 6-8).
 DI: Xie et al. 2019 (arXiv 1803.06978, sec. 3.2).
@@ -12,8 +12,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate, pad
 
+from codefend.attacks.base import BestImages, ImageAttack
 from codefend.attacks.norms import descend, project, uniform
-from codefend.attacks.search import Best, OnGradient, OnStep, gradient, score
 from codefend.types import Budget, Objective
 
 
@@ -29,7 +29,7 @@ def diversify(images: Tensor, low: float, generator: Generator | None) -> Tensor
 
 
 @dataclass(kw_only=True)
-class MIFGSM:
+class MIFGSM(ImageAttack):
     """Sign steps along an accumulated, normalized gradient; options add the look-ahead and the random resizing."""
 
     decay: float = 1.0  # mu: share of the accumulated gradient kept
@@ -38,34 +38,33 @@ class MIFGSM:
     diversity: float = 0.0  # DI: chance of a random resize per gradient sample (the paper's p is 0.5)
     resize_low: float = 0.9  # smallest size of DI, share of the image's side
     name: str = "mifgsm"
-    on_step: OnStep | None = None
-    on_gradient: OnGradient | None = None
 
-    def __call__(
-        self, objective: Objective, images: Tensor, budget: Budget, *, generator: Generator | None = None
-    ) -> Tensor:
-        if budget.eps == 0:
-            return images
-        x = clean = images.detach()
-        best = Best(clean, score(self, objective, clean, budget.eot))
+    def perturb(self, objective: Objective, clean: Tensor, budget: Budget, generator: Generator | None) -> Tensor:
+        best, x = self.best_of(objective, clean, budget.eot), clean
         step_size = self.rel_step * budget.eps / max(budget.steps, 1)
         g = torch.zeros_like(clean)
         for step in range(budget.steps):
             ahead = self.decay * step_size * g if self.nesterov else torch.zeros_like(g)
             query = project(x - ahead, clean, budget)
-            grad = self._look(objective, query, budget, step, best, generator)
+            grad = self._gradient(objective, query, budget, step, best, generator)
             # The mean, not the sum, of absolute values: the same direction, and NI's look-ahead keeps pixel units.
             g = self.decay * g + grad / _per_image(grad.abs().flatten(1).mean(1), grad)
             x = descend(x, g, step_size, clean, budget)
-        best.update(x, score(self, objective, x, budget.eot, budget.steps))
-        return best.settle(self, objective, x, budget)
+        best.update(x, self.score(objective, x, budget.eot, budget.steps))
+        return self.select(best, objective, x, budget)
 
-    def _look(
-        self, objective: Objective, query: Tensor, budget: Budget, step: int, best: Best, generator: Generator | None
+    def _gradient(
+        self,
+        objective: Objective,
+        query: Tensor,
+        budget: Budget,
+        step: int,
+        best: BestImages,
+        generator: Generator | None,
     ) -> Tensor:
-        """The gradient at ``query``, which also runs for best; random resizes steer but never judge."""
+        """The gradient at ``query``, which is also a candidate for the best; losses of resized images are not."""
         if self.diversity <= 0:
-            losses, grad = gradient(self, objective, query, budget.eot, step)
+            losses, grad = self.gradient(objective, query, budget.eot, step)
             best.update(query, losses)
             return grad
 
@@ -74,8 +73,8 @@ class MIFGSM:
                 return objective(images)
             return objective(diversify(images, self.resize_low, generator))
 
-        best.update(query, score(self, objective, query, budget.eot))
-        return gradient(self, diverse, query, budget.eot, step)[1]
+        best.update(query, self.score(objective, query, budget.eot))
+        return self.gradient(diverse, query, budget.eot, step)[1]
 
 
 def _per_image(values: Tensor, like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Uniform random noise in the ball: the control that every attack has to beat."""
+"""Uniform random noise in the ball: a control."""
 
 from __future__ import annotations
 
@@ -6,28 +6,21 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
+from codefend.attacks.base import ImageAttack
 from codefend.attacks.norms import random_start
-from codefend.attacks.search import Best, OnGradient, OnStep, score
 from codefend.types import Budget, Objective
 
 
 @dataclass(kw_only=True)
-class Noise:
-    """The best of a few uniform draws and the clean image; ``budget.steps`` is not used."""
+class RandomNoise(ImageAttack):
+    """The best of a few uniform draws and the clean image; ``budget.steps`` has no effect."""
 
     draws: int = 10  # independent draws, best per example
     name: str = "noise"
-    on_step: OnStep | None = None
-    on_gradient: OnGradient | None = None
 
-    def __call__(
-        self, objective: Objective, images: Tensor, budget: Budget, *, generator: Generator | None = None
-    ) -> Tensor:
-        if budget.eps == 0:
-            return images
-        clean = last = images.detach()
-        best = Best(clean, score(self, objective, clean, budget.eot))
+    def perturb(self, objective: Objective, clean: Tensor, budget: Budget, generator: Generator | None) -> Tensor:
+        best, last = self.best_of(objective, clean, budget.eot), clean
         for draw in range(self.draws):
             last = random_start(clean, budget, generator=generator)
-            best.update(last, score(self, objective, last, budget.eot, draw))
-        return best.settle(self, objective, last, budget)
+            best.update(last, self.score(objective, last, budget.eot, draw))
+        return self.select(best, objective, last, budget)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from codefend.attacks.base import ImageAttack
 from codefend.attacks.norms import uniform
-from codefend.attacks.search import Best, OnGradient, OnStep, gradient, score
 from codefend.types import Budget, Objective
 
 
 @dataclass(kw_only=True)
-class Patch:
+class AdversarialPatch(ImageAttack):
     """Sign steps with momentum on the pixels of a square; ``budget.norm`` and ``eps`` do not apply.
 
     LaVAN (Karmon et al. 2018, arXiv 1801.02608) has 2% of the image; ``side`` 0.15 of the shorter side is that.
@@ -24,8 +24,6 @@ class Patch:
     step_size: float = 8 / 255  # first step, pixel units; falls linearly to a tenth
     momentum: float = 0.9  # share of the last direction kept
     name: str = "patch"
-    on_step: OnStep | None = None
-    on_gradient: OnGradient | None = None
 
     def mask(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         """1 inside each example's square, else 0: ``[B, 1, H, W]``."""
@@ -43,22 +41,19 @@ class Patch:
         in_columns = (columns >= corner[:, 1]) & (columns < corner[:, 1] + side)
         return (in_rows.unsqueeze(2) & in_columns.unsqueeze(1)).unsqueeze(1).to(images.dtype)
 
-    def __call__(
-        self, objective: Objective, images: Tensor, budget: Budget, *, generator: Generator | None = None
-    ) -> Tensor:
-        clean = images.detach()
+    def perturb(self, objective: Objective, clean: Tensor, budget: Budget, generator: Generator | None) -> Tensor:
         mask = self.mask(clean, generator=generator)
-        best = Best(clean, score(self, objective, clean, budget.eot))
+        best = self.best_of(objective, clean, budget.eot)
         x = torch.where(mask > 0, uniform(clean, generator), clean)
         velocity = torch.zeros_like(x)
         for step in range(budget.steps):
-            losses, grad = gradient(self, objective, x, budget.eot, step)
+            losses, grad = self.gradient(objective, x, budget.eot, step)
             best.update(x, losses)
             velocity = self.momentum * velocity + (1 - self.momentum) * grad.sign()
             rate = self.step_size * (1 - 0.9 * step / budget.steps)
             x = torch.where(mask > 0, (x - rate * velocity.sign()).clamp(0, 1), clean)
-        best.update(x, score(self, objective, x, budget.eot, budget.steps))
-        return best.settle(self, objective, x, budget)
+        best.update(x, self.score(objective, x, budget.eot, budget.steps))
+        return self.select(best, objective, x, budget)
 
     def outside(self, images: Tensor, clean: Tensor) -> Tensor:
         """Pixels by which the box around all changes is wider or higher than the square, ``[B]``."""

@@ -1,28 +1,28 @@
-"""A row of the table of attacks. Nothing here imports torch."""
+"""Rows of the table of attacks, as data. Nothing here imports torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-from codefend.types import Attack
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from codefend.attacks.text import TextAttack
+    from codefend.attacks.base import ImageAttack, TextAttack
 
 Goal = Literal[
-    "untargeted",
-    "targeted",
-    "margin",
-    "margin-targeted",
-    "feature",
-    "feature-target",
-    "feature-text",
-    "feature-words",
-    "answer",
-    "answer-target",
+    "untargeted",  # make the true answer unlikely
+    "targeted",  # make the attacker's sentence likely
+    "margin",  # put another token before each of the true answer's
+    "margin-targeted",  # put each of the sentence's tokens first
+    "feature",  # turn the vision tokens away from the clean image's
+    "feature-target",  # turn them towards another image's
+    "feature-text",  # turn them towards the sentence, in a space that tokens and words share
+    "feature-words",  # turn each of them away from the word it is nearest to
+    "answer",  # change the text of the answer, from answers alone
+    "answer-target",  # bring the text of the answer close to the sentence, from answers alone
 ]
+# "white-box" attacks need gradients, "score" attacks the objective's value; a "control" has no adversary.
 Threat = Literal["white-box", "score", "control"]
 # "ball": Budget's norm and eps. Anything else is the attack's own limit, which no eps changes (`bounds.OwnBound`).
 Bound = Literal["ball", "flow", "colour", "patch", "none"]
@@ -32,35 +32,54 @@ NEEDS_SENTENCE: tuple[Goal, ...] = ("targeted", "margin-targeted", "feature-text
 
 @dataclass(frozen=True)
 class AttackSpec:
-    """One row of ``codefend list attacks``: what it is, where it comes from, what it must see, what it wants."""
+    """One row of ``codefend list attacks``: an algorithm, and the objective that it lowers.
 
-    name: str
-    summary: str
-    source: str
-    threat: Threat
-    build: Callable[[], Attack]
-    goal: Goal = "untargeted"
-    steps: int = 100  # usual ``Budget.steps``: gradient steps, or queries for a score attack
-    bound: Bound = "ball"
-
-
-@dataclass(frozen=True)
-class TextAttackSpec:
-    """A row for an attack that changes what is asked, what is shown, or both (`text.TextAttack`).
-
-    ``build`` takes the sentence to plant; "" leaves the attack's own.
+    The algorithm is a class (``"module:Class"``, imported by `build` alone) with ``options`` for its constructor. The
+    objective is named by ``goal``: ``objective_for`` makes it from a victim. So one algorithm serves several rows, and
+    an algorithm knows neither victims nor goals.
     """
 
     name: str
     summary: str
     source: str
     threat: Threat
-    build: Callable[[str], TextAttack]
+    algorithm: str  # "module:Class" of a `base.ImageAttack`
     goal: Goal = "untargeted"
-    steps: int = 100  # usual ``Budget.steps``: looks at the objective, or gradient steps of a joint attack
+    steps: int = 100  # usual ``Budget.steps``: gradient steps, or queries for a score attack
+    bound: Bound = "ball"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> ImageAttack:
+        """A new instance of the algorithm with this row's options."""
+        attack: ImageAttack = _class(self.algorithm)(name=self.name, **self.options)
+        return attack
+
+
+@dataclass(frozen=True)
+class TextAttackSpec:
+    """A row for an attack on the prompt, on text in the image, or on prompt and image (`base.TextAttack`)."""
+
+    name: str
+    summary: str
+    source: str
+    threat: Threat
+    algorithm: str  # "module:Class" of a `base.TextAttack`; with ``sentence`` where the goal is "targeted"
+    goal: Goal = "untargeted"
+    steps: int = 100  # usual ``Budget.steps``: evaluations, or gradient steps of an attack on both
     changes: Literal["prompt", "image", "both"] = "prompt"
 
     @property
     def bound(self) -> Bound:
-        """Pictures stay in the ball where a gradient moves them; words written over them have no bound."""
+        """Images stay in the ball where a gradient moves them; text written over them has no bound."""
         return "ball" if self.changes == "both" else "none"
+
+    def build(self, sentence: str = "") -> TextAttack:
+        """A new instance that wants ``sentence``; "" leaves the algorithm's own."""
+        options = {"sentence": sentence} if sentence and self.goal in NEEDS_SENTENCE else {}
+        attack: TextAttack = _class(self.algorithm)(name=self.name, **options)
+        return attack
+
+
+def _class(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from codefend.attacks.base import ImageAttack
 from codefend.attacks.norms import direction, length, project, random_signs, uniform
-from codefend.attacks.search import Best, OnGradient, OnStep, score
 from codefend.types import Budget, Objective
 
 _SCHEDULE = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # halvings of p, in queries of 10,000 (the authors' code)
@@ -33,31 +33,23 @@ def pyramid(side: int, like: Tensor) -> Tensor:
 
 
 @dataclass(kw_only=True)
-class Square:
+class SquareAttack(ImageAttack):
     """Random search that keeps what lowers the objective; ``budget.steps`` is the number of queries per image."""
 
     p_init: float = 0.8  # share of the pixels in the first square (AutoAttack's; the paper has 0.05 l-inf, 0.1 l2)
     name: str = "square"
-    on_step: OnStep | None = None
-    on_gradient: OnGradient | None = None
 
-    def __call__(
-        self, objective: Objective, images: Tensor, budget: Budget, *, generator: Generator | None = None
-    ) -> Tensor:
-        if budget.eps == 0:
-            return images
-        clean = images.detach()
-        best = Best(clean, score(self, objective, clean, budget.eot))
-        # The search walks from its own start even where the clean image still scores lower.
-        trial = self._start(clean, budget, generator)
-        walk = Best(trial, score(self, objective, trial, budget.eot, 0))
+    def perturb(self, objective: Objective, clean: Tensor, budget: Budget, generator: Generator | None) -> Tensor:
+        best = self.best_of(objective, clean, budget.eot)
+        # The search goes on from its own start even where the clean image still scores lower.
+        walk = self.best_of(objective, self._start(clean, budget, generator), budget.eot, 0)
         for query in range(1, budget.steps):
             p = self.p_init / 2 ** sum(query * 10_000 // budget.steps > mark for mark in _SCHEDULE)
             move = _move_linf if budget.norm == "linf" else _move_l2
             trial = move(walk.images, clean, p, budget, generator)
-            walk.update(trial, score(self, objective, trial, budget.eot, query))
+            walk.update(trial, self.score(objective, trial, budget.eot, query))
         best.update(walk.images, walk.losses)
-        return best.settle(self, objective, walk.images, budget)
+        return self.select(best, objective, walk.images, budget)
 
     def _start(self, clean: Tensor, budget: Budget, generator: Generator | None) -> Tensor:
         batch, channels, height, width = clean.shape

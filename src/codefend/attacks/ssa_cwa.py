@@ -6,28 +6,21 @@ attack on Bard, CWA runs without its reverse step, and the inner momentum is sha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
+from codefend.attacks.base import ImageAttack
+from codefend.attacks.dct import dct_matrix
 from codefend.attacks.norms import descend, direction, normal, pixel_scale, project, spread, uniform
-from codefend.attacks.search import Best, OnGradient, OnStep, gradient, score
+from codefend.attacks.objectives import Ensemble
 from codefend.types import Budget, Objective
 
 
-def dct_matrix(size: int, like: Tensor) -> Tensor:
-    """Orthonormal DCT-II as a matrix ``[size, size]``; its transpose is the inverse."""
-    k = torch.arange(size, device=like.device, dtype=torch.float64)
-    matrix = (math.pi / size * (k + 0.5) * k.unsqueeze(1)).cos() * math.sqrt(2 / size)
-    matrix[0] /= math.sqrt(2)
-    return matrix.to(like.dtype)
-
-
 def simulate_spectrum(images: Tensor, sigma: float, rho: float, generator: Generator | None) -> Tensor:
-    """IDCT(DCT(x + N(0, sigma^2)) * M), M ~ U(1 - rho, 1 + rho): the same picture to another model's eyes."""
+    """IDCT(DCT(x + N(0, sigma^2)) * M), M ~ U(1 - rho, 1 + rho): its frequencies as other models weigh them."""
     rows, columns = dct_matrix(images.shape[-2], images), dct_matrix(images.shape[-1], images)
     spectrum = rows @ (images + sigma * normal(images, generator)) @ columns.T
     mask = 1 + rho * (2 * uniform(images, generator) - 1)
@@ -38,7 +31,7 @@ def simulate_spectrum(images: Tensor, sigma: float, rho: float, generator: Gener
 
 
 @dataclass(kw_only=True)
-class SSACWA:
+class SSACWA(ImageAttack):
     """Outer sign steps along the path of one inner step per model of an `objectives.Ensemble` (or the one objective).
 
     Defaults of the attack on Bard: 500 steps of eps / 16, 20 spectra per gradient. An inner step is 250 times the
@@ -52,17 +45,10 @@ class SSACWA:
     rel_step: float = 1 / 16  # outer step, times eps
     decay: float = 1.0  # mu of both momenta
     name: str = "ssa-cwa"
-    on_step: OnStep | None = None
-    on_gradient: OnGradient | None = None
 
-    def __call__(
-        self, objective: Objective, images: Tensor, budget: Budget, *, generator: Generator | None = None
-    ) -> Tensor:
-        if budget.eps == 0:
-            return images
-        x = clean = images.detach()
-        parts: Sequence[Objective] = getattr(objective, "parts", (objective,))
-        best = Best(clean, score(self, objective, clean, budget.eot))
+    def perturb(self, objective: Objective, clean: Tensor, budget: Budget, generator: Generator | None) -> Tensor:
+        parts: Sequence[Objective] = objective.parts if isinstance(objective, Ensemble) else (objective,)
+        best, x = self.best_of(objective, clean, budget.eot), clean
         inner, outer = torch.zeros_like(clean), torch.zeros_like(clean)
         for step in range(budget.steps):
             moved = x
@@ -74,8 +60,8 @@ class SSACWA:
             size = (x - moved).abs().flatten(1).sum(1).clamp_min(torch.finfo(x.dtype).tiny)
             outer = self.decay * outer + (x - moved) / spread(size, x)
             x = descend(x, outer, self.rel_step * budget.eps, clean, budget)
-            best.update(x, score(self, objective, x, budget.eot))
-        return best.settle(self, objective, x, budget)
+            best.update(x, self.score(objective, x, budget.eot))
+        return self.select(best, objective, x, budget)
 
     def _slope(
         self, part: Objective, images: Tensor, budget: Budget, step: int | None, generator: Generator | None
@@ -85,4 +71,4 @@ class SSACWA:
         def simulated(x: Tensor) -> Tensor:
             return part(simulate_spectrum(x, sigma, self.rho, generator))
 
-        return gradient(self, simulated, images, self.samples * max(budget.eot, 1), step)[1]
+        return self.gradient(simulated, images, self.samples * max(budget.eot, 1), step)[1]

@@ -1,4 +1,4 @@
-"""Spatial attack: a smooth flow moves the pixels, no value is added (Xiao et al. 2018, arXiv 1801.02612)."""
+"""Spatial attack: a smooth flow moves the pixels (Xiao et al. 2018, arXiv 1801.02612)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import grid_sample, max_pool2d, pad
 
+from codefend.attacks.adam import Adam
+from codefend.attacks.base import ImageAttack, mean_gradient
 from codefend.attacks.norms import choose
-from codefend.attacks.search import Adam, Best, OnGradient, OnStep, gradient, score
 from codefend.types import Budget, Objective
 
 ROUNDING = 1 / 255  # what 8 bits and float32 may add to a pixel
@@ -29,7 +30,7 @@ def warp(images: Tensor, flow: Tensor) -> Tensor:
 def roughness(flow: Tensor) -> Tensor:
     """L_flow of eq. 4, ``[B]``: length of the difference to the next pixels, as a mean over pixels.
 
-    The paper sums; the mean keeps ``tau`` independent of the picture's size.
+    The paper sums; the mean keeps ``tau`` independent of the image's size.
     """
     right, down = flow[..., 1:] - flow[..., :-1], flow[..., 1:, :] - flow[..., :-1, :]
     # The epsilon keeps the gradient finite where neighbours move alike, as they do at the start.
@@ -37,7 +38,7 @@ def roughness(flow: Tensor) -> Tensor:
 
 
 @dataclass(kw_only=True)
-class StAdv:
+class StAdv(ImageAttack):
     """Adam on the flow of every pixel, at most ``limit`` of the shorter side each way; smoothness weighted by ``tau``.
 
     ``budget.norm`` and ``eps`` do not apply. Adam with a hard limit replaces the paper's L-BFGS, which has no batches
@@ -48,15 +49,10 @@ class StAdv:
     tau: float = 0.05  # weight of the flow's roughness
     rel_lr: float = 0.1  # Adam's first step, times the limit; falls linearly to 0
     name: str = "stadv"
-    on_step: OnStep | None = None
-    on_gradient: OnGradient | None = None
 
-    def __call__(
-        self, objective: Objective, images: Tensor, budget: Budget, *, generator: Generator | None = None
-    ) -> Tensor:
-        clean = images.detach()
+    def perturb(self, objective: Objective, clean: Tensor, budget: Budget, generator: Generator | None) -> Tensor:
         reach = self._reach(clean)
-        best = Best(clean, score(self, objective, clean, budget.eot))
+        best = self.best_of(objective, clean, budget.eot)
         flow, adam = clean.new_zeros(len(clean), 2, *clean.shape[-2:]), Adam()
 
         def moved(flow: Tensor) -> Tensor:
@@ -64,14 +60,14 @@ class StAdv:
 
         x = clean
         for step in range(budget.steps):
-            losses, grad = gradient(self, moved, flow, budget.eot, step)
+            losses, grad = self.gradient(moved, flow, budget.eot, step)
             best.update(x, losses)
-            smooth = gradient(_Silent(), roughness, flow, 1)[1]
+            smooth = mean_gradient(roughness, flow, 1)[1]
             left = 1 - step / budget.steps
             flow = (flow - self.rel_lr * reach * left * adam(grad + self.tau * smooth)).clamp(-reach, reach)
             x = warp(clean, flow)
-        best.update(x, score(self, objective, x, budget.eot, budget.steps))
-        return best.settle(self, objective, x, budget)
+        best.update(x, self.score(objective, x, budget.eot, budget.steps))
+        return self.select(best, objective, x, budget)
 
     def _reach(self, images: Tensor) -> float:
         return self.limit * min(images.shape[-2:])
@@ -84,10 +80,3 @@ class StAdv:
         low = -max_pool2d(-padded, 2 * radius + 1, stride=1)
         over = torch.maximum(images - high, low - images).flatten(1).amax(1) - ROUNDING
         return choose(over > 0, over, torch.zeros_like(over))
-
-
-class _Silent:
-    """Hooks that nobody listens to."""
-
-    on_step: OnStep | None = None
-    on_gradient: OnGradient | None = None

@@ -1,16 +1,10 @@
-"""Every attack in one place: what it is, where it comes from, what it must see, what it wants, what bounds it."""
+"""Every attack in one place: what it is, its source, what it needs, what it lowers, what bounds it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TypeVar
 
 from codefend.attacks.specs import AttackSpec, TextAttackSpec
-from codefend.types import Attack
-
-if TYPE_CHECKING:
-    from codefend.attacks.text import TextAttack
 
 Row = TypeVar("Row", AttackSpec, TextAttackSpec)
 
@@ -19,42 +13,20 @@ def _by_name(*specs: Row) -> dict[str, Row]:
     return {spec.name: spec for spec in specs}
 
 
-def _lazy(module: str, attribute: str, **options: Any) -> Callable[[], Attack]:
-    def build() -> Attack:
-        return cast(Attack, getattr(import_module(module), attribute)(**options))
-
-    return build
-
-
-def _saying(module: str, attribute: str, *, says: bool = False) -> Callable[[str], TextAttack]:
-    def build(say: str = "") -> TextAttack:
-        options = {"say": say} if says and say else {}
-        return cast("TextAttack", getattr(import_module(module), attribute)(**options))
-
-    return build
-
-
-def _planting_joint(say: str = "") -> TextAttack:
-    from codefend.attacks.joint import Joint
-    from codefend.attacks.text import Planted
-
-    return Joint(text=Planted(say=say) if say else Planted(), name="joint-targeted")
-
-
 ATTACKS: dict[str, AttackSpec] = _by_name(
     AttackSpec(
         "pgd",
         "projected gradient descent against the true answer",
         "Madry et al. 2018, arXiv 1706.06083",
         "white-box",
-        _lazy("codefend.attacks.pgd", "PGD"),
+        "codefend.attacks.pgd:PGD",
     ),
     AttackSpec(
         "pgd-targeted",
         "projected gradient descent towards the attacker's sentence",
         "Madry et al. 2018, arXiv 1706.06083; Qi et al. 2023, arXiv 2306.13213",
         "white-box",
-        _lazy("codefend.attacks.pgd", "PGD", name="pgd-targeted"),
+        "codefend.attacks.pgd:PGD",
         "targeted",
     ),
     AttackSpec(
@@ -62,14 +34,14 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "auto-PGD against the true answer: adaptive steps and restarts from the best",
         "Croce & Hein 2020, arXiv 2003.01690",
         "white-box",
-        _lazy("codefend.attacks.apgd", "APGD"),
+        "codefend.attacks.apgd:APGD",
     ),
     AttackSpec(
         "apgd-targeted",
         "auto-PGD towards the attacker's sentence",
         "Croce & Hein 2020, arXiv 2003.01690; Schlarmann & Hein 2023, arXiv 2308.10741",
         "white-box",
-        _lazy("codefend.attacks.apgd", "APGD", name="apgd-targeted"),
+        "codefend.attacks.apgd:APGD",
         "targeted",
     ),
     AttackSpec(
@@ -77,7 +49,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "auto-PGD that turns every vision token away from the clean ones",
         "VEAttack, ICLR 2026",
         "white-box",
-        _lazy("codefend.attacks.apgd", "APGD", name="feature"),
+        "codefend.attacks.apgd:APGD",
         "feature",
     ),
     AttackSpec(
@@ -85,7 +57,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "auto-PGD that turns the vision tokens towards another image's",
         "AttackVLM (MF-ii), Zhao et al. 2023, arXiv 2305.16934",
         "white-box",
-        _lazy("codefend.attacks.apgd", "APGD", name="feature-target"),
+        "codefend.attacks.apgd:APGD",
         "feature-target",
     ),
     AttackSpec(
@@ -93,7 +65,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "sign steps with momentum, made to transfer",
         "Dong et al. 2018, arXiv 1710.06081",
         "white-box",
-        _lazy("codefend.attacks.mifgsm", "MIFGSM"),
+        "codefend.attacks.mifgsm:MIFGSM",
         steps=10,
     ),
     AttackSpec(
@@ -101,30 +73,32 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "momentum with a Nesterov look-ahead",
         "Lin et al. 2020, arXiv 1908.06281",
         "white-box",
-        _lazy("codefend.attacks.mifgsm", "MIFGSM", nesterov=True, name="nifgsm"),
+        "codefend.attacks.mifgsm:MIFGSM",
         steps=10,
+        options={"nesterov": True},
     ),
     AttackSpec(
         "dim",
         "momentum over random resizes of the input",
         "Xie et al. 2019, arXiv 1803.06978",
         "white-box",
-        _lazy("codefend.attacks.mifgsm", "MIFGSM", diversity=0.5, name="dim"),
+        "codefend.attacks.mifgsm:MIFGSM",
         steps=10,
+        options={"diversity": 0.5},
     ),
     AttackSpec(
         "cw",
         "Adam on the objective and the squared distance, inside the ball",
         "Carlini & Wagner 2017, arXiv 1608.04644",
         "white-box",
-        _lazy("codefend.attacks.cw", "CW"),
+        "codefend.attacks.cw:CW",
     ),
     AttackSpec(
         "square",
         "random search with squares; scores only",
         "Andriushchenko et al. 2020, arXiv 1912.00049",
         "score",
-        _lazy("codefend.attacks.square", "Square"),
+        "codefend.attacks.square:SquareAttack",
         steps=5000,
     ),
     AttackSpec(
@@ -132,7 +106,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "sign steps along finite differences in random directions; scores only",
         "AttackVLM (MF-tt), Zhao et al. 2023, arXiv 2305.16934",
         "score",
-        _lazy("codefend.contrib.attacks.rgf", "RGF"),
+        "codefend.contrib.attacks.rgf:RGF",
         steps=800,
     ),
     AttackSpec(
@@ -140,7 +114,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "Adam on two-sided random differences; scores only",
         "Uesato et al. 2018, arXiv 1802.05666",
         "score",
-        _lazy("codefend.contrib.attacks.spsa", "SPSA"),
+        "codefend.contrib.attacks.spsa:SPSA",
         steps=5000,
     ),
     AttackSpec(
@@ -148,7 +122,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "best of ten uniform draws from the ball: the control",
         "uniform noise",
         "control",
-        _lazy("codefend.attacks.noise", "Noise"),
+        "codefend.attacks.noise:RandomNoise",
         steps=1,
     ),
     AttackSpec(
@@ -156,7 +130,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "auto-PGD on the margins of the true answer's tokens",
         "Croce & Hein 2020, arXiv 2003.01690; f6 of Carlini & Wagner 2017, arXiv 1608.04644",
         "white-box",
-        _lazy("codefend.attacks.apgd", "APGD", name="apgd-margin"),
+        "codefend.attacks.apgd:APGD",
         "margin",
     ),
     AttackSpec(
@@ -164,7 +138,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "auto-PGD on the margins of the attacker's sentence",
         "Croce & Hein 2020, arXiv 2003.01690; f6 of Carlini & Wagner 2017, arXiv 1608.04644",
         "white-box",
-        _lazy("codefend.attacks.apgd", "APGD", name="apgd-margin-targeted"),
+        "codefend.attacks.apgd:APGD",
         "margin-targeted",
     ),
     AttackSpec(
@@ -172,7 +146,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "Adam on the margins of the true answer's tokens and the squared distance, inside the ball",
         "Carlini & Wagner 2017, arXiv 1608.04644",
         "white-box",
-        _lazy("codefend.attacks.cw", "CW", name="cw-margin"),
+        "codefend.attacks.cw:CW",
         "margin",
     ),
     AttackSpec(
@@ -180,7 +154,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "auto-PGD that turns the vision tokens towards the attacker's sentence",
         "AttackVLM (MF-it), Zhao et al. 2023, arXiv 2305.16934",
         "white-box",
-        _lazy("codefend.attacks.apgd", "APGD", name="mf-it"),
+        "codefend.attacks.apgd:APGD",
         "feature-text",
     ),
     AttackSpec(
@@ -188,7 +162,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "auto-PGD that turns every vision token from the word it is nearest to: cheap, and strong on a pocket",
         "Croce & Hein 2020, arXiv 2003.01690, on a pocket's own head (victims.pocket.Pocket.word_scores)",
         "white-box",
-        _lazy("codefend.attacks.apgd", "APGD", name="word-head"),
+        "codefend.attacks.apgd:APGD",
         "feature-words",
     ),
     AttackSpec(
@@ -196,7 +170,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "common weakness attack over simulated spectra, away from the clean tokens; made to transfer",
         "Dong et al. 2023, arXiv 2309.11751; SSA 2207.05382, CWA 2303.09105",
         "white-box",
-        _lazy("codefend.attacks.ssa_cwa", "SSACWA"),
+        "codefend.attacks.ssa_cwa:SSACWA",
         "feature",
         steps=500,
     ),
@@ -205,7 +179,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "towards another image through a surrogate denoiser at random strengths: made to survive purification",
         "PureProof, CVPR 2026 (reconstruction from a description)",
         "white-box",
-        _lazy("codefend.contrib.attacks.pureproof", "PureProof"),
+        "codefend.contrib.attacks.pureproof:PureProof",
         "feature-target",
     ),
     AttackSpec(
@@ -213,7 +187,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "moves pixels by a smooth flow and adds nothing",
         "Xiao et al. 2018, arXiv 1801.02612",
         "white-box",
-        _lazy("codefend.attacks.stadv", "StAdv"),
+        "codefend.attacks.stadv:StAdv",
         bound="flow",
     ),
     AttackSpec(
@@ -221,7 +195,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "steps down the objective and back in colour, inside a CIEDE2000 distance",
         "Zhao, Liu & Larson 2020, arXiv 1911.02466",
         "white-box",
-        _lazy("codefend.contrib.attacks.perc_al", "PerCAL"),
+        "codefend.contrib.attacks.perc_al:PerCAL",
         bound="colour",
     ),
     AttackSpec(
@@ -229,14 +203,14 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "one perturbation for the whole batch",
         "Moosavi-Dezfooli et al. 2017, arXiv 1610.08401; Shafahi et al. 2020, arXiv 1811.11304",
         "white-box",
-        _lazy("codefend.contrib.attacks.universal", "Universal"),
+        "codefend.contrib.attacks.universal:UniversalPerturbation",
     ),
     AttackSpec(
         "patch",
         "any pixels inside one square at a random place",
         "Brown et al. 2017, arXiv 1712.09665; LaVAN, Karmon et al. 2018, arXiv 1801.02608",
         "white-box",
-        _lazy("codefend.attacks.patch", "Patch"),
+        "codefend.attacks.patch:AdversarialPatch",
         bound="patch",
     ),
     AttackSpec(
@@ -244,7 +218,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "a square that makes the model say the attacker's sentence",
         "Brown et al. 2017, arXiv 1712.09665; LaVAN, Karmon et al. 2018, arXiv 1801.02608",
         "white-box",
-        _lazy("codefend.attacks.patch", "Patch", name="patch-targeted"),
+        "codefend.attacks.patch:AdversarialPatch",
         "targeted",
         bound="patch",
     ),
@@ -253,7 +227,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "random search with squares against the text of the answer; for victims that only answer",
         "Andriushchenko et al. 2020, arXiv 1912.00049",
         "score",
-        _lazy("codefend.attacks.square", "Square", name="square-text"),
+        "codefend.attacks.square:SquareAttack",
         "answer",
         steps=1000,
     ),
@@ -262,7 +236,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "random gradient-free steps towards the attacker's sentence in the answer's text",
         "AttackVLM (MF-tt), Zhao et al. 2023, arXiv 2305.16934",
         "score",
-        _lazy("codefend.contrib.attacks.rgf", "RGF", name="mf-tt"),
+        "codefend.contrib.attacks.rgf:RGF",
         "answer-target",
         steps=800,
     ),
@@ -271,7 +245,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "the worst of eleven common corruptions at severity 3: a control",
         "Hendrycks & Dietterich 2019, arXiv 1903.12261",
         "control",
-        _lazy("codefend.attacks.corruptions", "Corruption"),
+        "codefend.attacks.corruptions:Corruption",
         steps=1,
         bound="none",
     ),
@@ -284,7 +258,7 @@ TEXT_ATTACKS: dict[str, TextAttackSpec] = _by_name(
         "typos in the question, by random search",
         "after DeepWordBug, arXiv 1801.04354, and TextBugger, arXiv 1812.05271",
         "score",
-        _saying("codefend.attacks.text", "Characters"),
+        "codefend.attacks.prompt_edits:CharacterEdits",
         changes="prompt",
     ),
     TextAttackSpec(
@@ -292,7 +266,7 @@ TEXT_ATTACKS: dict[str, TextAttackSpec] = _by_name(
         "letters of the question that only look alike, by random search",
         "after VIPER, Eger et al. 2019, arXiv 1903.11508",
         "score",
-        _saying("codefend.attacks.text", "Glyphs"),
+        "codefend.attacks.prompt_edits:GlyphEdits",
         changes="prompt",
     ),
     TextAttackSpec(
@@ -300,7 +274,7 @@ TEXT_ATTACKS: dict[str, TextAttackSpec] = _by_name(
         "small rewordings of the question, by random search",
         "operations of EDA, Wei & Zou 2019, arXiv 1901.11196",
         "score",
-        _saying("codefend.attacks.text", "Words"),
+        "codefend.attacks.prompt_edits:WordEdits",
         changes="prompt",
     ),
     TextAttackSpec(
@@ -308,7 +282,7 @@ TEXT_ATTACKS: dict[str, TextAttackSpec] = _by_name(
         "an instruction planted beside the question",
         "after Perez & Ribeiro 2022, arXiv 2211.09527",
         "score",
-        _saying("codefend.attacks.text", "Planted", says=True),
+        "codefend.attacks.prompt_injection:PlantedInstruction",
         "targeted",
         steps=5,
         changes="prompt",
@@ -318,17 +292,17 @@ TEXT_ATTACKS: dict[str, TextAttackSpec] = _by_name(
         "an instruction injected behind the question: plain, behind blank lines, as a new task, or all at once",
         "Liu et al. 2024, arXiv 2310.12815",
         "score",
-        _saying("codefend.attacks.text", "Injection", says=True),
+        "codefend.attacks.prompt_injection:PromptInjection",
         "targeted",
         steps=5,
         changes="prompt",
     ),
     TextAttackSpec(
         "typographic",
-        "the attacker's sentence written into the picture",
+        "the attacker's sentence written into the image",
         "Goh et al. 2021 (Multimodal Neurons); FigStep, arXiv 2311.05608",
         "score",
-        _saying("codefend.attacks.typographic", "Typographic", says=True),
+        "codefend.attacks.typographic:TypographicAttack",
         "targeted",
         steps=6,
         changes="image",
@@ -338,7 +312,7 @@ TEXT_ATTACKS: dict[str, TextAttackSpec] = _by_name(
         "typos and auto-PGD in turns",
         "after Co-Attack, arXiv 2206.09391, and VLAttack, arXiv 2310.04655",
         "white-box",
-        _saying("codefend.attacks.joint", "Joint"),
+        "codefend.attacks.alternating:AlternatingAttack",
         changes="both",
     ),
     TextAttackSpec(
@@ -346,7 +320,7 @@ TEXT_ATTACKS: dict[str, TextAttackSpec] = _by_name(
         "a planted instruction and auto-PGD in turns, towards the attacker's sentence",
         "after Co-Attack, arXiv 2206.09391, and VLAttack, arXiv 2310.04655",
         "white-box",
-        _planting_joint,
+        "codefend.attacks.alternating:TargetedAlternatingAttack",
         "targeted",
         changes="both",
     ),

@@ -204,12 +204,13 @@ def _attacked(
     seed: int,
 ) -> Tensor:
     from codefend.attacks import objective_for
-    from codefend.attacks.bounds import finished
+    from codefend.attacks.bounds import quantize_attacked
     from codefend.core.runs import make_generator
 
-    objective = objective_for(spec, model, [prompt], [answer], target, pixels, towards)
+    objective = objective_for(spec, model, [prompt], [answer], target, pixels, towards, reference=model.victim)
     attack = spec.build()
-    return finished(attack, attack(objective, pixels, budget, generator=make_generator(seed, "attack")), pixels, budget)
+    attacked = attack(objective, pixels, budget, generator=make_generator(seed, "attack"))
+    return quantize_attacked(attack, attacked, pixels, budget)
 
 
 def _budget(eps: str, norm: str, steps: int) -> Budget:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from codefend.attacks.base import ImageAttack
 from codefend.attacks.norms import choose, direction, random_signs, spread
-from codefend.attacks.search import Best, OnGradient, OnStep, gradient, score
 from codefend.contrib.attacks.colour import ciede2000, lab
 from codefend.types import Budget, Objective
 
@@ -23,7 +23,7 @@ def colour_distance(images: Tensor, clean: Tensor) -> Tensor:
 
 
 def shrink(images: Tensor, clean: Tensor, limit: float) -> Tensor:
-    """The image on the straight line to ``clean`` that is ``limit`` away in colour; those inside are left alone."""
+    """Move images outside the bound along the straight line to ``clean`` until they are ``limit`` away in colour."""
     inside = colour_distance(images, clean) <= limit
     low = torch.zeros(len(clean), dtype=clean.dtype, device=clean.device)
     high = torch.ones_like(low)
@@ -37,11 +37,11 @@ def shrink(images: Tensor, clean: Tensor, limit: float) -> Tensor:
 
 
 @dataclass(kw_only=True)
-class PerCAL:
+class PerCAL(ImageAttack):
     """Inside the bound a step down the objective, outside it a step back in colour; the best inside is returned.
 
     ``budget.norm`` and ``eps`` do not apply. The paper alternates on whether the image fools the classifier and
-    minimizes the distance; a bench asks the reverse, the lowest objective within a distance. Step lengths are the
+    minimizes the distance; here the reverse, the lowest objective within a distance. Step lengths are the
     paper's two, scaled from its l2 lengths at 299 px to root mean square per pixel.
     """
 
@@ -49,27 +49,22 @@ class PerCAL:
     step_size: float = 2 / 255  # of the objective's step, root mean square per pixel; falls linearly to a tenth
     back: float = 0.5  # length of the step back, share of ``step_size``
     name: str = "perc-al"
-    on_step: OnStep | None = None
-    on_gradient: OnGradient | None = None
 
-    def __call__(
-        self, objective: Objective, images: Tensor, budget: Budget, *, generator: Generator | None = None
-    ) -> Tensor:
-        clean = images.detach()
-        best = Best(clean, score(self, objective, clean, budget.eot))
+    def perturb(self, objective: Objective, clean: Tensor, budget: Budget, generator: Generator | None) -> Tensor:
+        best = self.best_of(objective, clean, budget.eot)
         # At the clean image itself a feature objective and the colour distance have no slope.
         x = (clean + random_signs(clean, generator) * self.step_size / 10).clamp(0, 1)
         scale = clean[0].numel() ** 0.5
         for step in range(budget.steps):
-            losses, grad = gradient(self, objective, x, budget.eot, step)
+            losses, grad = self.gradient(objective, x, budget.eot, step)
             inside, outward = self._colour(x, clean)
             best.update(x, torch.where(inside, losses, torch.full_like(losses, torch.nan)))
             rate = self.step_size * (1 - 0.9 * step / budget.steps) * scale
             down, home = rate * direction(grad, "l2"), rate * self.back * direction(outward, "l2")
             x = (x - choose(inside, down, home)).clamp(0, 1)
         last = shrink(x, clean, self.limit)
-        best.update(last, score(self, objective, last, budget.eot, budget.steps))
-        return best.settle(self, objective, last, budget)
+        best.update(last, self.score(objective, last, budget.eot, budget.steps))
+        return self.select(best, objective, last, budget)
 
     def _colour(self, x: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
         """Which images are inside the bound ``[B]``, and the gradient of the colour distance."""

@@ -16,8 +16,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import pad
 
+from codefend.attacks.base import ImageAttack
 from codefend.attacks.norms import descend, normal, uniform
-from codefend.attacks.search import Best, OnGradient, OnStep, gradient, score
 from codefend.purifiers.diffusion import Denoiser, vp_sigma
 from codefend.purifiers.nets import load_net
 from codefend.types import Budget, Objective
@@ -34,7 +34,7 @@ def shipped_prior() -> Denoiser:
 
 
 @dataclass(kw_only=True)
-class PureProof:
+class PureProof(ImageAttack):
     """Sign steps on the objective behind a surrogate denoiser at random strengths; the best on fixed noise is returned.
 
     Defaults as described: beta 0.3, K 3, T_p 150, 10 samples per step, 100 steps of eps / 16. Each sample costs
@@ -48,33 +48,27 @@ class PureProof:
     rel_step: float = 1 / 16  # times eps
     denoiser: Denoiser | None = None  # None: the shipped prior
     name: str = "pureproof"
-    on_step: OnStep | None = None
-    on_gradient: OnGradient | None = None
 
-    def __call__(
-        self, objective: Objective, images: Tensor, budget: Budget, *, generator: Generator | None = None
-    ) -> Tensor:
-        if budget.eps == 0:
-            return images
-        x = clean = images.detach()
+    def perturb(self, objective: Objective, clean: Tensor, budget: Budget, generator: Generator | None) -> Tensor:
+        x = clean
         net = self.denoiser or shipped_prior()
         probes = [
             (self.longest * (i + 1) / PROBES / TIMES, normal(clean[:1], generator).expand_as(clean))
             for i in range(PROBES)
         ]
 
-        def judged(images: Tensor) -> Tensor:
+        def on_probes(images: Tensor) -> Tensor:
             return torch.stack([objective(_denoised(net, images, t, noise)) for t, noise in probes]).mean(0)
 
-        def drawn(images: Tensor) -> Tensor:
+        def on_draws(images: Tensor) -> Tensor:
             return self._loss(objective, net, images, generator)
 
-        best = Best(clean, score(self, judged, clean, budget.eot))
+        best = self.best_of(on_probes, clean, budget.eot)
         for step in range(budget.steps):
-            _, grad = gradient(self, drawn, x, self.samples * max(budget.eot, 1), step)
+            _, grad = self.gradient(on_draws, x, self.samples * max(budget.eot, 1), step)
             x = descend(x, grad, self.rel_step * budget.eps, clean, budget)
-            best.update(x, score(self, judged, x, budget.eot))
-        return best.settle(self, judged, x, budget)
+            best.update(x, self.score(on_probes, x, budget.eot))
+        return self.select(best, on_probes, x, budget)
 
     def _loss(self, objective: Objective, net: Denoiser, images: Tensor, generator: Generator | None) -> Tensor:
         step = int(uniform(images, generator, shape=(1,)) * self.longest) + 1

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from codefend.attacks.base import BestImages, ImageAttack
 from codefend.attacks.norms import descend, random_signs, spread
-from codefend.attacks.search import Best, OnGradient, OnStep, score
 from codefend.types import Budget, Objective
 
 
@@ -19,7 +19,7 @@ def rounds(queries: int, most: int, *, least_rounds: int = 8) -> tuple[int, int]
 
 
 @dataclass(kw_only=True)
-class RGF:
+class RGF(ImageAttack):
     """Sign steps along an estimated gradient; ``budget.steps`` is the number of queries per image.
 
     Defaults of AttackVLM (Zhao et al. 2023, arXiv 2305.16934): 8 rounds of 100 queries, sigma 8/255, step 1/255
@@ -30,25 +30,19 @@ class RGF:
     sigma: float = 8 / 255  # length of the finite difference per pixel
     rel_step: float = 1.0  # times eps / rounds
     name: str = "rgf"
-    on_step: OnStep | None = None
-    on_gradient: OnGradient | None = None
 
-    def __call__(
-        self, objective: Objective, images: Tensor, budget: Budget, *, generator: Generator | None = None
-    ) -> Tensor:
-        if budget.eps == 0:
-            return images
-        x = clean = images.detach()
-        best = Best(clean, torch.full((len(clean),), torch.inf, dtype=clean.dtype, device=clean.device))
+    def perturb(self, objective: Objective, clean: Tensor, budget: Budget, generator: Generator | None) -> Tensor:
+        x = clean
+        best = BestImages(clean, torch.full((len(clean),), torch.inf, dtype=clean.dtype, device=clean.device))
         count, each = rounds(budget.steps, self.queries)
         for step in range(count):
-            losses = score(self, objective, x, budget.eot, step)
+            losses = self.score(objective, x, budget.eot, step)
             best.update(x, losses)
             estimate = torch.zeros_like(x)
             for _ in range(each - 1):
                 u = random_signs(x, generator)
-                shifted = score(self, objective, (x + self.sigma * u).clamp(0, 1), budget.eot)
+                shifted = self.score(objective, (x + self.sigma * u).clamp(0, 1), budget.eot)
                 estimate += spread(torch.nan_to_num(shifted - losses, posinf=0, neginf=0), u) * u
             x = descend(x, estimate, self.rel_step * budget.eps / count, clean, budget)
-        best.update(x, score(self, objective, x, budget.eot, count))
-        return best.settle(self, objective, x, budget)
+        best.update(x, self.score(objective, x, budget.eot, count))
+        return self.select(best, objective, x, budget)

@@ -8,27 +8,25 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from codefend.attacks.base import ImageAttack
 from codefend.attacks.norms import direction, length, spread, uniform
-from codefend.attacks.search import OnGradient, OnStep, gradient, score
 from codefend.types import Budget, Objective
 
 Batch = tuple[Objective, Tensor]  # an objective and the images [B, 3, H, W] it was made for
 
 
 @dataclass(kw_only=True)
-class Universal:
+class UniversalPerturbation(ImageAttack):
     """``fit`` one delta on batches, ``apply`` it to any images of that size.
 
-    Called as an attack it fits on the images it is given: one delta for the batch, lowest mean objective seen.
+    Called as an attack it fits on the images it is given: one delta for the batch, lowest mean objective.
     """
 
     rel_step: float = 2.5  # times eps / steps
     name: str = "universal"
-    on_step: OnStep | None = None
-    on_gradient: OnGradient | None = None
 
     def fit(self, batches: Sequence[Batch], budget: Budget, *, generator: Generator | None = None) -> Tensor:
-        """The delta ``[1, 3, H, W]`` in the ball with the lowest mean objective seen; batches take turns by step."""
+        """The delta ``[1, 3, H, W]`` in the ball with the lowest mean objective; batches take turns by step."""
         first = batches[0][1][:1].detach()
         best, best_loss = torch.zeros_like(first), self._mean(batches, torch.zeros_like(first), budget)
         if budget.eps == 0:
@@ -36,10 +34,10 @@ class Universal:
         delta = _ball(budget.eps * (2 * uniform(first, generator) - 1), budget)
         for step in range(budget.steps):
             objective, images = batches[step % len(batches)]
-            _, grad = gradient(self, objective, self.apply(images.detach(), delta), budget.eot, step)
+            _, grad = self.gradient(objective, self.apply(images.detach(), delta), budget.eot, step)
             slope = direction(grad.mean(0, keepdim=True), budget.norm)
             delta = _ball(delta - self.rel_step * budget.eps / budget.steps * slope, budget)
-            if (step + 1) % len(batches) == 0 or step + 1 == budget.steps:  # a pass is over: judge it on every batch
+            if (step + 1) % len(batches) == 0 or step + 1 == budget.steps:  # after a pass: evaluate on every batch
                 loss = self._mean(batches, delta, budget)
                 if loss < best_loss:
                     best, best_loss = delta, loss
@@ -50,15 +48,11 @@ class Universal:
         """``images + delta`` inside the pixel box."""
         return (images + delta).clamp(0.0, 1.0)
 
-    def __call__(
-        self, objective: Objective, images: Tensor, budget: Budget, *, generator: Generator | None = None
-    ) -> Tensor:
-        if budget.eps == 0:
-            return images
-        return self.apply(images.detach(), self.fit([(objective, images)], budget, generator=generator))
+    def perturb(self, objective: Objective, clean: Tensor, budget: Budget, generator: Generator | None) -> Tensor:
+        return self.apply(clean, self.fit([(objective, clean)], budget, generator=generator))
 
     def _mean(self, batches: Sequence[Batch], delta: Tensor, budget: Budget) -> float:
-        losses = [score(self, objective, self.apply(images, delta), budget.eot) for objective, images in batches]
+        losses = [self.score(objective, self.apply(images, delta), budget.eot) for objective, images in batches]
         return float(torch.cat(losses).mean())
 
 

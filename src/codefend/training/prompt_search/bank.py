@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codefend.attacks import ATTACKS, TEXT_ATTACKS, asked_for, objective_for
-from codefend.attacks.bounds import finished
+from codefend.attacks import ATTACKS, TEXT_ATTACKS, objective_for, prompt_objective_for
+from codefend.attacks.bounds import quantize_attacked
 from codefend.attacks.norms import quantize_in_budget
 from codefend.bench.config import DefenseChoice, check_radius
 from codefend.core.images import quantize8
@@ -155,7 +155,7 @@ def attack_examples(
         budget = Budget(eps=config.eps / 255, steps=steps)
         if family in TEXT_ATTACKS:
             spec = TEXT_ATTACKS[family]
-            goal = asked_for(spec, victim, _answers(part), target)
+            goal = prompt_objective_for(spec, victim, _answers(part), target)
             most = steps if spec.changes == "both" else config.queries
             spend = Budget(eps=budget.eps, steps=min(spec.steps, most))
             raw, asked = spec.build(target)(goal, clean, asked, spend, generator=generator)
@@ -166,7 +166,7 @@ def attack_examples(
             others = _others(task, len(prompts), clean) if ATTACKS[family].goal == "feature-target" else None
             objective = objective_for(ATTACKS[family], victim, asked, _answers(part), target, clean, others)
             raw = attack(objective, clean, budget, generator=generator)
-            images += finished(attack, raw.detach(), clean, budget)
+            images += quantize_attacked(attack, raw.detach(), clean, budget)
         prompts += asked
     return Attacked(images, prompts)
 
