@@ -100,6 +100,24 @@ class HasMargins(Protocol):
 
 
 @runtime_checkable
+class HasAnswerLogits(Protocol):
+    """A victim that gives the whole distribution of each token of an answer."""
+
+    def answer_logits(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> list[Tensor]:
+        """Logits that predict each token of the targets, ``[L_i, V]`` for each image, differentiable in the images."""
+        ...
+
+
+@runtime_checkable
+class HasTokenizer(Protocol):
+    """A victim whose tokens can be counted."""
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+        ...
+
+
+@runtime_checkable
 class HasWordScores(Protocol):
     """A victim whose vision tokens and words share a space."""
 

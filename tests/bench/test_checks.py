@@ -36,10 +36,8 @@ from evaluate_kit import SMALL, run
 class Cheat:
     """Claims a budget and spends another."""
 
-    name = "cheat"
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, name: str, kind: str) -> None:
+        self.name, self.kind = name, kind
 
     def __call__(
         self, objective: Objective, images: Tensor, budget: Budget, *, generator: Generator | None = None
@@ -55,7 +53,7 @@ class Cheat:
 def test_violation_is_flagged_and_the_judged_image_is_inside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, reason: str
 ) -> None:
-    spec = AttackSpec("cheat", "", "", "white-box", lambda: Cheat(kind))
+    spec = AttackSpec("cheat", "", "", "white-box", Cheat, options={"kind": kind})
     monkeypatch.setitem(attacks.EVERY_ATTACK, "cheat", spec)
     found = run(tmp_path, replace(SMALL, attacks=("cheat",), defenses=("none",), threats=("T0",)))
     attacked = [row for row in found if row["attack"] == "cheat"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
+from codefend.types import Attack
+
 if TYPE_CHECKING:
-    from codefend.attacks.base import ImageAttack, TextAttack
+    from codefend.attacks.base import TextAttack
 
 Goal = Literal[
     "untargeted",  # make the true answer unlikely
@@ -34,24 +36,24 @@ NEEDS_SENTENCE: tuple[Goal, ...] = ("targeted", "margin-targeted", "feature-text
 class AttackSpec:
     """One row of ``codefend list attacks``: an algorithm, and the objective that it lowers.
 
-    The algorithm is a class (``"module:Class"``, imported by `build` alone) with ``options`` for its constructor. The
-    objective is named by ``goal``: ``objective_for`` makes it from a victim. So one algorithm serves several rows, and
-    an algorithm knows neither victims nor goals.
+    The algorithm is a class, or ``"module:Class"``, which only `build` imports; it is called with ``name`` and
+    ``options``. The objective is named by ``goal``: ``objective_for`` makes it from a victim. So one algorithm serves
+    several rows, and an algorithm knows neither victims nor goals.
     """
 
     name: str
     summary: str
     source: str
     threat: Threat
-    algorithm: str  # "module:Class" of a `base.ImageAttack`
+    algorithm: str | Callable[..., Attack]  # usually a `base.ImageAttack`
     goal: Goal = "untargeted"
     steps: int = 100  # usual ``Budget.steps``: gradient steps, or queries for a score attack
     bound: Bound = "ball"
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def build(self) -> ImageAttack:
+    def build(self) -> Attack:
         """A new instance of the algorithm with this row's options."""
-        attack: ImageAttack = _class(self.algorithm)(name=self.name, **self.options)
+        attack: Attack = _load(self.algorithm)(name=self.name, **self.options)
         return attack
 
 
@@ -63,7 +65,7 @@ class TextAttackSpec:
     summary: str
     source: str
     threat: Threat
-    algorithm: str  # "module:Class" of a `base.TextAttack`; with ``sentence`` where the goal is "targeted"
+    algorithm: str | Callable[..., TextAttack]  # takes ``sentence``, too, where the goal is "targeted"
     goal: Goal = "untargeted"
     steps: int = 100  # usual ``Budget.steps``: evaluations, or gradient steps of an attack on both
     changes: Literal["prompt", "image", "both"] = "prompt"
@@ -76,10 +78,12 @@ class TextAttackSpec:
     def build(self, sentence: str = "") -> TextAttack:
         """A new instance that wants ``sentence``; "" leaves the algorithm's own."""
         options = {"sentence": sentence} if sentence and self.goal in NEEDS_SENTENCE else {}
-        attack: TextAttack = _class(self.algorithm)(name=self.name, **options)
+        attack: TextAttack = _load(self.algorithm)(name=self.name, **options)
         return attack
 
 
-def _class(path: str) -> Any:
-    module, _, name = path.partition(":")
+def _load(algorithm: str | Callable[..., Any]) -> Any:
+    if not isinstance(algorithm, str):
+        return algorithm
+    module, _, name = algorithm.partition(":")
     return getattr(import_module(module), name)

@@ -28,7 +28,7 @@ from codefend.gateway.limits import Limits, payload
 from codefend.gateway.shapes import survey
 from codefend.gateway.wire import form_of, parse
 from codefend.prompts.asking import prompted
-from codefend.types import CodefendError, Victim
+from codefend.types import CodefendError, HasTokenizer, Victim
 
 Done = TypeVar("Done")
 MODEL = "pocket"
@@ -108,8 +108,7 @@ class _Server:
         return Answer(MODEL, text, prompt_tokens=self._count(question.prompt), tokens=self._count(text))
 
     def _count(self, text: str) -> int:
-        encode = getattr(self.victim, "encode", None)
-        return len(encode([text])[0]) if callable(encode) else len(text.split())
+        return len(self.victim.encode([text])[0]) if isinstance(self.victim, HasTokenizer) else len(text.split())
 
 
 async def _answered(request: Request, work: Callable[[Api, Any], Awaitable[Response]]) -> Response:

@@ -6,7 +6,7 @@ The pocket has word scores, which cost little more than its encoder; any other w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,19 +18,10 @@ from codefend.attacks import objectives
 from codefend.encoders.views import draw_view
 from codefend.tasks.language import CAPTION_PROMPT
 from codefend.training.pairs import OWN, WORDS, Tower, word_objective
-from codefend.types import CodefendError, Objective, WhiteBox
+from codefend.types import CodefendError, HasAnswerLogits, Objective, WhiteBox
 from codefend.victims.pocket import Pocket
 
 TEMPERATURE = 0.05  # of word scores
-
-
-@runtime_checkable
-class HasAnswerLogits(Protocol):
-    """A victim that gives its logits at every token of given answers."""
-
-    def answer_logits(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> list[Tensor]:
-        """``[L_i, V]`` for each image."""
-        ...
 
 
 class Guide(Protocol):
