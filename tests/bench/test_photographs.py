@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import toys
-from codefend.bench import EvalConfig, PhotographsConfig, attacking, evaluate
+from codefend.bench import EvalConfig, PhotographsConfig, evaluate
 from codefend.bench.results import CLEAN
 from codefend.bench.tasks import with_equal_noise
 from codefend.core.runs import Row
@@ -100,8 +100,8 @@ def test_an_adaptive_attack_lowers_the_cosine_that_is_judged(tmp_path: Path, mon
         references.append(type(reference or victim).__name__)
         return features_away(victim, clean, reference=reference)
 
-    features_away = attacking.features_away
-    monkeypatch.setattr(attacking, "features_away", away)
+    features_away = objectives.features_away
+    monkeypatch.setattr(objectives, "features_away", away)
     loaders = type(toys.loaders())(victim=lambda name: toys.ToyVictim(), purifier=toys.purifier)
     config = PhotographsConfig(**TINY | {"side": 32}, defenses=("leaky",), threats=("T2",))
     evaluate(config, tmp_path, loaders=loaders)

@@ -66,9 +66,9 @@ def objective_for(
 ) -> Objective:
     """What ``spec`` lowers on this batch; ``target`` is one sentence for all images or one each.
 
-    ``reference`` is the undefended victim, whose words for the clean images count as right ("feature-words"); by
-    default ``victim``. Raises CodefendError when the attack needs a target sentence or image that was not given, or a
-    capability that the victim lacks.
+    ``reference`` is the undefended victim whose features ("feature") or words ("feature-words") of the clean images
+    the attack turns away from; by default ``victim``. Raises CodefendError when the attack needs a target sentence or
+    image that was not given, or a capability that the victim lacks.
     """
     from codefend.attacks import objectives
 
@@ -84,7 +84,7 @@ def objective_for(
         case "margin-targeted":
             return objectives.margin_targeted(model, prompts, targets)
         case "feature":
-            return objectives.features_away(model, clean_images)
+            return objectives.features_away(model, clean_images, reference=_capable(spec, reference or victim))
         case "feature-target":
             if target_images is None:
                 raise CodefendError(f"attack {spec.name!r} needs target images: give one, or one per image")

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from codefend.attacks import AttackSpec, TextAttackSpec, asked_for, objective_for
-from codefend.attacks.bounds import finished
-from codefend.attacks.objectives import features_away
-from codefend.attacks.search import Trace
+from codefend.attacks import AttackSpec, TextAttackSpec, objective_for, prompt_objective_for
+from codefend.attacks.base import PromptObjective
+from codefend.attacks.bounds import quantize_attacked
+from codefend.attacks.trace import Trace
 from codefend.core.images import quantize8
-from codefend.types import Budget, Example, HasFeatures, Objective, Victim
+from codefend.types import Budget, Example, Objective, Victim
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class AttackGoal:
 
     ``clean`` ``[B, 3, H, W]``; ``target`` is the sentence that a targeted attack forces; ``other_images``
     ``[B, 3, H, W]`` are those whose features ``feature-target`` imitates; ``reference`` is the undefended victim whose
-    features count as clean, by default those of the attacked victim.
+    features and words count as clean, by default those of the attacked victim.
     """
 
     spec: AttackSpec | TextAttackSpec
@@ -37,7 +37,7 @@ class AttackGoal:
     clean: Tensor
     target: str = ""
     other_images: Tensor | None = None
-    reference: HasFeatures | None = None
+    reference: Victim | None = None
 
     @property
     def prompts(self) -> list[str]:
@@ -53,16 +53,15 @@ class AttackGoal:
         Raises CodefendError when the attack needs a capability, a target or other images that are not there.
         """
         if isinstance(self.spec, TextAttackSpec):
-            objective: Objective = self.prompt_objective(victim)(self.prompts)
-            return objective
-        if self.reference is not None and self.spec.goal == "feature":
-            return features_away(victim, self.clean, reference=self.reference)  # type: ignore[arg-type]
-        return objective_for(self.spec, victim, self.prompts, self.answers, self.target, self.clean, self.other_images)
+            return self.prompt_objective(victim)(self.prompts)
+        texts = (self.prompts, self.answers, self.target)
+        images = (self.clean, self.other_images)
+        return objective_for(self.spec, victim, *texts, *images, reference=self.reference)
 
-    def prompt_objective(self, victim: Victim) -> Any:
+    def prompt_objective(self, victim: Victim) -> PromptObjective:
         """The same for an attack on words: prompts to an objective of images."""
         assert isinstance(self.spec, TextAttackSpec)
-        return asked_for(self.spec, victim, self.answers, self.target)
+        return prompt_objective_for(self.spec, victim, self.answers, self.target)
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def attack_batch(
         raw = attack(objective or goal.objective(victim), goal.clean, budget, generator=generator)
     seconds = (time.perf_counter() - start) / len(goal.examples)
     raw = raw.detach()
-    images = finished(attack, raw.nan_to_num(0.5), goal.clean, budget)
+    images = quantize_attacked(attack, raw.nan_to_num(0.5), goal.clean, budget)
     return AttackResult(images, list(prompts), raw, trace, seconds)
 
 

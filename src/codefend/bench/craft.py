@@ -23,7 +23,7 @@ from codefend.bench.setup import Bench
 from codefend.core.images import quantize8
 from codefend.core.runs import Row, load_checkpoint, make_generator, save_checkpoint
 from codefend.defense import DefendedVictim, Defense
-from codefend.types import CodefendError, Example, HasFeatures, Objective, Purifier, Victim
+from codefend.types import CodefendError, Example, Objective, Purifier, Victim
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ def attack_goal(bench: Bench, cell: Cell, examples: Sequence[Example]) -> Attack
     spec, clean = bench.attacks[cell.attack].spec, clean_images(examples)
     others = _other_images(bench, cell.task, examples, clean) if spec.goal == "feature-target" else None
     evaluated = bench.tasks[cell.task]
-    crafter: object = evaluated.crafter if evaluated.by_agreement else None
-    reference = crafter if isinstance(crafter, HasFeatures) else None  # the tokens that the victim is judged by
+    # The undefended victim's features where it is judged by them, and its words, which are cross-entropy's labels.
+    reference = evaluated.crafter if evaluated.by_agreement or spec.goal == "feature-words" else None
     return AttackGoal(spec, examples, clean, evaluated.task.target, others, reference)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from codefend.attacks.bounds import OwnBound
 from codefend.attacks.norms import distance
-from codefend.attacks.search import Trace
+from codefend.attacks.trace import Trace
 from codefend.bench.attacking import AttackResult
 from codefend.core.runs import Row
 from codefend.tasks.image_metrics import psnr
