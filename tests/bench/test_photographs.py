@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import toys
+from codefend.attacks import objectives
 from codefend.bench import EvalConfig, PhotographsConfig, evaluate
 from codefend.bench.results import CLEAN
 from codefend.bench.tasks import with_equal_noise
