@@ -15,7 +15,7 @@ RUN /venv/bin/pip install --no-cache-dir -c constraints.txt ".[gateway]"
 FROM python:3.11-slim
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin codefend
 COPY --from=build /venv /venv
-# Two arenas: with more, glibc keeps the memory of every large picture once per thread.
+# Two arenas: with more, glibc keeps the memory of every large image once per thread.
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MALLOC_ARENA_MAX=2 CODEFEND_HOST=0.0.0.0
 USER codefend
 EXPOSE 8800

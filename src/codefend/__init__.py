@@ -1,6 +1,15 @@
-"""CoDefend: keep multimodal LLMs honest when someone has tampered with the picture.
+"""CoDefend removes adversarial perturbations from images before a multimodal LLM sees them, and evaluates the defense.
 
-The front door is lazy: ``import codefend`` imports neither torch nor any model library.
+Images are float32 ``[B, 3, H, W]``, RGB, in ``[0, 1]``; every radius ``eps`` is in these units (``8 / 255``).
+
+- `purify` cleans one image: a path, PIL image, array or tensor.
+- `load_purifier`, `load_victim`, `load_task` load by name; `Defense` and `DefendedVictim` put a purifier in front of a
+  model; the result is a victim like any other.
+- `attack` makes adversarial images; `evaluate` with an `EvalConfig` measures defenses under a grid of attacks.
+- `wrap` returns an OpenAI or Anthropic client whose images are purified before they leave the process.
+- `CodefendError`, a ValueError, is raised for input that the caller can correct.
+
+``import codefend`` is light: it imports neither torch nor any model library before a name is used.
 """
 
 from __future__ import annotations
@@ -9,9 +18,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from codefend.attacks import attack
+    from codefend.bench import EvalConfig, evaluate
     from codefend.defense import DefendedVictim, Defense, StraightThrough
     from codefend.gateway.client import wrap
     from codefend.purifiers import load as load_purifier
+    from codefend.purifiers.base import Purifier
+    from codefend.purifiers.single import purify
     from codefend.tasks import load as load_task
     from codefend.types import Budget, CodefendError, Example, Task
     from codefend.victims import load as load_victim
@@ -19,9 +32,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "purify": ("codefend.purifiers.single", "purify"),
     "load_purifier": ("codefend.purifiers", "load"),
     "load_victim": ("codefend.victims", "load"),
     "load_task": ("codefend.tasks", "load"),
+    "attack": ("codefend.attacks", "attack"),
+    "evaluate": ("codefend.bench", "evaluate"),
+    "EvalConfig": ("codefend.bench", "EvalConfig"),
+    "Purifier": ("codefend.purifiers.base", "Purifier"),
     "Defense": ("codefend.defense", "Defense"),
     "DefendedVictim": ("codefend.defense", "DefendedVictim"),
     "StraightThrough": ("codefend.defense", "StraightThrough"),
@@ -30,6 +48,7 @@ _LAZY = {
     "Example": ("codefend.types", "Example"),
     "Task": ("codefend.types", "Task"),
     "CodefendError": ("codefend.types", "CodefendError"),
+    "UserError": ("codefend.types", "CodefendError"),  # its name until 2026-11
 }
 
 __all__ = [
@@ -37,13 +56,18 @@ __all__ = [
     "CodefendError",
     "DefendedVictim",
     "Defense",
+    "EvalConfig",
     "Example",
+    "Purifier",
     "StraightThrough",
     "Task",
     "__version__",
+    "attack",
+    "evaluate",
     "load_purifier",
     "load_task",
     "load_victim",
+    "purify",
     "wrap",
 ]
 
@@ -53,3 +77,7 @@ def __getattr__(name: str) -> Any:
         module, attribute = _LAZY[name]
         return getattr(import_module(module), attribute)
     raise AttributeError(f"module 'codefend' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from codefend.core.devices import default_device
+from codefend.core.specs import literal, parse_spec
 from codefend.prompts.asking import prompted
 from codefend.types import HasFeatures, HasLoss, HasMargins, HasWordScores, Purifier, Victim
 
@@ -25,6 +26,22 @@ class Defense:
     purifier: Purifier | None = None
     policy: Callable[[str], str] | None = None  # of codefend.prompts: words around words, or a soft prefix
     name: str = "none"
+
+    @classmethod
+    def from_spec(cls, text: str) -> Defense:
+        """The defense that the command line and saved configs call ``text``, such as ``bridge:sigma=0.1+prompt=doubt``.
+
+        A purifier without a gradient is wrapped in `StraightThrough`. Raises CodefendError for an unknown
+        name or option.
+        """
+        from codefend import prompts, purifiers
+
+        spec = parse_spec(text)
+        policy = prompts.load_any(spec.prompt) if spec.prompt else None
+        if spec.name == "none":
+            return cls(None, policy)
+        purifier = purifiers.load(spec.name, **{key: literal(value) for key, value in spec.options.items()})
+        return cls(purifier if purifier.differentiable else StraightThrough(purifier), policy, purifier.name)
 
     def images(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         """What the victim sees, ``[B,3,H,W]``, where the images lay; purified on the default device."""

@@ -60,14 +60,14 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments: list[str], text: str
     ("error", "code", "text"),
     [
         (CodefendError("a\nline too many"), 2, "error: a line too many\n"),
-        (KeyboardInterrupt(), 130, "interrupted; run the same command again to go on\n"),
-        (ModuleNotFoundError("x", name="matplotlib.pyplot"), 2, "error: this needs matplotlib.pyplot, which is not"),
+        (KeyboardInterrupt(), 130, "interrupted; rerun the command to resume\n"),
+        (ModuleNotFoundError("x", name="matplotlib.pyplot"), 2, "error: matplotlib.pyplot is not installed; run: pip install"),
     ],
 )
 def test_what_goes_wrong_inside_a_verb(
     error: BaseException, code: int, text: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stand_in(monkeypatch, "demo", run_demo=raising(error))
+    stand_in(monkeypatch, "cli.demo", run_demo=raising(error))
     got, out, err = run("demo")
     assert (got, out) == (code, "")
     assert err.startswith(text)
@@ -75,7 +75,7 @@ def test_what_goes_wrong_inside_a_verb(
 
 def test_bugs_are_not_dressed_up_as_user_errors(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (ValueError("a bug"), ModuleNotFoundError("x", name="codefend.gone")):
-        stand_in(monkeypatch, "demo", run_demo=raising(error))
+        stand_in(monkeypatch, "cli.demo", run_demo=raising(error))
         with pytest.raises(type(error)):
             run("demo")
 
@@ -135,11 +135,11 @@ def presets(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     preset = SimpleNamespace(summary="a toy", build=lambda settings: override(Config(), settings))
     other = SimpleNamespace(summary="not for pairs or eval", build=lambda settings: override(Inner(), settings))
-    stand_in(monkeypatch, "presets", PRESETS={"pairs": preset, "tiny": preset, "quick": preset, "other": other})
-    stand_in(monkeypatch, "pairs", make_pairs=reached("pairs"), PairsConfig=Config)
+    stand_in(monkeypatch, "cli.presets", PRESETS={"pairs": preset, "tiny": preset, "quick": preset, "other": other})
     stand_in(monkeypatch, "training", train=lambda config, folder, *, tracker: reached("train")(config, folder))
-    stand_in(monkeypatch, "evaluate", evaluate=reached("eval"), EvalConfig=Config)
-    stand_in(monkeypatch, "report", write_report=reached("report"), print_summary=lambda *_: print("tables"))
+    stand_in(monkeypatch, "training.pairs", make_pairs=reached("pairs"), PairsConfig=Config)
+    stand_in(monkeypatch, "bench", evaluate=reached("eval"), EvalConfig=Config)
+    stand_in(monkeypatch, "bench.report", write_report=reached("report"), print_summary=lambda *_: print("tables"))
     return calls
 
 
@@ -186,7 +186,7 @@ def test_max_asr_decides_the_exit_code(
     code: int,
     words: str,
 ) -> None:
-    stand_in(monkeypatch, "evaluate", evaluate=lambda *_: rows, EvalConfig=Config)
+    stand_in(monkeypatch, "bench", evaluate=lambda *_: rows, EvalConfig=Config)
     found, out, err = run("eval", "--run", tmp_path, "--max-asr", 0.25)
     assert (found, out) == (code, f"{tmp_path}\n")
     assert words in err
@@ -197,7 +197,7 @@ def test_max_asr_wants_a_share_and_an_attack(
     presets: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Run
 ) -> None:
     assert run("eval", "--run", tmp_path, "--max-asr", 25)[0] == 2
-    stand_in(monkeypatch, "evaluate", evaluate=lambda *_: [], EvalConfig=Config)
+    stand_in(monkeypatch, "bench", evaluate=lambda *_: [], EvalConfig=Config)
     code, _, err = run("eval", "--run", tmp_path, "--max-asr", 0.25)
     assert (code, "nothing was attacked" in err) == (2, True)
 
@@ -217,7 +217,7 @@ def test_rows_and_leaderboard_verbs(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         return arguments[-1]
 
     verbs = {"write_report": lambda *_: "r.html", "export_rows": called, "write_leaderboard": called}
-    stand_in(monkeypatch, "report", print_summary=lambda *_: None, **verbs)
+    stand_in(monkeypatch, "bench.report", print_summary=lambda *_: None, **verbs)
     assert run("report", tmp_path, "--rows", "r.parquet") == (0, "r.html\nr.parquet\n", "")
     assert run("leaderboard", "a", "b", "-o", "x.html") == (0, "x.html\n", "")
     assert calls == [(tmp_path, Path("r.parquet")), ([Path("a"), Path("b")], Path("x.html"))]
@@ -267,6 +267,6 @@ def test_a_report_on_what_is_no_run(run: Run, tmp_path: Path) -> None:
 
 
 def test_demo_returns_its_own_code(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    stand_in(monkeypatch, "demo", run_demo=lambda folder: 0 if folder == tmp_path else 1)
+    stand_in(monkeypatch, "cli.demo", run_demo=lambda folder: 0 if folder == tmp_path else 1)
     assert run("demo", "--run", tmp_path)[0] == 0
     assert run("demo")[0] == 1

@@ -47,7 +47,7 @@ def test_purify_says_what_failed_last_and_exits_with_1(dark: Path, run: Run) -> 
     assert err.splitlines()[-1] == "error: 2 of 3 failed: bad.png, big.png"
     assert "failed: big.png:" in err
     assert "--max-pixels 400" in err
-    assert run(*command)[1] == f"purified 0, 1 done before -> {dark.parent / 'out'}\n"
+    assert run(*command)[1] == f"purified 0, 1 skipped (purified before) -> {dark.parent / 'out'}\n"
 
 
 @pytest.mark.usefixtures("toys")

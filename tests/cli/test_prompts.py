@@ -73,7 +73,7 @@ def test_a_search_is_interrupted_and_goes_on_with_the_same_command(
     toys["toy"] = Killed(100)
     code, out, err = optimize(run, tmp_path / "run")
     assert (code, out) == (130, "")
-    assert err.endswith("interrupted; run the same command again to go on\n")
+    assert err.endswith("interrupted; rerun the command to resume\n")
     code, out, _ = run("prompts", "show", tmp_path / "run")
     assert code == 0
     assert "judged; the Pareto front" in out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,10 +22,11 @@ Run = Callable[..., tuple[int, str, str]]
 def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) -> None:
     """Replace the module ``codefend.<name>`` for this test, whether or not it could be imported."""
     module = ModuleType(f"codefend.{name}")
-    module.__path__ = [str(Path(codefend.__file__).parent / name)]  # submodules are the real ones
+    module.__path__ = [str(Path(codefend.__file__).parent.joinpath(*name.split(".")))]  # its submodules are the real ones
     vars(module).update(attributes)
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(codefend, name, module, raising=False)
+    parent, _, leaf = module.__name__.rpartition(".")
+    monkeypatch.setattr(import_module(parent), leaf, module, raising=False)
 
 
 class Brighten:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from codefend.attacks.single import attack, check_target
 from codefend.attacks.specs import NEEDS_SENTENCE, AttackSpec, Bound, Goal, TextAttackSpec, Threat
 from codefend.attacks.table import ATTACKS, EVERY_ATTACK, TEXT_ATTACKS
 from codefend.types import (
@@ -35,6 +36,8 @@ __all__ = [
     "Goal",
     "TextAttackSpec",
     "Threat",
+    "attack",
+    "check_target",
     "objective_for",
     "prompt_objective_for",
 ]

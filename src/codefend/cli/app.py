@@ -1,8 +1,8 @@
-"""The ``codefend`` command: its front, ``list``, and the verbs of ``cli_pictures``, ``cli_runs`` and ``cli_prompts``.
+"""The ``codefend`` command: its entry point, ``list``, and the verbs of the other files.
 
-Every verb is a thin shell that imports what it needs when it runs, so that ``--help`` stays fast.
-Answers and results go to standard output, everything else to standard error. Exit codes: 0 done, 1 some pictures
-failed, 2 a mistake of the user's (one line says which), 130 interrupted.
+Every verb imports what it needs when it runs, so that ``--help`` stays fast. Answers and results go to standard output,
+messages to standard error. Exit codes: 0 success, 1 some images failed, 2 invalid input (one line says what to do), 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -17,10 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from codefend import __version__
-from codefend.cli import images as cli_pictures
-from codefend.cli import prompts as cli_prompts
-from codefend.cli import runs as cli_runs
-from codefend.cli import serve as gateway
+from codefend.cli import evaluation, images, prompts, serve, training
 from codefend.types import CodefendError
 
 app = typer.Typer(
@@ -58,35 +55,35 @@ EXTRAS = {  # module that may be missing -> the extra that brings it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code; a mistake of the user's is one ``error:`` line, no traceback."""
+    """Run the command line and return its exit code; invalid input prints one ``error:`` line, no traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         code = typer.main.get_command(app).main(args=arguments, prog_name="codefend", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except CodefendError as error:
-        code = _complain(error)
+        code = _print_error(error)
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        code = _complain(f"this needs {error.name}, which is not installed: pip install 'codefend[{extra}]'")
+        code = _print_error(f"{error.name} is not installed; run: pip install 'codefend[{extra}]'")
     except Exception as error:
-        if not hasattr(error, "format_message"):  # what Typer raises for a wrong option or argument has it
+        if not hasattr(error, "format_message"):  # Typer's exceptions for wrong options and arguments have it
             raise
-        code = _complain(error.format_message() or "see codefend --help")
+        code = _print_error(error.format_message() or "see codefend --help")
     if code == 130:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("interrupted; rerun the command to resume", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 
-def _complain(error: object) -> int:
+def _print_error(error: object) -> int:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"codefend {__version__}")
         raise typer.Exit
 
@@ -94,34 +91,35 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def codefend(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
     device: Annotated[
-        str, typer.Option(envvar="CODEFEND_DEVICE", help="Where networks run: cpu, cuda, cuda:1.", show_default="a GPU")
+        str,
+        typer.Option(envvar="CODEFEND_DEVICE", help="Device: cpu, cuda, cuda:1.", show_default="a GPU if present"),
     ] = "",
     precision: Annotated[
         Literal["float32"] | None,
         typer.Option(
-            envvar="CODEFEND_PRECISION", help="The same figures on any machine.", show_default="what is quick"
+            envvar="CODEFEND_PRECISION", help="Force float32, for reproducible results.", show_default="the fastest"
         ),
     ] = None,
 ) -> None:
-    """Purify adversarial images before a multimodal LLM sees them, and measure honestly whether it helped."""
+    """Remove adversarial perturbations from images before a multimodal LLM sees them, and evaluate the defense."""
     for name, value in (("CODEFEND_DEVICE", device), ("CODEFEND_PRECISION", precision)):
         if value:
-            os.environ[name] = value  # worker processes inherit it
+            os.environ[name] = value  # worker processes inherit the environment
 
 
 @app.command("list")
 def list_(kind: Annotated[str, typer.Argument(metavar="|".join(REGISTRIES), show_default=False)]) -> None:
-    """Show what can be named on the command line."""
-    table = _registry(kind)
+    """List purifiers, attacks, victims, tasks, prompts or presets."""
+    table = _load_registry(kind)
     width = max(map(len, table), default=0)
     for name, entry in table.items():
         print(f"{name:{width}}  {summary(entry)}".rstrip())
 
 
-def _registry(kind: str) -> Mapping[str, Any]:
+def _load_registry(kind: str) -> Mapping[str, Any]:
     if kind not in REGISTRIES:
         near = get_close_matches(kind, REGISTRIES, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"choose {', '.join(REGISTRIES)}"
@@ -142,10 +140,5 @@ def summary(entry: Any) -> str:
     return str(text).strip().partition("\n")[0]
 
 
-app.add_typer(cli_pictures.app)  # nameless: their verbs stand beside this file's
-app.add_typer(cli_runs.app)
-app.add_typer(cli_prompts.app)
-app.add_typer(gateway.app)
-
-if __name__ == "__main__":
-    sys.exit(main())
+for verbs in (images, training, evaluation, prompts, serve):
+    app.add_typer(verbs.app)  # without a name: their verbs stand at the top level

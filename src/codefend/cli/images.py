@@ -1,55 +1,62 @@
-"""The verbs that take pictures: purify, ask, caption, attack; and export, which makes what purifies elsewhere."""
+"""Verbs for images: purify, ask, caption, attack."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from codefend.core.registry import lookup
-from codefend.types import Budget, CodefendError
+from codefend.cli.options import (
+    MAX_PIXELS,
+    DefenseName,
+    FirstFrame,
+    MaxPixels,
+    Overwrite,
+    PurifierName,
+    Seed,
+    VictimName,
+    check_output,
+)
+from codefend.types import CodefendError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from codefend.attacks import AttackSpec
-    from codefend.defense import DefendedVictim, Defense
+    from codefend.defense import DefendedVictim
     from codefend.purifiers.jobs import Outcome
-    from codefend.types import Purifier
 
 app = typer.Typer()
 
-MAX_PIXELS = 64_000_000  # as images.MAX_PIXELS, which would bring torch along
-
-Picture = Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture file.", show_default=False)]
-DefenseName = Annotated[str, typer.Option("--defense", help="none, a purifier or its folder; add +prompt=POLICY.")]
-VictimName = Annotated[str, typer.Option("--victim", help="The multimodal model that answers.")]
-Seed = Annotated[int, typer.Option("--seed", help="Randomness of the purifier and the attack.")]
-MaxPixels = Annotated[int, typer.Option("--max-pixels", min=1, help="Refuse larger pictures.")]
-FirstFrame = Annotated[bool, typer.Option("--first-frame", help="Take the first frame of an animation.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
+ImageFile = Annotated[Path, typer.Argument(metavar="IMAGE", help="An image file.", show_default=False)]
 
 
 @app.command()
 def purify(
-    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Pictures or folders.", show_default=False)],
-    out: Annotated[str, typer.Option("--out", "-o", help="A picture for one input, else a folder.")],
-    purifier: Annotated[str, typer.Option("--purifier", help="A name, or a folder with its weights.")] = "bridge",
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Image files or folders.", show_default=False)],
+    out: Annotated[str, typer.Option("--out", "-o", help="An image file for one input, otherwise a folder.")],
+    purifier: PurifierName = "bridge",
     seed: Seed = 0,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures of one size per call.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images of one size per call.")] = 1,
     max_pixels: MaxPixels = MAX_PIXELS,
     first_frame: FirstFrame = False,
-    flatten: Annotated[bool, typer.Option("--flatten", help="Drop transparency, onto white.")] = False,
-    ending: Annotated[str | None, typer.Option("--format", help="File type in a folder job, such as png.")] = None,
-    quality: Annotated[int | None, typer.Option("--quality", min=1, max=100, help="JPEG, lossy WebP.")] = None,
+    flatten: Annotated[bool, typer.Option("--flatten", help="Composite transparent images on white.")] = False,
+    file_format: Annotated[
+        str | None, typer.Option("--format", help="File format of the outputs of a folder, such as png.")
+    ] = None,
+    quality: Annotated[
+        int | None, typer.Option("--quality", min=1, max=100, help="Quality of JPEG and lossy WebP.")
+    ] = None,
     max_side: Annotated[
-        int | None, typer.Option("--max-side", min=1, help="Shrink larger pictures to this longer side first.")
+        int | None, typer.Option("--max-side", min=1, help="First shrink larger images to this longer side.")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Purify pictures and folders of pictures; the same command goes on after an interruption."""
+    """Purify images and folders of images. Rerun the command to resume.
+
+    Example: codefend purify photos/ -o clean/
+    """
     from codefend import purifiers
     from codefend.purifiers.jobs import Options, purify_paths
 
@@ -60,21 +67,20 @@ def purify(
         max_pixels=max_pixels,
         first_frame=first_frame,
         flatten=flatten,
-        format=ending,
+        format=file_format,
         quality=quality,
         overwrite=overwrite,
         max_side=max_side,
     )
     outcome = purify_paths(lambda: purifiers.load(purifier), paths, out, options)
-    skipped = f", {outcome.skipped} done before" if outcome.skipped else ""
+    skipped = f", {outcome.skipped} skipped (purified before)" if outcome.skipped else ""
     print(f"purified {outcome.done}{skipped} -> {out}")
     if outcome.failed:
-        _tell_failures(outcome)
+        _print_failures(outcome)
         raise typer.Exit(1)
 
 
-def _tell_failures(outcome: Outcome) -> None:
-    """Each with its reason, and in the last line how many of how many."""
+def _print_failures(outcome: Outcome) -> None:
     for name, reason in outcome.failed:
         print(f"failed: {name}: {reason}", file=sys.stderr)
     names = [name for name, _ in outcome.failed]
@@ -86,42 +92,51 @@ def _tell_failures(outcome: Outcome) -> None:
 @app.command()
 def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="The model file, *.onnx.")],
-    purifier: Annotated[str, typer.Option("--purifier", help="A name, or a folder with its weights.")] = "bridge",
+    purifier: PurifierName = "bridge",
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a purifier as an ONNX model, checked against torch; it serves without torch."""
+    """Export a purifier as an ONNX model, verified against torch.
+
+    Example: codefend export -o bridge.onnx --purifier bridge:sigma=0
+    """
     from codefend.purifiers.onnx_export import export_onnx
 
-    _check_free(out, overwrite)
-    written = export_onnx(purifier, out)
-    print(f"{written.path}: at most {written.difference:.1e} of a pixel from torch")
+    check_output(out, overwrite)
+    model = export_onnx(purifier, out)
+    print(f"{model.path}: differs from torch by {model.difference:.1e} at most, pixels in [0, 1]")
 
 
 @app.command()
 def ask(
-    image: Picture,
-    question: Annotated[str, typer.Argument(help="What to ask about it.", show_default=False)],
+    image: ImageFile,
+    question: Annotated[str, typer.Argument(help="The question.", show_default=False)],
     defense: DefenseName = "none",
     victim: VictimName = "pocket",
     seed: Seed = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
     first_frame: FirstFrame = False,
 ) -> None:
-    """Ask a multimodal model about a picture, behind a defense or not."""
-    pixels = _pixels(image, max_pixels, first_frame)
-    print(_defended(victim, defense, seed).generate(pixels, [question])[0])
+    """Ask a multimodal model a question about an image.
+
+    Example: codefend ask photo.png "What is in the top left?" --defense bridge
+    """
+    pixels = _load_pixels(image, max_pixels, first_frame)
+    print(_load_defended(victim, defense, seed).generate(pixels, [question])[0])
 
 
 @app.command()
 def caption(
-    image: Picture,
+    image: ImageFile,
     defense: DefenseName = "none",
     victim: VictimName = "pocket",
     seed: Seed = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
     first_frame: FirstFrame = False,
 ) -> None:
-    """Have a multimodal model describe a picture, behind a defense or not."""
+    """Describe an image with a multimodal model.
+
+    Example: codefend caption photo.png --defense bridge
+    """
     from codefend.tasks.language import CAPTION_PROMPT
 
     ask(image, CAPTION_PROMPT, defense, victim, seed, max_pixels, first_frame)
@@ -129,55 +144,63 @@ def caption(
 
 @app.command()
 def attack(
-    image: Picture,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The attacked picture, in a lossless format.")],
-    name: Annotated[str, typer.Option("--attack", help="See codefend list attacks.")] = "apgd",
-    question: Annotated[str | None, typer.Option("--question", help="Attack the answer to this.")] = None,
+    image: ImageFile,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The adversarial image, in a lossless format.")],
+    name: Annotated[str, typer.Option("--attack", help="See `codefend list attacks`.")] = "apgd",
+    question: Annotated[str | None, typer.Option("--question", help="Attack the answer to this question.")] = None,
     describe: Annotated[bool, typer.Option("--caption", help="Attack the description (the default).")] = False,
     answer: Annotated[
-        str | None, typer.Option("--answer", help="The right answer; the model's own if left out.")
+        str | None, typer.Option("--answer", help="The correct answer; default: the model's answer to the image.")
     ] = None,
     target: Annotated[str, typer.Option("--target", help="Sentence that a targeted attack forces.")] = "",
-    target_image: Annotated[Path | None, typer.Option("--target-image", help="For feature-target.")] = None,
-    eps: Annotated[str, typer.Option("--eps", help="Radius in [0, 1], as 8/255 or 0.03.")] = "8/255",
+    target_image: Annotated[
+        Path | None, typer.Option("--target-image", help="Image whose features feature-target imitates.")
+    ] = None,
+    eps: Annotated[str, typer.Option("--eps", help="Radius, pixels in [0, 1]: 8/255 or 0.03.")] = "8/255",
     norm: Annotated[str, typer.Option("--norm", help="linf or l2.")] = "linf",
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="The attack's usual number if left out.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Default: the attack's own.")] = None,
     defense: DefenseName = "none",
     victim: VictimName = "pocket",
     seed: Seed = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
     overwrite: Overwrite = False,
 ) -> None:
-    """Attack a picture inside a budget, through the whole defense when one is named, and show both answers."""
-    from codefend.attacks import ATTACKS
+    """Attack an image within a budget, through the defense if one is given, and print both answers.
+
+    Example: codefend attack photo.png -o adversarial.png --defense bridge
+    """
+    from codefend.attacks import attack as run_attack
+    from codefend.attacks import check_target
     from codefend.core import images
+    from codefend.core.settings import number
     from codefend.tasks.language import CAPTION_PROMPT
 
-    spec = lookup("attack", name, ATTACKS)
     if question is not None and describe:
         raise CodefendError("give --question or --caption, not both")
-    _check_target(spec, target, target_image)
+    check_target(name, target, target_image)
     _check_lossless(out)
-    _check_free(out, overwrite)
-    budget = _budget(eps, norm, steps or spec.steps)
-    pixels = _pixels(image, max_pixels, False)
-    towards = None if target_image is None else _pixels(target_image, max_pixels, False)
-    model = _defended(victim, defense, seed)
+    check_output(out, overwrite)
+    radius = number(eps)
+    pixels = _load_pixels(image, max_pixels, False)
+    target_pixels = None if target_image is None else _load_pixels(target_image, max_pixels, False)
+    model = _load_defended(victim, defense, seed)
     prompt = CAPTION_PROMPT if question is None else question
     clean = model.generate(pixels, [prompt])[0]
-    adversarial = _attacked(spec, model, pixels, prompt, answer or clean, target, towards, budget, seed)
+    adversarial = run_attack(
+        model,
+        pixels,
+        [prompt],
+        [answer or clean],
+        attack=name,
+        eps=radius,
+        norm=norm,
+        steps=steps,
+        target=target,
+        target_images=target_pixels,
+        seed=seed,
+    )
     images.save(out, adversarial[0])
     print(f"clean:    {clean}\nattacked: {model.generate(adversarial, [prompt])[0]}")
-
-
-def _check_target(spec: AttackSpec, target: str, target_image: Path | None) -> None:
-    """Raises CodefendError where the attack's goal has not been given."""
-    from codefend.attacks import NEEDS_SENTENCE
-
-    if spec.goal in NEEDS_SENTENCE and not target:
-        raise CodefendError(f"attack {spec.name!r} needs --target, the sentence to force")
-    if spec.goal == "feature-target" and target_image is None:
-        raise CodefendError(f"attack {spec.name!r} needs --target-image, the picture to imitate")
 
 
 def _check_lossless(out: Path) -> None:
@@ -187,6 +210,7 @@ def _check_lossless(out: Path) -> None:
         raise CodefendError(f"{out} would lose the perturbation; use .png, .bmp, .tiff or .webp")
 
 
+<<<<<<< HEAD
 def _check_free(out: Path, overwrite: bool) -> None:
     if out.exists() and not overwrite:
         raise CodefendError(f"{out} exists already; use --overwrite to replace it")
@@ -225,37 +249,18 @@ def _budget(eps: str, norm: str, steps: int) -> Budget:
 
 
 def _pixels(path: Path, max_pixels: int, first_frame: bool) -> Tensor:
+=======
+def _load_pixels(path: Path, max_pixels: int, first_frame: bool) -> Tensor:
+>>>>>>> 7f9a9b7 (One file per group of verbs; front door with purify, attack, evaluate; README, architecture and notebook in plain language; project files)
     from codefend.core import images
 
     return images.load(path, max_pixels=max_pixels, first_frame=first_frame).pixels[None]
 
 
-def _defense(name: str) -> Defense:
-    """What ``codefend eval`` calls by the same name. Raises CodefendError for unknown names and options."""
-    from codefend.bench.config import DefenseChoice
-    from codefend.defense import Defense, StraightThrough
-
-    choice = DefenseChoice.parse(name)
-    policy = _policy(choice.prompt) if choice.prompt else None
-    if choice.name == "none":
-        return Defense(None, policy)
-    from codefend import purifiers
-
-    purifier: Purifier = purifiers.load(choice.name, **choice.options)
-    exact = getattr(purifier, "differentiable", True)  # else attacks take the gradient past it (BPDA)
-    return Defense(purifier if exact else StraightThrough(purifier), policy, getattr(purifier, "name", name))
-
-
-def _policy(name: str) -> Any:
-    from codefend.prompts import load_any
-
-    return load_any(name)
-
-
-def _defended(victim: str, defense: str, seed: int) -> DefendedVictim:
+def _load_defended(victim: str, defense: str, seed: int) -> DefendedVictim:
     from codefend import victims
     from codefend.core.runs import make_generator
-    from codefend.defense import DefendedVictim
+    from codefend.defense import DefendedVictim, Defense
 
-    behind = _defense(defense)  # before the victim, which loads slowly: a misspelt name fails first
-    return DefendedVictim(victims.load(victim), behind, generator=make_generator(seed, "defense"))
+    loaded = Defense.from_spec(defense)  # before the victim, which loads slowly: a typo fails early
+    return DefendedVictim(victims.load(victim), loaded, generator=make_generator(seed, "defense"))

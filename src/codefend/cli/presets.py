@@ -1,4 +1,4 @@
-"""Named configs: a preset is a function that returns a dataclass, one line each. Imports no torch before that."""
+"""Presets: named configs of `pairs`, `train` and `eval`. Importing this module imports no torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """A line of ``codefend list presets``; ``build`` lays ``key=value`` settings over the preset's config."""
+    """A named config. ``build`` applies ``key=value`` settings to it."""
 
     name: str
     summary: str
     make: Callable[[], Any]
 
     def build(self, settings: Mapping[str, str]) -> Any:
-        """The config with the settings read as its fields' types. Raises CodefendError for a key or value it can't have."""
+        """The config with ``settings`` applied. Raises CodefendError for an unknown key or an invalid value."""
         from codefend.core.settings import override
 
         return override(self.make(), settings)
@@ -27,10 +27,10 @@ def _config(module: str, name: str, **values: Any) -> Callable[[], Any]:
     return lambda: getattr(import_module(module), name)(**values)
 
 
-# DiffPure near its best t with the shipped prior (0.03, LOG.md), in few steps.
+# DiffPure near its best t with the shipped prior (0.03, docs/notebook/2026-11.md), in few steps.
 _DEFENSES = ("none", "jpeg", "bitdepth", "diffpure:t=0.05,steps=5", "bridge")
 
-# Noise at one strength, in training as when it serves; most pairs mined through both, language-model loss among them.
+# Noise of one level, in training and serving; most pairs are mined in the loop, partly on the language-model loss.
 _ROBUST: dict[str, Any] = {
     "noise_free": 0.0,
     "min_sigma": 0.1,
@@ -49,7 +49,7 @@ _ROBUST: dict[str, Any] = {
     "lr": 6e-4,
 }
 
-# The shipped bridge's last training: batches replayed, at all the noise levels that it may serve with.
+# The last training of the shipped bridge: replayed batches, at all noise levels that it serves with.
 _REPLAY: dict[str, Any] = {
     "replay": 5,
     "mined": 0.5,
@@ -71,29 +71,29 @@ _REPLAY: dict[str, Any] = {
     "save_every": 100,
 }
 
-# The peers: module, class and summary; steps, batch and learning rate are the bridge's.
+# The peers: name, module, config and summary; steps, batch and learning rate equal the bridge's.
 _PEERS: tuple[tuple[str, str, str, str], ...] = (
-    ("hgd", "hgd", "HgdConfig", "static pairs, features kept"),
+    ("hgd", "hgd", "HgdConfig", "static pairs, feature loss"),
     ("flowpure", "flowpure", "FlowPureConfig", "static pairs, velocity field"),
     ("flowpure-gauss", "flowpure", "FlowPureGaussConfig", "noise only, velocity field"),
-    ("adbm", "adbm", "AdbmConfig", "bridge at large noise, perturbations made in the loop"),
-    ("codefend-r", "codefend_r", "CodefendRConfig", "static pairs, ADBM's shift, words aligned"),
+    ("adbm", "adbm", "AdbmConfig", "bridge at large noise, perturbations mined in the loop"),
+    ("codefend-r", "codefend_r", "CodefendRConfig", "static pairs, shift as in ADBM, word alignment loss"),
 )
 
 
-# One switch each against "full", all for as many steps as a two-core machine does in a quarter of an hour or so.
+# Each differs from "full" in one setting; all train for about 15 minutes on two cores.
 _ABLATIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("full", "the reference", {}),
-    ("static", "no pairs mined in the loop", {"mined": 0.0}),
-    ("replay", "pairs replayed, each made harder by the step before, none mined", {"replay": 5}),
-    ("no-features", "no feature loss", {"w_features": 0.0}),
-    ("no-words", "no task loss", {"w_words": 0.0}),
-    ("no-direction", "no directional loss", {"w_direction": 0.0}),
-    ("no-noise", "no noise mixed in", {"max_sigma": 0.0}),
+    ("static", "without in-loop mining", {"mined": 0.0}),
+    ("replay", "replayed pairs instead of in-loop mining", {"replay": 5}),
+    ("no-features", "without the feature loss", {"w_features": 0.0}),
+    ("no-words", "without the word loss", {"w_words": 0.0}),
+    ("no-direction", "without the directional loss", {"w_direction": 0.0}),
+    ("no-noise", "without noise", {"max_sigma": 0.0}),
     ("one-encoder", "one encoder in bank, mining and guidance", {"encoders": ("lite0",), "without": ("lite2",)}),
-    ("unseen-features", "no attack on features in bank and mining", {"without": ("features", "towards")}),
-    ("unseen-language", "no attack on words and answers in bank and mining", {"without": ("words", "answers")}),
-    ("scratch", "not from the prior", {"prior": "none"}),
+    ("unseen-features", "without feature attacks in bank and mining", {"without": ("features", "towards")}),
+    ("unseen-language", "without word and answer attacks in bank and mining", {"without": ("words", "answers")}),
+    ("scratch", "from random weights instead of the prior", {"prior": "none"}),
 )
 
 
@@ -109,7 +109,7 @@ def _peer(name: str, module: str, kind: str, summary: str) -> Preset:
     return Preset(name, f"train a peer: {summary}", _config(f"codefend.contrib.peers.{module}", kind))
 
 
-# What `pairs` and the bridge's own mining lower: losses, words and features of the victim, by gradients.
+# Attacks on the same losses as `pairs` and in-loop mining: loss, words and features of the victim, by gradient.
 _SEEN = ("pgd", "apgd", "apgd-targeted", "feature", "feature-target")
 _UNSEEN = (
     *("apgd-margin", "cw", "mifgsm", "dim", "ssa-cwa:steps=50", "pureproof:steps=30"),
@@ -123,12 +123,12 @@ PRESETS: dict[str, Preset] = {
     for preset in (
         Preset(
             "pairs",
-            "a bank of adversarial and clean pairs to train a bridge on",
+            "generate a bank of adversarial and clean pairs for training",
             _config("codefend.training.pairs", "PairsConfig"),
         ),
         Preset(
             "own-pairs",
-            "a bank made on a victim of your own, any white box: --set victim=hf:ID_OR_FOLDER",
+            "generate a bank on a white-box victim of yours: --set victim=hf:ID_OR_FOLDER",
             _config(
                 "codefend.training.pairs", "PairsConfig", encoders=("victim",), kinds=("features", "towards", "answers")
             ),
@@ -136,51 +136,51 @@ PRESETS: dict[str, Preset] = {
         Preset("pocket", "train the pocket victim", _config("codefend.training.pocket", "PocketConfig")),
         Preset(
             "pocket-lite2",
-            "train a second, different victim: another image encoder",
+            "train a second pocket victim with another image encoder",
             _config("codefend.training.pocket", "PocketConfig", encoder="lite2"),
         ),
         Preset("prior", "train the unconditional diffusion prior", _config("codefend.training.prior", "PriorConfig")),
         Preset("bridge", "train the bridge from a bank of pairs", _config("codefend.training.bridge", "BridgeConfig")),
         Preset(
             "bridge-robust",
-            "train a bridge behind noise, against attackers who see it: --set prior=WEIGHTS to go on from a bridge",
+            "train a bridge behind noise against adaptive attacks; --set prior=WEIGHTS continues from a bridge",
             _config("codefend.training.bridge", "BridgeConfig", **_ROBUST),
         ),
         Preset(
             "bridge-replay",
-            "the same by free adversarial training, for any noise up to 0.12: --set prior=WEIGHTS, a bridge's",
+            "free adversarial training for any noise up to 0.12; --set prior=WEIGHTS, those of a bridge",
             _config("codefend.training.bridge", "BridgeConfig", **_REPLAY),
         ),
         Preset(
             "calibrate",
-            "fit the detection score of trained weights on held-out pairs",
+            "fit the detection score of weights on held-out pairs",
             _config("codefend.training.calibrate", "CalibrateConfig"),
         ),
         *(_peer(*peer) for peer in _PEERS),
         Preset(
             "fare",
-            "train a peer: a pocket with an adversarially fine-tuned image encoder, a victim of its own",
+            "train a peer: the pocket with an adversarially fine-tuned image encoder; the result is a victim",
             _config("codefend.contrib.fare", "FareConfig"),
         ),
         *(_ablation(name, summary, values) for name, summary, values in _ABLATIONS),
         Preset(
             "own-bridge",
-            "train the bridge for a victim of your own, guided by its tokens and words: --set victim=hf:ID_OR_FOLDER",
+            "train a bridge for a victim of yours, guided by its features and words: --set victim=hf:ID_OR_FOLDER",
             _config("codefend.training.bridge", "BridgeConfig", encoders=("victim",)),
         ),
         Preset(
             "hf-bridge",
-            "fine-tune an unconditional diffusers model on pairs, as a bridge: --set model=ID_OR_FOLDER",
+            "fine-tune an unconditional diffusers model as a bridge: --set model=ID_OR_FOLDER",
             _config("codefend.contrib.backbones.training", "HFBridgeConfig"),
         ),
         Preset(
             "latent",
-            "fine-tune Stable Diffusion on pairs with LoRA, in latents (the paper's form): --set model=ID_OR_FOLDER",
+            "fine-tune Stable Diffusion with LoRA in latent space, as the paper does: --set model=ID_OR_FOLDER",
             _config("codefend.contrib.backbones.training", "LatentConfig"),
         ),
         Preset(
             "quick",
-            "evaluate in minutes: 16 images a task, 8/255, APGD-20, oblivious and adaptive",
+            "minutes: 16 images per task, 8/255, APGD-20, oblivious and adaptive",
             _config(
                 "codefend.bench",
                 "EvalConfig",
@@ -193,12 +193,12 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "photographs",
-            "held-out photographs under ImageNet encoders, seen and unseen: features, classes, dB; minutes",
+            "minutes: held-out photographs judged by ImageNet encoders: features, classes, PSNR",
             _config("codefend.bench", "PhotographsConfig"),
         ),
         Preset(
             "standard",
-            "evaluate in some hours on 2 cores: 64 images a task, APGD-100 oblivious, adaptive on the bridge",
+            "hours on two cores: 64 images per task, APGD-100 oblivious, adaptive on the bridge",
             _config(
                 "codefend.bench",
                 "EvalConfig",
@@ -211,7 +211,7 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "full",
-            "evaluate for as long as it takes: all 512 images, 2, 4 and 8/255, every attack family and means",
+            "days: all 512 images, 2, 4 and 8/255, every attack family, every adaptive option",
             _config(
                 "codefend.bench",
                 "EvalConfig",
@@ -225,7 +225,7 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "seen-unseen",
-            "oblivious attacks of the kinds the bridge was trained on against all others, 32 images a task",
+            "attack families seen in training against unseen ones, oblivious, 32 images per task",
             _config(
                 "codefend.bench",
                 "EvalConfig",
@@ -238,7 +238,7 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "transfer",
-            "attacks made on each of --set crafters=A,B judged on all of them and on --set judges=openai:URL#model",
+            "transfer: attacks crafted on --set crafters=A,B, judged on all of them and on --set judges=openai:URL#MODEL",
             _config(
                 "codefend.bench",
                 "TransferConfig",

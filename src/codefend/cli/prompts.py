@@ -1,4 +1,4 @@
-"""The verbs of the prompt side: optimize-prompt, and prompts list, show, apply and table."""
+"""Verbs for prompt policies: optimize-prompt, and prompts list, show, apply and table."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
+from codefend.cli.options import DryRun, RunFolder, Settings, VictimName, print_config
 from codefend.types import CodefendError
 
 app = typer.Typer()
-prompts = typer.Typer(help="Prompt policies: look at them, apply one, compare them beside purifiers.")
+prompts = typer.Typer(help="Prompt policies: list, show, apply, and compare them with purifiers.")
 app.add_typer(prompts, name="prompts")
 
-RunFolder = Annotated[Path, typer.Option("--run", help="Run folder; the same command goes on with it.")]
-Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one setting.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the config and stop.")]
-VictimName = Annotated[str, typer.Option("--victim", help="Name, weights folder, or openai:URL#model.")]
 PolicyName = Annotated[
     str, typer.Argument(metavar="POLICY", help="Name, JSON file, or folder of a policy.", show_default=False)
 ]
@@ -34,27 +31,30 @@ def optimize_prompt(
     settings: Settings = [],  # noqa: B006  (Typer copies it)
     dry_run: DryRun = False,
 ) -> None:
-    """Search a prompt policy that helps under attack and costs nothing else; RUN/policy is the result.
+    """Search for a prompt policy with higher robust accuracy at no clean cost; the result is RUN/policy.
 
-    Attacks a few training pictures, judges every candidate on other pictures under other attacks, and chooses the most
-    robust one that costs at most 1% of the clean score and 1% more refusals.
+    Candidates are proposed on attacked training images and selected on validation images under other attacks: the most
+    robust one that costs at most 1% of the clean score and adds at most 1% refusals.
+
+    Example: codefend optimize-prompt --method soft --run runs/soft
     """
     from codefend.training import prompt_search
     from codefend.training.prompt_search.config import SearchConfig
 
     config = _config(SearchConfig(), [f"victim={victim}", f"method={method}", *settings])
-    if _shown(config, dry_run):
+    if dry_run:
+        print_config(config)
         return
     outcome = prompt_search.optimize_prompt(config, run)
     _show_run(run)
     if not outcome.helps:
-        print("nothing found is more robust than no prompt at the allowed cost; the card says so", file=sys.stderr)
+        print("no candidate beats the empty prompt at the allowed cost; see the card", file=sys.stderr)
     print(outcome.folder)
 
 
 @prompts.command("list")
 def list_() -> None:
-    """Show the policies that can be named."""
+    """List the prompt policies."""
     from codefend.prompts import PROMPTS
 
     width = max(map(len, PROMPTS))
@@ -66,12 +66,12 @@ def list_() -> None:
 def show(
     name: Annotated[str, typer.Argument(metavar="POLICY|RUN", help="A policy, or the run folder of a search.")],
 ) -> None:
-    """Show a policy's words and card, or the Pareto front of a search, also of one under way."""
+    """Show a policy's text and card, or the Pareto front of a search, finished or not."""
     if (Path(name) / "rows.jsonl").is_file():
         _show_run(Path(name), to=sys.stdout)
         return
     folder = _folder(name)
-    data = json.loads((folder / "policy.json").read_text(encoding="utf-8")) if folder else _words(name)
+    data = json.loads((folder / "policy.json").read_text(encoding="utf-8")) if folder else _policy_fields(name)
     for key, value in data.items():
         if value:
             print(f"{key}: {value if isinstance(value, int | float) else json.dumps(value, ensure_ascii=False)}")
@@ -82,9 +82,9 @@ def show(
 @prompts.command()
 def apply(
     name: PolicyName,
-    prompt: Annotated[str, typer.Argument(help="The user's words; - reads them from standard input.")],
+    prompt: Annotated[str, typer.Argument(help="The user's prompt; - reads it from standard input.")],
 ) -> None:
-    """Print what a model gets to read when the policy is applied to a prompt."""
+    """Print a prompt with the policy applied, as the model receives it."""
     from codefend.prompts import load
 
     print(load(name)(sys.stdin.read().strip() if prompt == "-" else prompt))
@@ -99,7 +99,7 @@ def table(
     policies: Annotated[list[str], typer.Option("--prompt", help="A policy to compare; repeat.")] = [],  # noqa: B006
     dry_run: DryRun = False,
 ) -> None:
-    """Compare purifiers and policies, alone and together, on the test pictures; table.json and table.md in RUN."""
+    """Compare purifiers and policies, alone and combined, on the test images; writes table.json and table.md to RUN."""
     from dataclasses import replace
 
     from codefend.core.files import write_atomic
@@ -110,7 +110,8 @@ def table(
         config = replace(config, purifiers=tuple(dict.fromkeys(["none", *purifiers])))
     if policies:
         config = replace(config, prompts=tuple(dict.fromkeys(["none", *policies])))
-    if _shown(config, dry_run):
+    if dry_run:
+        print_config(config)
         return
     text = markdown(make_table(config, run))
     write_atomic(run / "table.md", text)
@@ -124,16 +125,8 @@ def _config(default: Any, items: Sequence[str]) -> Any:
     return override(default, parse_options(items))
 
 
-def _shown(config: Any, dry_run: bool) -> bool:
-    from codefend.core.runs import plain
-
-    if dry_run:
-        print(json.dumps(plain(config), indent=2, ensure_ascii=False))
-    return dry_run
-
-
 def _folder(name: str) -> Path | None:
-    """The folder of a policy that has one."""
+    """The folder of a learned policy; None for one without a folder."""
     from codefend.prompts import PROMPTS
 
     spec = PROMPTS.get(name)
@@ -141,16 +134,16 @@ def _folder(name: str) -> Path | None:
     return folder if folder is not None and (folder / "policy.json").is_file() else None
 
 
-def _words(name: str) -> dict[str, Any]:
+def _policy_fields(name: str) -> dict[str, Any]:
     from codefend.prompts import PromptPolicy, load_any
 
     policy = load_any(name)
-    assert isinstance(policy, PromptPolicy)  # the other kinds are folders
+    assert isinstance(policy, PromptPolicy)  # all other kinds have a folder
     return asdict(policy)
 
 
 def _show_run(run: Path, to: Any = None) -> None:
-    """The references and the Pareto front of a search, most robust first."""
+    """Print the references and the Pareto front of a search, most robust first."""
     from rich.console import Console
     from rich.table import Table
 
@@ -159,21 +152,21 @@ def _show_run(run: Path, to: Any = None) -> None:
 
     rows = [row for row in read_rows(run) if row.get("kind") in ("candidate", "reference")]
     if not rows:
-        raise CodefendError(f"{run} holds no judged policy yet; run codefend optimize-prompt --run {run}")
+        raise CodefendError(f"{run} holds no evaluated policy yet; run codefend optimize-prompt --run {run}")
     scored = {
         kind: [(r["name"], Score(**r["score"])) for r in rows if r["kind"] == kind]
         for kind in ("reference", "candidate")
     }
     front = pareto(scored["candidate"])
-    shown = Table(
+    table = Table(
         "policy",
         "clean",
         "robust",
         "refusals",
         "look-alikes",
-        title=f"{len(scored['candidate'])} judged; the Pareto front",
+        title=f"{len(scored['candidate'])} evaluated; the Pareto front",
     )
     for name, score in [*scored["reference"], *front]:
         numbers = (score.clean, score.robust, score.refusal, score.benign)
-        shown.add_row(name, *(f"{number:.3f}" for number in numbers))
-    Console(file=to or sys.stderr).print(shown)
+        table.add_row(name, *(f"{number:.3f}" for number in numbers))
+    Console(file=to or sys.stderr).print(table)

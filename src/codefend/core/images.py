@@ -147,6 +147,11 @@ def probe(source: Source, *, max_pixels: int | None = None) -> Probe:
         return header
 
 
+def is_pil(image: object) -> bool:
+    """Whether ``image`` is a Pillow image."""
+    return isinstance(image, Image.Image)
+
+
 def from_pil(image: Image.Image, *, background: tuple[int, int, int] = WHITE) -> LoadedImage:
     """Convert a PIL image of any mode, EXIF orientation applied. Raises CodefendError when it cannot be converted."""
     with _decoding("the image", None):

@@ -89,7 +89,7 @@ def split_specs(items: Sequence[str]) -> tuple[str, ...]:
 
 
 def format_spec(name: str, options: object, defaults: object) -> str:
-    """``name:key=value,...`` with the fields of ``options`` that differ from ``defaults``; the inverse of `parse_spec`."""
+    """``name:key=value,...`` with the fields of ``options`` that differ from ``defaults``; inverse of `parse_spec`."""
     changes = []
     for key, value in vars(options).items():
         if value != vars(defaults)[key]:

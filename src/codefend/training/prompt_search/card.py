@@ -53,7 +53,7 @@ def card(
             "",
             *_table(front),
             "",
-            "Chosen as the best of many on this set, so these figures flatter it; the test set decides (LOG.md). "
+            "Chosen as the best of many on this set, so these figures flatter it; the test set decides (docs/notebook/2026-11.md). "
             "Attackers here did not see the policy.",
             "",
         ]

@@ -1,0 +1,80 @@
+"""Run one attack on a batch of images: the function behind `codefend.attack`. Imports no torch until it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from codefend.attacks.specs import NEEDS_SENTENCE
+from codefend.attacks.table import ATTACKS
+from codefend.core.registry import lookup
+from codefend.types import Budget, CodefendError, Victim
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def attack(
+    victim: Victim,
+    images: Tensor,
+    prompts: Sequence[str],
+    answers: Sequence[str] | None = None,
+    *,
+    attack: str = "apgd",
+    eps: float = 8 / 255,
+    norm: str = "linf",
+    steps: int | None = None,
+    eot: int = 1,
+    target: str | Sequence[str] = "",
+    target_images: Tensor | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Return adversarial images ``[B, 3, H, W]`` in [0, 1], within ``eps`` of ``images`` and rounded to 8 bits.
+
+    Pass a `DefendedVictim` to attack through the whole defense (adaptive white-box, T2), the bare victim for an attack
+    that does not know the defense (oblivious, T0). ``answers`` are the correct answers that untargeted attacks lead
+    away from; by default the victim's own answers to ``images``. ``target`` is the sentence, or one per image, that a
+    targeted attack forces. ``eps`` is in pixel units; ``steps`` defaults to the attack's own; ``eot`` is the number of
+    gradient samples averaged per step, for stochastic defenses.
+
+    Raises CodefendError for an unknown attack, a radius out of range, a missing target, or a victim without the
+    gradient that the attack needs.
+
+    >>> import codefend, torch  # doctest: +SKIP
+    >>> victim = codefend.load_victim("pocket")  # doctest: +SKIP
+    >>> adversarial = codefend.attack(victim, images, ["Describe the image."], eps=4 / 255)  # doctest: +SKIP
+    """
+    from codefend.attacks import objective_for
+    from codefend.attacks.bounds import finished
+    from codefend.core.runs import make_generator
+
+    spec = lookup("attack", attack, ATTACKS)
+    check_target(attack, target, target_images)
+    budget = Budget(_norm(norm), _radius(eps, norm), steps or spec.steps, eot)
+    references = victim.generate(images, prompts) if answers is None else answers
+    objective = objective_for(spec, victim, prompts, references, target, images, target_images)
+    run = spec.build()
+    return finished(run, run(objective, images, budget, generator=make_generator(seed, "attack")), images, budget)
+
+
+def check_target(attack: str, target: str | Sequence[str], target_images: object) -> None:
+    """Raise CodefendError when ``attack`` is unknown or lacks the target that its goal needs."""
+    spec = lookup("attack", attack, ATTACKS)
+    if spec.goal in NEEDS_SENTENCE and not target:
+        raise CodefendError(f"attack {spec.name!r} needs a target, the sentence to force (--target)")
+    if spec.goal == "feature-target" and target_images is None:
+        raise CodefendError(f"attack {spec.name!r} needs a target image, whose features it imitates (--target-image)")
+
+
+def _norm(norm: str) -> Literal["linf", "l2"]:
+    if norm == "linf":
+        return "linf"
+    if norm == "l2":
+        return "l2"
+    raise CodefendError(f"unknown norm {norm!r}; choose linf or l2")
+
+
+def _radius(eps: float, norm: str) -> float:
+    if not 0 <= eps <= (1 if norm == "linf" else 1e4):
+        raise CodefendError(f"eps={eps:g} is out of range; pixels are in [0, 1], so write 8/255 or 0.03")
+    return eps

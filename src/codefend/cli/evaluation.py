@@ -1,0 +1,122 @@
+"""Verbs that measure: eval, report, leaderboard, demo."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from codefend.cli.options import DryRun, RunFolder, Settings, preset_config, print_config
+from codefend.types import CodefendError
+
+app = typer.Typer()
+
+
+@app.command("eval")
+def eval_(
+    run: RunFolder,
+    preset: Annotated[str, typer.Argument(help="See `codefend list presets`.")] = "quick",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Examples per task.")] = None,
+    settings: Settings = [],  # noqa: B006  (Typer copies it)
+    victim: Annotated[str, typer.Option("--victim", help="Short for --set victim=NAME.")] = "",
+    max_asr: Annotated[
+        float | None,
+        typer.Option("--max-asr", min=0, max=1, help="Exit with 1 when an attack success rate is above this."),
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Attack and evaluate every defense on every task; results are rows in the run folder. Rerun to resume.
+
+    Adaptive attackers (T2), set with --set: exact gradients threats=T2; averaged over the noise eot=20; identity
+    gradient attacks=apgd:bpda=true; fewer evaluations attacks=apgd:process=1; below the detection threshold
+    attacks=apgd:evade=10; on features attacks=feature; transfer from a copy threats=T1 surrogate=FOLDER; known seed
+    threats=T2d. Options combine. All settings: class EvalConfig.
+
+    --max-asr checks every defense except "none" under the strongest threat model that the run holds for it. The attack
+    success rate is the share of images answered correctly without an attack for which any attack, in any submission,
+    changed the answer to a wrong one or reached its target.
+
+    Example: codefend eval quick --run runs/quick && codefend report runs/quick
+    """
+    from codefend.bench import EvalConfig, evaluate
+
+    changes = [*([f"limit={limit}"] if limit else []), *([f"victim={victim}"] if victim else [])]
+    config = preset_config(preset, [*settings, *changes], EvalConfig)
+    if max_asr is not None and hasattr(config, "crafters"):
+        raise CodefendError("--max-asr is for one victim; a transfer matrix has several")
+    if dry_run:
+        print_config(config)
+        return
+    rows = evaluate(config, run)
+    print(run)
+    if max_asr is not None and _exceeds(rows, max_asr):
+        raise typer.Exit(1)
+
+
+def _exceeds(rows: Sequence[Any], limit: float) -> bool:
+    """Print each defense's attack success rate to standard error; return whether any is above the limit."""
+    from codefend.bench.results import BARE, eps_label, strongest, success_rates
+
+    rates = strongest(success_rates(rows))
+    defended = {group: rate for group, rate in rates.items() if group.defense != BARE}
+    if not rates:
+        raise CodefendError("--max-asr: the run holds no attack")
+    exceeded = False
+    for group, rate in (defended or rates).items():
+        above = not rate.share <= limit  # also nan: a defense without one correct clean answer has shown nothing
+        exceeded |= above
+        cell = f"{group.task} {group.defense} {group.threat} {eps_label(group.eps, rows[0]['norm'])}".strip()
+        share = f"{rate.share:.0%}" if rate.n else "no clean image is answered correctly"
+        verdict = f"above {limit:.0%}" if above else "ok"
+        print(f"attack success: {cell}: {rate.hits}/{rate.n} ({share}) {verdict}", file=sys.stderr)
+    return exceeded
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder of `codefend eval`.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The HTML file; default: in the run folder.")] = None,
+    rows: Annotated[
+        Path | None, typer.Option("--rows", help="Also write all rows as a table, .csv or .parquet.")
+    ] = None,
+) -> None:
+    """Print a run's tables and write them, with plots and example images, to one HTML file, Markdown and CSV.
+
+    Example: codefend report runs/quick
+    """
+    from rich.console import Console
+
+    from codefend.bench import report as reports
+
+    reports.print_summary(run, Console())
+    print(reports.write_report(run, out))
+    if rows is not None:
+        print(reports.export_rows(run, rows))
+
+
+@app.command()
+def leaderboard(
+    runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders of `codefend eval`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.")] = Path("leaderboard.html"),
+) -> None:
+    """Rank the defenses of one or more runs by their worst case, as HTML and Markdown, with the rules.
+
+    Example: codefend leaderboard runs/quick runs/standard -o leaderboard.html
+    """
+    from codefend.bench.report import write_leaderboard
+
+    print(write_leaderboard(runs, out))
+
+
+@app.command()
+def demo(run: RunFolder = Path("runs/demo")) -> None:
+    """Attack a few images, defend them, and report whether the system works on this machine.
+
+    Example: codefend demo
+    """
+    from codefend.cli.demo import run_demo
+
+    raise typer.Exit(run_demo(run))

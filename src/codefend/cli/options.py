@@ -1,0 +1,58 @@
+"""Options and checks that several verbs share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from codefend.core.registry import lookup
+from codefend.types import CodefendError
+
+MAX_PIXELS = 64_000_000  # equals images.MAX_PIXELS, whose import would load torch
+
+RunFolder = Annotated[Path, typer.Option("--run", help="Run folder; rerun the command to resume.")]
+Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; repeat.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the config and exit.")]
+VictimName = Annotated[str, typer.Option("--victim", help="The model: a name, hf:ID_OR_FOLDER or openai:URL#MODEL.")]
+DefenseName = Annotated[
+    str, typer.Option("--defense", help="none, a purifier or a weights folder; append +prompt=POLICY for a policy.")
+]
+PurifierName = Annotated[str, typer.Option("--purifier", help="A purifier's name or its weights folder.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the purifier's and the attack's noise.")]
+MaxPixels = Annotated[int, typer.Option("--max-pixels", min=1, help="Refuse images with more pixels.")]
+FirstFrame = Annotated[bool, typer.Option("--first-frame", help="Use the first frame of an animation.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")]
+
+
+def preset_config(name: str, items: Sequence[str], kind: type | None = None) -> Any:
+    """Build the config of preset ``name`` with ``key=value`` overrides.
+
+    Raises CodefendError for an unknown preset or key (the nearest is named) and for a preset of another verb.
+    """
+    from codefend.cli.presets import PRESETS
+    from codefend.core.settings import check_keys
+    from codefend.core.specs import parse_options
+
+    preset, settings = lookup("preset", name, PRESETS), parse_options(items)
+    defaults = preset.build({})
+    if kind is not None and not isinstance(defaults, kind):
+        raise CodefendError(f"preset {name!r} belongs to another verb; see `codefend list presets`")
+    check_keys(defaults, settings)
+    return preset.build(settings)
+
+
+def print_config(config: Any) -> None:
+    """Print a config as JSON, for ``--dry-run``."""
+    from codefend.core.runs import plain
+
+    print(json.dumps(plain(config), indent=2, ensure_ascii=False))
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Raise CodefendError when ``out`` exists and may not be replaced."""
+    if out.exists() and not overwrite:
+        raise CodefendError(f"{out} exists; use --overwrite to replace it")
