@@ -61,7 +61,11 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments: list[str], text: str
     [
         (CodefendError("a\nline too many"), 2, "error: a line too many\n"),
         (KeyboardInterrupt(), 130, "interrupted; rerun the command to resume\n"),
-        (ModuleNotFoundError("x", name="matplotlib.pyplot"), 2, "error: matplotlib.pyplot is not installed; run: pip install"),
+        (
+            ModuleNotFoundError("x", name="matplotlib.pyplot"),
+            2,
+            "error: matplotlib.pyplot is not installed; run: pip install",
+        ),
     ],
 )
 def test_what_goes_wrong_inside_a_verb(
@@ -174,7 +178,11 @@ def attacked(hits: int, n: int, *, defense: str = "bridge", threat: str = "T2") 
         (attacked(4, 4, defense="none", threat="T0") + attacked(0, 4), 0, "0/4 (0%) ok"),  # of what defends
         (attacked(4, 4, defense="none", threat="T0"), 1, "vqa none T0 8/255: 4/4"),  # unless nothing does
         (attacked(0, 4) + attacked(4, 4, defense="jpeg"), 1, "vqa jpeg T2 8/255: 4/4"),  # every one of them
-        ([row | {"success_any": {"untargeted": None}} for row in attacked(0, 4)], 1, "no image is answered right"),
+        (
+            [row | {"success_any": {"untargeted": None}} for row in attacked(0, 4)],
+            1,
+            "no clean image is answered correctly",
+        ),
     ],
 )
 def test_max_asr_decides_the_exit_code(
@@ -199,7 +207,7 @@ def test_max_asr_wants_a_share_and_an_attack(
     assert run("eval", "--run", tmp_path, "--max-asr", 25)[0] == 2
     stand_in(monkeypatch, "bench", evaluate=lambda *_: [], EvalConfig=Config)
     code, _, err = run("eval", "--run", tmp_path, "--max-asr", 0.25)
-    assert (code, "nothing was attacked" in err) == (2, True)
+    assert (code, "the run holds no attack" in err) == (2, True)
 
 
 def test_a_misspelt_precision_is_told_before_anything_starts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,8 +249,8 @@ def test_dry_run_prints_the_config_and_does_nothing(presets: list[tuple[Any, ...
         (["train", "tiny", "--run", "r", "--set", "steps"], "expected key=value"),
         (["train", "tiny", "--run", "r", "--set", "steps=many"], "not a whole number"),
         (["eval", "tiny", "--run", "r", "--set", "model.widht=1"], "did you mean 'model.width'"),
-        (["eval", "other", "--run", "r"], "preset 'other' is for another verb"),
-        (["pairs", "other", "--run", "r"], "preset 'other' is for another verb"),
+        (["eval", "other", "--run", "r"], "preset 'other' belongs to another verb"),
+        (["pairs", "other", "--run", "r"], "preset 'other' belongs to another verb"),
     ],
 )
 def test_run_verbs_refuse_with_one_line(

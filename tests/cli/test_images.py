@@ -55,7 +55,7 @@ def test_purify_says_what_failed_last_and_exits_with_1(dark: Path, run: Run) -> 
     ("arguments", "text"),
     [
         (["none.png", "-o", "x.png"], "no such file"),
-        (["dark.png", "-o", "dark.png"], "exists already"),
+        (["dark.png", "-o", "dark.png"], "use --overwrite"),
         (["dark.png", "-o", "x.png", "--purifier", "brigthen"], "did you mean 'brighten'"),
         (["dark.png", "-o", "x.png", "--max-pixels", "10"], "limit of 10; raise it with --max-pixels 64"),
         (["moving.gif", "-o", "x.png"], "--first-frame"),
@@ -139,12 +139,12 @@ def test_attacks_that_need_answers_only_work_on_a_black_box(dark: Path, run: Run
         (["--attack", "apgd-targeted"], "needs --target"),
         (["--attack", "mf-tt"], "needs --target"),
         (["--attack", "feature-target"], "needs --target-image"),
-        (["--eps", "8"], "write it as 8/255"),
+        (["--eps", "8"], "write 8/255"),
         (["--eps", "a"], "not a number"),
         (["--norm", "l1"], "choose linf or l2"),
         (["--question", "q", "--caption"], "not both"),
         (["-o", "adv.jpg"], "would lose the perturbation"),
-        (["-o", "dark.png"], "exists already"),
+        (["-o", "dark.png"], "use --overwrite"),
         (["--victim", "black"], "only answers text: use square-text"),
     ],
 )

@@ -76,7 +76,7 @@ def test_a_search_is_interrupted_and_goes_on_with_the_same_command(
     assert err.endswith("interrupted; rerun the command to resume\n")
     code, out, _ = run("prompts", "show", tmp_path / "run")
     assert code == 0
-    assert "judged; the Pareto front" in out
+    assert "evaluated; the Pareto front" in out
     before = len(read_rows(tmp_path / "run"))
     toys["toy"] = Suggestible()
     assert optimize(run, tmp_path / "run")[0] == 0
@@ -90,7 +90,7 @@ def test_a_search_that_finds_nothing_says_so(run: Run, toys: dict[str, Any], tmp
     code, out, err = optimize(run, tmp_path / "run", "--set", "gepa.evaluations=20")
     assert code == 0
     assert out
-    assert "nothing found is more robust than no prompt at the allowed cost" in err
+    assert "no candidate beats the empty prompt at the allowed cost" in err
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_an_empty_run_has_no_front(run: Run, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("")
     code, _, err = run("prompts", "show", tmp_path)
     assert code == 2
-    assert "holds no judged policy yet" in err
+    assert "holds no evaluated policy yet" in err
 
 
 # --- the collaboration table -----------------------------------------------------------------------------------------

@@ -22,7 +22,9 @@ Run = Callable[..., tuple[int, str, str]]
 def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) -> None:
     """Replace the module ``codefend.<name>`` for this test, whether or not it could be imported."""
     module = ModuleType(f"codefend.{name}")
-    module.__path__ = [str(Path(codefend.__file__).parent.joinpath(*name.split(".")))]  # its submodules are the real ones
+    module.__path__ = [
+        str(Path(codefend.__file__).parent.joinpath(*name.split(".")))
+    ]  # real submodules
     vars(module).update(attributes)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     parent, _, leaf = module.__name__.rpartition(".")
@@ -32,7 +34,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) -> N
 class Brighten:
     """A purifier whose effect is easy to see: half way to white."""
 
-    name = "brighten"
+    name, differentiable = "brighten", True
 
     def __call__(self, batch: Tensor, *, generator: Generator | None = None) -> Tensor:
         return (batch + 1) / 2
@@ -74,7 +76,7 @@ class Steps:
         return (batch.detach() * 500).round() / 500
 
 
-def load_purifier(name: str) -> Brighten | Steps:
+def load_purifier(name: str, **options: Any) -> Brighten | Steps:
     if name == "steps":
         return Steps()
     if name != "brighten":

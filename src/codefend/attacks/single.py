@@ -61,9 +61,9 @@ def check_target(attack: str, target: str | Sequence[str], target_images: object
     """Raise CodefendError when ``attack`` is unknown or lacks the target that its goal needs."""
     spec = lookup("attack", attack, ATTACKS)
     if spec.goal in NEEDS_SENTENCE and not target:
-        raise CodefendError(f"attack {spec.name!r} needs a target, the sentence to force (--target)")
+        raise CodefendError(f"attack {spec.name!r} needs --target, the sentence to force")
     if spec.goal == "feature-target" and target_images is None:
-        raise CodefendError(f"attack {spec.name!r} needs a target image, whose features it imitates (--target-image)")
+        raise CodefendError(f"attack {spec.name!r} needs --target-image, an image whose features it imitates")
 
 
 def _norm(norm: str) -> Literal["linf", "l2"]:

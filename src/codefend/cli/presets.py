@@ -238,7 +238,7 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "transfer",
-            "transfer: attacks crafted on --set crafters=A,B, judged on all of them and on --set judges=openai:URL#MODEL",
+            "transfer: attacks crafted on --set crafters=A,B, judged on these and --set judges=openai:URL#MODEL",
             _config(
                 "codefend.bench",
                 "TransferConfig",

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from codefend import purifiers
 from codefend.core import images
-from codefend.purifiers.base import Purifier
+from codefend.purifiers.base import ImagePurifier as Purifier
 from codefend.types import CodefendError
 
 
-def purify(image: Any, purifier: str | Path | Purifier = "bridge", *, seed: int = 0, max_side: int | None = None) -> Any:
+def purify(
+    image: Any, purifier: str | Path | Purifier = "bridge", *, seed: int = 0, max_side: int | None = None
+) -> Any:
     """Purify an image and return the same kind of object; a path returns a PIL image.
 
     ``image``: a path; a PIL image of any mode; an array ``[H, W, 3]``, uint8 or float in [0, 1]; a tensor
