@@ -22,9 +22,7 @@ Run = Callable[..., tuple[int, str, str]]
 def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) -> None:
     """Replace the module ``codefend.<name>`` for this test, whether or not it could be imported."""
     module = ModuleType(f"codefend.{name}")
-    module.__path__ = [
-        str(Path(codefend.__file__).parent.joinpath(*name.split(".")))
-    ]  # real submodules
+    module.__path__ = [str(Path(codefend.__file__).parent.joinpath(*name.split(".")))]  # real submodules
     vars(module).update(attributes)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     parent, _, leaf = module.__name__.rpartition(".")

@@ -27,6 +27,7 @@ def attack(
     eot: int = 1,
     target: str | Sequence[str] = "",
     target_images: Tensor | None = None,
+    reference: Victim | None = None,
     seed: int = 0,
 ) -> Tensor:
     """Return adversarial images ``[B, 3, H, W]`` in [0, 1], within ``eps`` of ``images`` and rounded to 8 bits.
@@ -35,7 +36,8 @@ def attack(
     that does not know the defense (oblivious, T0). ``answers`` are the correct answers that untargeted attacks lead
     away from; by default the victim's own answers to ``images``. ``target`` is the sentence, or one per image, that a
     targeted attack forces. ``eps`` is in pixel units; ``steps`` defaults to the attack's own; ``eot`` is the number of
-    gradient samples averaged per step, for stochastic defenses.
+    gradient samples averaged per step, for stochastic defenses. ``reference`` is the victim whose clean features a feature
+    attack leads away from; by default ``victim`` itself.
 
     Raises CodefendError for an unknown attack, a radius out of range, a missing target, or a victim without the
     gradient that the attack needs.
@@ -45,16 +47,17 @@ def attack(
     >>> adversarial = codefend.attack(victim, images, ["Describe the image."], eps=4 / 255)  # doctest: +SKIP
     """
     from codefend.attacks import objective_for
-    from codefend.attacks.bounds import finished
+    from codefend.attacks.bounds import quantize_attacked
     from codefend.core.runs import make_generator
 
     spec = lookup("attack", attack, ATTACKS)
     check_target(attack, target, target_images)
     budget = Budget(_norm(norm), _radius(eps, norm), steps or spec.steps, eot)
     references = victim.generate(images, prompts) if answers is None else answers
-    objective = objective_for(spec, victim, prompts, references, target, images, target_images)
+    objective = objective_for(spec, victim, prompts, references, target, images, target_images, reference=reference)
     run = spec.build()
-    return finished(run, run(objective, images, budget, generator=make_generator(seed, "attack")), images, budget)
+    adversarial = run(objective, images, budget, generator=make_generator(seed, "attack"))
+    return quantize_attacked(run, adversarial, images, budget)
 
 
 def check_target(attack: str, target: str | Sequence[str], target_images: object) -> None:

@@ -24,7 +24,7 @@ MEANINGFUL = 0.02  # differences of score below this share of the clean score ar
 STANDARD_ERRORS = 2.0  # a paired difference counts from here on
 UNCONVERGED = 0.25  # share of examples whose loss still fell at the end
 STILL_STANDING = 0.1  # share of the clean score below which nobody asks whether the attack could do better
-CHASED = 0.1  # share of an attack's gain that was one draw of the noise; 0.13 let a score of .15 pass for .25 (docs/notebook/2026-11.md)
+CHASED = 0.1  # share of an attack's gain that is one draw of the noise; at 0.13 a score of .15 passed for .25
 UNBOUNDED = 0.5  # l-inf radius that lets every pixel be grey
 ENOUGH = 100  # examples; with 100 the 95% interval of a share is about +-10 points
 

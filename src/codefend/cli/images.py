@@ -197,6 +197,7 @@ def attack(
         steps=steps,
         target=target,
         target_images=target_pixels,
+        reference=model.victim,
         seed=seed,
     )
     images.save(out, adversarial[0])
@@ -210,48 +211,7 @@ def _check_lossless(out: Path) -> None:
         raise CodefendError(f"{out} would lose the perturbation; use .png, .bmp, .tiff or .webp")
 
 
-<<<<<<< HEAD
-def _check_free(out: Path, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
-        raise CodefendError(f"{out} exists already; use --overwrite to replace it")
-
-
-def _attacked(
-    spec: AttackSpec,
-    model: DefendedVictim,
-    pixels: Tensor,
-    prompt: str,
-    answer: str,
-    target: str,
-    towards: Tensor | None,
-    budget: Budget,
-    seed: int,
-) -> Tensor:
-    from codefend.attacks import objective_for
-    from codefend.attacks.bounds import quantize_attacked
-    from codefend.core.runs import make_generator
-
-    objective = objective_for(spec, model, [prompt], [answer], target, pixels, towards, reference=model.victim)
-    attack = spec.build()
-    attacked = attack(objective, pixels, budget, generator=make_generator(seed, "attack"))
-    return quantize_attacked(attack, attacked, pixels, budget)
-
-
-def _budget(eps: str, norm: str, steps: int) -> Budget:
-    from codefend.core.settings import number
-
-    if norm not in ("linf", "l2"):
-        raise CodefendError(f"unknown norm {norm!r}; choose linf or l2")
-    radius = number(eps)
-    if not 0 <= radius <= (1 if norm == "linf" else 1e4):
-        raise CodefendError(f"--eps {eps} is no radius in pixels of [0, 1]; write it as 8/255 or 0.03")
-    return Budget(norm="l2" if norm == "l2" else "linf", eps=radius, steps=steps)
-
-
-def _pixels(path: Path, max_pixels: int, first_frame: bool) -> Tensor:
-=======
 def _load_pixels(path: Path, max_pixels: int, first_frame: bool) -> Tensor:
->>>>>>> 7f9a9b7 (One file per group of verbs; front door with purify, attack, evaluate; README, architecture and notebook in plain language; project files)
     from codefend.core import images
 
     return images.load(path, max_pixels=max_pixels, first_frame=first_frame).pixels[None]
