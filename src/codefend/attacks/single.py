@@ -36,8 +36,8 @@ def attack(
     that does not know the defense (oblivious, T0). ``answers`` are the correct answers that untargeted attacks lead
     away from; by default the victim's own answers to ``images``. ``target`` is the sentence, or one per image, that a
     targeted attack forces. ``eps`` is in pixel units; ``steps`` defaults to the attack's own; ``eot`` is the number of
-    gradient samples averaged per step, for stochastic defenses. ``reference`` is the victim whose clean features a feature
-    attack leads away from; by default ``victim`` itself.
+    gradient samples averaged per step, for stochastic defenses. ``reference`` is the victim whose clean features a
+    feature attack leads away from; by default ``victim`` itself.
 
     Raises CodefendError for an unknown attack, a radius out of range, a missing target, or a victim without the
     gradient that the attack needs.
