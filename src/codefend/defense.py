@@ -16,7 +16,8 @@ from torch import Generator, Tensor
 from codefend.core.devices import default_device
 from codefend.core.specs import literal, parse_spec
 from codefend.prompts.asking import prompted
-from codefend.types import HasFeatures, HasLoss, HasMargins, HasWordScores, Purifier, Victim
+from codefend.purifiers.base import Purifier, WrappedPurifier
+from codefend.types import HasFeatures, HasLoss, HasMargins, HasWordScores, Victim
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,28 @@ class _StraightThroughFn(torch.autograd.Function):
         return grads[0], None
 
 
-class StraightThrough:
+class StraightThrough(WrappedPurifier):
     """Wrap a purifier without a gradient: exact forward, identity backward (BPDA, Athalye et al. 2018, sec. 4.1)."""
 
     def __init__(self, purifier: Purifier) -> None:
-        self.purifier = purifier
+        super().__init__(purifier)
+        self.differentiable, self.surrogate = True, True
 
-    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+    def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         with torch.no_grad():
             purified = self.purifier(images, generator=generator)
-        result: Tensor = _StraightThroughFn.apply(images, purified)  # type: ignore[no-untyped-call]
-        return result
+        return _straight_through(images, purified)
+
+    def transformed(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+        with torch.no_grad():
+            purified = self.purifier.transformed(images, generator=generator)
+        return _straight_through(images, purified)
+
+
+def _straight_through(images: Tensor, purified: Tensor) -> Tensor:
+    """``purified``, with the gradient of ``images``."""
+    result: Tensor = _StraightThroughFn.apply(images, purified)  # type: ignore[no-untyped-call]
+    return result
 
 
 class DefendedVictim:

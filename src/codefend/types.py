@@ -52,15 +52,6 @@ Objective = Callable[["Tensor"], "Tensor"]  # [B,3,H,W] -> [B]; lower is better 
 Metric = Callable[[Sequence[str], Sequence[Example]], "Tensor"]  # -> [N]; higher is better; nan = not scored
 
 
-class Purifier(Protocol):
-    """Images in, images out: same shape, range, dtype and device. Knows nothing of models, tasks or attacks.
-
-    Differentiable, so that adaptive attacks are exact; one that isn't is wrapped by ``defense.StraightThrough``.
-    """
-
-    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor: ...
-
-
 @runtime_checkable
 class Victim(Protocol):
     """A multimodal LLM that answers. What else it can do, its capabilities say: `HasLoss`, `HasFeatures`, ..."""

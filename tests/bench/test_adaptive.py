@@ -17,8 +17,10 @@ from codefend.bench import EvalConfig, evaluate, judge
 from codefend.bench.results import CLEAN
 from codefend.core.runs import Row
 from codefend.defense import StraightThrough
-from codefend.types import CodefendError, Purifier
+from codefend.purifiers.base import Purifier
+from codefend.types import CodefendError
 from evaluate_kit import untimed
+from purifiers_kit import PlainPurifier
 
 SMALL = EvalConfig(
     victim="toy", tasks=("questions",), defenses=("none", "leaky"), attacks=("apgd",), steps=12, batch=6, panels=0
@@ -29,18 +31,22 @@ class Repeated(toys.Leaky):
     """`Leaky` behind some passes that shatter the gradient and do nothing else: all but the first."""
 
     def __init__(self, evaluations: int = 3) -> None:
+        super().__init__()
         self.evaluations = evaluations
 
-    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+    def replace(self, **options: Any) -> Repeated:
+        return Repeated(**options)
+
+    def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         for _ in range(self.evaluations - 1):
             images = images + 1e-4 * torch.sin(1e6 * images)
-        return super().__call__(images)
+        return super().forward(images)
 
 
-class Watchful:
+class Watchful(PlainPurifier):
     """Takes half of a checkerboard out of each half of the picture, which shows; stripes it doesn't see."""
 
-    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+    def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         halves = []
         for half in images.chunk(2, dim=-1):
             board = toys.checkerboard(half)
@@ -138,7 +144,7 @@ def test_mistaken_means(tmp_path: Path) -> None:
 def test_detector_of_the_weights_sets_the_limit() -> None:
     from codefend.bench.adaptive import detection_score, evasive_objective
 
-    class Judged:
+    class Judged(PlainPurifier):
         class detector:
             limit = 0.0
 
@@ -146,7 +152,7 @@ def test_detector_of_the_weights_sets_the_limit() -> None:
             def logit(images: Tensor, purified: Tensor) -> Tensor:
                 return (images - purified).flatten(1).mean(1)
 
-        def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+        def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
             return torch.zeros_like(images)
 
     images = torch.tensor([0.25, 0.75]).view(2, 1, 1, 1).expand(2, 3, 4, 4) - 0.5
@@ -168,7 +174,7 @@ def test_evasion_has_a_gradient_where_the_purifier_has_none() -> None:
 
 
 def test_behind_a_gate_the_doubt_is_about_what_it_judged() -> None:
-    class Gated:
+    class Gated(PlainPurifier):
         """Its noise says whether it is drawn as the judge's first submission drew it."""
 
         gate = True
@@ -181,7 +187,7 @@ def test_behind_a_gate_the_doubt_is_about_what_it_judged() -> None:
         def transformed(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
             return torch.randn(images.shape, generator=generator)
 
-        def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+        def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
             return images
 
     images = torch.zeros(2, 3, 4, 4)

@@ -69,7 +69,7 @@ def test_declarations_are_believed_only_against_the_defense() -> None:
     class Modest(toys.Smooth):
         stochastic = False
 
-        def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+        def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
             return images + 0.1 * torch.randn(images.shape, generator=generator)
 
     picture = toys.scene(1)[0][None]

@@ -127,8 +127,8 @@ def test_a_defense_changed_under_its_name_is_noticed(
     donor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Retrained(toys.Leaky):
-        def __call__(self, images: Tensor, *, generator: Any = None) -> Tensor:
-            return 0.9 * super().__call__(images)
+        def forward(self, images: Tensor, *, generator: Any = None) -> Tensor:
+            return 0.9 * super().forward(images)
 
     monkeypatch.setitem(toys.PURIFIERS, "leaky", Retrained)
     with pytest.raises(CodefendError, match=r"T2-leaky.*another model, prompt or defense"):

@@ -15,6 +15,7 @@ from codefend.bench import EvalConfig, evaluate, sanity
 from codefend.bench.results import Group
 from codefend.bench.sanity import CHECKS, Flag, check
 from codefend.core.runs import Row
+from purifiers_kit import PlainPurifier
 
 FOOLING = EvalConfig(
     victim="toy",
@@ -84,39 +85,39 @@ def test_square_beats_a_gradient_that_lies(tmp_path: Path) -> None:
     assert "black box beats white box" in names(found, defense="shatter", attack="square:steps=400")
 
 
-class Gate:
+class Gate(PlainPurifier):
     """Lets faint patterns through and takes loud ones off: the larger budget meets the defense, the smaller doesn't."""
 
     differentiable = False
 
-    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+    def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         loud = (images * toys.checkerboard(images)).mean((-2, -1)).abs().amax(1) > 3 / 255
         return torch.where(loud[:, None, None, None], toys.Smooth()(images), images)
 
 
-class Cliff:
+class Cliff(PlainPurifier):
     """Lets everything through; its gradient overflows, in directions that mean nothing."""
 
-    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+    def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         signs = torch.rand(images.shape[1:], generator=torch.Generator().manual_seed(0)).sub(0.5).sign()
         steep = 1e30 * images * signs
         return images.detach() + (steep - steep.detach())
 
 
-class Slow:
+class Slow(PlainPurifier):
     """Takes nearly all of the pattern off each half: every step gains a little, and the few there are don't suffice."""
 
-    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+    def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         halves = images.chunk(2, dim=-1)
         pattern = [(half * toys.checkerboard(half)).mean((-2, -1), keepdim=True) for half in halves]
         rest = [half - 0.98 * p * toys.checkerboard(half) for half, p in zip(halves, pattern, strict=True)]
         return torch.cat(rest, -1)
 
 
-class Snap:
+class Snap(PlainPurifier):
     """Paints each half in the nearest clean colour; its gradient is a ripple's, so nobody learns how to get there."""
 
-    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+    def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         known = torch.tensor(list(toys.COLOURS.values())).to(images)
         halves = []
         for half in images.detach().chunk(2, dim=-1):

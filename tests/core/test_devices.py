@@ -25,6 +25,7 @@ from codefend.training.pairs import Tower
 from codefend.training.replay import Replays
 from codefend.types import CodefendError
 from codefend.victims.pocket import Pocket
+from purifiers_kit import PlainPurifier
 
 IMAGES = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
 META = torch.device("meta")
@@ -75,13 +76,14 @@ def test_purifiers_follow_the_images(name: str) -> None:
     assert purifier(IMAGES.to("meta"), generator=make_generator(0)).device == META
 
 
-class Elsewhere:
+class Elsewhere(PlainPurifier):
     """A purifier on another device: notes what it gets there, and gives an image back that can come home."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.seen: list[torch.Tensor] = []
 
-    def __call__(self, images: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
         self.seen.append(images)
         return torch.zeros(images.shape)
 

@@ -68,11 +68,6 @@ def test_a_request_may_choose_only_where_the_operator_allows_it() -> None:
     run(work())
 
 
-def test_policies_need_a_score() -> None:
-    with pytest.raises(CodefendError, match="no score"):
-        create_app(settings(policy="block", threshold=1), purifier=lambda images, generator=None: images)
-
-
 class Calibrated(Invert):
     detector = SimpleNamespace(threshold=0.5)
 
@@ -108,10 +103,10 @@ def test_the_shipped_threshold_reaches_the_engine_and_purifiers_without_one_need
 
 def test_a_fallbacks_score_is_not_measured_by_the_purifiers_threshold() -> None:
     class Broken(Calibrated):
-        def __call__(self, images: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
+        def forward(self, images: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
             if images.shape[-1] != 64:  # the warm-up's
                 raise RuntimeError("broken")
-            return super().__call__(images)
+            return super().forward(images)
 
     async def work() -> None:
         upstream = Upstream()
@@ -150,7 +145,7 @@ class Gate(Invert):
         super().__init__()
         self.open = threading.Event()
 
-    def __call__(self, images: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
         if images.shape[-1] != 64:
             assert self.open.wait(10)
             self.batches.append(len(images))

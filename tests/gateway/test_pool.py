@@ -26,12 +26,12 @@ BLACK, WHITE, GREY = (images.encode(torch.full((3, 9, 9), shade)) for shade in (
 class Fatal(Invert):
     """Black pictures crash the process, white ones hang it."""
 
-    def __call__(self, images: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
         if bool((images.flatten(1).mean(1) == 0).any()):
             ctypes.string_at(0)
         if bool((images.flatten(1).mean(1) == 1).any()):
             time.sleep(60)
-        return super().__call__(images)
+        return super().forward(images)
 
 
 def build() -> Worker:
@@ -44,7 +44,7 @@ def build_broken() -> Worker:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
-    pool = Pool(build, PoolOptions(processes=1, timeout_s=3), name="fatal", can_score=True)
+    pool = Pool(build, PoolOptions(processes=1, timeout_s=3), name="fatal")
     pool.warm_up()
     yield pool
     pool.close()
@@ -87,7 +87,7 @@ def test_signals_to_the_group_do_not_end_a_worker(pool: Pool) -> None:
 
 
 def test_what_cannot_start_says_why() -> None:
-    broken = Pool(build_broken, PoolOptions(processes=1), name="broken", can_score=False)
+    broken = Pool(build_broken, PoolOptions(processes=1), name="broken")
     with pytest.raises(CodefendError, match="no such weights"):
         broken.warm_up()
 

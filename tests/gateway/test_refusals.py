@@ -138,7 +138,7 @@ class Failing(Invert):
         super().__init__()
         self.fault = fault
 
-    def __call__(self, images: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
         if images.shape[-1] == 64:
             return images
         if isinstance(self.fault, BaseException):
@@ -200,7 +200,7 @@ def test_no_failure_of_the_purifier_opens_the_gate(fault: Any, on_error: str) ->
 
 def test_a_purifier_that_cannot_even_warm_up_stops_the_start() -> None:
     class Broken(Invert):
-        def __call__(self, images: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
+        def forward(self, images: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
             raise RuntimeError
 
     async def work() -> None:

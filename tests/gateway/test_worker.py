@@ -44,10 +44,10 @@ def test_batches_are_bounded_in_pixels() -> None:
 
 def test_one_bad_picture_does_not_fail_its_batch() -> None:
     class Picky(Invert):
-        def __call__(self, images: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
+        def forward(self, images: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
             if bool((images.mean((1, 2, 3)) > 0.7).any()):
                 raise RuntimeError
-            return super().__call__(images)
+            return super().forward(images)
 
     results = Worker(Picky()).run([Job(png(1)), Job(png(2, shade=0.8)), Job(png(3))])
     assert [type(result) for result in results] == [Purified, PurifyFailed, Purified]
@@ -81,7 +81,7 @@ def test_the_score_comes_without_purifying_twice() -> None:
 
 def test_a_score_of_nan_counts_as_suspicious() -> None:
     class Nan(Invert):
-        def score(self, images: torch.Tensor) -> torch.Tensor:
+        def judge(self, images: torch.Tensor, purified: torch.Tensor) -> torch.Tensor:
             return torch.full((len(images),), torch.nan)
 
     result = Worker(Nan()).run([Job(png(1), "detect", 0.5)])[0]
@@ -102,9 +102,9 @@ class Held(Invert):
         super().__init__()
         self.open = threading.Event()
 
-    def __call__(self, images: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
         assert self.open.wait(10)
-        return super().__call__(images)
+        return super().forward(images)
 
 
 def test_waiting_pictures_are_batched_and_abandoned_ones_skipped() -> None:

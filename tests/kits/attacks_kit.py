@@ -12,6 +12,7 @@ from torch.nn.functional import conv2d, cross_entropy, normalize
 from codefend.attacks import AttackSpec, objective_for
 from codefend.defense import DefendedVictim, Defense
 from codefend.types import Budget, Objective, Victim
+from purifiers_kit import PlainPurifier
 
 
 class ToyVictim:
@@ -69,20 +70,21 @@ class CallCounter:
         return self.objective(images)
 
 
-class Dim:
+class Dim(PlainPurifier):
     """A differentiable, deterministic purifier."""
 
-    def __call__(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         return 0.1 + 0.8 * images
 
 
-class Noisy:
+class Noisy(PlainPurifier):
     """A differentiable, randomized purifier."""
 
     def __init__(self, sigma: float = 0.1) -> None:
+        super().__init__()
         self.sigma = sigma
 
-    def __call__(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         return images + self.sigma * torch.randn(images.shape, generator=generator)
 
 

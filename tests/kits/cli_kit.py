@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 import codefend
 from codefend.types import CodefendError
+from purifiers_kit import PlainPurifier
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -29,12 +30,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) -> N
     monkeypatch.setattr(import_module(parent), leaf, module, raising=False)
 
 
-class Brighten:
+class Brighten(PlainPurifier):
     """A purifier whose effect is easy to see: half way to white."""
 
     name, differentiable = "brighten", True
 
-    def __call__(self, batch: Tensor, *, generator: Generator | None = None) -> Tensor:
+    def forward(self, batch: Tensor, *, generator: Generator | None = None) -> Tensor:
         return (batch + 1) / 2
 
 
@@ -65,12 +66,12 @@ class BlackBox:
         return ["something"] * len(prompts)
 
 
-class Steps:
+class Steps(PlainPurifier):
     """A purifier without a gradient, as it says itself."""
 
     name, differentiable = "steps", False
 
-    def __call__(self, batch: Tensor, *, generator: Generator | None = None) -> Tensor:
+    def forward(self, batch: Tensor, *, generator: Generator | None = None) -> Tensor:
         return (batch.detach() * 500).round() / 500
 
 

@@ -20,24 +20,26 @@ from torch import Generator, Tensor
 from codefend.core import images
 from codefend.gateway.app import create_app
 from codefend.gateway.config import Settings, load_settings
+from purifiers_kit import PlainPurifier
 
 T = TypeVar("T")
 CHAT = "/v1/chat/completions"
 
 
-class Invert:
+class Invert(PlainPurifier):
     """A purifier whose work nobody can mistake: the negative. Its score is the mean of the picture."""
 
     name = "invert"
 
     def __init__(self) -> None:
+        super().__init__()
         self.batches: list[int] = []
 
-    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+    def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         self.batches.append(len(images))
         return 1 - images
 
-    def score(self, images: Tensor) -> Tensor:
+    def judge(self, images: Tensor, purified: Tensor) -> Tensor:
         return images.flatten(1).mean(1)
 
 

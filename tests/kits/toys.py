@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from codefend.bench.loaders import Loaders
+from codefend.purifiers.base import Purifier
 from codefend.tasks.metrics import VQA_METRICS, all_tags, cider_d
-from codefend.types import CodefendError, Example, Purifier, Task
+from codefend.types import CodefendError, Example, Task
+from purifiers_kit import PlainPurifier
 
 SIDE = 16
 COLOURS = {"red": (0.8, 0.3, 0.3), "green": (0.3, 0.8, 0.3), "blue": (0.3, 0.3, 0.8)}
@@ -90,10 +92,10 @@ class BlackBox:
         return ["red"] * len(prompts)
 
 
-class Smooth:
+class Smooth(PlainPurifier):
     """Averages 2x2 blocks: no pattern survives, so nothing within the budget can hurt."""
 
-    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+    def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         return F.interpolate(F.avg_pool2d(images, 2), scale_factor=2)
 
 
@@ -102,46 +104,48 @@ class Leaky(Smooth):
 
     evaluations = 1
 
-    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+    def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         rows = (torch.arange(images.shape[-2]) % 2 * 2 - 1).to(images)[:, None]
         leak = (images * rows).mean((-2, -1), keepdim=True) * checkerboard(images)
-        return (super().__call__(images) + leak).clamp(0, 1)
+        return (super().forward(images) + leak).clamp(0, 1)
 
 
-class Jitter:
+class Jitter(PlainPurifier):
     """Adds noise: randomized, otherwise no defense."""
 
     def __init__(self, sigma: float = 0.02) -> None:
+        super().__init__()
         self.sigma = sigma
 
-    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+    def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         return images + self.sigma * torch.randn(images.shape, generator=generator)
 
 
-class Quantize:
+class Quantize(PlainPurifier):
     """Rounds to few levels: removes small perturbations, and every gradient but a vanishing one."""
 
     def __init__(self, levels: int = 4) -> None:
+        super().__init__()
         self.levels = levels
 
-    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+    def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         rounded = (images * self.levels).round() / self.levels
         return rounded.detach() + 1e-16 * images  # a trace of a gradient, so that it passes for differentiable
 
 
-class Shatter:
+class Shatter(PlainPurifier):
     """Lets everything through; its gradient is that of a tiny, furious ripple."""
 
-    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+    def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         return images + 1e-4 * torch.sin(1e6 * images)
 
 
-class Rounded:
+class Rounded(PlainPurifier):
     """Eight bits, which has no gradient at all."""
 
     differentiable = False
 
-    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+    def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         return (images.detach() * 255).round() / 255
 
 

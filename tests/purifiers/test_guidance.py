@@ -15,9 +15,9 @@ from codefend import purifiers
 from codefend.attacks.objectives import features_away
 from codefend.attacks.pgd import PGD
 from codefend.bench.adaptive import evasive_objective
-from codefend.encoders.efficientnet_lite import efficientnet_lite as encoders
+from codefend.encoders import efficientnet_lite as encoders
 from codefend.purifiers import grid, guidance
-from codefend.purifiers.base import ImagePurifier
+from codefend.purifiers.base import Purifier
 from codefend.purifiers.guidance import Guidance
 from codefend.purifiers.onnx_export import export_onnx
 from codefend.training.calibrate import _features
@@ -215,7 +215,7 @@ def test_an_attacker_who_evades_the_detector_evades_what_it_goes_by() -> None:
 
     fines = []
     for label in ("bridge-detail", "bridge-detail:guided=0.2"):
-        purifier: ImagePurifier = purifiers.load(label)
+        purifier: Purifier = purifiers.load(label)
         with torch.no_grad():
             fines.append(evasive_objective(nothing, purifier, attacked, 1.0, None)(attacked))
         assert (purifier.guidance is None) == (label == "bridge-detail")  # a copy lost it

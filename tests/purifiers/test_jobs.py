@@ -14,19 +14,22 @@ import torch
 from torch import Generator, Tensor
 
 from codefend.core import images
+from codefend.purifiers.base import Purifier
 from codefend.purifiers.jobs import MANIFEST, Options, Outcome, plan, purify_paths
-from codefend.types import CodefendError, Purifier
+from codefend.types import CodefendError
+from purifiers_kit import PlainPurifier
 
 
-class Noisy:
+class Noisy(PlainPurifier):
     """Inverts the picture and adds seeded noise; counts the calls, and stops before call number ``stop``."""
 
     name = "noisy"
 
     def __init__(self, stop: int | None = None) -> None:
+        super().__init__()
         self.calls, self.stop = 0, stop
 
-    def __call__(self, batch: Tensor, *, generator: Generator | None = None) -> Tensor:
+    def forward(self, batch: Tensor, *, generator: Generator | None = None) -> Tensor:
         if self.calls == self.stop:
             raise KeyboardInterrupt
         self.calls += 1
@@ -130,16 +133,18 @@ def test_alpha_is_kept_or_flattened(tmp_path: Path) -> None:
 def test_a_purifier_that_runs_out_of_memory_or_changes_the_shape(tmp_path: Path) -> None:
     source = picture(tmp_path / "in.png")
 
-    def hungry(batch: Tensor, *, generator: Generator | None = None) -> Tensor:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+    class Hungry(PlainPurifier):
+        def forward(self, batch: Tensor, *, generator: Generator | None = None) -> Tensor:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    def cropping(batch: Tensor, *, generator: Generator | None = None) -> Tensor:
-        return batch[..., 1:]
+    class Cropping(PlainPurifier):
+        def forward(self, batch: Tensor, *, generator: Generator | None = None) -> Tensor:
+            return batch[..., 1:]
 
     with pytest.raises(CodefendError, match="not enough memory to purify 10x8"):
-        run([source], tmp_path / "out.png", hungry)
+        run([source], tmp_path / "out.png", Hungry())
     with pytest.raises(RuntimeError, match="changed the shape"):
-        run([source], tmp_path / "out.png", cropping)
+        run([source], tmp_path / "out.png", Cropping())
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor
 from codefend import purifiers
 from codefend.contrib import oidn
 from codefend.purifiers import PURIFIERS, base, grid, load
-from codefend.purifiers.base import ImagePurifier
+from codefend.purifiers.base import Purifier
 from codefend.purifiers.bridge import Bridge, BridgeOptions
 from codefend.purifiers.diffpure import DiffPure, DiffPureOptions
 from codefend.purifiers.nets import NetConfig, PurifierNet, load_net, save_net
@@ -273,7 +273,7 @@ def test_untrained_bridge_is_the_identity_at_any_size() -> None:
 def test_score_is_the_size_of_what_was_removed() -> None:
     images = torch.full((2, 3, 8, 8), 0.5)
 
-    class Shift(ImagePurifier):
+    class Shift(Purifier):
         name = "shift"
 
         def transform(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -282,7 +282,7 @@ def test_score_is_the_size_of_what_was_removed() -> None:
     assert torch.allclose(Shift().score(images), torch.tensor([0.1, 0.2]), atol=1e-6)
 
 
-def directional(purifier: ImagePurifier, images: Tensor) -> tuple[float, float]:
+def directional(purifier: Purifier, images: Tensor) -> tuple[float, float]:
     """The derivative along a random direction, by autograd and by central differences, noise held fixed."""
     weight = torch.randn(images.shape, generator=gen(1), dtype=images.dtype)
     direction = torch.randn(images.shape, generator=gen(2), dtype=images.dtype)
@@ -303,7 +303,7 @@ def directional(purifier: ImagePurifier, images: Tensor) -> tuple[float, float]:
 @pytest.mark.parametrize("kind", ["bridge", "diffpure"])
 def test_gradient_is_exact_through_every_evaluation(kind: str, checkpoint: bool) -> None:
     net = random_net().double()
-    purifier: ImagePurifier = (
+    purifier: Purifier = (
         Bridge(net, BridgeOptions(evaluations=3, sigma=0.05, checkpoint=checkpoint))
         if kind == "bridge"
         else DiffPure(net, DiffPureOptions(t=0.03, steps=4, checkpoint=checkpoint))
@@ -383,7 +383,7 @@ def test_tiles_equal_the_whole_for_a_local_filter(
 def test_tiles_keep_memory_flat_and_are_counted(small_tiles: None) -> None:
     sizes: list[tuple[int, ...]] = []
 
-    class Spy(ImagePurifier):
+    class Spy(Purifier):
         name = "spy"
 
         def transform(self, images: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from codefend.purifiers import grid, load, tiling
-from codefend.purifiers.base import ImagePurifier
+from codefend.purifiers.base import Purifier
 
 
 def photograph(height: int, width: int) -> Tensor:
@@ -19,7 +19,7 @@ def photograph(height: int, width: int) -> Tensor:
     return F.interpolate(whole, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
 
 
-class Identity(ImagePurifier):
+class Identity(Purifier):
     name = "identity"
     largest = 0
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import replace
-from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -14,8 +11,10 @@ from codefend.attacks.objectives import evading
 from codefend.bench.config import AdaptiveOptions
 from codefend.bench.defenses import EvaluatedDefense
 from codefend.bench.setup import Bench
+from codefend.core.devices import default_device
 from codefend.defense import Defense, StraightThrough
-from codefend.types import Objective, Purifier
+from codefend.purifiers.base import Purifier
+from codefend.types import Objective
 
 
 def attacked_defense(bench: Bench, evaluated: EvaluatedDefense, options: AdaptiveOptions) -> Defense:
@@ -37,42 +36,20 @@ def options_apply(bench: Bench, evaluated: EvaluatedDefense, options: AdaptiveOp
     return not options.bpda or evaluated.gradient == "exact"
 
 
-def _layers(purifier: Purifier) -> list[Any]:
-    """The wrappers that fix its noise or its gradient, the outermost first, and the purifier itself."""
-    layers: list[Any] = [purifier]
-    while hasattr(layers[-1], "purifier"):
-        layers.append(layers[-1].purifier)
-    return layers
-
-
-def unwrapped(purifier: Purifier) -> Any:
-    """The purifier inside the wrappers that fix its noise or its gradient."""
-    return _layers(purifier)[-1]
-
-
-def _unguided(purifier: Purifier) -> Purifier:
-    """The same in copies of its wrappers, without guidance, which comes after the detector."""
-    layers = [copy(layer) for layer in _layers(purifier)]
-    if getattr(layers[-1], "guidance", None) is None:
-        return purifier
-    layers[-1].guidance = None
-    for outer, inner in pairwise(layers):
-        outer.purifier = inner
-    unguided: Purifier = layers[0]
-    return unguided
-
-
 def detection_score(purifier: Purifier, images: Tensor, purified: Tensor) -> Tensor:
     """How suspicious ``purifier`` finds each image, ``[B]``, in units whose gradient doesn't fade.
 
     The logit of a calibrated detector, else the root mean square of the removed part in 8-bit levels. ``purified`` is
-    the purifier's output before guidance and gate.
+    `Purifier.transformed` of the images: before guidance and gate.
     """
-    detector = getattr(unwrapped(purifier), "detector", None)
-    if detector is not None:
-        logits: Tensor = detector.logit(images, purified)
-        return logits
+    if purifier.detector is not None:
+        return purifier.detector.logit(images, purified)
     return 255 * ((images - purified).square().flatten(1).mean(1) + 1e-12).sqrt()
+
+
+def transformed(purifier: Purifier, images: Tensor, generator: Generator | None) -> Tensor:
+    """`Purifier.transformed` on the default device, returned where the images lay."""
+    return purifier.transformed(images.to(default_device()), generator=generator).to(images.device)
 
 
 def evasive_objective(
@@ -83,18 +60,14 @@ def evasive_objective(
     Each evaluation costs another purification. Carlini & Wagner 2017 (arXiv 1705.07263): attacks that aim at a detector
     evade it.
     """
-    defense = Defense(_unguided(purifier))
-    detached = any(isinstance(layer, StraightThrough) for layer in _layers(purifier))
 
     def score(images: Tensor) -> Tensor:
-        purified = defense.images(images, generator=generator)
+        purified = transformed(purifier, images, generator)
         # An identity gradient of the purifier would cancel the residual's own: there would be nothing to descend.
-        # A gate changes nothing here: it is fully open wherever there is a penalty.
-        return detection_score(purifier, images, purified.detach() if detached else purified)
+        return detection_score(purifier, images, purified.detach() if purifier.surrogate else purified)
 
-    detector = getattr(unwrapped(purifier), "detector", None)
-    if detector is not None:
-        return evading(objective, score, detector.limit, weight=weight)
+    if purifier.detector is not None:
+        return evading(objective, score, purifier.detector.limit, weight=weight)
     with torch.no_grad():
         limit = score(clean)
     return evading(objective, score, limit, weight=weight)

@@ -23,7 +23,8 @@ from codefend.bench.setup import Bench
 from codefend.core.images import quantize8
 from codefend.core.runs import Row, load_checkpoint, make_generator, save_checkpoint
 from codefend.defense import DefendedVictim, Defense
-from codefend.types import CodefendError, Example, Objective, Purifier, Victim
+from codefend.purifiers.base import Purifier, WrappedPurifier
+from codefend.types import CodefendError, Example, Objective, Victim
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,18 @@ class AttackedBatch:
     notes: list[Row]
 
 
-class KnownSeedPurifier:
+class KnownSeedPurifier(WrappedPurifier):
     """A purifier that draws the same noise in every call, which an attacker at T2d knows."""
 
     def __init__(self, purifier: Purifier, seed: int, *names: object) -> None:
-        self.purifier, self.seed, self.names = purifier, seed, names
+        super().__init__(purifier)
+        self.stochastic, self.seed, self.names = False, seed, names
 
-    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+    def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         return self.purifier(images, generator=make_generator(self.seed, *self.names))
+
+    def transformed(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+        return self.purifier.transformed(images, generator=make_generator(self.seed, *self.names))
 
 
 def craft(

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from codefend.bench.config import DefenseChoice
 from codefend.bench.loaders import Loaders
 from codefend.bench.results import BARE
 from codefend.core.runs import make_generator
 from codefend.defense import Defense, StraightThrough
-from codefend.types import Purifier
+from codefend.purifiers.base import Purifier
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ def evaluated_defense(label: str, loaders: Loaders, image: Tensor, seed: int = 0
     if purifier is None:
         gradient = "exact" if defense.policy else "none needed"
         return EvaluatedDefense(label, defense, False, gradient, _cost(None, image, seed))
-    randomized = bool(getattr(purifier, "stochastic", False)) or is_random(purifier, image, seed)
-    exact = getattr(purifier, "differentiable", True) and has_gradient(purifier, image, seed)
+    randomized = purifier.stochastic or is_random(purifier, image, seed)
+    exact = purifier.differentiable and has_gradient(purifier, image, seed)
     gradient = "exact" if exact else "straight-through"
     return EvaluatedDefense(label, defense, randomized, gradient, _cost(purifier, image, seed))
 
@@ -90,16 +89,12 @@ def _cost(purifier: Purifier | None, image: Tensor, seed: int) -> dict[str, Any]
         return {"ms_per_image": 0.0, "multiply_adds": 0, "evaluations": 0, "size": size}
     generator = make_generator(seed, "cost")
     with torch.no_grad():
-        with FlopCounterMode(display=False) as counter:
-            purifier(image, generator=generator)
+        purifier(image, generator=generator)
         times = [_seconds(purifier, image, generator) for _ in range(3)]
-    evaluations, count = getattr(purifier, "evaluations", None), getattr(purifier, "multiply_adds", None)
-    # Counted from what ran where the purifier can't say: convolutions and matrix products, two flops each.
-    adds = count(*size) if callable(count) else counter.get_total_flops() // 2
     return {
         "ms_per_image": sorted(times)[1] * 1000,
-        "multiply_adds": int(adds),
-        "evaluations": int(evaluations) if isinstance(evaluations, int) else None,
+        "multiply_adds": purifier.multiply_adds(*size),
+        "evaluations": purifier.evaluations,
         "size": size,
     }
 

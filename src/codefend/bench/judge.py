@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +14,32 @@ import torch
 from torch import Generator, Tensor
 
 from codefend.attacks import NEEDS_SENTENCE
-from codefend.bench.adaptive import detection_score, unwrapped
+from codefend.bench.adaptive import detection_score, transformed
 from codefend.bench.attacking import clean_images, evaluate_objective
 from codefend.bench.cells import Cell, cell_folder, noise_names, row_key, source_cell
 from codefend.bench.craft import AttackedBatch, adaptive_objective, attack_goal, with_known_seed, with_prompts
 from codefend.bench.results import BARE, CLEAN
 from codefend.bench.setup import Bench
 from codefend.bench.tasks import EvaluatedTask
-from codefend.core.devices import default_device
 from codefend.core.images import quantize8, save
 from codefend.core.runs import Row, make_generator
 from codefend.defense import DefendedVictim, Defense
+from codefend.purifiers.base import Purifier, WrappedPurifier
 from codefend.tasks.answers import normalize_answer
 from codefend.tasks.image_metrics import psnr
 from codefend.tasks.metrics import targeted_success
-from codefend.types import Example, Purifier
+from codefend.types import Example
 
 
-@dataclass
-class RecordingPurifier:
+class RecordingPurifier(WrappedPurifier):
     """A purifier that keeps its outputs and the seconds it took; ``rounded`` returns them as 8-bit images."""
 
-    purifier: Purifier
-    rounded: bool = False
-    seconds: float = 0.0
-    outputs: list[Tensor] = field(default_factory=list)
+    def __init__(self, purifier: Purifier, *, rounded: bool = False) -> None:
+        super().__init__(purifier)
+        self.rounded, self.seconds = rounded, 0.0
+        self.outputs: list[Tensor] = []
 
-    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+    def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         start = time.perf_counter()
         purified = self.purifier(images, generator=generator)
         self.seconds += time.perf_counter() - start
@@ -230,10 +229,8 @@ def _number(value: Any) -> float:
 @torch.no_grad()
 def first_detection(purifier: Purifier, images: Tensor, purified: Tensor, seed: int) -> Tensor:
     """`detection_score` ``[B]`` of the purifier's output before gate and guidance, drawn from ``seed`` once more."""
-    inner = unwrapped(purifier)
-    if getattr(inner, "gate", False) or getattr(inner, "guidance", None) is not None:
-        draw = torch.Generator().manual_seed(seed)
-        purified = inner.transformed(images.to(default_device()), generator=draw).to(images.device)
+    if purifier.gate or purifier.guidance is not None:
+        purified = transformed(purifier, images, torch.Generator().manual_seed(seed))
     return detection_score(purifier, images, purified)
 
 

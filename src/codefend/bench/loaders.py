@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from codefend.types import Purifier, Task, Victim
+from codefend.purifiers.base import Purifier
+from codefend.types import Task, Victim
 
 
 def _victim(name: str) -> Victim:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -16,7 +17,8 @@ from codefend.bench.loaders import Loaders
 from codefend.bench.tasks import EvaluatedTask, check_task, stratified
 from codefend.core.devices import default_device
 from codefend.prompts.asking import Policy, prompted
-from codefend.types import CodefendError, HasFeatures, Purifier, Task, Victim, WhiteBox
+from codefend.purifiers.base import Purifier
+from codefend.types import CodefendError, HasFeatures, Task, Victim, WhiteBox
 
 TEXT_ONLY = ("answer", "answer-target")  # goals that need nothing but answers
 FEATURES_ONLY = ("feature", "feature-target")  # goals that need no language-model loss
@@ -86,7 +88,7 @@ def open_bench(config: EvalConfig, loaders: Loaders | None = None) -> Bench:
         label: EvaluatedTask.of(tasks[label], victims[case.victim], crafters[case.victim])
         for label, case in config.cases.items()
     }
-    shorter = shortened(defenses, attacks, loaders)
+    shorter = shortened(defenses, attacks)
     return Bench(config, evaluated_tasks, defenses, surrogate, attacks, shorter)
 
 
@@ -144,18 +146,14 @@ def _needs_answers_only(spec: AttackSpec | TextAttackSpec) -> bool:
 
 
 def shortened(
-    defenses: Mapping[str, EvaluatedDefense], attacks: Mapping[str, AttackChoice], loaders: Loaders
+    defenses: Mapping[str, EvaluatedDefense], attacks: Mapping[str, AttackChoice]
 ) -> dict[tuple[str, int], Purifier]:
     """The purifiers of defenses (bridge, diffpure) with fewer evaluations, for attacks with ``process``."""
     purifiers: dict[tuple[str, int], Purifier] = {}
     counts = {choice.adaptive.process for choice in attacks.values()} - {0}
     for label, evaluations in product(defenses, counts):
-        choice, own = DefenseChoice.parse(label), defenses[label].cost.get("evaluations") or 0
-        for key in ("evaluations", "steps") if own > evaluations else ():
-            try:
-                shorter = loaders.purifier(choice.name, **{**choice.options, key: evaluations})
-            except (CodefendError, TypeError):
-                continue
-            if getattr(shorter, "evaluations", own) == evaluations:
-                purifiers[label, evaluations] = shorter
+        purifier = defenses[label].defense.purifier
+        if purifier is not None and purifier.evaluations > evaluations:
+            with suppress(CodefendError):  # its number is fixed, or a gate would be left without its detector
+                purifiers[label, evaluations] = purifier.replace(evaluations=evaluations)
     return purifiers

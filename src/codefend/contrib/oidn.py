@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from codefend.core.specs import format_spec
-from codefend.purifiers.base import ImagePurifier, clip
+from codefend.purifiers.base import Purifier, clip
 from codefend.purifiers.diffusion import noise_like
 from codefend.types import CodefendError
 
@@ -71,16 +70,15 @@ class OidnNet(nn.Module):
         return last
 
 
-class Oidn(ImagePurifier):
+class Oidn(Purifier):
     """Add Gaussian noise that drowns the perturbation, then denoise once."""
 
-    evaluations = 1
-    multiple = 16
+    name, evaluations, multiple = "oidn", 1, 16
+    options: OidnOptions
 
     def __init__(self, options: OidnOptions | None = None) -> None:
-        self.options = options or OidnOptions()
+        super().__init__(options or OidnOptions())
         self.stochastic = self.options.sigma > 0
-        self.name = format_spec("oidn", self.options, OidnOptions())
         self.net = OidnNet(load_tensors())
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:

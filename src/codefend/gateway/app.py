@@ -31,7 +31,8 @@ from codefend.gateway.proxy import Proxy
 from codefend.gateway.telemetry import Meters
 from codefend.gateway.worker import Runner, Worker
 from codefend.prompts import TextPolicy, load_any
-from codefend.types import CodefendError, Purifier
+from codefend.purifiers.base import Purifier
+from codefend.types import CodefendError
 
 if TYPE_CHECKING:
     from codefend.prompts.folders import AnyPolicy
@@ -124,11 +125,9 @@ def build_engine(settings: Settings, *, purifier: Purifier | None = None, prompt
         if purifier is not None or not settings.isolate:  # an object given here cannot go elsewhere
             return local
         options = PoolOptions(settings.workers, settings.torch_threads, settings.purify_timeout_s)
-        return Pool(build, options, name=local.name, can_score=local.can_score, threshold=local.threshold)
+        return Pool(build, options, name=local.name, threshold=local.threshold)
 
     main = runner(settings.purifier, purifier)
-    if not main.can_score and settings.allow_override:
-        raise CodefendError(f"purifier {main.name} has no score: requests cannot choose detect or block")
     return Engine(
         main,
         limits=limits,

@@ -17,7 +17,8 @@ from codefend.gateway.errors import Refused, error_body
 from codefend.gateway.local import api_by_suffix, local_engine
 from codefend.gateway.wire import dump, parse
 from codefend.gateway.worker import Mode
-from codefend.types import CodefendError, Purifier
+from codefend.purifiers.base import Purifier
+from codefend.types import CodefendError
 
 Client = TypeVar("Client")
 

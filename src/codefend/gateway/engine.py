@@ -42,12 +42,10 @@ class Terms:
     def choose(cls, worker: Runner, mode: Mode, threshold: float | None = None) -> Terms:
         """With the threshold calibrated for the worker's purifier unless one is given.
 
-        Raises CodefendError when ``mode`` needs a score or a threshold and there is none.
+        Raises CodefendError when ``mode`` needs a threshold and there is none.
         """
         if threshold is None:
             threshold = worker.threshold
-        if mode != "purify" and not worker.can_score:
-            raise CodefendError(f"purifier {worker.name} has no score: policy {mode} cannot use it")
         if mode != "purify" and threshold is None:
             raise CodefendError(
                 f"policy {mode} needs a threshold: purifier {worker.name} has no calibrated one "

@@ -8,7 +8,7 @@ from codefend.gateway.errors import Api
 from codefend.gateway.lane import Lane, LaneOptions
 from codefend.gateway.limits import Limits
 from codefend.gateway.worker import Mode, Worker
-from codefend.types import Purifier
+from codefend.purifiers.base import Purifier
 
 _SUFFIXES: dict[str, Api] = {
     "/chat/completions": "chat",

@@ -14,7 +14,7 @@ from codefend.gateway.lane import LaneOptions
 from codefend.gateway.limits import Limits
 from codefend.gateway.local import api_by_suffix, local_engine
 from codefend.gateway.worker import Mode
-from codefend.types import Purifier
+from codefend.purifiers.base import Purifier
 
 
 class PurifyMiddleware:

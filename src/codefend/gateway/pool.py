@@ -39,10 +39,8 @@ class PoolOptions:
 class Pool:
     """Does what a ``Worker`` does, in several processes. Thread-safe; each call keeps one process busy."""
 
-    def __init__(
-        self, build: Build, options: PoolOptions, *, name: str, can_score: bool, threshold: float | None = None
-    ) -> None:
-        self.options, self.name, self.can_score, self.threshold = options, name, can_score, threshold
+    def __init__(self, build: Build, options: PoolOptions, *, name: str, threshold: float | None = None) -> None:
+        self.options, self.name, self.threshold = options, name, threshold
         self._children = [_Child(build, options) for _ in range(options.processes)]
         self._idle: queue.LifoQueue[_Child] = queue.LifoQueue()
         for child in self._children:

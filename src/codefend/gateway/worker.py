@@ -18,9 +18,9 @@ from codefend.core.devices import device_named
 from codefend.gateway.errors import Refused
 from codefend.gateway.limits import Limits
 from codefend.gateway.rewrite import Picture
-from codefend.purifiers.base import ImagePurifier
+from codefend.purifiers.base import Purifier
 from codefend.purifiers.tiling import limit_side
-from codefend.types import CodefendError, Purifier
+from codefend.types import CodefendError
 
 Mode = Literal["purify", "detect", "block"]
 Encoding = Literal["auto", "png", "jpeg", "webp"]
@@ -67,7 +67,6 @@ class Runner(Protocol):
     """What purifies: a ``Worker`` in this process or a ``Pool`` of them in others."""
 
     name: str
-    can_score: bool
     threshold: float | None  # calibrated for this purifier's score, if its weights carry one
 
     def run(self, jobs: Sequence[Job]) -> list[Result]: ...
@@ -97,10 +96,8 @@ class Worker:
     ) -> None:
         self.purifier, self.limits, self.encoding = purifier, limits or Limits(), encoding
         self.device, self.batch_pixels = device_named(device, f"device {device}"), batch_pixels
-        self.name = str(getattr(purifier, "name", type(purifier).__name__))
-        self.can_score = callable(getattr(purifier, "score", None))
-        detector = getattr(purifier, "detector", None)
-        self.threshold: float | None = None if detector is None else detector.threshold
+        self.name = purifier.name
+        self.threshold = None if purifier.detector is None else purifier.detector.threshold
         self._generator = torch.Generator(self.device).manual_seed(int.from_bytes(os.urandom(7), "big"))
         self._lock = threading.Lock()
 
@@ -169,23 +166,18 @@ class Worker:
                 return [PurifyFailed("exception", f"{type(error).__name__} in purifier {self.name}")]
             return [result for item in group for result in self._purify([item], jobs)]
         return [
-            self._finish(item, jobs[item.index], purified[i], None if scores is None else float(scores[i]), seconds)
-            for i, item in enumerate(group)
+            self._finish(item, jobs[item.index], purified[i], float(scores[i]), seconds) for i, item in enumerate(group)
         ]
 
-    def _forward(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _forward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         images_in = batch.to(self.device)
         purified = self.purifier(images_in, generator=self._generator)
         if purified.shape != images_in.shape or not _finite(purified):
             raise PurifyFailed("wrong_output", f"purifier {self.name} returned nan or {tuple(purified.shape)}")
-        scores: Tensor | None = None
-        if isinstance(self.purifier, ImagePurifier) and type(self.purifier).score is ImagePurifier.score:
-            scores = self.purifier.judge(images_in, purified)  # its score, without purifying twice
-        elif self.can_score:
-            scores = self.purifier.score(images_in)  # type: ignore[attr-defined]
-        return purified.cpu(), None if scores is None else scores.cpu()
+        scores = self.purifier.judge(images_in, purified)  # its score, without purifying twice
+        return purified.cpu(), scores.cpu()
 
-    def _finish(self, item: _Decoded, job: Job, purified: Tensor, score: float | None, seconds: float) -> Result:
+    def _finish(self, item: _Decoded, job: Job, purified: Tensor, score: float, seconds: float) -> Result:
         replace = job.mode != "detect" or suspicious(score, job.threshold)
         try:
             picture = self._encode(purified if replace else item.pixels, item.kind)

@@ -24,7 +24,7 @@ from codefend.gateway.engine import OnError
 from codefend.gateway.errors import Api, Refused
 from codefend.gateway.lane import LaneOptions
 from codefend.gateway.local import local_engine
-from codefend.types import Purifier
+from codefend.purifiers.base import Purifier
 
 _Base: Any = import_module("litellm.integrations.custom_guardrail").CustomGuardrail
 _OWN = frozenset({"metadata", "proxy_server_request", "secret_fields", "standard_logging_object"})

@@ -16,7 +16,7 @@ from codefend.gateway.errors import Refused
 from codefend.gateway.fetch import Fetcher, FetchOptions
 from codefend.gateway.limits import Limits, payload
 from codefend.gateway.local import local_engine
-from codefend.types import Purifier
+from codefend.purifiers.base import Purifier
 
 NAME = "codefend"
 _WHY = "codefend cannot inspect this medium for images, so it is not loaded"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -14,12 +14,11 @@ from codefend.core.specs import parse_spec
 from codefend.types import CodefendError
 
 if TYPE_CHECKING:
-    from codefend.purifiers.base import ImagePurifier
+    from codefend.purifiers.base import Purifier
     from codefend.purifiers.nets import PurifierNet
 
-Build = Callable[[Mapping[str, object]], "ImagePurifier"]
+Build = Callable[[Mapping[str, object]], "Purifier"]
 
-AFTER = ("gate", "guided", "guides")  # options of what comes after the network, and so after the detector
 WEIGHTS = Path(__file__).parent.parent / "weights"  # shipped with the package: one folder per purifier
 
 
@@ -33,7 +32,7 @@ class PurifierSpec:
     build: Build
 
 
-def load(name_or_folder: str | Path, **options: Any) -> ImagePurifier:
+def load(name_or_folder: str | Path, **options: Any) -> Purifier:
     """Load ``"bridge"``, ``"jpeg:quality=75"``, ``"diffpure:t=0.15,steps=15"`` or a folder of trained weights.
 
     ``"hf-diffpure:ID_OR_FOLDER:t=0.1"`` and the other entries with a colon load models of `diffusers`.
@@ -51,7 +50,7 @@ def load(name_or_folder: str | Path, **options: Any) -> ImagePurifier:
     return lookup("purifier", name, PURIFIERS).build(settings)
 
 
-def _from_folder(folder: Path, settings: Mapping[str, object], *, name: str | None = None) -> ImagePurifier:
+def _from_folder(folder: Path, settings: Mapping[str, object], *, name: str | None = None) -> Purifier:
     from codefend.purifiers.nets import load_net
 
     if not folder.is_dir():
@@ -64,10 +63,9 @@ def _from_folder(folder: Path, settings: Mapping[str, object], *, name: str | No
     return wrap_net(net, meta, settings, name=name or folder.resolve().name)
 
 
-def wrap_net(net: PurifierNet, meta: Mapping[str, Any], settings: Mapping[str, object], *, name: str) -> ImagePurifier:
+def wrap_net(net: PurifierNet, meta: Mapping[str, Any], settings: Mapping[str, object], *, name: str) -> Purifier:
     """The purifier that ``meta`` (kind, options) says ``net`` is. Raises CodefendError for another kind or option."""
-    from codefend.core.specs import format_spec
-    from codefend.purifiers.base import configure
+    from codefend.purifiers.base import NetPurifier, configure
     from codefend.purifiers.detection import Detector
 
     kinds = _kinds()
@@ -75,18 +73,10 @@ def wrap_net(net: PurifierNet, meta: Mapping[str, Any], settings: Mapping[str, o
         raise CodefendError(f"{name} holds a network of unknown kind {meta.get('kind')!r}; known: {', '.join(kinds)}")
     make, fallback = kinds[meta["kind"]]
     defaults = configure(fallback, meta.get("options", {}))
-    options = configure(defaults, settings)
-    purifier: ImagePurifier = make(net, options, name=format_spec(name, options, defaults))
-    gate = getattr(options, "gate", False)
-    after = {key: getattr(defaults, key) for key in AFTER if hasattr(defaults, key)}
-    if meta.get("detector") and replace(options, **after) == defaults:  # else other residuals: its rates wouldn't hold
-        purifier.detector = Detector.from_dict(meta["detector"])
-    elif gate:
-        raise CodefendError(
-            f"{purifier.name} has no detection score to open its gate by: use the weights' own options, or calibrate "
-            "them (`codefend calibrate`)"
-        )
-    return purifier
+    purifier: NetPurifier = make(net, configure(defaults, settings), name=name, defaults=defaults)
+    detector = Detector.from_dict(meta["detector"]) if meta.get("detector") else None
+    purifier.use_detector(detector, calibrated_for=defaults)
+    return purifier.eval()
 
 
 def _kinds() -> dict[str, tuple[Any, Any]]:
@@ -109,7 +99,7 @@ def _kinds() -> dict[str, tuple[Any, Any]]:
 
 
 def _shipped(weights: str, name: str) -> Build:
-    def build(settings: Mapping[str, object]) -> ImagePurifier:
+    def build(settings: Mapping[str, object]) -> Purifier:
         folder = WEIGHTS / weights
         if not folder.is_dir():
             raise CodefendError(
@@ -121,9 +111,9 @@ def _shipped(weights: str, name: str) -> Build:
     return build
 
 
-def _foreign(module: str, function: str) -> Callable[[str, Mapping[str, object]], ImagePurifier]:
-    def build(name: str, settings: Mapping[str, object]) -> ImagePurifier:
-        made: ImagePurifier = getattr(import_module(module), function)(name, settings)
+def _foreign(module: str, function: str) -> Callable[[str, Mapping[str, object]], Purifier]:
+    def build(name: str, settings: Mapping[str, object]) -> Purifier:
+        made: Purifier = getattr(import_module(module), function)(name, settings)
         return made
 
     return build
@@ -143,7 +133,7 @@ MARKS = {  # a file by which a folder of theirs is known -> the same
 
 
 def _plain(module: str, class_name: str, options_name: str | None = None) -> Build:
-    def build(settings: Mapping[str, object]) -> ImagePurifier:
+    def build(settings: Mapping[str, object]) -> Purifier:
         from codefend.purifiers.base import configure
 
         home = import_module(module)
@@ -152,7 +142,7 @@ def _plain(module: str, class_name: str, options_name: str | None = None) -> Bui
             arguments = [configure(getattr(home, options_name)(), settings)]
         elif settings:
             raise CodefendError(f"purifier {class_name.lower()!r} has no options")
-        purifier: ImagePurifier = getattr(home, class_name)(*arguments)
+        purifier: Purifier = getattr(home, class_name)(*arguments)
         return purifier
 
     return build

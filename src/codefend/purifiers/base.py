@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from codefend.core.devices import mixed_precision
 from codefend.core.settings import check_keys, override
+from codefend.core.specs import format_spec
 from codefend.purifiers import grid, tiling
+from codefend.types import CodefendError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,31 +28,59 @@ if TYPE_CHECKING:
 Options = TypeVar("Options")
 
 
-class ImagePurifier:
-    """Images in, images out: ``[B,3,H,W]`` in [0, 1] to the same shape, range and dtype.
+class Purifier(nn.Module):
+    """Maps images ``[B,3,H,W]`` in [0, 1] to purified images of the same shape, range, dtype and device.
 
     A subclass writes `transform`, which receives float images whose sides are multiples of ``multiple``. It is
-    differentiable in the images unless ``differentiable`` is False, and never switches gradients off itself.
+    differentiable in the images unless ``differentiable`` is False, and never switches gradients off itself. What
+    callers need to know is declared in the attributes below; a subclass sets those that differ.
     """
 
-    name: str
-    stochastic: bool = False  # draws noise, from ``generator`` when given
+    name: str = "purifier"
+    stochastic: bool = False  # adds noise, drawn from ``generator`` when given
     differentiable: bool = True
-    evaluations: int = 0  # of a network, per picture
+    surrogate: bool = False  # its gradient is not its own, see `codefend.defense.StraightThrough`
+    evaluations: int = 0  # network evaluations per image
     multiple: int = 1  # pixels
-    tiled: bool = True  # False when pixels far apart depend on each other's place
+    tiled: bool = True  # False when `transform` is not local, so that tiles would change the result
     detector: Detector | None = None  # calibrated for these weights with these options
-    gate: bool = False  # let pictures pass as they are that the detector finds clean; needs one
-    guidance: Guidance | None = None  # moves what is purified further away from the attacked picture's features
+    gate: bool = False  # return images unchanged that the detector finds clean; needs a detector
+    guidance: Guidance | None = None  # moves purified images away from the features of the attacked ones
+
+    def __init__(self, options: Any = None, *, name: str | None = None, defaults: Any = None) -> None:
+        """``options`` is a frozen dataclass; the name spells those that differ from ``defaults`` (the class's own)."""
+        super().__init__()
+        self.options, self.defaults = options, type(options)() if defaults is None else defaults
+        self.base_name = name or self.name
+        self.name = self.base_name if options is None else format_spec(self.base_name, options, self.defaults)
+
+    if TYPE_CHECKING:  # what `nn.Module.__call__` passes on to `forward`
+
+        def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor: ...
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
+        """Purify ``[B,3,H,W]`` whose sides are multiples of ``multiple``; the result is clipped to [0, 1] afterwards."""
         raise NotImplementedError
 
-    def cost(self, height: int, width: int) -> int:
-        """Multiply-adds of `transform` for one picture of this size; only networks are counted."""
-        return 0
+    def replace(self, **options: Any) -> Purifier:
+        """The same purifier with other options, as in ``purifier.replace(evaluations=1)``; networks are shared.
 
-    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+        Raises CodefendError for an unknown option or a value that doesn't fit.
+        """
+        if self.options is None:
+            raise CodefendError(f"purifier {self.name} has no options")
+        return type(self)(configure(self.options, options))
+
+    def cost(self, height: int, width: int) -> int:
+        """Multiply-adds of `transform` for one image of this size; 0 without a network, else counted by running it."""
+        weight = next(self.parameters(), None)
+        if weight is None:
+            return 0
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.transform(torch.zeros(1, 3, height, width, device=weight.device), None)
+        return int(counter.get_total_flops() // 2)
+
+    def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         """Purify ``[B,3,H,W]``. Raises ValueError on another shape, on integers, or for a gate without detector."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or images.numel() == 0:
             raise ValueError(f"expected float images [B,3,H,W], got {images.dtype} {tuple(images.shape)}")
@@ -57,11 +88,11 @@ class ImagePurifier:
         if not self.gate:
             return purified if self.guidance is None else clip(self.guidance(images, purified))
         if self.detector is None:
-            raise ValueError(f"{self.name} has a gate, and no detector to open it by")
+            raise ValueError(f"{self.name} has a gate but no detector to control it")
         share = self.detector.suspicion(images, purified).to(images.dtype)
-        if self.guidance is not None and (kept := share > 0).any():  # the others pass as they are
+        if self.guidance is not None and (open_ := share > 0).any():  # the others stay unchanged
             purified = purified.clone()
-            purified[kept] = clip(self.guidance(images[kept], purified[kept]))
+            purified[open_] = clip(self.guidance(images[open_], purified[open_]))
         return torch.lerp(images, purified, share.view(-1, 1, 1, 1))
 
     def transformed(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
@@ -119,11 +150,35 @@ class ImagePurifier:
         guided = 0 if self.guidance is None else self.guidance.multiply_adds(height, width)
         return guided + sum(self.cost(bottom - top, right - left) for top, bottom, left, right in boxes)
 
-    def __repr__(self) -> str:
-        return f"<purifier {self.name}>"
+    def extra_repr(self) -> str:
+        return self.name
 
 
-class NetPurifier(ImagePurifier):
+class WrappedPurifier(Purifier):
+    """Another purifier with something added to its calls; it declares what that one declares."""
+
+    def __init__(self, purifier: Purifier) -> None:
+        super().__init__()
+        self.purifier = purifier
+        self.name, self.evaluations = purifier.name, purifier.evaluations
+        self.stochastic, self.differentiable = purifier.stochastic, purifier.differentiable
+        self.surrogate, self.multiple, self.tiled = purifier.surrogate, purifier.multiple, purifier.tiled
+        self.detector, self.gate, self.guidance = purifier.detector, purifier.gate, purifier.guidance
+
+    def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+        return self.purifier(images, generator=generator)
+
+    def transformed(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+        return self.purifier.transformed(images, generator=generator)
+
+    def judge(self, images: Tensor, purified: Tensor) -> Tensor:
+        return self.purifier.judge(images, purified)
+
+    def cost(self, height: int, width: int) -> int:
+        return self.purifier.cost(height, width)
+
+
+class NetPurifier(Purifier):
     """A purifier around a network, which follows the images to their device.
 
     It purifies in mixed precision where the processor is quicker at that (see `devices`): on photographs a pixel
@@ -131,7 +186,11 @@ class NetPurifier(ImagePurifier):
     computes in the network's own dtype.
     """
 
-    def __init__(self, net: PurifierNet) -> None:
+    evaluations_option: str = "evaluations"  # the field of ``options`` that sets the number of evaluations
+    after_network: tuple[str, ...] = ()  # options that change nothing about what a detector sees
+
+    def __init__(self, net: PurifierNet, options: Any, *, name: str | None = None, defaults: Any = None) -> None:
+        super().__init__(options, name=name, defaults=defaults)
         self.net = net
         self.multiple = net.multiple
 
@@ -145,6 +204,31 @@ class NetPurifier(ImagePurifier):
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
         raise NotImplementedError
+
+    def replace(self, **options: Any) -> NetPurifier:
+        """As `Purifier.replace`; the detector stays where it was calibrated for these options.
+
+        ``evaluations`` stands for whichever option sets their number. Raises CodefendError as `Purifier.replace`, and
+        for a gate that is left without a detector.
+        """
+        settings = {self.evaluations_option if key == "evaluations" else key: value for key, value in options.items()}
+        changed = type(self)(self.net, configure(self.options, settings), name=self.base_name, defaults=self.defaults)
+        changed.use_detector(self.detector, calibrated_for=self.options)
+        return changed
+
+    def use_detector(self, detector: Detector | None, *, calibrated_for: Any) -> None:
+        """Take ``detector`` if the network runs with the options it was calibrated for: others change its error rates.
+
+        Raises CodefendError for a gate that is left without one.
+        """
+        unchanged = {key: getattr(self.options, key) for key in self.after_network}
+        if detector is not None and replace(calibrated_for, **unchanged) == self.options:
+            self.detector = detector
+        elif self.gate:
+            raise CodefendError(
+                f"{self.name} has no detection score to open its gate by: use the weights' own options, or calibrate "
+                "them (`codefend calibrate`)"
+            )
 
     def cost(self, height: int, width: int) -> int:
         return self.evaluations * self.net.multiply_adds(height, width)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Generator, Tensor
 
-from codefend.core.specs import format_spec
 from codefend.purifiers.base import NetPurifier
 from codefend.purifiers.diffusion import bridge_purify
 from codefend.purifiers.guidance import Guidance, names_of
@@ -41,14 +41,17 @@ class BridgeOptions:
 class Bridge(NetPurifier):
     """One to four network evaluations along the bridge; deterministic unless ``sigma`` adds noise first."""
 
-    def __init__(self, net: PurifierNet, options: BridgeOptions | None = None, *, name: str | None = None) -> None:
-        super().__init__(net)
-        self.options = options = options or BridgeOptions()
+    name = "bridge"
+    after_network = ("gate", "guided", "guides")
+    options: BridgeOptions
+
+    def __init__(self, net: PurifierNet, options: BridgeOptions | None = None, **naming: Any) -> None:
+        options = options or BridgeOptions()
+        super().__init__(net, options, **naming)
         self.evaluations = options.evaluations
         self.stochastic = options.sigma > 0
         self.gate = options.gate
         self.guidance = Guidance.by(options.guided, options.guides) if options.guided else None
-        self.name = name or format_spec("bridge", options, BridgeOptions())
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
         o = self.options

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Generator, Tensor
 
-from codefend.core.specs import format_spec
 from codefend.purifiers.base import NetPurifier
 from codefend.purifiers.diffusion import diffpure
 from codefend.purifiers.nets import PurifierNet
@@ -36,13 +36,14 @@ class DiffPureOptions:
 class DiffPure(NetPurifier):
     """The re-implemented baseline on our own prior; exact gradients through every evaluation."""
 
-    stochastic = True
+    name, stochastic = "diffpure", True
+    evaluations_option = "steps"
+    options: DiffPureOptions
 
-    def __init__(self, net: PurifierNet, options: DiffPureOptions | None = None, *, name: str | None = None) -> None:
-        super().__init__(net)
-        self.options = options = options or DiffPureOptions()
+    def __init__(self, net: PurifierNet, options: DiffPureOptions | None = None, **naming: Any) -> None:
+        options = options or DiffPureOptions()
+        super().__init__(net, options, **naming)
         self.evaluations = options.steps or max(1, round(1000 * options.t))
-        self.name = name or format_spec("diffpure", options, DiffPureOptions())
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
         o = self.options

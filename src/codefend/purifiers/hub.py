@@ -15,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from codefend.core.files import write_atomic
-from codefend.purifiers.base import ImagePurifier
+from codefend.purifiers.base import Purifier
 from codefend.purifiers.nets import NetConfig, PurifierNet, load_net
 from codefend.types import CodefendError
 
@@ -88,7 +88,7 @@ class PurifierModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers
         clean: Tensor = self.network(images, s, sigma)
         return clean
 
-    def purifier(self, *, name: str = "", **settings: object) -> ImagePurifier:
+    def purifier(self, *, name: str = "", **settings: object) -> Purifier:
         """The images-in, images-out object around this network. Raises CodefendError for an unknown option."""
         from codefend.purifiers import wrap_net
 
@@ -116,7 +116,7 @@ class PurifierModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers
         return super()._upload_folder(working_dir, repo_id, **options)
 
 
-def build_hub(name: str, settings: Mapping[str, object]) -> ImagePurifier:
+def build_hub(name: str, settings: Mapping[str, object]) -> Purifier:
     """``hub:ID_OR_FOLDER``. Raises CodefendError when it cannot be had, or holds something else."""
     source = name.removeprefix(PREFIX)
     if not source:
@@ -129,5 +129,5 @@ def build_hub(name: str, settings: Mapping[str, object]) -> ImagePurifier:
     except Exception as error:  # OSError, ValueError and more
         raise CodefendError(f"cannot load {source!r}: {str(error).strip().splitlines()[0]}") from error
     model.requires_grad_(False)
-    purifier: ImagePurifier = model.purifier(name=name, **settings)
+    purifier: Purifier = model.purifier(name=name, **settings)
     return purifier

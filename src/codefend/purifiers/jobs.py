@@ -16,7 +16,8 @@ from codefend.core import images
 from codefend.core.devices import default_device
 from codefend.core.files import write_atomic
 from codefend.core.runs import Run, make_generator, open_run, progress, read_config
-from codefend.types import CodefendError, Purifier
+from codefend.purifiers.base import Purifier
+from codefend.types import CodefendError
 
 MANIFEST = ".codefend"  # the run folder kept inside the output folder
 
@@ -250,24 +251,19 @@ def _purify_chunk(
                 _write(job, loaded, pixels, score, run, options, outcome)
 
 
-def _scores(
-    purifier: Purifier, group: Sequence[tuple[Job, images.LoadedImage]], results: Tensor
-) -> Sequence[float | None]:
-    """The detection score of each picture, where the purifier has one."""
-    judge = getattr(purifier, "judge", None)
-    if judge is None:
-        return [None] * len(group)
+def _scores(purifier: Purifier, group: Sequence[tuple[Job, images.LoadedImage]], results: Tensor) -> list[float]:
+    """The detection score of each image."""
     with torch.no_grad():
         batch = torch.stack([loaded.pixels for _, loaded in group]).to(default_device())
-        found: list[float] = judge(batch, results.to(batch.device)).tolist()
-    return found
+        scores: list[float] = purifier.judge(batch, results.to(batch.device)).tolist()
+    return scores
 
 
 def _write(
     job: Job,
     loaded: images.LoadedImage,
     pixels: Tensor,
-    score: float | None,
+    score: float,
     run: Run,
     options: Options,
     outcome: Outcome,
@@ -277,7 +273,7 @@ def _write(
         source, digest = job.stamp(), _digest(data)
         # The row goes first: a kill in between leaves a promise to make the file, not a file that nobody knows.
         row = {"key": f"{source} {digest}", "source": source, "name": job.name, "digest": digest}
-        run.append(row if score is None else {**row, "score": score})
+        run.append({**row, "score": score})
         write_atomic(job.target, data)
         outcome.done += 1
     except CodefendError as error:

@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from codefend.core.specs import format_spec
-from codefend.purifiers.base import ImagePurifier
+from codefend.purifiers.base import Purifier
 from codefend.types import CodefendError
 
 
-class Identity(ImagePurifier):
+class Identity(Purifier):
     """No defence: the control row of every table."""
 
     name = "identity"
@@ -31,15 +30,17 @@ class JpegOptions:
             raise CodefendError(f"jpeg quality must be 1 to 100, got {self.quality}")
 
 
-class Jpeg(ImagePurifier):
+class Jpeg(Purifier):
     """Through a real JPEG codec and back, chroma not subsampled (Das et al. 2018, SHIELD, arXiv 1802.06816)."""
 
+    name = "jpeg"
     differentiable = False
     tiled = False  # the codec's 8x8 grid starts at the picture's corner
 
+    options: JpegOptions
+
     def __init__(self, options: JpegOptions | None = None) -> None:
-        self.options = options or JpegOptions()
-        self.name = format_spec("jpeg", self.options, JpegOptions())
+        super().__init__(options or JpegOptions())
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
         from codefend.core import images as pictures
@@ -60,14 +61,16 @@ class BitDepthOptions:
         _check_odd(self.median)
 
 
-class BitDepth(ImagePurifier):
+class BitDepth(Purifier):
     """Fewer bits per colour, then a median filter (Xu et al. 2018, Feature Squeezing, arXiv 1704.01155)."""
 
+    name = "bitdepth"
     differentiable = False
 
+    options: BitDepthOptions
+
     def __init__(self, options: BitDepthOptions | None = None) -> None:
-        self.options = options or BitDepthOptions()
-        self.name = format_spec("bitdepth", self.options, BitDepthOptions())
+        super().__init__(options or BitDepthOptions())
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
         levels = 2**self.options.bits - 1
@@ -82,12 +85,14 @@ class MedianOptions:
         _check_odd(self.size)
 
 
-class Median(ImagePurifier):
+class Median(Purifier):
     """Median filter over a square window, each colour by itself (Xu et al. 2018, arXiv 1704.01155)."""
 
+    name = "median"
+    options: MedianOptions
+
     def __init__(self, options: MedianOptions | None = None) -> None:
-        self.options = options or MedianOptions()
-        self.name = format_spec("median", self.options, MedianOptions())
+        super().__init__(options or MedianOptions())
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
         return median_filter(images, self.options.size)
@@ -102,12 +107,14 @@ class BlurOptions:
             raise CodefendError(f"blur sigma must be above 0 and at most 20 pixels, got {self.sigma:g}")
 
 
-class Blur(ImagePurifier):
+class Blur(Purifier):
     """Gaussian blur, the kernel cut at four standard deviations."""
 
+    name = "blur"
+    options: BlurOptions
+
     def __init__(self, options: BlurOptions | None = None) -> None:
-        self.options = options or BlurOptions()
-        self.name = format_spec("blur", self.options, BlurOptions())
+        super().__init__(options or BlurOptions())
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
         radius = int(4 * self.options.sigma + 0.5)

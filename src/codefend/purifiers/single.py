@@ -12,7 +12,7 @@ from torch import Tensor
 
 from codefend import purifiers
 from codefend.core import images
-from codefend.purifiers.base import ImagePurifier as Purifier
+from codefend.purifiers.base import Purifier
 from codefend.types import CodefendError
 
 

@@ -22,8 +22,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from codefend.contrib.backbones.vp import VPDenoiser, require, table_of
-from codefend.core.specs import format_spec
-from codefend.purifiers.base import ImagePurifier, configure
+from codefend.purifiers.base import Purifier, configure
 from codefend.purifiers.diffusion import denoise_from, evaluate, noise_like, per_image
 from codefend.types import CodefendError
 
@@ -72,15 +71,24 @@ class Latents(nn.Module):
         return pixels.float() / 2 + 0.5
 
 
-class LatentPurifier(ImagePurifier):
+class LatentPurifier(Purifier):
     """Purify in the latents of Stable Diffusion; differentiable through both halves of the autoencoder."""
 
-    def __init__(self, latents: Latents, options: LatentOptions | None = None, *, name: str | None = None) -> None:
-        self.latents, self.options = latents, options or LatentOptions()
+    name = "hf-latent"
+    options: LatentOptions
+
+    def __init__(self, latents: Latents, options: LatentOptions | None = None, **naming: Any) -> None:
+        super().__init__(options or LatentOptions(), **naming)
+        self.latents = latents
         self.evaluations = self.options.steps if self.options.t > 0 else 0
         self.stochastic = self.options.t > 0
         self.multiple = latents.fold * latents.denoiser.multiple
-        self.name = name or format_spec("hf-latent", self.options, LatentOptions())
+
+    def replace(self, **options: Any) -> LatentPurifier:
+        """As `Purifier.replace`; ``evaluations`` are its steps."""
+        settings = {"steps" if key == "evaluations" else key: value for key, value in options.items()}
+        changed = configure(self.options, settings)
+        return LatentPurifier(self.latents, changed, name=self.base_name, defaults=self.defaults)
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
         weight = next(self.latents.parameters())
@@ -226,7 +234,7 @@ def from_folder(folder: Path, meta: Mapping[str, Any], settings: Mapping[str, ob
     for name, parameter in own.items():
         parameter.data.copy_(state[name])
     latents.requires_grad_(False)
-    return LatentPurifier(latents, options, name=format_spec(folder.resolve().name, options, defaults))
+    return LatentPurifier(latents, options, name=folder.resolve().name, defaults=defaults)
 
 
 def build_latent(name: str, settings: Mapping[str, object]) -> LatentPurifier:
@@ -237,6 +245,4 @@ def build_latent(name: str, settings: Mapping[str, object]) -> LatentPurifier:
         raise CodefendError(f"name a model, as in {PREFIX}stabilityai/sd-turbo or {PREFIX}./folder")
     if (Path(source) / ADAPTERS).is_file():
         return from_folder(Path(source), read_meta(Path(source)), settings)
-    return LatentPurifier(
-        load_latents(source, options.dtype), options, name=format_spec(name, options, LatentOptions())
-    )
+    return LatentPurifier(load_latents(source, options.dtype), options, name=name)

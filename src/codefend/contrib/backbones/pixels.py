@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from codefend.contrib.backbones.vp import FIXED, LEARNED, VPDenoiser, load_part, require, table_of
-from codefend.core.specs import format_spec
 from codefend.purifiers.base import configure
 from codefend.purifiers.bridge import Bridge, BridgeOptions
 from codefend.purifiers.diffpure import DiffPure, DiffPureOptions
@@ -77,7 +76,7 @@ def build_diffpure(name: str, settings: Mapping[str, object]) -> DiffPure:
     """``hf-diffpure:ID_OR_FOLDER``. Raises CodefendError for a wrong option before anything is loaded."""
     options = configure(HFDiffPureOptions(), settings)
     net: Any = load_denoiser(_source(name, DIFFPURE))
-    return DiffPure(net, options, name=format_spec(name, options, HFDiffPureOptions()))
+    return DiffPure(net, options, name=name)
 
 
 def build_bridge(name: str, settings: Mapping[str, object]) -> Bridge:
@@ -89,7 +88,7 @@ def build_bridge(name: str, settings: Mapping[str, object]) -> Bridge:
     if options.gate:
         raise CodefendError(f"{name} has no detection score to open a gate by: leave gate=true out")
     net: Any = load_denoiser(_source(name, BRIDGE))
-    return Bridge(net, options, name=format_spec(name, options, BridgeOptions()))
+    return Bridge(net, options, name=name)
 
 
 def _source(name: str, prefix: str) -> str:

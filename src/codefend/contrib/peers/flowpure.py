@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
 from codefend.contrib.peers.base import SMALLEST, PairsPeerConfig, PeerConfig, mean_square, spread, train_peer
-from codefend.core.specs import format_spec
 from codefend.purifiers.base import NetPurifier
 from codefend.purifiers.diffusion import SHIFT_DATA, Denoiser, evaluate, noise_like, per_image
 from codefend.purifiers.nets import PurifierNet
@@ -108,12 +107,14 @@ class FlowOptions:
 class FlowPure(NetPurifier):
     """Euler steps along a learned flow; noise only in the Gaussian form."""
 
-    def __init__(self, net: PurifierNet, options: FlowOptions | None = None, *, name: str | None = None) -> None:
-        super().__init__(net)
-        self.options = options = options or FlowOptions()
+    name, evaluations_option = "flowpure", "steps"
+    options: FlowOptions
+
+    def __init__(self, net: PurifierNet, options: FlowOptions | None = None, **naming: Any) -> None:
+        options = options or FlowOptions()
+        super().__init__(net, options, **naming)
         self.evaluations = options.steps
         self.stochastic = options.noise > 0
-        self.name = name or format_spec("flowpure", options, FlowOptions())
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
         return flow_purify(self.net, images, self.options, generator=generator)

@@ -27,7 +27,8 @@ from codefend.prompts.asking import Policy
 from codefend.prompts.folders import language_model
 from codefend.prompts.items import Item, benign
 from codefend.prompts.writer import Writer
-from codefend.types import Budget, CodefendError, Example, Purifier, Task, Victim, WhiteBox
+from codefend.purifiers.base import Purifier
+from codefend.types import Budget, CodefendError, Example, Task, Victim, WhiteBox
 
 BARE = "none"
 BATCH = 8
@@ -280,7 +281,7 @@ class Kitchen:
         if self.policy is None:
             return self.victim
         purifier = self.purifiers[label]
-        if purifier is not None and not getattr(purifier, "differentiable", True):
+        if purifier is not None and not purifier.differentiable:
             purifier = StraightThrough(purifier)
         noise = make_generator(self.attack.seed, "through", task.name, family, label)
         return DefendedVictim(self.victim, Defense(purifier, self.policy, label), generator=noise)

@@ -17,10 +17,11 @@ from codefend.prompts.items import Item, Score, choose, pareto
 from codefend.prompts.operators import EditOperators
 from codefend.prompts.proposers import Endpoint, ModelProposer, Proposer, Resilient, WriterProposer
 from codefend.prompts.soft import open_weight, train_soft
+from codefend.purifiers.base import Purifier
 from codefend.training.prompt_search.bank import BARE, Kitchen, Sources, white_box
 from codefend.training.prompt_search.card import card
 from codefend.training.prompt_search.config import SearchConfig, check, seed_policy
-from codefend.types import Purifier, Task, Victim
+from codefend.types import Task, Victim
 
 HAND_WRITTEN = "adashield-static"
 

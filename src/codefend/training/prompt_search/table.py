@@ -22,6 +22,7 @@ from codefend.core.runs import Row, Run, check_run, open_run, plain, progress
 from codefend.core.specs import split_specs
 from codefend.prompts.asking import Asker, Policy, prompted
 from codefend.prompts.items import Item, is_refusal
+from codefend.purifiers.base import Purifier
 from codefend.tasks.metrics import Interval, bootstrap_interval
 from codefend.training.prompt_search.bank import (
     BARE,
@@ -32,7 +33,7 @@ from codefend.training.prompt_search.bank import (
     check_families,
     white_box,
 )
-from codefend.types import CodefendError, Purifier, Task, Victim
+from codefend.types import CodefendError, Task, Victim
 
 TIMED = 6  # items whose answers are timed one by one, per policy
 
