@@ -48,7 +48,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "stadv": {"limit": 0.1},
 }
 SHARED = ("universal",)  # one perturbation for a batch: single examples may lose
-AUGMENTED = ("dim", "ssa-cwa", "pureproof", "stadv")  # their gradients are taken somewhere else than at the image
+AUGMENTED = (
+    "dim",
+    "ssa-cwa",
+    "pureproof",
+    "stadv",
+    "low-frequency",
+)  # no gradient at the image itself
 
 
 every_attack = pytest.mark.parametrize("spec", ATTACKS.values(), ids=lambda spec: spec.name)

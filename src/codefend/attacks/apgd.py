@@ -4,10 +4,10 @@ Two rules differ from the paper's, as in the Adversarial Robustness Toolbox, who
 language model's loss (docs/notebook): a step counts as progress when it is below the best so far, not below the last;
 and after a return to the best point the momentum is that of the move which led there.
 
-A third rule is for stochastic objectives. The lowest of many noisy losses is a lucky one: no later iterate seems to
-improve on it, so the step size halves at every checkpoint and the search returns to that point again and again. With
-``Budget.eot`` above 1 the best point is therefore evaluated again at each checkpoint, with its gradient, on fresh
-samples; where the present iterate is lower than that, it becomes the best.
+A third rule is for stochastic objectives. The lowest of many noisy losses is a lucky one: no later iterate improves on
+it, so the step size halves at every checkpoint and the search returns to that point again and again. With
+``Budget.eot`` above 1 the best point is therefore evaluated again on fresh samples at each checkpoint, with its
+gradient: one more gradient in 2 to 20 steps. Where the present iterate is lower than that, it becomes the best.
 """
 
 from __future__ import annotations
@@ -72,6 +72,10 @@ class APGD(ImageAttack):
             gains = gains + better
             best_grad, before_best = choose(better, grad, best_grad), choose(better, previous_x, before_best)
             if k in marks:
+                if budget.eot > 1:
+                    best.losses, best_grad = self.gradient(objective, best.images, budget.eot)
+                    better = best.update(x, f)
+                    best_grad, before_best = choose(better, grad, best_grad), choose(better, previous_x, before_best)
                 stalled = gains < self.rho * (k - last_mark)  # condition 1
                 stalled |= ~halved & (best.losses >= best_at_mark)  # condition 2
                 eta = torch.where(stalled, eta / 2, eta)

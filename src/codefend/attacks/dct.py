@@ -14,3 +14,8 @@ def dct_matrix(size: int, like: Tensor) -> Tensor:
     matrix = (math.pi / size * (k + 0.5) * k.unsqueeze(1)).cos() * math.sqrt(2 / size)
     matrix[0] /= math.sqrt(2)
     return matrix.to(like.dtype)
+
+
+def finite(gradient: Tensor) -> Tensor:
+    """``gradient`` with zeros for the entries that are not finite, as a hook."""
+    return torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)

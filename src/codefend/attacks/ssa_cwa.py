@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from codefend.attacks.base import ImageAttack
-from codefend.attacks.dct import dct_matrix
+from codefend.attacks.dct import dct_matrix, finite
 from codefend.attacks.norms import descend, direction, normal, pixel_scale, project, spread, uniform
 from codefend.attacks.objectives import Ensemble
 from codefend.types import Budget, Objective
@@ -26,7 +26,7 @@ def simulate_spectrum(images: Tensor, sigma: float, rho: float, generator: Gener
     mask = 1 + rho * (2 * uniform(images, generator) - 1)
     back: Tensor = rows.T @ (spectrum * mask) @ columns
     if back.requires_grad:  # the transform would smear one bad entry over the whole gradient
-        back.register_hook(lambda grad: torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0))
+        back.register_hook(finite)
     return back
 
 

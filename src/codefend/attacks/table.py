@@ -22,6 +22,14 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "codefend.attacks.pgd:PGD",
     ),
     AttackSpec(
+        "pgd-decay",
+        "projected gradient descent with momentum and falling steps, for stochastic defenses",
+        "Madry et al. 2018, arXiv 1706.06083; momentum after Dong et al. 2018, arXiv 1710.06081",
+        "white-box",
+        "codefend.attacks.pgd_decay:PGDDecay",
+        steps=40,
+    ),
+    AttackSpec(
         "pgd-targeted",
         "projected gradient descent towards the attacker's sentence",
         "Madry et al. 2018, arXiv 1706.06083; Qi et al. 2023, arXiv 2306.13213",
@@ -92,6 +100,13 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "Carlini & Wagner 2017, arXiv 1608.04644",
         "white-box",
         "codefend.attacks.cw:CW",
+    ),
+    AttackSpec(
+        "low-frequency",
+        "Adam on the lowest cosine frequencies of the perturbation, inside the ball",
+        "after DiffBreak, Kassis et al. 2025, arXiv 2411.16598; basis of Guo et al. 2018, arXiv 1809.08758",
+        "white-box",
+        "codefend.attacks.low_frequency:LowFrequency",
     ),
     AttackSpec(
         "square",
