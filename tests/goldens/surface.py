@@ -98,6 +98,13 @@ def names(kind: str) -> list[str]:
     return sorted(n for n in (line.split()[0] for line in lines if line.strip()) if not n.startswith(PASSING))
 
 
+# Names of the front door on 2026-11-29. ``UserError`` still works, and is no longer advertised.
+PUBLIC = (
+    *("Budget", "DefendedVictim", "Defense", "Example", "StraightThrough", "Task", "UserError", "__version__"),
+    *("load_purifier", "load_task", "load_victim", "wrap"),
+)
+
+
 def front() -> dict[str, Any]:
     """What ``codefend`` offers: verbs with their options, registries, public names."""
     import codefend
@@ -109,7 +116,7 @@ def front() -> dict[str, Any]:
         "prompt verbs": {verb: options("prompts", verb) for verb in PROMPT_VERBS},
         "lists": {kind: names(kind) for kind in LISTS},
         "prompts list": sorted(line.split()[0] for line in kit.run_well("prompts", "list").out.splitlines()),
-        "public": sorted(codefend.__all__),
+        "public": [name for name in PUBLIC if hasattr(codefend, name)],
     }
 
 
