@@ -1,6 +1,6 @@
-"""A defended victim is a victim: the same methods, so every attack, task and metric works on it unchanged.
+"""Defenses, and victims behind them. A defended victim is a victim: attacks, tasks and metrics work on it unchanged.
 
-Attack the bare victim and judge the defended one: the oblivious threat (T0). Attack the defended one: adaptive (T2).
+Attack the bare victim and judge the defended one: oblivious (T0). Attack the defended one: adaptive white-box (T2).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from codefend.types import HasFeatures, HasLoss, HasMargins, HasWordScores, Vict
 
 @dataclass(frozen=True)
 class Defense:
-    """A purifier, a prompt policy, or both. ``None`` leaves that side alone."""
+    """A purifier, a prompt policy, or both; ``None`` applies none."""
 
     purifier: Purifier | None = None
-    policy: Callable[[str], str] | None = None  # of codefend.prompts: words around words, or a soft prefix
+    policy: Callable[[str], str] | None = None  # of codefend.prompts: text around the query, or a soft prefix
     name: str = "none"
 
     @classmethod
@@ -45,12 +45,13 @@ class Defense:
         return cls(purifier if purifier.differentiable else StraightThrough(purifier), policy, purifier.name)
 
     def images(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
-        """What the victim sees, ``[B,3,H,W]``, where the images lay; purified on the default device."""
+        """The purified images ``[B, 3, H, W]``, on their own device; purification runs on the default device."""
         if self.purifier is None:
             return images
         return self.purifier(images.to(default_device()), generator=generator).to(images.device)
 
     def prompts(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts with the policy applied."""
         return list(prompts) if self.policy is None else [self.policy(p) for p in prompts]
 
 

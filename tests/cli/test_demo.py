@@ -35,7 +35,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(folder: Path, config: EvalConfig = TOY, victim: object = None) -> tuple[int, str]:
     console = Console(file=io.StringIO(), record=True, width=160)
-    code = run_demo(folder, config=config, ours="leaky", loaders=toys.loaders(victim), console=console)
+    code = run_demo(folder, config=config, defense="leaky", loaders=toys.loaders(victim), console=console)
     return code, console.export_text()
 
 
@@ -43,10 +43,10 @@ def test_works(tmp_path: Path) -> None:
     code, shown = run(tmp_path)
     assert code == 0
     last = shown.strip().splitlines()[-1]
-    assert last.startswith("CoDefend works on this machine: the attack leaves the undefended model ")
+    assert last.startswith("CoDefend works on this machine: under an oblivious attack the undefended model keeps ")
     assert last.endswith(
-        "and leaky brings it back to 100% (4 of task questions and 4 of task captions; "
-        "an attacker who sees through leaky leaves 0% on fewer images)."
+        "and with leaky 100% (4 of task questions and 4 of task captions); "
+        "under an adaptive attack leaky keeps 0% (fewer images)."
     )
     assert "captions T2" in shown
     assert (tmp_path / "report.html").is_file()
@@ -58,13 +58,13 @@ def test_defense_that_does_nothing(tmp_path: Path) -> None:
     rows = evaluate(config, tmp_path, loaders=toys.loaders())
     works, sentence = verdict(rows, "rounded")
     assert not works
-    assert sentence.startswith("CoDefend does not work on this machine: the attack leaves")
+    assert sentence.startswith("CoDefend does not work on this machine: under an oblivious")
 
 
 def test_attack_that_does_nothing(tmp_path: Path) -> None:
     code, shown = run(tmp_path, replace(TOY, eps=(1.0,)))
     assert code == 1
-    assert "could not be shown to work on this machine, as the attack is too weak" in shown
+    assert "Inconclusive, because the attack is too weak" in shown
 
 
 def test_model_that_knows_nothing(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_model_that_knows_nothing(tmp_path: Path) -> None:
 
     code, shown = run(tmp_path, victim=Mute())
     assert code == 1
-    assert "even on clean images the model scores 0% only." in shown
+    assert "the model scores only 0% on clean images." in shown
 
 
 def test_missing_plots_do_not_cost_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

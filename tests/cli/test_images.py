@@ -1,4 +1,4 @@
-"""The verbs for single pictures: purify, ask, caption and attack."""
+"""The verbs for single images: purify, ask, caption and attack."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def dark(tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("toys")
-def test_purify_writes_the_picture(dark: Path, run: Run) -> None:
+def test_purify_writes_the_image(dark: Path, run: Run) -> None:
     out_path = dark.parent / "out.png"
     code, out, err = run("purify", dark, "-o", out_path, "--purifier", "brighten")
     assert (code, out, err) == (0, f"purified 1 -> {out_path}\n", "")
@@ -103,14 +103,14 @@ def test_attack_stays_in_its_budget_and_shows_both_answers(dark: Path, run: Run)
 @pytest.mark.usefixtures("toys")
 @pytest.mark.parametrize("name", ["stadv", "patch"])
 def test_attack_with_a_bound_of_its_own_is_not_clipped_to_the_ball(tmp_path: Path, run: Run, name: str) -> None:
-    picture = images.quantize8(torch.rand(3, 24, 24, generator=torch.Generator().manual_seed(0)) * 0.8)
-    images.save(tmp_path / "in.png", picture)
+    image = images.quantize8(torch.rand(3, 24, 24, generator=torch.Generator().manual_seed(0)) * 0.8)
+    images.save(tmp_path / "in.png", image)
     command = ("attack", tmp_path / "in.png", "--attack", name, "--question", "how?", "--eps", "1/255", "--steps", 8)
     code, _, err = run(*command, "-o", tmp_path / "adv.png")
     assert (code, err) == (0, "")
     attacked, attack = images.load(tmp_path / "adv.png").pixels, ATTACKS[name].build()
-    assert float((attacked - picture).abs().max()) > 4 / 255
-    assert attack.outside(attacked[None], picture[None]).tolist() == [0]
+    assert float((attacked - image).abs().max()) > 4 / 255
+    assert attack.outside(attacked[None], image[None]).tolist() == [0]
 
 
 @pytest.mark.usefixtures("toys")

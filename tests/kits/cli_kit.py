@@ -40,7 +40,7 @@ class Brighten(PlainPurifier):
 
 
 class Toy:
-    """A white-box victim that tells dark pictures from bright ones."""
+    """A white-box victim that tells dark images from bright ones."""
 
     name = "toy"
 

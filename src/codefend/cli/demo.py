@@ -1,4 +1,4 @@
-"""A few test images, attacked and defended, and one sentence: does the system work on this machine?"""
+"""The demo: attack and defend a few test images and say whether the system works on this machine."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ DEMO = EvalConfig(
     batch=8,
     panels=3,
 )
-OURS = "bridge"
+DEFENSE = "bridge"
 CLEAN_AT_LEAST = 0.6  # score of the undefended model on clean images, mean over tasks
-ATTACKED_AT_MOST = 0.4  # of it, left by the attack where nothing defends: else the attack is too weak to show anything
-GAIN_AT_LEAST = 0.3  # of it, that the defense brings back
+ATTACKED_AT_MOST = 0.4  # of it, undefended under attack; above, the attack is too weak to show anything
+GAIN_AT_LEAST = 0.3  # of it, that the defense restores
 
 
 def run_demo(
     run_dir: str | Path,
     *,
     config: EvalConfig = DEMO,
-    ours: str = OURS,
+    defense: str = DEFENSE,
     loaders: Loaders | None = None,
     console: Console | None = None,
 ) -> int:
     """Evaluate ``config`` in ``run_dir``, write the report, print the tables and a verdict. 0 when it works, else 1.
 
-    Run again it goes on, or shows the same verdict at once. Raises CodefendError as ``evaluate`` does.
+    Rerun it to resume, or to show the verdict again. Raises CodefendError as ``evaluate`` does.
     """
     from rich.console import Console
 
@@ -55,42 +55,42 @@ def run_demo(
     print_overview(run_dir, console)
     try:
         console.print(f"Report: {write_report(run_dir)}", soft_wrap=True, markup=False, highlight=False)
-    except CodefendError as error:  # plots are an extra; the verdict isn't
+    except CodefendError as error:  # plots need an extra, the verdict does not
         console.print(f"No report: {error}", soft_wrap=True, markup=False, highlight=False)
-    works, sentence = verdict(rows, ours)
+    works, sentence = verdict(rows, defense)
     console.print(sentence, soft_wrap=True, markup=False, highlight=False)
     return 0 if works else 1
 
 
-def verdict(rows: Sequence[Row], ours: str = OURS) -> tuple[bool, str]:
-    """Whether the rows show a model that works, falls to the attack and is brought back by ``ours``; in one sentence.
+def verdict(rows: Sequence[Row], defense: str = DEFENSE) -> tuple[bool, str]:
+    """Whether the rows show a working model, a successful attack and a defense that restores accuracy; and a sentence.
 
-    Shares are of the undefended clean score, means over the tasks.
+    Shares are of the undefended clean score, averaged over the tasks.
     """
     entries = summarize(rows)
-    clean = fmean(entry.score.mean for entry in _chosen(entries, BARE, "clean", CLEAN))
+    clean = fmean(entry.score.mean for entry in _select(entries, BARE, "clean", CLEAN))
     if not clean >= CLEAN_AT_LEAST:
-        return False, f"CoDefend does not work on this machine: even on clean images the model scores {clean:.0%} only."
-    attacked, defended = _kept(entries, BARE, "T0"), _kept(entries, ours, "T0")
-    counts = " and ".join(f"{e.score.n} of task {e.group.task}" for e in _chosen(entries, BARE, "clean", CLEAN))
+        return False, f"CoDefend does not work on this machine: the model scores only {clean:.0%} on clean images."
+    attacked, defended = _share(entries, BARE, "T0"), _share(entries, defense, "T0")
+    counts = " and ".join(f"{e.score.n} of task {e.group.task}" for e in _select(entries, BARE, "clean", CLEAN))
     facts = (
-        f"the attack leaves the undefended model {attacked:.0%} of its clean score, "
-        f"and {ours} brings it back to {defended:.0%}"
+        f"under an oblivious attack the undefended model keeps {attacked:.0%} of its clean score, "
+        f"and with {defense} {defended:.0%}"
     )
-    seen = _kept(entries, ours, "T2")
-    facts += f" ({counts}; an attacker who sees through {ours} leaves {seen:.0%} on fewer images)"
+    adaptive = _share(entries, defense, "T2")
+    facts += f" ({counts}); under an adaptive attack {defense} keeps {adaptive:.0%} (fewer images)"
     if attacked > ATTACKED_AT_MOST:
-        return False, f"CoDefend could not be shown to work on this machine, as the attack is too weak: {facts}."
+        return False, f"Inconclusive, because the attack is too weak: {facts}."
     if defended - attacked < GAIN_AT_LEAST:
         return False, f"CoDefend does not work on this machine: {facts}."
     return True, f"CoDefend works on this machine: {facts}."
 
 
-def _kept(entries: Sequence[Entry], defense: str, threat: str) -> float:
-    found = _chosen(entries, defense, threat, WORST)
-    return fmean(entry.kept for entry in found) if found else float("nan")
+def _share(entries: Sequence[Entry], defense: str, threat: str) -> float:
+    worst = _select(entries, defense, threat, WORST)
+    return fmean(entry.kept for entry in worst) if worst else float("nan")
 
 
-def _chosen(entries: Sequence[Entry], defense: str, threat: str, attack: str) -> list[Entry]:
-    wanted = (defense, threat, attack)
-    return [e for e in entries if (e.group.defense, e.group.threat, e.group.attack) == wanted]
+def _select(entries: Sequence[Entry], defense: str, threat: str, attack: str) -> list[Entry]:
+    cell = (defense, threat, attack)
+    return [e for e in entries if (e.group.defense, e.group.threat, e.group.attack) == cell]
