@@ -18,8 +18,9 @@ lint: .venv/.ready
 types: .venv/.ready
 	$(BIN)/mypy
 
+# Two processes of one thread each; a file's tests share a process, and with it the models that they load.
 unit: .venv/.ready
-	$(BIN)/pytest -m "not slow and not bench"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not bench"
 
 test-slow: .venv/.ready
 	$(BIN)/pytest -m "slow or bench"

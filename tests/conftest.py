@@ -1,4 +1,4 @@
-"""Shared fixtures. Two threads in all: the machine that this must be quick on has two cores."""
+"""Shared fixtures, and the rule for skips: in CI a test may be skipped for a listed reason only."""
 
 from __future__ import annotations
 
@@ -12,6 +12,44 @@ import torch
 
 if TYPE_CHECKING:
     from codefend.core.runs import Row, Run
+
+# What CI does not install, and why: a word of the skip reason -> the reason. In CI any other skip fails the run.
+OPTIONAL = {
+    "bitsandbytes": "quantization for GPUs",
+    "vllm": "gigabytes, for GPUs",
+    "vLLM": "gigabytes, for GPUs",
+    "litellm": "its pins conflict with this project's",
+    "LiteLLM": "its pins conflict with this project's",
+    "lmms-eval": "brings torchvision, which does not fit the pinned torch",
+    "datasets": "only read in one test of a Parquet bank",
+    "tensorboard": "an experiment tracker of the user's choice",
+    "oidn": "a baseline's library of 88 MB",
+    "Chromium": "a browser",
+    "GPU": "hardware",
+}
+_unexpected: list[str] = []
+
+
+def _note_skip(report: pytest.CollectReport | pytest.TestReport) -> None:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = str(report.longrepr[2])
+        if not any(word in reason for word in OPTIONAL):
+            _unexpected.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _note_skip(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    _note_skip(report)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _unexpected and os.environ.get("CI"):
+        print("\nskipped, and no listed reason (tests/conftest.py):", *_unexpected, sep="\n  ")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 os.environ["CODEFEND_PRECISION"] = "float32"  # the same numbers on any machine, and two ways to one of them agree
