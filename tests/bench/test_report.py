@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from codefend.bench.report import Report, read_report
-from codefend.bench.report.attacks import seen_and_unseen, success
 from codefend.bench.report.plots import score_against_eps
-from codefend.bench.report.tables import flags_of, leaderboard, number, overview, rate, results
+from codefend.bench.report.table import number, rate
+from codefend.bench.report.tables import flags_of, leaderboard, overview, results, seen_and_unseen, success
 from codefend.bench.results import (
     CLEAN,
     OVERALL,
@@ -22,9 +22,9 @@ from codefend.bench.results import (
     gaps,
     gate,
     group_of,
-    grouped,
+    group_rows,
     overall,
-    paired,
+    pair_rows,
     scores,
     strongest,
     success_rates,
@@ -40,11 +40,18 @@ pytestmark = pytest.mark.usefixtures("few_samples")
 def test_leaderboard_ranks_by_the_adaptive_worst_case(evaluated: Path) -> None:
     table = leaderboard(read_report(evaluated), "questions")
     assert table.title == "questions: vqa_accuracy at 8/255"
-    assert table.columns == ("rank", "defense", "clean", "T0 worst case", "T2 worst case", "kept", "doubts")
+    assert table.columns == (
+        "rank",
+        "defense",
+        "clean accuracy",
+        *(f"robust accuracy {t}" for t in ("T0", "T2")),
+        "of clean",
+        "warnings",
+    )
     assert texts(table.lines, 1)[0] == "smooth"
     assert set(texts(table.lines, 1)[1:3]) == {"leaky", "none"}
-    last = table.lines[-1]  # attacked at T0 only: no rank, whatever its score
-    assert (last[0], last[1], last[4], last[-1]) == ("–", "jitter", "–", "not attacked through itself")
+    last = table.lines[-1]  # T0 only: no rank, whatever its score
+    assert (last[0], last[1], last[4], last[-1]) == ("–", "jitter", "–", "no adaptive attack")
 
 
 def test_results_have_every_figure_with_denominators(evaluated: Path) -> None:
@@ -53,21 +60,26 @@ def test_results_have_every_figure_with_denominators(evaluated: Path) -> None:
     assert len(table.lines) == sum(entry.group.task == "questions" for entry in report.entries)
     leaky = next(line for line in table.lines if line[:4] == ("leaky", "T2", "apgd", "8/255"))
     cells = dict(zip(table.columns, leaky, strict=True))
-    assert cells["score"].startswith("0.00 [")
-    assert (cells["n"], cells["kept"], cells["broken"], cells["target"]) == ("6", "0%", "6/6 (100%)", "–")
+    assert cells["accuracy [95% CI]"].startswith("0.00 [")
+    assert (cells["n"], cells["of clean"], cells["attack success"], cells["target forced"]) == (
+        "6",
+        "0%",
+        "6/6 (100%)",
+        "–",
+    )
     targeted = next(line for line in table.lines if line[:4] == ("none", "T0", "apgd-targeted", "8/255"))
-    assert re.fullmatch(r"\d/\d \(\d+%\)", targeted[table.columns.index("target")])
+    assert re.fullmatch(r"\d/\d \(\d+%\)", targeted[table.columns.index("target forced")])
     assert len(results(report, "questions", brief=True).lines) < len(table.lines)
 
 
 def test_worst_case_takes_each_examples_lowest_score_and_every_weaker_threat(evaluated: Path) -> None:
-    groups = grouped(read_report(evaluated).rows)
+    groups = group_rows(read_report(evaluated).rows)
     for group, rows in worst_rows(groups).items():
         for row in rows:
             rivals = [
                 float(other["worst_scores"][other["headline"]])
-                for key, found in groups.items()
-                for other in found
+                for key, members in groups.items()
+                for other in members
                 if key.attack != CLEAN
                 and (key.task, key.defense, key.eps) == (group.task, group.defense, group.eps)
                 and other["example"] == row["example"]
@@ -78,9 +90,9 @@ def test_worst_case_takes_each_examples_lowest_score_and_every_weaker_threat(eva
 
 def test_worst_case_leaves_out_examples_that_not_every_attack_reached() -> None:
     rows = [made(0, 1.0), made(1, 1.0), made(0, 0.0, attack="b")]
-    found = worst_rows(grouped(rows))
-    assert [(g.attack, [r["example"] for r in chosen]) for g, chosen in found.items()] == [(WORST, ["0"])]
-    assert next(iter(found.values()))[0]["attack"] == "b"
+    worst = worst_rows(group_rows(rows))
+    assert [(g.attack, [r["example"] for r in members]) for g, members in worst.items()] == [(WORST, ["0"])]
+    assert next(iter(worst.values()))[0]["attack"] == "b"
 
 
 def test_the_leaderboards_worst_case_has_attacks_with_a_bound_of_their_own() -> None:
@@ -102,12 +114,14 @@ def test_the_leaderboards_worst_case_has_attacks_with_a_bound_of_their_own() -> 
     assert [line[4][:4] for line in results(report, "t").lines if line[1:4] == ("T0", WORST, "0.1")] == ["0.75"]
 
 
-def test_the_leaderboard_inherits_doubts_about_every_attack_that_counts() -> None:
+def test_the_leaderboard_inherits_warnings_about_every_attack_that_counts() -> None:
     group = Group("t", "d", "T2", OVERALL, 0.1)
-    doubts = [Flag("zero gradient", "why", "t", "d", "T2", attack, eps) for attack, eps in (("words", 0.0), ("a", 0.1))]
+    warnings = [
+        Flag("zero gradient", "why", "t", "d", "T2", attack, eps) for attack, eps in (("words", 0.0), ("a", 0.1))
+    ]
     weaker = Flag("zero gradient", "why", "t", "d", "T2", "a", 0.05)
-    assert flags_of(group, [*doubts, weaker]) == doubts
-    assert flags_of(group._replace(attack=WORST), [*doubts, weaker]) == doubts[1:]
+    assert flags_of(group, [*warnings, weaker]) == warnings
+    assert flags_of(group._replace(attack=WORST), [*warnings, weaker]) == warnings[1:]
 
 
 def test_unseen_attacks_count_with_their_own_bounds() -> None:
@@ -127,13 +141,15 @@ def test_unscored_is_not_zero() -> None:
     assert entry.score.n == 1
 
 
-def test_share_kept_is_of_the_undefended_clean_score() -> None:
+def test_the_retained_share_is_of_the_undefended_clean_score() -> None:
     clean = [made(i, 0.8, defense="none", threat="clean", attack=CLEAN, eps=0.0) for i in range(3)]
     blunted = [made(i, 0.4, threat="clean", attack=CLEAN, eps=0.0) for i in range(3)]
     attacked = [made(i, 0.2) for i in range(2)]
-    kept = {entry.group.attack + entry.group.defense: entry.kept for entry in summarize(clean + blunted + attacked)}
-    assert kept[f"{CLEAN}d"] == pytest.approx(0.5)
-    assert kept["ad"] == pytest.approx(0.25)
+    retained = {
+        entry.group.attack + entry.group.defense: entry.retained for entry in summarize(clean + blunted + attacked)
+    }
+    assert retained[f"{CLEAN}d"] == pytest.approx(0.5)
+    assert retained["ad"] == pytest.approx(0.25)
 
 
 def test_success_rate_is_the_worst_case_over_attacks_and_weaker_threats() -> None:
@@ -154,11 +170,11 @@ def test_success_table_names_what_max_asr_reads(evaluated: Path) -> None:
     cells = {line[:4]: line[4:] for line in table.lines}
     assert cells["questions", "leaky", "T2", "8/255"][::2] == ("6/6 (100%)", "yes")
     assert cells["questions", "leaky", "T0", "8/255"][2] == ""
-    assert cells["questions", "jitter", "T0", "8/255"][2] == "yes"  # it was never attacked through itself
-    assert cells["questions", "none", "T0", "8/255"][1] == "–"  # nothing there that could be suspicious
+    assert cells["questions", "jitter", "T0", "8/255"][2] == "yes"  # it has no adaptive attack
+    assert cells["questions", "none", "T0", "8/255"][1] == "–"  # without a purifier there is no detection score
 
 
-def test_a_gate_refuses_what_is_more_suspicious_than_clean_pictures() -> None:
+def test_a_gate_refuses_images_above_the_scores_of_clean_ones() -> None:
     clean = [made(i, 1.0, attack=CLEAN, threat="clean", suspicion=float(i)) for i in range(40)]
     seen, unseen = (fell(i, 1, suspicion=value) for i, value in enumerate((37.5, 36.0)))
     unknown = fell(2, 1)
@@ -183,7 +199,7 @@ def test_seen_and_unseen_attacks_are_compared_on_the_same_examples(evaluated: Pa
     line = next(line for line in table.lines if line[:4] == ("questions", "leaky", "T2", "8/255"))
     assert line[5].startswith("0.00")
     assert line[7] == "6"
-    assert "seen in training: apgd-targeted; unseen: apgd" in table.notes[0]
+    assert "Seen in training: apgd-targeted; unseen: apgd" in table.notes[0]
     rows = [made(0, 1.0, access="score"), made(1, 1.0, access="score")]
     rows += [made(0, 0.0, attack="new", access="score"), made(2, 0.0, attack="new", access="score")]
     lines = seen_and_unseen(replace(report, config={"seen": ["a"]}, rows=rows)).lines
@@ -200,14 +216,14 @@ def test_resubmissions_are_shown_with_worst_case_and_vote(evaluated: Path) -> No
 
 def test_paired_gap_to_the_best() -> None:
     rows = [made(i, 1.0, defense="good") for i in range(5)] + [made(i, float(i == 0)) for i in range(5)]
-    ((group, gap),) = gaps(grouped(rows)).items()
+    ((group, gap),) = gaps(group_rows(rows)).items()
     assert group.defense == "d"
     assert gap.mean == pytest.approx(0.8)
     assert gap.low > 0
-    assert [a["example"] for a, _ in paired(rows[:3], rows[5:7])] == ["0", "1"]
+    assert [a["example"] for a, _ in pair_rows(rows[:3], rows[5:7])] == ["0", "1"]
 
 
-def test_a_worst_case_inherits_the_doubts_about_its_attacks() -> None:
+def test_a_worst_case_inherits_the_warnings_about_its_attacks() -> None:
     flags = [
         Flag("zero gradient", "why", "t", "d", "T2", "a", 0.1),
         Flag("not converged", "why", "t", "", "T0", "a", 0.1),

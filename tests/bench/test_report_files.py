@@ -46,7 +46,15 @@ def test_page_is_whole_and_needs_no_network(page: str) -> None:
     assert read.addresses
     assert all(address.startswith("data:image/") for address in read.addresses)
     assert not {"script", "link", "iframe"} & set(read.tags)
-    for heading in ("Leaderboard", "Score against the size of the attack", "Doubts", "Pictures", "Cost", "Settings"):
+    for heading in (
+        "Overview",
+        "Leaderboard",
+        "Robustness against perturbation size",
+        "Warnings",
+        "Examples",
+        "Cost",
+        "Settings",
+    ):
         assert heading in read.text
     assert "Unfinished" not in read.text
     assert "6 examples: the 95% interval" in read.text
@@ -117,7 +125,7 @@ def test_leaderboard_page_ranks_several_runs_and_states_the_rules(evaluated: Pat
     gap = next(line for line in first.splitlines() if line.startswith("| questions | T2 | 8/255 | leaky |"))
     assert re.search(r"\| [01]\.\d\d \[.*\] \| 6 \| (yes|no) \|$", gap)
     assert gap.split(" | ")[4] in read.text
-    for rule in ("Ranked by the worst case", "other conditions make another table", "T2: white box"):
+    for rule in ("Ranked by the worst case", "other conditions make another table", "T2: adaptive white-box"):
         assert rule in read.text
         assert rule in text
     with pytest.raises(CodefendError, match="name the run folders"):
@@ -168,7 +176,7 @@ def test_terminal_summary(evaluated: Path) -> None:
 def test_overview_fits_a_narrow_terminal(evaluated: Path) -> None:
     shown = printed(print_overview, evaluated, 80)
     assert "0.00 n=6" in shown
-    assert "T2: white box" in shown
+    assert "T2: adaptive" in shown
     assert overview(read_report(evaluated)).columns == (
         "defense",
         *("questions clean", "questions T0", "questions T2"),
@@ -176,19 +184,19 @@ def test_overview_fits_a_narrow_terminal(evaluated: Path) -> None:
     )
 
 
-def test_panels_show_what_was_judged(evaluated: Path) -> None:
-    found = panels(read_report(evaluated))
-    assert [panel.task for panel in found] == ["questions", "captions"]
-    strips = {strip.title: strip for strip in found[0].strips}
-    clean = strips["nobody attacks"].pictures
-    assert [picture.caption for picture in clean] == ["clean", "after smooth", "after leaky", "after jitter"]
-    assert all(picture.right for picture in clean)
-    oblivious = strips["T0: apgd at 8/255 through the bare victim"].pictures
-    assert [picture.caption for picture in oblivious[:3]] == ["attacked", "difference x8", "after smooth"]
-    assert [picture.right for picture in oblivious[:4]] == [False, None, True, True]
-    adaptive = strips["T2: apgd at 8/255 through leaky"].pictures
-    assert [picture.right for picture in adaptive] == [None, None, False]
-    assert images.load(oblivious[0].url).pixels.shape == (3, 96, 96)  # 16 pixels, enlarged to be seen
+def test_panels_show_the_judged_images(evaluated: Path) -> None:
+    examples = panels(read_report(evaluated))
+    assert [panel.task for panel in examples] == ["questions", "captions"]
+    strips = {strip.title: strip for strip in examples[0].strips}
+    clean = strips["no attack"].images
+    assert [image.caption for image in clean] == ["clean", "after smooth", "after leaky", "after jitter"]
+    assert all(image.right for image in clean)
+    oblivious = strips["T0: apgd at 8/255 through the undefended victim"].images
+    assert [image.caption for image in oblivious[:3]] == ["attacked", "difference x8", "after smooth"]
+    assert [image.right for image in oblivious[:4]] == [False, None, True, True]
+    adaptive = strips["T2: apgd at 8/255 through leaky"].images
+    assert [image.right for image in adaptive] == [None, None, False]
+    assert images.load(oblivious[0].url).pixels.shape == (3, 96, 96)  # 16 pixels, enlarged
 
 
 def test_plot_has_a_line_per_defense_and_a_panel_per_threat(evaluated: Path) -> None:

@@ -25,20 +25,20 @@ def test_answers_under_attack_are_text_and_not_markup(evaluated: Path, tmp_path:
     assert "&lt;script&gt;" in page
 
 
-def test_pictures_outside_the_folder_are_not_read(evaluated: Path, tmp_path: Path) -> None:
+def test_images_outside_the_folder_are_not_read(evaluated: Path, tmp_path: Path) -> None:
     run = copied(evaluated, tmp_path / "run")
     images.save(tmp_path / "secret.png", torch.zeros(3, 8, 8))
     outside = {"clean": "../secret.png", "attacked": str(tmp_path / "secret.png"), "purified": "../secret.png"}
     rewrite(run, {"pictures": outside})
     assert panels(read_report(run)) == []
-    assert "Pictures" not in Page(write_report(run).read_text()).text
+    assert "not selected by outcome" not in Page(write_report(run).read_text()).text
 
 
-def test_lost_pictures_leave_a_note(evaluated: Path, tmp_path: Path) -> None:
+def test_missing_images_leave_a_note(evaluated: Path, tmp_path: Path) -> None:
     run = copied(evaluated, tmp_path / "run")
     for path in run.glob("panels/**/*attacked.png"):
         path.write_bytes(b"torn")
-    assert any(strip.title.endswith("the picture is gone") for strip in panels(read_report(run))[0].strips)
+    assert any(strip.title.endswith("the image is missing") for strip in panels(read_report(run))[0].strips)
 
 
 def test_unfinished_run_says_so(evaluated: Path, tmp_path: Path) -> None:

@@ -51,21 +51,21 @@ def test_shattering_defense_is_weaker_where_it_is_attacked_directly(rows: list[R
 def test_randomized_defense_wants_averaging_and_resubmission(rows: list[Row]) -> None:
     assert "random without EOT" in names(rows, defense="jitter", threat="T2", attack="apgd")
     assert "random without EOT" not in names(rows, defense="jitter", attack="noise")  # it follows no gradient
-    assert "judged once" in names(rows, defense="jitter")
+    assert "single submission" in names(rows, defense="jitter")
 
 
 def test_averaging_and_resubmission_satisfy(tmp_path: Path) -> None:
     config = EvalConfig(
         tasks=("questions",), defenses=("jitter",), attacks=("apgd",), threats=("T2",), steps=4, eot=2, resubmissions=2
     )
-    assert not {"random without EOT", "judged once"} & names(evaluate(config, tmp_path, loaders=toys.loaders()))
+    assert not {"random without EOT", "single submission"} & names(evaluate(config, tmp_path, loaders=toys.loaders()))
 
 
 @pytest.mark.parametrize(("eot", "chased"), [(1, True), (256, False)])
 def test_an_attack_that_follows_single_draws_of_the_noise_is_seen(tmp_path: Path, eot: int, chased: bool) -> None:
     fog = replace(toys.loaders(), purifier=lambda name, **o: toys.Jitter(0.3))
     config = replace(FOOLING, defenses=("fog",), attacks=("apgd",), threats=("T2",), eps=(4.0,), steps=10, eot=eot)
-    assert ("noise chased" in names(evaluate(config, tmp_path, loaders=fog))) == chased
+    assert ("overfitted to noise" in names(evaluate(config, tmp_path, loaders=fog))) == chased
 
 
 def test_honest_defenses_raise_nothing(rows: list[Row]) -> None:
@@ -155,8 +155,8 @@ def test_unbounded_attack_stopped_by_a_shattered_gradient(tmp_path: Path) -> Non
     found = fool(
         tmp_path, toys.ToyVictim(checker=0.0), defenses=("none", "snap"), attacks=("mifgsm:steps=1",), eps=(255.0,)
     )
-    assert "unbounded survived" in names(found, defense="snap", threat="T2")
-    assert "unbounded survived" not in names(found, defense="none")
+    assert "robust without bound" in names(found, defense="snap", threat="T2")
+    assert "robust without bound" not in names(found, defense="none")
 
 
 def test_shattering_defense_is_weaker_where_a_surrogate_was_attacked(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_noise_as_strong_as_the_attack() -> None:
 
 
 def test_unbounded_attack_that_does_not_reach_zero() -> None:
-    assert fired(several(MIXED, eps=1.0)) == {"unbounded survived"}
+    assert fired(several(MIXED, eps=1.0)) == {"robust without bound"}
     assert fired(several(NOTHING, eps=1.0)) == set()
 
 

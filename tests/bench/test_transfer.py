@@ -267,13 +267,13 @@ def test_unknown_prompts_are_found_before_a_folder_is_made(tmp_path: Path) -> No
 
 def test_matrix_report_has_a_heat_map_with_denominators(matrix: tuple[Path, list[Row]], tmp_path: Path) -> None:
     folder, _ = matrix
-    meetings, missing = read_matrix(folder)
+    cells, missing = read_matrix(folder)
     assert missing == 0
-    found = {(m.crafter, m.judge, m.defense): (m.success.hits, m.success.n) for m in meetings}
-    assert found["toy", "box", "none"] == found["toy", "toy", "none"] == (6, 6)
-    assert found["striped", "box", "none"] == found["toy", "box", "smooth"] == (0, 6)
-    svg = heat_map([m for m in meetings if m.defense == "none"])
-    assert all(word in svg for word in ("judged on", "made on", "striped", "100%", "6/6", "0/6"))
+    hits = {(c.crafter, c.judge, c.defense): (c.success.hits, c.success.n) for c in cells}
+    assert hits["toy", "box", "none"] == hits["toy", "toy", "none"] == (6, 6)
+    assert hits["striped", "box", "none"] == hits["toy", "box", "smooth"] == (0, 6)
+    svg = heat_map([cell for cell in cells if cell.defense == "none"])
+    assert all(word in svg for word in ("evaluated on", "crafted on", "striped", "100%", "6/6", "0/6"))
     page = write_report(folder, tmp_path / "m.html").read_text()
     assert page.count("data:image/svg+xml;base64,") == 2  # a heat map per defense
     assert "6/6 (100%)" in page

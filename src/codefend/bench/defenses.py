@@ -96,6 +96,7 @@ def _cost(purifier: Purifier | None, image: Tensor, seed: int) -> dict[str, Any]
         "multiply_adds": purifier.multiply_adds(*size),
         "evaluations": purifier.evaluations,
         "size": size,
+        "threshold": None if purifier.detector is None else purifier.detector.limit,  # of `adaptive.detection_score`
     }
 
 

@@ -1,6 +1,6 @@
 """Views of evaluation rows: groups, per-example scores, pairs, worst cases and the summary that every table shows.
 
-A row is one JSON object of ``rows.jsonl``: one answer-giving defense, under one attack, on one example.
+A row is one JSON object of ``rows.jsonl``: the answer of one defended victim, under one attack, on one example.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ CLEAN = "none"  # the attack of clean rows
 BARE = "none"  # the defense of undefended rows
 WORST = "worst case"  # the attack of entries that take each example's lowest score over all attacks of one eps
 OVERALL = "worst of all"  # the same over the largest eps and the attacks that have a bound of their own
-THREATS = ("clean", "T0", "T1", "T2", "T2d")  # each attacker may also use the images of those before
-
-
+THREATS = ("clean", "T0", "T1", "T2", "T2d")  # an attacker may also use the images of every weaker threat
 SAMPLES = 1000  # of the bootstrap
 
 
@@ -38,7 +36,7 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Rate:
-    """``hits`` of ``n``: attack successes among the examples where there was something to win."""
+    """An attack success rate: ``hits`` of the ``n`` examples that count."""
 
     hits: int
     n: int
@@ -59,9 +57,9 @@ class Entry:
     worst: float  # mean of each example's lowest score over the N resubmissions
     vote: float  # mean score of the majority's answer over the N resubmissions
     resubmissions: int
-    kept: float  # score / undefended clean score on the same examples; nan without undefended rows
-    untargeted: Rate  # right became wrong, of those this defense answers right on the clean image
-    targeted: Rate  # the target appeared, of those where it wasn't there before
+    retained: float  # score / undefended clean score on the same examples; nan without undefended rows
+    untargeted: Rate  # right became wrong, of those that this defense answers right on the clean image
+    targeted: Rate  # the target sentence appeared, of those where it wasn't in the clean answer
 
 
 def eps_label(eps: float, norm: str) -> str:
@@ -75,7 +73,7 @@ def group_of(row: Row) -> Group:
     return Group(row["task"], row["defense"], row["threat"], row["attack"], float(row["eps"]))
 
 
-def grouped(rows: Iterable[Row]) -> dict[Group, list[Row]]:
+def group_rows(rows: Iterable[Row]) -> dict[Group, list[Row]]:
     """Rows by group, in the order in which groups first appear."""
     groups: dict[Group, list[Row]] = {}
     for row in rows:
@@ -84,7 +82,7 @@ def grouped(rows: Iterable[Row]) -> dict[Group, list[Row]]:
 
 
 def score(row: Row, *, metric: str | None = None, field: str = "mean_scores") -> float:
-    """A row's score: the headline metric, mean over resubmissions, unless told otherwise; nan when not scored."""
+    """A row's score, by default the headline metric's mean over resubmissions; nan when not scored."""
     value = row[field].get(metric or row["headline"])
     return math.nan if value is None else float(value)
 
@@ -94,14 +92,14 @@ def scores(rows: Sequence[Row], *, metric: str | None = None, field: str = "mean
     return torch.tensor([score(row, metric=metric, field=field) for row in rows], dtype=torch.float64)
 
 
-def paired(first: Sequence[Row], second: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """The rows of the examples that both have, side by side."""
+def pair_rows(first: Sequence[Row], second: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """The rows of the examples that both have, in pairs."""
     other = {row["example"]: row for row in second}
     return [(row, other[row["example"]]) for row in first if row["example"] in other]
 
 
 def interval(rows: Sequence[Row], *, metric: str | None = None, field: str = "mean_scores") -> Interval:
-    """95% bootstrap interval of the mean score; questions on one picture are resampled together."""
+    """95% bootstrap interval of the mean score; questions on one image are resampled together."""
     return _bootstrap(scores(rows, metric=metric, field=field), rows)
 
 
@@ -110,7 +108,7 @@ def _bootstrap(values: Tensor, rows: Sequence[Row]) -> Interval:
 
 
 def success_rate(rows: Sequence[Row], kind: str, *, field: str = "success") -> Rate:
-    """Successes of ``kind`` "untargeted" or "targeted" over the rows where it was counted."""
+    """Successes of ``kind`` "untargeted" or "targeted" over the rows where it is defined."""
     counted = [row[field][kind] for row in rows if row[field].get(kind) is not None]
     return Rate(sum(1 for value in counted if value), len(counted))
 
@@ -118,8 +116,8 @@ def success_rate(rows: Sequence[Row], kind: str, *, field: str = "success") -> R
 def candidates(groups: dict[Group, list[Row]]) -> dict[Group, dict[str, list[Row]]]:
     """Per task, defense, threat and eps: the rows of each example that an attacker of that threat may choose from.
 
-    An attacker of one threat level may use the images of every level before it, so T2 is never above T0. Only examples
-    that every attack of the level reached are counted, or those attacked less would flatter the defense.
+    An attacker may use the images of every weaker threat, so that T2 is never above T0. Only examples that every attack
+    of the level was run on count: the others were attacked less.
     """
     levels = dict.fromkeys(group._replace(attack=WORST) for group in groups if group.attack != CLEAN)
     return {level: _choices(groups, level, (level.eps,)) for level in levels}
@@ -142,7 +140,7 @@ def _choices(groups: dict[Group, list[Row]], level: Group, sizes: Sequence[float
 
 
 def worst_rows(groups: dict[Group, list[Row]]) -> dict[Group, list[Row]]:
-    """Each example's row with the lowest score over all attacks, for every group of ``candidates``."""
+    """Each example's row with the lowest score over all attacks, for every group of `candidates`."""
     return {group: _lowest(by_example) for group, by_example in candidates(groups).items()}
 
 
@@ -150,7 +148,7 @@ def overall_rows(
     groups: dict[Group, list[Row]], *, among: Callable[[Group], bool] = lambda group: True
 ) -> dict[Group, list[Row]]:
     """The same for each task, defense and threat over all attacks: those at the largest eps and those with a bound of
-    their own (eps 0), as patches and words have. Only groups ``among`` which are counted; they do not decide the eps.
+    their own (eps 0), as patches and words have. ``among`` selects groups; the largest eps is that of all groups.
     """
     attacked = {group: rows for group, rows in groups.items() if group.attack != CLEAN}
     tops: dict[str, float] = {}
@@ -166,27 +164,27 @@ def _lowest(by_example: dict[str, list[Row]]) -> list[Row]:
 
 
 def success_rates(rows: Iterable[Row], *, refused: Callable[[Row], bool] | None = None) -> dict[Group, Rate]:
-    """Attack success in the worst case over attacks, for every group of ``candidates``.
+    """Attack success rate in the worst case over attacks, for every group of `candidates`.
 
-    Counted are the examples that the defense answers right when nobody attacks. One falls when any attack of the level,
-    or of a weaker one, in any of the N submissions turned right into wrong or made the attacker's target appear.
-    ``refused`` says which rows a gate would have turned away, for nothing.
+    The examples are those that the defense answers right on the clean image. An attack succeeds when any attack of the
+    threat, or of a weaker one, in any of the N submissions made the answer wrong or the attacker's target appear.
+    ``refused`` says which rows a gate refuses: there no attack succeeds.
     """
-    found = {}
-    for group, by_example in candidates(grouped(rows)).items():
-        counted = [rows for rows in by_example.values() if _was_right(rows)]
-        fallen = [any(_fell(row) and not (refused and refused(row)) for row in rows) for rows in counted]
-        found[group] = Rate(sum(fallen), len(counted))
-    return found
+    rates = {}
+    for group, by_example in candidates(group_rows(rows)).items():
+        examples = [rows for rows in by_example.values() if _is_counted(rows)]
+        broken = [any(_succeeds(row) and not (refused and refused(row)) for row in rows) for rows in examples]
+        rates[group] = Rate(sum(broken), len(examples))
+    return rates
 
 
 def gate(rows: Iterable[Row], *, false_alarms: float = 0.05) -> Callable[[Row], bool]:
-    """Whether a row's picture is more suspicious to its defense than all but ``false_alarms`` of the clean ones."""
+    """Whether a row's detection score exceeds that of all but ``false_alarms`` of its defense's clean images."""
     clean: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         if row["attack"] == CLEAN and row.get("suspicion") is not None:
             clean.setdefault((row["task"], row["defense"]), []).append(row["suspicion"])
-    limits = {key: sorted(found)[-1 - int(false_alarms * len(found))] for key, found in clean.items()}
+    limits = {key: sorted(values)[-1 - int(false_alarms * len(values))] for key, values in clean.items()}
 
     def refused(row: Row) -> bool:
         limit, score = limits.get((row["task"], row["defense"])), row.get("suspicion")
@@ -195,22 +193,19 @@ def gate(rows: Iterable[Row], *, false_alarms: float = 0.05) -> Callable[[Row], 
     return refused
 
 
-def _was_right(rows: Sequence[Row]) -> bool:
+def _is_counted(rows: Sequence[Row]) -> bool:
     return any(row["success_any"].get("untargeted") is not None for row in rows)
 
 
-def _fell(row: Row) -> bool:
+def _succeeds(row: Row) -> bool:
     return any(row["success_any"].get(kind) for kind in ("untargeted", "targeted"))
 
 
 def strongest(rates: dict[Group, Rate]) -> dict[Group, Rate]:
-    """Of each task, defense and eps the rate under the strongest threat that there is: T2d, T2, T1, T0."""
-    kept: dict[tuple[str, str, float], Group] = {}
-    for group in rates:
-        place = (group.task, group.defense, group.eps)
-        if place not in kept or THREATS.index(group.threat) > THREATS.index(kept[place].threat):
-            kept[place] = group
-    return {group: rates[group] for group in kept.values()}
+    """For each task, defense and eps the rate under the strongest threat that was evaluated: T2d, T2, T1, T0."""
+    ordered = sorted(rates, key=lambda group: THREATS.index(group.threat))
+    last = {(group.task, group.defense, group.eps): group for group in ordered}
+    return {group: rates[group] for group in rates if last[group.task, group.defense, group.eps] == group}
 
 
 def _for_minimum(row: Row) -> float:
@@ -220,7 +215,7 @@ def _for_minimum(row: Row) -> float:
 
 def summarize(rows: Sequence[Row], *, worst_cases: bool = True) -> list[Entry]:
     """The summary of a run: clean rows, every attack, and per threat and eps the worst case over the attacks."""
-    groups = grouped(rows)
+    groups = group_rows(rows)
     everything = dict(groups)
     if worst_cases:
         everything |= worst_rows(groups)
@@ -228,53 +223,53 @@ def summarize(rows: Sequence[Row], *, worst_cases: bool = True) -> list[Entry]:
 
 
 def overall(rows: Sequence[Row]) -> list[Entry]:
-    """An entry for each group of ``overall_rows``: what a leaderboard ranks by."""
-    return _entries(overall_rows(grouped(rows)), rows)
+    """An entry for each group of `overall_rows`: what a leaderboard ranks by."""
+    return _entries(overall_rows(group_rows(rows)), rows)
 
 
 def _entries(groups: dict[Group, list[Row]], rows: Sequence[Row]) -> list[Entry]:
     bare = {(row["task"], row["example"]): row for row in rows if row["defense"] == BARE and row["attack"] == CLEAN}
-    return [_entry(group, found, bare) for group, found in groups.items() if found]
+    return [_entry(group, members, bare) for group, members in groups.items() if members]
 
 
 def _entry(group: Group, rows: list[Row], bare: dict[tuple[str, str], Row]) -> Entry:
     worst = group.attack in (WORST, OVERALL)
-    found = interval(rows, field="worst_scores" if worst else "mean_scores")
+    mean = interval(rows, field="worst_scores" if worst else "mean_scores")
     before = [bare[key] for row in rows if (key := (row["task"], row["example"])) in bare]
     clean = scores(before).nanmean().item() if len(before) == len(rows) else math.nan
     return Entry(
         group=group,
         norm=rows[0]["norm"],
         metric=rows[0]["headline"],
-        score=found,
+        score=mean,
         worst=scores(rows, field="worst_scores").nanmean().item(),
         vote=scores(rows, field="vote_scores").nanmean().item(),
         resubmissions=max(row["resubmissions"] for row in rows),
-        kept=found.mean / clean if clean > 0 else math.nan,
+        retained=mean.mean / clean if clean > 0 else math.nan,
         untargeted=success_rate(rows, "untargeted", field="success_any" if worst else "success"),
         targeted=Rate(0, 0) if worst else success_rate(rows, "targeted"),
     )
 
 
 def gaps(groups: dict[Group, list[Row]]) -> dict[Group, Interval]:
-    """How far each group lies below the best defense of the same task, threat, attack and eps: paired, with interval.
+    """Paired difference between the best defense of the same task, threat, attack and eps, and each other one.
 
-    The best defense itself is left out. Above 0 at both ends: really worse, on the same examples.
+    An interval above 0: significantly worse, on the same examples.
     """
-    found: dict[Group, Interval] = {}
+    differences: dict[Group, Interval] = {}
     for group, rows in groups.items():
         rivals = [other for key, other in groups.items() if key == group._replace(defense=key.defense)]
         best = max(rivals, key=lambda other: scores(other, field="worst_scores").nanmean().item())
         if best is rows:
             continue
-        pairs = paired(best, rows)
-        found[group] = difference([a for a, _ in pairs], [b for _, b in pairs])
-    return found
+        pairs = pair_rows(best, rows)
+        differences[group] = difference([a for a, _ in pairs], [b for _, b in pairs])
+    return differences
 
 
 def difference(first: Sequence[Row], second: Sequence[Row]) -> Interval:
     """95% bootstrap interval of the mean of first - second, worst case over resubmissions.
 
-    The same examples in the same order, as ``paired`` gives them.
+    The same examples in the same order, as `pair_rows` gives them.
     """
     return _bootstrap(scores(first, field="worst_scores") - scores(second, field="worst_scores"), first)

@@ -1,7 +1,7 @@
-"""The evaluation distrusts itself: signs, in the rows alone, that a number means less than it seems.
+"""Sanity checks of an evaluation: evidence, in the rows alone, that an attack was weaker than it could have been.
 
-Every check is a pure function from grouped rows to flags. After Carlini et al. 2019 (arXiv 1902.06705), Athalye et al.
-2018 (arXiv 1802.00420, section 3.1) and AutoAttack's checks. A flag is a reason to look, not a verdict.
+Every check is a pure function from groups of rows to flags. After Carlini et al. 2019 (arXiv 1902.06705), Athalye et
+al. 2018 (arXiv 1802.00420, section 3.1) and AutoAttack's checks. A flag is a reason to examine a figure.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from codefend.bench.results import BARE, CLEAN, Group, eps_label, grouped, paired, score
+from codefend.bench.results import BARE, CLEAN, Group, eps_label, group_rows, pair_rows, score
 from codefend.core.runs import Row
 
 Groups = dict[Group, list[Row]]
@@ -19,19 +19,19 @@ Groups = dict[Group, list[Row]]
 ZERO_SHARE = 0.1  # of the gradient steps exactly zero
 VANISHING = 1e-9  # median l2 norm of the gradient of a loss in nats
 EXPLODING = 1e5  # largest over median norm
-ABSURD = 1e8  # median l2 norm of the same gradient
-MEANINGFUL = 0.02  # differences of score below this share of the clean score are not worth a flag
-STANDARD_ERRORS = 2.0  # a paired difference counts from here on
+HUGE = 1e8  # median l2 norm of the same gradient
+MEANINGFUL = 0.02  # differences of score below this share of the clean score raise no flag
+STANDARD_ERRORS = 2.0  # a smaller paired difference is not significant
 UNCONVERGED = 0.25  # share of examples whose loss still fell at the end
-STILL_STANDING = 0.1  # share of the clean score below which nobody asks whether the attack could do better
-CHASED = 0.1  # share of an attack's gain that is one draw of the noise; at 0.13 a score of .15 passed for .25
-UNBOUNDED = 0.5  # l-inf radius that lets every pixel be grey
-ENOUGH = 100  # examples; with 100 the 95% interval of a share is about +-10 points
+ROBUST = 0.1  # share of the clean score; below it a stronger attack could gain little
+OVERFITTED = 0.1  # share of an attack's gain that is lost under fresh noise; at 0.13 a score of .15 was measured as .25
+UNBOUNDED = 0.5  # l-inf radius at which every pixel can be grey
+ENOUGH = 100  # examples, for a 95% interval of a share of about +-10 points
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One doubt: which check, what it saw, and about which figure (empty and None: about all)."""
+    """One warning: which check, why, and about which figure (empty and None: about all)."""
 
     check: str
     reason: str
@@ -44,19 +44,19 @@ class Flag:
 
     @property
     def where(self) -> str:
-        """The figure in words."""
+        """The label of the figure."""
         parts = (self.task, self.defense, self.threat, self.attack, eps_label(self.eps or 0.0, self.norm))
         return " · ".join(part for part in parts if part)
 
     def covers(self, group: Group) -> bool:
-        """Whether the doubt is about this figure."""
+        """Whether the warning is about this figure."""
         mine = (self.task, self.defense, self.threat, self.attack, self.eps)
         return all(a in ("", None) or a == b for a, b in zip(mine, group, strict=True))
 
 
 def check(rows: Iterable[Row]) -> list[Flag]:
-    """Every flag that any check raises, in the order of ``CHECKS``."""
-    groups = grouped(rows)
+    """Every flag of every check, in the order of ``CHECKS``."""
+    groups = group_rows(rows)
     return [flag for run in CHECKS.values() for flag in run(groups)]
 
 
@@ -64,7 +64,7 @@ def check(rows: Iterable[Row]) -> list[Flag]:
 
 
 def budget_violated(groups: Groups) -> list[Flag]:
-    """The attack left its ball or the pixel range; the figure isn't one of this threat model."""
+    """The attack left its ball or the pixel range: the figure is not one of this threat model."""
     flags = []
     for group, rows in _crafted(groups):
         bad = [row["violation"] for row in rows if row.get("violation")]
@@ -74,14 +74,14 @@ def budget_violated(groups: Groups) -> list[Flag]:
 
 
 def gradient_zero(groups: Groups) -> list[Flag]:
-    """Gradients that are zero or vanish: the attack saw nothing, which isn't robustness."""
+    """Gradients that are zero or vanish: the attack had no direction to follow, which isn't robustness."""
     flags = []
     for group, rows in _crafted(groups):
-        found = [row["gradient"] for row in rows if row.get("gradient") and not _won(row)]
-        if not found:
+        gradients = [row["gradient"] for row in rows if row.get("gradient") and not _succeeded(row)]
+        if not gradients:
             continue
-        zero = statistics.fmean(g["zero_share"] for g in found)
-        median = statistics.median(g["median"] for g in found)
+        zero = statistics.fmean(g["zero_share"] for g in gradients)
+        median = statistics.median(g["median"] for g in gradients)
         if zero > ZERO_SHARE:
             flags.append(_craft_flag("zero gradient", f"{zero:.0%} of the gradients are exactly zero", group, rows))
         elif median < VANISHING:
@@ -91,26 +91,26 @@ def gradient_zero(groups: Groups) -> list[Flag]:
 
 
 def gradient_exploding(groups: Groups) -> list[Flag]:
-    """Gradients that aren't finite, jump by orders of magnitude or are huge: directions without meaning."""
+    """Gradients that are not finite, vary by orders of magnitude or are huge: no useful directions."""
     flags = []
     for group, rows in _crafted(groups):
-        found = [row["gradient"] for row in rows if row.get("gradient") and not _won(row)]
-        lost = sum(1 for g in found if g["nonfinite"] or g["max"] is None)
-        wild = [g["max"] / g["median"] for g in found if g["max"] is not None and g["median"]]
-        if lost:
-            reason = f"gradients of {lost} of {len(found)} examples are not finite"
+        gradients = [row["gradient"] for row in rows if row.get("gradient") and not _succeeded(row)]
+        infinite = sum(1 for g in gradients if g["nonfinite"] or g["max"] is None)
+        ratios = [g["max"] / g["median"] for g in gradients if g["max"] is not None and g["median"]]
+        if infinite:
+            reason = f"gradients of {infinite} of {len(gradients)} examples are not finite"
             flags.append(_craft_flag("exploding gradient", reason, group, rows))
-        elif wild and statistics.median(wild) > EXPLODING:
-            reason = f"the largest gradient is {statistics.median(wild):.0e} times the median one"
+        elif ratios and statistics.median(ratios) > EXPLODING:
+            reason = f"the largest gradient is {statistics.median(ratios):.0e} times the median one"
             flags.append(_craft_flag("exploding gradient", reason, group, rows))
-        elif found and (median := statistics.median(g["median"] for g in found)) > ABSURD:
+        elif gradients and (median := statistics.median(g["median"] for g in gradients)) > HUGE:
             reason = f"the gradient is huge: median norm {median:.0e}"
             flags.append(_craft_flag("exploding gradient", reason, group, rows))
     return flags
 
 
 def random_without_eot(groups: Groups) -> list[Flag]:
-    """A randomized defense attacked along single gradient samples looks stronger than it is."""
+    """Against a randomized defense, single gradient samples overestimate the robustness."""
     flags = []
     for group, rows in _through_noise(groups):
         if all(row["budget"]["eot"] == 1 for row in rows if row.get("budget")):
@@ -119,53 +119,55 @@ def random_without_eot(groups: Groups) -> list[Flag]:
     return flags
 
 
-def noise_chased(groups: Groups) -> list[Flag]:
-    """What the attack gained is in part the noise that it happened to see: under fresh noise it is not there."""
+def overfitted_to_noise(groups: Groups) -> list[Flag]:
+    """The attack overfitted to the noise that it sampled: under fresh noise part of its gain is lost."""
     flags = []
     for group, rows in _through_noise(groups):
-        found = [row for row in rows if row.get("curve") and row["objective"].get("source") is not None]
-        gain = math.fsum(row["curve"]["start"] - row["curve"]["end"] for row in found)
-        kept = math.fsum(row["curve"]["start"] - row["objective"]["source"] for row in found)
-        standing = _mean(rows) > STILL_STANDING * _clean_mean(groups, group)
-        if standing and gain > 0 and kept < (1 - CHASED) * gain:
-            eot = found[0]["budget"]["eot"]
-            reason = f"{1 - kept / gain:.0%} of the gain is gone under fresh noise: raise eot above {eot}"
-            flags.append(_flag("noise chased", reason, group, rows))
+        curves = [row for row in rows if row.get("curve") and row["objective"].get("source") is not None]
+        gain = math.fsum(row["curve"]["start"] - row["curve"]["end"] for row in curves)
+        fresh = math.fsum(row["curve"]["start"] - row["objective"]["source"] for row in curves)
+        robust = _mean(rows) > ROBUST * _clean_mean(groups, group)
+        if robust and gain > 0 and fresh < (1 - OVERFITTED) * gain:
+            eot = curves[0]["budget"]["eot"]
+            reason = f"{1 - fresh / gain:.0%} of the gain is lost under fresh noise: raise eot above {eot}"
+            flags.append(_flag("overfitted to noise", reason, group, rows))
     return flags
 
 
-def judged_once(groups: Groups) -> list[Flag]:
-    """A randomized defense has to survive every submission of an image, not one."""
-    doubted: dict[tuple[str, str], Flag] = {}
+def single_submission(groups: Groups) -> list[Flag]:
+    """A randomized defense has to withstand every submission of an image, not one."""
+    flags: dict[tuple[str, str], Flag] = {}
     for group, rows in _attacked(groups):
         if rows[0]["randomized"] and group.threat != "T2d" and max(row["resubmissions"] for row in rows) == 1:
             reason = "the defense is randomized and each image was submitted once: raise resubmissions"
-            doubted.setdefault((group.task, group.defense), Flag("judged once", reason, group.task, group.defense))
-    return list(doubted.values())
+            flags.setdefault((group.task, group.defense), Flag("single submission", reason, group.task, group.defense))
+    return list(flags.values())
 
 
 def not_converged(groups: Groups) -> list[Flag]:
-    """The loss was still falling when the steps ran out, and score is left to lose."""
+    """The loss was still falling at the last step, and the score can fall further."""
     flags = []
     for group, rows in _crafted(groups):
-        found = [row["curve"] for row in rows if row.get("curve")]
-        open_ = [c for c in found if not c["converged"]]
-        if rows[0]["access"] == "control" or not found or len(open_) <= UNCONVERGED * len(found):
+        curves = [row["curve"] for row in rows if row.get("curve")]
+        falling = sum(not curve["converged"] for curve in curves)
+        if rows[0]["access"] == "control" or not curves or falling <= UNCONVERGED * len(curves):
             continue
-        if _mean(rows) > STILL_STANDING * _clean_mean(groups, group):
-            reason = f"the loss still fell at the end on {len(open_)} of {len(found)} examples: more steps may break it"
+        if _mean(rows) > ROBUST * _clean_mean(groups, group):
+            reason = f"the loss still fell at the end on {falling} of {len(curves)} examples: raise steps"
             flags.append(_craft_flag("not converged", reason, group, rows))
     return flags
 
 
-def unbounded_survived(groups: Groups) -> list[Flag]:
-    """With every pixel free no defense can stand; one that does hides from the attack."""
+def robust_without_bound(groups: Groups) -> list[Flag]:
+    """Without a bound on the pixels no defense can be robust; one that seems so masks its gradients."""
     flags = []
     for group, rows in _attacked(groups):
         mean, clean = _mean(rows), _clean_mean(groups, group)
         free = rows[0]["norm"] == "linf" and group.eps >= UNBOUNDED
-        if free and _untargeted(rows) and rows[0]["access"] != "control" and mean > STILL_STANDING * clean:
-            flags.append(_flag("unbounded survived", f"score {mean:.2f} with every pixel free", group, rows))
+        if free and _untargeted(rows) and rows[0]["access"] != "control" and mean > ROBUST * clean:
+            flags.append(
+                _flag("robust without bound", f"score {mean:.2f} at an eps that allows any image", group, rows)
+            )
     return flags
 
 
@@ -173,16 +175,16 @@ def unbounded_survived(groups: Groups) -> list[Flag]:
 
 
 def adaptive_weaker(groups: Groups) -> list[Flag]:
-    """An attack that knows more does less: its gradient is lying, or it is too short."""
+    """An adaptive attack is weaker than an oblivious one: its gradient is masked, or it has too few steps."""
     flags = []
     for group, rows in _attacked(groups):
         for weaker in ("T0", "T1"):
             other = groups.get(group._replace(threat=weaker), [])
             if group.threat not in ("T2", "T2d") or not _untargeted(rows) or not other:
                 continue
-            worse = _gap(paired(rows, other), _clean_mean(groups, group))
+            worse = _gap(pair_rows(rows, other), _clean_mean(groups, group))
             reason = f"the score is {worse:.2f} higher than under {weaker} on the same images" if worse else ""
-            if not worse and rows[0]["access"] == "white-box" and (share := _objective_gap(paired(rows, other))):
+            if not worse and rows[0]["access"] == "white-box" and (share := _objective_gap(pair_rows(rows, other))):
                 reason = f"on {share:.0%} of the images {weaker} lowers the attack's own objective further"
             if reason:
                 flags.append(_flag("adaptive weaker", reason, group, rows))
@@ -190,7 +192,7 @@ def adaptive_weaker(groups: Groups) -> list[Flag]:
 
 
 def budget_helps_defender(groups: Groups) -> list[Flag]:
-    """A larger eps, or more steps of the same attack, gives the attacker strictly more."""
+    """A larger eps, or more steps of the same attack, should lower the score."""
     flags = []
     for group, rows in _attacked(groups):
         if not _untargeted(rows):
@@ -198,7 +200,7 @@ def budget_helps_defender(groups: Groups) -> list[Flag]:
         for other, smaller in _attacked(groups):
             if not _has_less(other, smaller, group, rows):
                 continue
-            gap = _gap(paired(rows, smaller), _clean_mean(groups, group))
+            gap = _gap(pair_rows(rows, smaller), _clean_mean(groups, group))
             if gap:
                 less = f"{other.attack} {eps_label(other.eps, rows[0]['norm'])}"
                 reason = f"the score is {gap:.2f} higher than under the smaller budget of {less}"
@@ -207,16 +209,16 @@ def budget_helps_defender(groups: Groups) -> list[Flag]:
 
 
 def black_box_wins(groups: Groups) -> list[Flag]:
-    """Scores alone beat gradients: the gradients are masked."""
+    """An attack on scores alone beats attacks with gradients: the gradients are masked."""
     flags = []
     for group, rows in _attacked(groups):
         if rows[0]["access"] != "score" or not _untargeted(rows):
             continue
-        rivals = [found for _, found in _peers(groups, group, "white-box")]
+        rivals = [peers for _, peers in _peers(groups, group, "white-box")]
         if not rivals:
             continue
         strongest = min(rivals, key=_mean)
-        gap = _gap(paired(strongest, rows), _clean_mean(groups, group))
+        gap = _gap(pair_rows(strongest, rows), _clean_mean(groups, group))
         if gap:
             reason = f"the score is {gap:.2f} lower than under {strongest[0]['attack']}, which has the gradient"
             flags.append(_flag("black box beats white box", reason, group, rows))
@@ -224,14 +226,14 @@ def black_box_wins(groups: Groups) -> list[Flag]:
 
 
 def noise_as_strong(groups: Groups) -> list[Flag]:
-    """Random noise of the same size does as much as the attack, where the attack aims at what is judged."""
+    """Random noise of the same size lowers the score as much as an attack on the judged defense."""
     flags = []
     for group, rows in _attacked(groups):
         aimed = group.threat in ("T2", "T2d") or group.defense == BARE
         if not aimed or rows[0]["access"] == "control" or not _untargeted(rows):
             continue
         for other, noise in _peers(groups, group, "control"):
-            pairs, clean = paired(noise, rows), _clean_mean(groups, group)
+            pairs, clean = pair_rows(noise, rows), _clean_mean(groups, group)
             if pairs and statistics.fmean(_differences(pairs)) <= MEANINGFUL * clean and clean > 0:
                 reason = f"{other.attack} of the same size lowers the score as much"
                 flags.append(_flag("noise as strong", reason, group, rows))
@@ -239,7 +241,7 @@ def noise_as_strong(groups: Groups) -> list[Flag]:
 
 
 def too_few(groups: Groups) -> list[Flag]:
-    """Too few examples for two digits."""
+    """Too few examples for a narrow confidence interval."""
     counts: dict[tuple[str, str], int] = {}
     for group, rows in groups.items():
         adaptive = group.threat if group.threat in ("T2", "T2d") else ""
@@ -258,13 +260,13 @@ CHECKS: dict[str, Callable[[Groups], list[Flag]]] = {
     "zero gradient": gradient_zero,
     "exploding gradient": gradient_exploding,
     "random without EOT": random_without_eot,
-    "noise chased": noise_chased,
-    "judged once": judged_once,
+    "overfitted to noise": overfitted_to_noise,
+    "single submission": single_submission,
     "adaptive weaker": adaptive_weaker,
     "larger budget helps the defender": budget_helps_defender,
     "black box beats white box": black_box_wins,
     "noise as strong": noise_as_strong,
-    "unbounded survived": unbounded_survived,
+    "robust without bound": robust_without_bound,
     "not converged": not_converged,
     "too few examples": too_few,
 }
@@ -286,22 +288,21 @@ def _through_noise(groups: Groups) -> Iterator[tuple[Group, list[Row]]]:
             yield group, rows
 
 
-def _made_for(group: Group) -> Group:
+def _image_group(group: Group) -> Group:
     """At T0 and T1 all defenses are judged on the same images."""
     return group if group.threat in ("T2", "T2d") else group._replace(defense="")
 
 
 def _crafted(groups: Groups) -> Iterator[tuple[Group, list[Row]]]:
-    """The first attacked group of each set of images: what is wrong with an attack is said once."""
-    seen = set()
+    """The first attacked group of each set of images, so that a weak attack is reported once."""
+    first: dict[Group, Group] = {}
     for group, rows in _attacked(groups):
-        if _made_for(group) not in seen:
-            seen.add(_made_for(group))
+        if first.setdefault(_image_group(group), group) == group:
             yield group, rows
 
 
-def _won(row: Row) -> bool:
-    """Whether the attack reached its goal: there a loss may well be flat."""
+def _succeeded(row: Row) -> bool:
+    """Whether the attack reached its goal, where a flat loss means nothing."""
     return bool(row["success"].get("targeted" if "targeted" in row["success"] else "untargeted"))
 
 
@@ -310,8 +311,8 @@ def _flag(name: str, reason: str, group: Group, rows: Sequence[Row]) -> Flag:
 
 
 def _craft_flag(name: str, reason: str, group: Group, rows: Sequence[Row]) -> Flag:
-    """A doubt about the attacked images, and so about every defense judged on them."""
-    return _flag(name, reason, _made_for(group), rows)
+    """A warning about the attacked images, and so about every defense judged on them."""
+    return _flag(name, reason, _image_group(group), rows)
 
 
 def _untargeted(rows: Sequence[Row]) -> bool:
@@ -324,37 +325,37 @@ def _mean(rows: Sequence[Row]) -> float:
 
 
 def _clean_mean(groups: Groups, group: Group) -> float:
-    """The clean score of the group's defense, 0 where it isn't there."""
+    """The clean score of the group's defense, 0 without clean rows."""
     clean = groups.get(Group(group.task, group.defense, "clean", CLEAN, 0.0), [])
     return _mean(clean) if clean else 0.0
 
 
 def _differences(pairs: Sequence[tuple[Row, Row]]) -> list[float]:
-    found = [score(first) - score(second) for first, second in pairs]
-    return [value for value in found if not math.isnan(value)] or [math.nan]
+    values = [score(first) - score(second) for first, second in pairs]
+    return [value for value in values if not math.isnan(value)] or [math.nan]
 
 
 def _gap(pairs: Sequence[tuple[Row, Row]], clean: float) -> float:
-    """Mean of first - second where it is clearly positive, else 0."""
-    found = _differences(pairs) if pairs else [math.nan]
-    mean = statistics.fmean(found)
-    return mean if mean > max(MEANINGFUL * clean, STANDARD_ERRORS * _error(found)) else 0.0
+    """Mean of first - second if it is significantly positive, else 0."""
+    values = _differences(pairs) if pairs else [math.nan]
+    mean = statistics.fmean(values)
+    return mean if mean > max(MEANINGFUL * clean, STANDARD_ERRORS * _standard_error(values)) else 0.0
 
 
-def _error(values: Sequence[float]) -> float:
+def _standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
 
 
 def _objective_gap(pairs: Sequence[tuple[Row, Row]]) -> float:
-    """Share of the images on which the second attack reaches a lower objective, where that is so on average."""
-    found = []
+    """Share of the images on which the second attack reaches a lower objective, if it does so on average."""
+    values = []
     for first, second in pairs:
         here, there = first["objective"].get("defended"), second["objective"].get("defended")
         if here is not None and there is not None and not first.get("skipped"):
-            found.append(float(here) - float(there))
-    if len(found) < 2 or statistics.fmean(found) <= max(1e-3, STANDARD_ERRORS * _error(found)):
+            values.append(float(here) - float(there))
+    if len(values) < 2 or statistics.fmean(values) <= max(1e-3, STANDARD_ERRORS * _standard_error(values)):
         return 0.0
-    return sum(value > 0 for value in found) / len(found)
+    return sum(value > 0 for value in values) / len(values)
 
 
 def _has_less(other: Group, smaller: Sequence[Row], group: Group, rows: Sequence[Row]) -> bool:
@@ -373,7 +374,7 @@ def _spent(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def _peers(groups: Groups, group: Group, access: str) -> Iterator[tuple[Group, list[Row]]]:
-    """Untargeted attacks of one kind of access on the same figure; bounds of their own cannot be compared."""
+    """Untargeted attacks of one kind of access on the same figure, not those with a bound of their own."""
     if group.eps == 0:
         return
     for other, rows in groups.items():

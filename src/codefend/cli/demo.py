@@ -88,7 +88,7 @@ def verdict(rows: Sequence[Row], defense: str = DEFENSE) -> tuple[bool, str]:
 
 def _share(entries: Sequence[Entry], defense: str, threat: str) -> float:
     worst = _select(entries, defense, threat, WORST)
-    return fmean(entry.kept for entry in worst) if worst else float("nan")
+    return fmean(entry.retained for entry in worst) if worst else float("nan")
 
 
 def _select(entries: Sequence[Entry], defense: str, threat: str, attack: str) -> list[Entry]:

@@ -194,7 +194,7 @@ def results_table(run: str | Path, defense: str) -> str:
     lines = ["| task | threat | attack | eps | score, 95% interval | of clean | n |", "|---|---|---|---|---|---|---|"]
     for entry in entries:
         group, score = entry.group, entry.score
-        kept = "" if math.isnan(entry.kept) else f"{entry.kept:.0%}"
+        kept = "" if math.isnan(entry.retained) else f"{entry.retained:.0%}"
         cells = (group.task, group.threat, group.attack, eps_label(group.eps, entry.norm))
         figure = f"{score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]"
         lines.append(f"| {' | '.join(cells)} | {entry.metric} {figure} | {kept} | {score.n} |")

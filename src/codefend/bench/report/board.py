@@ -1,6 +1,6 @@
-"""The leaderboard page: defenses of one or several runs, ranked by their worst case, with the rules beside them.
+"""The leaderboard page: defenses of one or several runs, ranked by their worst case, with the rules.
 
-Only runs made under the same conditions share a table.
+Only runs under the same conditions share a table.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from codefend.bench.report import Report, read_report
-from codefend.bench.report.tables import RULES, THREAT_WORDS, Table, differences, leaderboard
+from codefend.bench.report.reading import Report, read_report
+from codefend.bench.report.table import Table
+from codefend.bench.report.tables import RULES, THREAT_WORDS, differences, leaderboard
 from codefend.bench.results import BARE, summarize
 from codefend.bench.sanity import check
 from codefend.core.files import write_atomic
@@ -20,11 +21,12 @@ from codefend.types import CodefendError
 CONDITIONS: tuple[str, ...] = (
     *("victim", "craft_victim", "split", "limit", "adaptive_limit", "norm", "eps", "attacks", "steps"),
     *("eot", "restarts", "resubmissions", "threats", "surrogate", "target", "seed"),
+    *("sample", "encoders", "side", "photographs"),
 )
 ENTRY = (
-    "A defense enters by a run of `codefend eval` with the same conditions as the table; other conditions make another "
-    "table. Its purifier, its prompt and their options are in its name, and the attacker at T2 sees all of them.",
-    "A figure with doubts keeps its rank, and the doubts stand beside it: read them before believing the figure.",
+    "A defense enters by a run of `codefend eval` under the conditions of the table; other conditions make another "
+    "table. Its name holds its purifier, its prompt and their options; the attacker at T2 knows all of them.",
+    "A figure with warnings keeps its rank; examine the warnings before relying on it.",
 )
 
 
@@ -37,26 +39,26 @@ class Board:
     differences: Table  # paired, from the best
 
 
-def boards(run_dirs: Sequence[str | Path]) -> list[Board]:
+def read_boards(run_dirs: Sequence[str | Path]) -> list[Board]:
     """The tables of several runs. Raises CodefendError when none is given or one is no evaluation."""
     if not run_dirs:
-        raise CodefendError("name the run folders whose defenses are to be ranked")
-    alike: dict[str, list[Report]] = {}
+        raise CodefendError("name the run folders to rank")
+    by_conditions: dict[str, list[Report]] = {}
     for folder in dict.fromkeys(Path(run_dir).resolve() for run_dir in run_dirs):
         report = read_report(folder)
-        alike.setdefault(conditions(report.config), []).append(report)
-    found = []
-    for words, reports in alike.items():
+        by_conditions.setdefault(conditions(report.config), []).append(report)
+    boards = []
+    for words, reports in by_conditions.items():
         merged = merge(reports)
         gaps = differences(merged)
         for task in merged.tasks:
             mine = replace(gaps, title="", lines=tuple(line for line in gaps.lines if line[0] == task))
-            found.append(Board(leaderboard(merged, task), words, mine))
-    return found
+            boards.append(Board(leaderboard(merged, task), words, mine))
+    return boards
 
 
 def conditions(config: Row) -> str:
-    """What a figure depends on beside the defense, in words."""
+    """What a figure depends on other than the defense, in words."""
     parts = []
     for key in CONDITIONS:
         value = config.get(key)
@@ -66,9 +68,9 @@ def conditions(config: Row) -> str:
 
 
 def merge(reports: Sequence[Report]) -> Report:
-    """Runs under the same conditions as one; a defense whose name is taken carries its run folder's name.
+    """Runs under the same conditions as one report.
 
-    Where that is taken as well, the folder above it, and so on.
+    A defense that several runs have gets its run folder's name, with as many parent folders as it takes.
     """
     rows: list[Row] = []
     taken: set[tuple[str, str]] = set()
@@ -94,24 +96,22 @@ def _untaken(key: tuple[str, str], folder: Path, taken: set[tuple[str, str]]) ->
 
 
 def write_board(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
-    """Write ``out`` (HTML) and a ``.md`` beside it; see ``report.write_leaderboard``."""
-    from codefend.bench.report.exports import markdown
-
+    """Write ``out`` (HTML) and a ``.md`` next to it; see ``report.write_leaderboard``."""
     try:
         from codefend.bench.report.page import render
     except ModuleNotFoundError as error:
         raise CodefendError(f"the leaderboard needs {error.name}: pip install 'codefend[bench]'") from error
-    found, path = boards(run_dirs), Path(out)
+    boards, path = read_boards(run_dirs), Path(out)
     words = [f"{threat}: {text}." for threat, text in THREAT_WORDS.items()]
     rules = [*RULES, *ENTRY, *words]
     lines = ["# Leaderboard", ""]
-    for board in found:
-        title, *body = (line for line in markdown(board.table) if line.startswith(("#", "|")))
+    for board in boards:
+        title, *body = (line for line in board.table.markdown() if line.startswith(("#", "|")))
         lines += [title, "", f"Conditions: {board.conditions}", "", *body, ""]
         if board.differences.lines:
-            body = [line for line in markdown(board.differences) if line.startswith("|")]
+            body = [line for line in board.differences.markdown() if line.startswith("|")]
             lines += [*board.differences.notes, "", *body, ""]
     lines += ["## Rules", "", *(f"- {rule}" for rule in rules), ""]
-    write_atomic(path, render("board.html", boards=found, rules=rules))
+    write_atomic(path, render("board.html", boards=boards, rules=rules))
     write_atomic(path.with_suffix(".md"), "\n".join(lines))
     return path

@@ -11,53 +11,42 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from codefend.bench.report import Report
-from codefend.bench.report.attacks import seen_and_unseen, success
+from codefend.bench.report.reading import Report
 from codefend.bench.report.tables import (
-    Table,
     all_metrics,
     checks_of,
     costs,
     differences,
-    doubts,
     leaderboard,
     metric_mean,
+    overview,
     results,
+    seen_and_unseen,
+    success,
+    warnings,
 )
-from codefend.bench.results import grouped, worst_rows
+from codefend.bench.results import group_rows, worst_rows
 from codefend.core.files import write_atomic
 from codefend.core.runs import Row
 from codefend.types import CodefendError
 
 
 def markdown_text(report: Report) -> str:
-    """The whole report without pictures, as GitHub-flavoured Markdown."""
-    parts = [f"# Evaluation of {report.bench.get('victim', report.config.get('victim'))}", ""]
+    """The whole report without images, as GitHub-flavoured Markdown."""
+    parts = [f"# Evaluation of {report.victim}", ""]
     if report.missing:
-        parts += [f"**Unfinished: {report.missing} rows are still to come.**", ""]
-    tables = [leaderboard(report, task) for task in report.tasks]
-    tables += [success(report), seen_and_unseen(report), doubts(report), differences(report), costs(report)]
+        parts += [f"**Unfinished: {report.missing} rows are missing. Rerun the command to resume.**", ""]
+    tables = [overview(report)] if len(report.tasks) > 1 else []
+    tables += [leaderboard(report, task) for task in report.tasks]
+    tables += [success(report), seen_and_unseen(report), warnings(report), differences(report), costs(report)]
     tables += [table for task in report.tasks for table in (results(report, task), all_metrics(report, task))]
     for table in tables:
-        parts += markdown(table)
+        parts += table.markdown()
     return "\n".join(parts)
 
 
-def markdown(table: Table) -> list[str]:
-    """The lines of one table with its title; none for an empty one."""
-    if not table.lines:
-        return []
-    marks = [":--" if column in table.left else "--:" for column in table.columns]
-    lines = [_markdown_line(line) for line in (table.columns, marks, *table.lines)]
-    return [f"## {table.title}", "", *lines, "", *(f"- {note}" for note in table.notes), ""]
-
-
-def _markdown_line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-
 def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """Write one line per row to ``path``, whose ending says how: ``.csv`` or ``.parquet``. Columns as ``flat``.
+    """Write one line per row to ``path``, a ``.csv`` or ``.parquet`` file, with columns as in `flat`.
 
     Raises CodefendError for another ending, or when pyarrow is missing.
     """
@@ -71,13 +60,13 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
 
 def flat(row: Row) -> Row:
     """``scores.cider_d`` instead of objects in objects; lists become JSON text."""
-    found: Row = {}
+    columns: Row = {}
     for key, value in row.items():
         if isinstance(value, dict):
-            found |= {f"{key}.{name}": inner for name, inner in flat(value).items()}
+            columns |= {f"{key}.{name}": inner for name, inner in flat(value).items()}
         else:
-            found[key] = json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
-    return found
+            columns[key] = json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
+    return columns
 
 
 def columns_of(rows: Sequence[Row]) -> dict[str, list[Any]]:
@@ -114,35 +103,25 @@ def rows_parquet(rows: Sequence[Row]) -> bytes:
     return stream.getvalue()
 
 
+FIGURE_COLUMNS = (
+    *("task", "defense", "threat", "attack", "eps", "norm", "metric", "score", "low", "high", "n"),
+    *("worst_of_n", "resubmissions", "retained"),
+    *("untargeted_hits", "untargeted_n", "targeted_hits", "targeted_n", "warnings"),
+)
+
+
 def csv_text(report: Report) -> str:
     """One line per figure with unrounded numbers, every metric included; nan is left empty."""
-    groups = grouped(report.rows) | worst_rows(grouped(report.rows))
+    groups = group_rows(report.rows) | worst_rows(group_rows(report.rows))
     metrics = list(dict.fromkeys(name for row in report.rows for name in row["scores"]))
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    fixed = [
-        "task",
-        "defense",
-        "threat",
-        "attack",
-        "eps",
-        "norm",
-        "metric",
-        "score",
-        "low",
-        "high",
-        "n",
-        "worst_of_n",
-        "resubmissions",
-        "kept",
-    ]
-    counts = ["untargeted_hits", "untargeted_n", "targeted_hits", "targeted_n", "doubts"]
-    writer.writerow([*fixed, *counts, *(f"mean_{name}" for name in metrics)])
+    writer.writerow([*FIGURE_COLUMNS, *(f"mean_{name}" for name in metrics)])
     for e in report.entries:
         rows = groups[e.group]
-        numbers = [*e.score, e.worst, e.resubmissions, e.kept]
-        means = [metric_mean(rows, name) if name in rows[0]["scores"] else math.nan for name in metrics]
+        numbers = [*e.score, e.worst, e.resubmissions, e.retained]
         rates = [e.untargeted.hits, e.untargeted.n, e.targeted.hits, e.targeted.n, checks_of(e.group, report.flags)]
+        means = [metric_mean(rows, name) if name in rows[0]["scores"] else math.nan for name in metrics]
         line: list[object] = [*e.group, e.norm, e.metric, *numbers, *rates, *means]
         writer.writerow(["" if isinstance(cell, float) and math.isnan(cell) else cell for cell in line])
     return stream.getvalue()

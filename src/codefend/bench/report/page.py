@@ -4,56 +4,47 @@ from __future__ import annotations
 
 import base64
 import json
-from importlib.resources import files
+from pathlib import Path
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from codefend.bench.report import Report
-from codefend.bench.report.attacks import seen_and_unseen, success
+from codefend.bench.report import tables
 from codefend.bench.report.panels import panels
 from codefend.bench.report.plots import score_against_eps
-from codefend.bench.report.tables import (
-    RULES,
-    THREAT_WORDS,
-    Table,
-    all_metrics,
-    costs,
-    differences,
-    doubts,
-    leaderboard,
-    results,
-)
+from codefend.bench.report.reading import Report
 
 
 def html_text(report: Report) -> str:
     """The whole report as one HTML document without links to anything outside."""
     plots = [(task, inline(score_against_eps(report.entries, task))) for task in report.tasks]
     threats = dict.fromkeys(entry.group.threat for entry in report.entries)
+    details = [table for t in report.tasks for table in (tables.results(report, t), tables.all_metrics(report, t))]
     return render(
         "page.html",
         report=report,
-        victim=report.bench.get("victim", report.config.get("victim", "")),
         counts={task: len({row["example"] for row in report.rows if row["task"] == task}) for task in report.tasks},
-        leaderboards=[leaderboard(report, task) for task in report.tasks],
-        rules=RULES,
-        threats={threat: THREAT_WORDS[threat] for threat in threats if threat in THREAT_WORDS},
+        overview=tables.overview(report) if len(report.tasks) > 1 else None,
+        leaderboards=[(tables.leaderboard(report, task), _description(report, task)) for task in report.tasks],
+        rules=tables.RULES,
+        threats={threat: tables.THREAT_WORDS[threat] for threat in threats if threat in tables.THREAT_WORDS},
         plots=[(task, plot) for task, plot in plots if plot],
-        success=success(report),
-        seen=seen_and_unseen(report),
-        doubts=doubts(report),
-        costs=costs(report),
-        differences=differences(report),
-        details=[table for task in report.tasks for table in (results(report, task), all_metrics(report, task))],
+        rates=[tables.success(report), tables.seen_and_unseen(report)],
+        warnings=tables.warnings(report),
+        costs=tables.costs(report),
+        details=[*details, tables.differences(report), tables.attack_table(report)],
         panels=panels(report),
-        attacks=_attacks(report),
         config=json.dumps(report.config, indent=2, ensure_ascii=False),
     )
+
+
+def _description(report: Report, task: str) -> str:
+    return str(report.bench.get("tasks", {}).get(task, {}).get("description", ""))
 
 
 def render(template: str, **values: object) -> str:
     """A template of this folder with its texts escaped."""
     environment = Environment(
-        loader=FunctionLoader(lambda name: files("codefend.bench.report").joinpath(name).read_text(encoding="utf-8")),
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -65,11 +56,3 @@ def render(template: str, **values: object) -> str:
 def inline(svg: str) -> str:
     """An SVG as a data URL: an image runs no scripts and its ids stay its own."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode("ascii") if svg else ""
-
-
-def _attacks(report: Report) -> Table:
-    shown = ("summary", "goal", "threat", "steps", "source")
-    known = report.bench.get("attacks", {})
-    lines = [(label, *(str(found.get(key, "")) for key in shown)) for label, found in known.items()]
-    columns = ("attack", "what it does", "goal", "needs", "steps", "source")
-    return Table("Attacks", columns, tuple(lines), (), frozenset(columns) - {"steps"})

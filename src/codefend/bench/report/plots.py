@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from codefend.bench.results import BARE, CLEAN, THREATS, WORST, Entry
 
 if TYPE_CHECKING:
-    from codefend.bench.report.transfer import Meeting
+    from codefend.bench.report.transfer import TransferCell
 
-# Okabe & Ito 2008: told apart with any kind of colour vision.
+# Okabe & Ito 2008: distinct with any kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 MARKERS = "osD^vPX"
 DODGE = 0.012  # of the largest eps, between lines that would hide one another
@@ -31,7 +31,7 @@ STYLE: dict[Any, Any] = {
 
 
 def score_against_eps(entries: Sequence[Entry], task: str) -> str:
-    """Worst case over attacks against eps, one line per defense, one panel per threat; "" when nothing was attacked."""
+    """Worst case over attacks against eps, one line per defense, one panel per threat; "" without attacks."""
     mine = [entry for entry in entries if entry.group.task == task]
     # An attack with a bound of its own has no eps: its worst case is no point of the curve.
     worst = [entry for entry in mine if entry.group.attack == WORST and entry.group.eps > 0]
@@ -55,32 +55,33 @@ def score_against_eps(entries: Sequence[Entry], task: str) -> str:
         return _svg(figure)
 
 
-def heat_map(meetings: Sequence[Meeting]) -> str:
-    """Attack success of each pair of victims with its denominator; rows: made on, columns: judged on."""
-    crafters, judges = (list(dict.fromkeys(getattr(m, side) for m in meetings)) for side in ("crafter", "judge"))
+def heat_map(cells: Sequence[TransferCell]) -> str:
+    """Attack success rate of each pair of victims with its denominator; rows: crafted on, columns: evaluated on."""
+    crafters, judges = (list(dict.fromkeys(getattr(cell, side) for cell in cells)) for side in ("crafter", "judge"))
     grid = [[math.nan] * len(judges) for _ in crafters]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(2.6 + 1.5 * len(judges), 1.4 + 0.8 * len(crafters)), layout="constrained")
         axis = figure.subplots()
-        for m in meetings:
-            row, column = crafters.index(m.crafter), judges.index(m.judge)
-            share = grid[row][column] = m.success.share
-            text = f"{share:.0%}\n{m.success.hits}/{m.success.n}" if m.success.n else "–"
+        for cell in cells:
+            row, column = crafters.index(cell.crafter), judges.index(cell.judge)
+            rate = cell.success
+            share = grid[row][column] = rate.share
+            text = f"{share:.0%}\n{rate.hits}/{rate.n}" if rate.n else "–"
             axis.text(column, row, text, ha="center", va="center", color="white" if share > 0.55 else "black")
-        shown = axis.imshow(grid, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        image = axis.imshow(grid, vmin=0, vmax=1, cmap="Blues", aspect="auto")
         axis.set_xticks(range(len(judges)), [textwrap.fill(name, 18) for name in judges])
         axis.set_yticks(range(len(crafters)), [textwrap.fill(name, 18) for name in crafters])
-        axis.set_xlabel("judged on")
-        axis.set_ylabel("made on")
+        axis.set_xlabel("evaluated on")
+        axis.set_ylabel("crafted on")
         axis.spines[:].set_visible(False)
-        figure.colorbar(shown, label="attack success")
+        figure.colorbar(image, label="attack success rate")
         return _svg(figure)
 
 
 def _panel(axis: Any, mine: Sequence[Entry], worst: Sequence[Entry], threat: str, defenses: Sequence[str]) -> None:
     for place, defense in enumerate(defenses):
         bare = {e.group.threat for e in worst if e.group.defense == BARE}
-        own = "T0" if defense == BARE and "T0" in bare else threat  # the bare victim stands beside every threat
+        own = "T0" if defense == BARE and "T0" in bare else threat  # drawn next to every threat
         points = [e for e in mine if e.group.defense == defense and e.group.attack == CLEAN]
         attacked = [e for e in worst if e.group.defense == defense and e.group.threat == own]
         if attacked:
@@ -90,7 +91,7 @@ def _panel(axis: Any, mine: Sequence[Entry], worst: Sequence[Entry], threat: str
     ticks = sorted({0.0} | {e.group.eps * scale for e in worst})
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.set_xlabel("eps (1/255)" if scale == 255 else "eps (l2)")
-    axis.set_title(f"{threat}, worst case over attacks", fontsize=10, loc="left")
+    axis.set_title(f"{threat}, worst case over attacks, 95% CI", fontsize=10, loc="left")
     axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
     axis.grid(axis="y", alpha=0.3)
 

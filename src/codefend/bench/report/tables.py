@@ -1,15 +1,15 @@
-"""Tables of a report, made once as text and rendered for terminal, Markdown and HTML; and the CSV of raw numbers."""
+"""The tables of a report. Every figure is a view of the rows."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from codefend.bench.report import Report
+from codefend.bench.report.reading import Report
+from codefend.bench.report.table import Table, number, percent, rate, with_interval
 from codefend.bench.results import (
     BARE,
     CLEAN,
@@ -18,113 +18,94 @@ from codefend.bench.results import (
     WORST,
     Entry,
     Group,
-    Rate,
+    difference,
     eps_label,
     gaps,
-    grouped,
+    gate,
+    group_rows,
+    interval,
     overall,
+    overall_rows,
+    pair_rows,
     scores,
+    strongest,
+    success_rates,
     worst_rows,
 )
 from codefend.bench.sanity import Flag
+from codefend.bench.tasks import AGREEMENT, RIGHT_OR_WRONG
 from codefend.core.runs import Row
-from codefend.tasks.intervals import Interval
 from codefend.tasks.metrics import corpus_bleu4
 from codefend.types import CodefendError, Example
 
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
-
 TERMINAL_LINES = 40  # longer result tables show clean and worst-case lines only
 RULES = (
-    "Ranked by the worst case under the strongest threat in the run: for each example the lowest score over all "
-    "attacks of that threat and of every weaker one, at the largest eps or within a bound of their own, as patches and "
-    "words have; all resubmissions of a randomized defense counted.",
-    "Defenses that were never attacked through themselves are listed without a rank: a score against an attacker who "
-    "does not know the defense is no robustness. The bare victim has nothing to look through and is ranked by T0.",
-    "Attacked images are rounded to 8 bits and stay inside the budget; scores are over all examples, wrong clean "
-    "answers included. Brackets are 95% bootstrap intervals over images; one without width says that all examples "
-    "agreed, not that many more would.",
+    "Ranked by the worst case under the strongest threat model of the run: for each example the lowest score over all "
+    "attacks of that threat and of every weaker one, at the largest eps or within the attack's own bound (patches, "
+    "words), over all resubmissions of a randomized defense.",
+    "Defenses without an adaptive attack (T2) have no rank: accuracy under oblivious attacks is not robustness. The "
+    "undefended victim is ranked by T0, which equals T2 for it.",
+    "Attacked images are rounded to 8 bits and stay inside the budget. Scores are means over all examples, including "
+    "those with a wrong clean answer. Brackets: 95% bootstrap confidence interval over images; an interval of zero "
+    "width says that all examples in the sample agree, not that more would.",
 )
 RESUBMITTED = (
     "worst of N: mean of each example's lowest score over N submissions of one image to a randomized defense; vote of "
-    "N: score of the answer that most of the N gave, the first of equals.",
+    "N: score of the most frequent of the N answers, the first of equals.",
+)
+AGREEMENT_NOTE = (
+    "agreement: share of the images with the same answer as without attack and defense; agreement_noise: the same "
+    "under white noise as large as the change of the image; cosine: restored cosine, of the vision tokens to those of "
+    "the clean image.",
 )
 THREAT_WORDS = {
-    "clean": "nobody attacks",
-    "T0": "oblivious: the attack sees the bare victim",
-    "T1": "transfer: the attack goes through a surrogate defense",
-    "T2": "white box: the attack goes through the defense itself",
-    "T2d": "white box that knows the seed of the defense's noise",
+    "clean": "no attack",
+    "T0": "oblivious: the attack goes through the undefended victim",
+    "T1": "transfer: the attack goes through a surrogate defense or another victim",
+    "T2": "adaptive white-box: the attack goes through the defense itself",
+    "T2d": "adaptive white-box with the known seed of the defense's noise",
 }
 
 
-@dataclass(frozen=True)
-class Table:
-    """Text cells under ``columns``; ``notes`` belong below. ``left`` columns are words, the others numbers."""
-
-    title: str
-    columns: tuple[str, ...]
-    lines: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...] = ()
-    left: frozenset[str] = frozenset()
-
-
-# --- numbers to text -------------------------------------------------------------------------------------------------
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """Two digits, a dash where nothing was scored."""
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
-
-
-def with_interval(found: Interval) -> str:
-    """``0.81 [0.70, 0.90]``."""
-    return number(found.mean) + ("" if math.isnan(found.low) else f" [{found.low:.2f}, {found.high:.2f}]")
-
-
-def rate(found: Rate) -> str:
-    """``7/12 (58%)``: always with the denominator."""
-    return f"{found.hits}/{found.n} ({found.share:.0%})" if found.n else "–"
-
-
-def percent(share: float) -> str:
-    return "–" if math.isnan(share) else f"{share:.0%}"
+def score_name(metric: str) -> str:
+    """``accuracy`` for metrics that say right or wrong, else ``score``."""
+    return "accuracy" if metric in RIGHT_OR_WRONG else "score"
 
 
 def flags_of(group: Group, flags: Sequence[Flag]) -> list[Flag]:
-    """The doubts about one figure, those about everything left out; a worst case inherits those about its attacks."""
-    own = [flag for flag in flags if flag.defense or flag.threat]
-    found = [flag for flag in own if flag.covers(_doubted(group, flag))]
-    return [flag for flag in found if flag.check != "too few examples" and group.attack != CLEAN]
+    """The warnings about one figure, not those about all figures; a worst case inherits those about its attacks."""
+    if group.attack == CLEAN:
+        return []
+    own = [flag for flag in flags if (flag.defense or flag.threat) and flag.check != "too few examples"]
+    return [flag for flag in own if flag.covers(_flagged_group(group, flag))]
 
 
-def _doubted(group: Group, flag: Flag) -> Group:
-    """The figure that a doubt would be about, if it is about one that ``group`` stands for."""
+def _flagged_group(group: Group, flag: Flag) -> Group:
+    """The group of the flag's attack, if ``group`` is a worst case over it."""
     if group.attack == OVERALL and flag.eps == 0:
         return group._replace(attack=flag.attack, eps=0.0)
     return group._replace(attack=flag.attack) if group.attack in (WORST, OVERALL) else group
 
 
 def checks_of(group: Group, flags: Sequence[Flag]) -> str:
-    """The names of ``flags_of``, with commas."""
+    """The names of `flags_of`, with commas."""
     return ", ".join(dict.fromkeys(flag.check for flag in flags_of(group, flags)))
 
 
-# --- the tables ------------------------------------------------------------------------------------------------------
+# --- scores ----------------------------------------------------------------------------------------------------------
 
 
 def leaderboard(report: Report, task: str) -> Table:
-    """Defenses of one task by their worst case under the strongest threat, over all attacks (``results.overall``)."""
+    """Defenses of one task by their worst case under the strongest threat, over all attacks (`results.overall`)."""
     entries = [entry for entry in report.entries if entry.group.task == task]
     worst = {(e.group.defense, e.group.threat): e for e in overall([row for row in report.rows if row["task"] == task])}
     clean = {e.group.defense: e for e in entries if e.group.attack == CLEAN}
     threats = [threat for threat in THREATS[1:] if any(threat == key[1] for key in worst)]
-    judged = {defense: _ranked_by(defense, worst) for defense in clean}
-    order = sorted(clean, key=lambda d: (judged[d] is None, -_mean(judged[d]), -_mean(worst.get((d, "T0")))))
+    deciding = {defense: _deciding_entry(defense, worst) for defense in clean}
+    order = sorted(clean, key=lambda d: (deciding[d] is None, -_mean(deciding[d]), -_mean(worst.get((d, "T0")))))
     lines, rank = [], 0
     for defense in order:
-        final = judged[defense]
+        final = deciding[defense]
         rank += final is not None
         cells = [worst.get((defense, threat)) for threat in threats]
         lines.append(
@@ -133,15 +114,16 @@ def leaderboard(report: Report, task: str) -> Table:
                 defense,
                 with_interval(clean[defense].score),
                 *(f"{with_interval(cell.score)} n={cell.score.n}" if cell else "–" for cell in cells),
-                percent(final.kept) if final else "–",
-                checks_of(final.group, report.flags) if final else "not attacked through itself",
+                percent(final.retained) if final else "–",
+                checks_of(final.group, report.flags) if final else "no adaptive attack",
             )
         )
     metric, label = entries[0].metric, _largest_label(entries)
-    columns = ("rank", "defense", "clean", *(f"{threat} worst case" for threat in threats), "kept", "doubts")
+    name = score_name(metric)
+    robust = (f"robust {name} {threat}" for threat in threats)
+    columns = ("rank", "defense", f"clean {name}", *robust, "of clean", "warnings")
     title = f"{task}: {metric} at {label}" if label else f"{task}: {metric}"
-    left = frozenset({"defense", "doubts"})
-    return Table(title, columns, tuple(lines), RULES, left)
+    return Table(title, columns, tuple(lines), RULES, frozenset({"defense", "warnings"}))
 
 
 def _largest_label(entries: Sequence[Entry]) -> str:
@@ -155,26 +137,27 @@ def _mean(entry: Entry | None) -> float:
     return entry.score.mean if entry and not math.isnan(entry.score.mean) else -1.0
 
 
-def _ranked_by(defense: str, worst: dict[tuple[str, str], Entry]) -> Entry | None:
-    """The entry that ranks a defense: its strongest threat from T2 on; the bare victim has nothing to adapt to."""
+def _deciding_entry(defense: str, worst: dict[tuple[str, str], Entry]) -> Entry | None:
+    """The entry that ranks a defense: its strongest threat from T2 on; the undefended victim has T0 alone."""
     threats = ("T2d", "T2", "T0") if defense == BARE else ("T2d", "T2")
     return next((worst[defense, threat] for threat in threats if (defense, threat) in worst), None)
 
 
 def overview(report: Report) -> Table:
-    """One line per defense: mean scores of each task, clean and in the worst case of each threat over all attacks."""
+    """One line per defense: mean scores of all tasks, clean and in the worst case of each threat over all attacks."""
     means: dict[tuple[str, str, str], str] = {}
     clean = [entry for entry in report.entries if entry.group.attack == CLEAN]
     for e in (*clean, *overall(report.rows)):
         means[e.group.defense, e.group.task, e.group.threat] = f"{number(e.score.mean)} n={e.score.n}"
-    places = list(dict.fromkeys((task, threat) for _, task, threat in means))
-    places.sort(key=lambda place: (report.tasks.index(place[0]), THREATS.index(place[1])))
+    figures = list(dict.fromkeys((task, threat) for _, task, threat in means))
+    figures.sort(key=lambda figure: (report.tasks.index(figure[0]), THREATS.index(figure[1])))
     defenses = list(dict.fromkeys(defense for defense, _, _ in means))
-    lines = [(d, *(means.get((d, *place), "–") for place in places)) for d in defenses]
-    words = "; ".join(f"{t}: {THREAT_WORDS[t]}" for t in dict.fromkeys(threat for _, threat in places) if t != "clean")
-    title = f"Scores, clean and attacked at {_largest_label(report.entries)}"
-    columns = ("defense", *(f"{task} {threat}" for task, threat in places))
-    return Table(title, columns, tuple(lines), (words,), frozenset({"defense"}))
+    lines = [(d, *(means.get((d, *figure), "–") for figure in figures)) for d in defenses]
+    threats = dict.fromkeys(threat for _, threat in figures if threat != "clean")
+    note = "; ".join(f"{threat}: {THREAT_WORDS[threat]}" for threat in threats)
+    title = f"Clean and robust scores, attacks at {_largest_label(report.entries)}"
+    columns = ("defense", *(f"{task} {threat}" for task, threat in figures))
+    return Table(title, columns, tuple(lines), (note,), frozenset({"defense"}))
 
 
 def results(report: Report, task: str, *, brief: bool = False) -> Table:
@@ -185,14 +168,16 @@ def results(report: Report, task: str, *, brief: bool = False) -> Table:
     entries = sorted(entries, key=_order(report))
     most = max(entry.resubmissions for entry in entries)
     again = (f"worst of {most}", f"vote of {most}") if most > 1 else ()
-    columns = ("defense", "threat", "attack", "eps", "score", "n", "kept", *again, "broken", "target", "doubts")
+    score = f"{score_name(entries[0].metric)} [95% CI]"
+    rates = ("attack success", "target forced")
+    columns = ("defense", "threat", "attack", "eps", score, "n", "of clean", *again, *rates, "warnings")
     lines = tuple(_figure(entry, report.flags, resubmitted=most > 1) for entry in entries)
-    left = frozenset({"defense", "threat", "attack", "doubts"})
+    left = frozenset({"defense", "threat", "attack", "warnings"})
     return Table(f"{task}: all figures", columns, lines, _legend(entries, resubmitted=most > 1), left)
 
 
 def _figure(entry: Entry, flags: Sequence[Flag], *, resubmitted: bool) -> tuple[str, ...]:
-    """A line of ``results``."""
+    """A line of `results`."""
     group = entry.group
     return (
         group.defense,
@@ -201,7 +186,7 @@ def _figure(entry: Entry, flags: Sequence[Flag], *, resubmitted: bool) -> tuple[
         eps_label(group.eps, entry.norm),
         with_interval(entry.score),
         str(entry.score.n),
-        percent(entry.kept),
+        percent(entry.retained),
         *(_resubmitted(entry) if resubmitted else ()),
         rate(entry.untargeted),
         rate(entry.targeted),
@@ -210,12 +195,13 @@ def _figure(entry: Entry, flags: Sequence[Flag], *, resubmitted: bool) -> tuple[
 
 
 def _legend(entries: Sequence[Entry], *, resubmitted: bool) -> tuple[str, ...]:
-    """What the columns of ``results`` mean."""
+    """What the columns of `results` mean."""
+    metric = entries[0].metric
     return (
-        f"score: {entries[0].metric}, mean with a 95% bootstrap interval over images; n: examples scored.",
-        "kept: share of the undefended clean score on the same examples.",
-        "broken: right on the clean image became wrong, of those that this same defense answers right; target: the "
-        "attacker's sentence appeared, of those where it wasn't there before.",
+        f"{score_name(metric)}: mean of {metric}, with a 95% bootstrap confidence interval over images; n: examples.",
+        "of clean: share of the undefended clean score on the same examples.",
+        "attack success: share of the examples answered right by the same defense without attack, whose answer the "
+        "attack made wrong; target forced: share of the examples whose answer it made contain the attacker's sentence.",
         *(RESUBMITTED if resubmitted else ()),
         *(f"{threat}: {THREAT_WORDS[threat]}." for threat in THREATS if any(e.group.threat == threat for e in entries)),
     )
@@ -234,47 +220,152 @@ def _order(report: Report) -> Callable[[Entry], tuple[Any, ...]]:
 
     def key(entry: Entry) -> tuple[Any, ...]:
         group = entry.group
-        return (
-            THREATS.index(group.threat),
-            group.eps,
-            group.attack == WORST,
-            "" if group.attack == WORST else group.attack,
-            defenses.index(group.defense),
-        )
+        worst = group.attack == WORST
+        attack = "" if worst else group.attack
+        return THREATS.index(group.threat), group.eps, worst, attack, defenses.index(group.defense)
 
     return key
 
 
-def differences(report: Report) -> Table:
-    """How far each defense lies below the best one in the worst case, on the same examples."""
-    found = gaps(worst_rows(grouped(report.rows)))
-    norm = report.rows[0]["norm"]
+def all_metrics(report: Report, task: str) -> Table:
+    """The mean of every metric in every figure; BLEU-4 over the corpus, which isn't a mean."""
+    groups = {group: rows for group, rows in group_rows(report.rows).items() if group.task == task}
+    names = list(dict.fromkeys(name for rows in groups.values() for name in rows[0]["scores"]))
+    thresholds = {cost["defense"]: cost.get("threshold") for cost in report.bench.get("costs", [])}
     lines = [
-        (g.task, g.threat, eps_label(g.eps, norm), g.defense, with_interval(gap), str(gap.n), _verdict(gap))
-        for g, gap in found.items()
+        (
+            *(g.defense, g.threat, "" if g.attack == CLEAN else g.attack, eps_label(g.eps, report.norm)),
+            *(number(metric_mean(rows, name), 3) for name in names),
+            *(_psnr(rows), _flagged(rows, thresholds.get(g.defense))),
+        )
+        for g, rows in groups.items()
     ]
-    columns = ("task", "threat", "eps", "defense", "below the best by", "n", "clear?")
-    notes = ("Paired over the examples that both were judged on; clear: the 95% interval leaves 0 out.",)
+    columns = ("defense", "threat", "attack", "eps", *names, "PSNR dB", "flagged")
+    notes = (
+        "PSNR: of the victim's input against the clean image, mean over images that differ; the share of identical "
+        "images is in brackets.",
+        "flagged: share of images above the threshold of the purifier's detector.",
+        *(AGREEMENT_NOTE if AGREEMENT in names else ()),
+    )
+    return Table(f"{task}: all metrics", columns, tuple(lines), notes, frozenset(columns[:3]))
+
+
+def metric_mean(rows: Sequence[Row], name: str) -> float:
+    """Mean over the scored examples; corpus BLEU-4 where sacrebleu is installed."""
+    if name == "bleu4":
+        examples = [Example(row["example"], torch.empty(0), row["prompt"], tuple(row["references"])) for row in rows]
+        try:
+            return corpus_bleu4([row["answer"] for row in rows], examples)
+        except CodefendError:  # sacrebleu is missing
+            return math.nan
+    return scores(rows, metric=name).nanmean().item()
+
+
+def _psnr(rows: Sequence[Row]) -> str:
+    values = [row["purified_psnr"] for row in rows if row["purified_psnr"] is not None]
+    if not values or len(values) == len(rows):
+        return number(sum(values) / len(values) if values else None, 1)
+    return f"{sum(values) / len(values):.1f} ({1 - len(values) / len(rows):.0%})"
+
+
+def _flagged(rows: Sequence[Row], threshold: float | None) -> str:
+    values = [row.get("suspicion") for row in rows]
+    if threshold is None or None in values:
+        return "–"
+    return f"{sum(value > threshold for value in values if value is not None) / len(values):.0%}"
+
+
+# --- attacks ---------------------------------------------------------------------------------------------------------
+
+
+def success(report: Report) -> Table:
+    """Attack success rates in the worst case over attacks, which ``codefend eval --max-asr`` reads."""
+    rates, gated = success_rates(report.rows), success_rates(report.rows, refused=gate(report.rows))
+    deciding = set(strongest(rates))
+    scored = {row["defense"] for row in report.rows if row.get("suspicion") is not None}
+    lines = [
+        (
+            *(g.task, g.defense, g.threat, eps_label(g.eps, report.norm) or "own bound", rate(value)),
+            *(rate(gated[g]) if g.defense in scored else "–", "yes" if g in deciding else ""),
+        )
+        for g, value in sorted(rates.items(), key=lambda pair: pair[0]._replace(threat="", attack=""))
+    ]
+    columns = ("task", "defense", "threat", "eps", "attack success rate", "with a gate", "strongest threat")
+    notes = (
+        "Share of the images answered right without attack, on which any attack of the threat or of a weaker one, in "
+        "any submission, made the answer wrong or its target appear. With a gate: the same if the images with a "
+        "detection score above that of 95% of the clean ones were refused; attacks with evade= aim at that. --max-asr "
+        "reads the strongest threat of each defense.",
+    )
+    return Table("Attack success rate, worst case over attacks", columns, tuple(lines), notes, frozenset(columns[:3]))
+
+
+def seen_and_unseen(report: Report) -> Table:
+    """Worst cases over the attacks that the defenses were trained on and over the others, on the same examples."""
+    seen = set(report.config.get("seen") or ())
+    groups = {
+        group: rows
+        for group, rows in group_rows(report.rows).items()
+        if group.attack == CLEAN or rows[0]["access"] != "control"
+    }
+    trained = overall_rows(groups, among=lambda group: group.attack in seen)
+    others = overall_rows(groups, among=lambda group: group.attack not in seen)
+    lines = []
+    for group in (group for group in trained if group in others):
+        pairs = pair_rows(trained[group], others[group])
+        first, second = [a for a, _ in pairs], [b for _, b in pairs]
+        figures = (
+            interval(first, field="worst_scores"),
+            interval(second, field="worst_scores"),
+            gap := difference(first, second),
+        )
+        figure = (group.task, group.defense, group.threat, eps_label(group.eps, report.norm))
+        lines.append((*figure, *map(with_interval, figures), str(gap.n)))
+    columns = ("task", "defense", "threat", "eps", "seen in training", "unseen", "seen - unseen", "n")
+    names = sorted({g.attack for g in groups if g.attack not in seen and g.attack != CLEAN})
+    notes = (f"Worst case over the attacks. Seen in training: {', '.join(sorted(seen))}; unseen: {', '.join(names)}.",)
+    return Table("Attacks seen and unseen in training", columns, tuple(lines), notes, frozenset(columns[:3]))
+
+
+def attack_table(report: Report) -> Table:
+    """The attacks of the run and their sources."""
+    keys = ("summary", "goal", "threat", "steps", "source")
+    attacks = report.bench.get("attacks", {})
+    lines = [(label, *(str(attack.get(key, "")) for key in keys)) for label, attack in attacks.items()]
+    columns = ("attack", "what it does", "goal", "access", "steps", "source")
+    return Table("Attacks", columns, tuple(lines), (), frozenset(columns) - {"steps"})
+
+
+# --- comparisons, warnings and costs ---------------------------------------------------------------------------------
+
+
+def differences(report: Report) -> Table:
+    """Paired differences between the best defense and each other one in the worst case, on the same examples."""
+    lines = [
+        (
+            *(g.task, g.threat, eps_label(g.eps, report.norm), g.defense),
+            *(with_interval(gap), str(gap.n), "yes" if gap.low > 0 else "no"),
+        )
+        for g, gap in gaps(worst_rows(group_rows(report.rows))).items()
+    ]
+    columns = ("task", "threat", "eps", "defense", "best minus this [95% CI]", "n", "significant")
+    notes = ("Paired over the examples of both; significant: the 95% confidence interval excludes 0.",)
     return Table("Paired differences of worst cases", columns, tuple(lines), notes, frozenset(columns[:4]))
 
 
-def _verdict(gap: Interval) -> str:
-    return "yes" if gap.low > 0 else "no"
-
-
-def doubts(report: Report) -> Table:
-    """What the sanity checks found, figures with the same doubt on one line."""
-    places: dict[tuple[str, str], list[str]] = {}
+def warnings(report: Report) -> Table:
+    """What the sanity checks report; figures with the same warning share a line."""
+    figures: dict[tuple[str, str], list[str]] = {}
     for flag in report.flags:
-        places.setdefault((flag.check, flag.reason), []).append(flag.where)
-    lines = [(check, _listed(found), reason) for (check, reason), found in places.items()]
-    columns = ("check", "where", "reason")
-    return Table("Doubts", columns, tuple(lines), (), frozenset(columns))
+        figures.setdefault((flag.check, flag.reason), []).append(flag.where)
+    lines = [(check, _first_of(labels), reason) for (check, reason), labels in figures.items()]
+    columns = ("check", "figure", "reason")
+    return Table("Warnings", columns, tuple(lines), (), frozenset(columns))
 
 
-def _listed(places: Sequence[str], most: int = 4) -> str:
-    more = f"; and {len(places) - most} more" if len(places) > most else ""
-    return "; ".join(places[:most]) + more
+def _first_of(labels: Sequence[str], most: int = 4) -> str:
+    more = f"; and {len(labels) - most} more" if len(labels) > most else ""
+    return "; ".join(labels[:most]) + more
 
 
 def costs(report: Report) -> Table:
@@ -293,67 +384,16 @@ def costs(report: Report) -> Table:
             )
         )
     sizes = {"x".join(map(str, cost["size"])) for cost in report.bench.get("costs", [])}
-    notes = (f"one picture of {', '.join(sorted(sizes))} pixels at a time; millions of multiply-adds in networks.",)
+    notes = (f"One image of {', '.join(sorted(sizes))} pixels at a time; millions of multiply-adds in networks.",)
     columns = ("defense", "ms/image", "M multiply-adds", "evaluations", "randomized", "gradient")
     return Table("Cost", columns, tuple(lines), notes, frozenset({"defense", "gradient"}))
 
 
-def all_metrics(report: Report, task: str) -> Table:
-    """The mean of every metric in every figure; BLEU-4 as the corpus figure, which isn't a mean."""
-    groups = {group: rows for group, rows in grouped(report.rows).items() if group.task == task}
-    names = list(dict.fromkeys(name for rows in groups.values() for name in rows[0]["scores"]))
-    norm = report.rows[0]["norm"]
-    lines = [
-        (
-            *(g.defense, g.threat, "" if g.attack == CLEAN else g.attack, eps_label(g.eps, norm)),
-            *(number(metric_mean(rows, name), 3) for name in names),
-            number(_restored(rows), 1),
-        )
-        for g, rows in groups.items()
-    ]
-    columns = ("defense", "threat", "attack", "eps", *names, "PSNR dB")
-    notes = ("PSNR: of what the victim saw, against the clean picture; pictures that are identical are left out.",)
-    return Table(f"{task}: all metrics", columns, tuple(lines), notes, frozenset(columns[:3]))
-
-
-def metric_mean(rows: Sequence[Row], name: str) -> float:
-    """Mean over the scored examples; corpus BLEU-4 where that is asked and can be had."""
-    if name == "bleu4":
-        examples = [Example(row["example"], torch.empty(0), row["prompt"], tuple(row["references"])) for row in rows]
-        try:
-            return corpus_bleu4([row["answer"] for row in rows], examples)
-        except CodefendError:  # sacrebleu is missing
-            return math.nan
-    return scores(rows, metric=name).nanmean().item()
-
-
-def _restored(rows: Sequence[Row]) -> float:
-    found = [row["purified_psnr"] for row in rows if row["purified_psnr"] is not None]
-    return sum(found) / len(found) if found else math.nan
-
-
-# --- renderings ------------------------------------------------------------------------------------------------------
-
-
 def summary_tables(report: Report) -> list[Table]:
-    """For a terminal: leaderboard and results of each task, then the doubts."""
-    shown = []
+    """For a terminal: leaderboard and results of each task, then the warnings."""
+    tables = [overview(report)] if len(report.tasks) > 1 else []
     for task in report.tasks:
         full = results(report, task)
         short = full if len(full.lines) <= TERMINAL_LINES else results(report, task, brief=True)
-        shown += [leaderboard(report, task), short]
-    return [table for table in [*shown, doubts(report)] if table.lines]
-
-
-def rich_table(table: Table) -> RichTable:
-    """The table for a terminal, its notes below it."""
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    caption = Text("\n".join(table.notes)) if len(table.notes) == 1 else None  # long legends belong into files
-    made = RichTable(title=table.title, caption=caption, title_justify="left", caption_justify="left")
-    for column in table.columns:
-        made.add_column(column, justify="left" if column in table.left else "right", overflow="fold")
-    for line in table.lines:
-        made.add_row(*(Text(cell) for cell in line))  # Text: answers and labels are no markup
-    return made
+        tables += [leaderboard(report, task), short]
+    return [table for table in [*tables, warnings(report)] if table.lines]
