@@ -94,7 +94,7 @@ def _parts(folder: Path) -> list[tuple[Path, int, int]]:
         with safe_open(path, framework="pt") as file:
             parts.append((path, -1, int(file.get_slice("clean").get_shape()[0])))
     for path in sorted(folder.glob("*.parquet")):
-        parts += [(path, group, size) for group, size in enumerate(pair_tables.groups(path)) if size]
+        parts += [(path, group, size) for group, size in enumerate(pair_tables.group_sizes(path)) if size]
     if not parts:
         raise CodefendError(f"{folder} holds no pairs; make some with `codefend pairs --run {folder}`")
     return parts

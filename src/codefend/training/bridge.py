@@ -29,10 +29,10 @@ from codefend.training.banks import Bank, StreamedBank
 from codefend.training.camera import jpeg_file
 from codefend.training.card import write_card
 from codefend.training.fit import Losses, MovingAverage, Training, cosine_schedule, fit
+from codefend.training.frozen import OWN
 from codefend.training.growth import grown
 from codefend.training.guides import Guide, directional_hinge, load_guide, token_distance, viewed
 from codefend.training.mining import mine
-from codefend.training.pairs import OWN
 from codefend.training.replay import Replays
 from codefend.types import CodefendError, Objective
 

@@ -1,7 +1,7 @@
-"""What a weights folder says about itself: ``training.json`` (config, data, curve) and a model card, ``README.md``.
+"""The description of trained weights: ``training.json`` (config, data, curve) and a model card, ``README.md``.
 
-Both are views of the run that made the weights, written anew whenever these are saved. Results are none of them: they
-come from an evaluation, and `codefend card` adds them.
+Both are views of the training run, rewritten whenever the weights are saved. Results come from an evaluation, and
+`codefend card` adds them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from codefend.training import pair_tables
 from codefend.types import CodefendError
 
 TRAINING_FILE, CARD_FILE = "training.json", "README.md"
-POINTS = 40  # of the curve that travels with the weights; the run folder's rows.jsonl has every step
+POINTS = 40  # of the curve in training.json; the run folder's rows.jsonl has every step
 
-WHAT = {
+SUMMARIES = {
     "pocket": "Pocket victim: connector and LoRA adapters between an EfficientNet-Lite and SmolLM2-135M-Instruct.",
     "fare": "Pocket victim whose image encoder was fine-tuned adversarially (FARE, Schlarmann 2024, arXiv 2402.12336).",
     "prior": "Unconditional diffusion prior in EDM form; `diffpure` uses it, and the other purifiers start from it.",
@@ -36,8 +36,8 @@ WHAT = {
     "latent": "Purifier: Stable Diffusion with LoRA, fine-tuned on pairs in latents (CoDefend, arXiv 2510.11096).",
     "codefend-r": "Purifier, a peer: our reconstruction of CoDefend (Zhu et al. 2025, arXiv 2510.11096), in pixels.",
 }
-TUNED = ("hf-bridge", "latent")  # models of others
-PICTURES = (
+BACKBONES = ("hf-bridge", "latent")  # fine-tuned from diffusers models
+IMAGES = (
     "composed scenes (Fluent Emoji, MIT; backgrounds procedural or from scikit-image), scikit-image's photographs "
     "(public domain or CC0; astronaut, chelsea, coffee and rocket are held out), scikit-learn's two photographs "
     "(CC-BY), dead leaves (procedural)"
@@ -51,7 +51,7 @@ SCENES = (
 def write_card(folder: str | Path, kind: str) -> None:
     """Write both files into the ``weights`` of a run folder. Raises CodefendError when they cannot be written."""
     rows, config = read_rows(folder), read_config(folder)
-    banks = [{**_bank(place), "times": times} for place, times in Counter[str](config.get("pairs", ())).items()]
+    banks = [{**_bank(bank), "times": times} for bank, times in Counter[str](config.get("pairs", ())).items()]
     training = {
         "kind": kind,
         "config": config,
@@ -64,7 +64,7 @@ def write_card(folder: str | Path, kind: str) -> None:
 
 
 def refresh(folder: str | Path) -> Path:
-    """Write the card anew from the folder's training.json and return it. Raises CodefendError when there is none."""
+    """Rewrite the card from the folder's training.json and return its path. Raises CodefendError when there is none."""
     path = Path(folder) / TRAINING_FILE
     try:
         _write(Path(folder), json.loads(path.read_text(encoding="utf-8")))
@@ -74,98 +74,98 @@ def refresh(folder: str | Path) -> Path:
 
 
 def _write(folder: Path, training: Mapping[str, Any]) -> None:
-    told = _portable(training)
-    write_atomic(folder / TRAINING_FILE, json.dumps(told, indent=1) + "\n")
-    write_atomic(folder / CARD_FILE, _text(told))
+    portable = _strip_paths(training)
+    write_atomic(folder / TRAINING_FILE, json.dumps(portable, indent=1) + "\n")
+    write_atomic(folder / CARD_FILE, _text(portable))
 
 
-def _portable(value: Any) -> Any:
-    """The same without folders of the machine that it was made on: of an absolute path its last two names."""
+def _strip_paths(value: Any) -> Any:
+    """The value with every absolute path cut to its last two names: no folders of this machine."""
     if isinstance(value, Mapping):
-        return {key: _portable(item) for key, item in value.items()}
+        return {key: _strip_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_portable(item) for item in value]
+        return [_strip_paths(item) for item in value]
     return "/".join(Path(value).parts[-2:]) if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def _bank(place: str) -> Row:
-    """What a bank of pairs was made of: its config, and how many pairs of each kind, target, steps and strength."""
+def _bank(folder: str) -> Row:
+    """A bank of pairs: its config, and the number of pairs of each kind, target, steps and range of eps."""
     groups: dict[tuple[str, str, int | None], list[float]] = defaultdict(list)
-    table = not (Path(place) / "rows.jsonl").is_file()  # or shards alone, of which nothing is known
-    if table and any(Path(place).glob("*.parquet")):
-        for kind, target, steps, eps in pair_tables.described(place):
+    table = not (Path(folder) / "rows.jsonl").is_file()  # or shards alone, of which nothing is known
+    if table and any(Path(folder).glob("*.parquet")):
+        for kind, target, steps, eps in pair_tables.read_descriptions(folder):
             groups[kind, target, steps].append(eps)
     elif not table:
-        for row in read_rows(place):
+        for row in read_rows(folder):
             groups[row["kind"], row["target"], row.get("steps")] += [pair["eps"] for pair in row["pairs"]]
     made = [
         {"kind": kind, "target": target, "steps": steps, "pairs": len(eps), "eps": [min(eps), max(eps)]}
         for (kind, target, steps), eps in sorted(groups.items(), key=str)
     ]
-    return {"config": {"table": Path(place).name} if table else read_config(place), "made": made}
+    return {"config": {"table": Path(folder).name} if table else read_config(folder), "made": made}
 
 
 def curve(rows: Sequence[Row], points: int = POINTS) -> list[Row]:
-    """The steps' figures, averaged over at most ``points`` stretches of equal length."""
+    """The numbers of the steps' rows, averaged over at most ``points`` intervals of equal length."""
     steps = [row for row in rows if "step" in row]
     size = max(1, -(-len(steps) // points))
-    stretches = []
+    intervals = []
     for start in range(0, len(steps), size):
         part = steps[start : start + size]
         names = {name: None for row in part for name, value in row.items() if isinstance(value, float)}
         means = {name: fmean(row[name] for row in part if isinstance(row.get(name), float)) for name in names}
-        stretches.append({"step": part[-1]["step"], **{name: round(value, 6) for name, value in means.items()}})
-    return stretches
+        intervals.append({"step": part[-1]["step"], **{name: round(value, 6) for name, value in means.items()}})
+    return intervals
 
 
 def _text(training: Mapping[str, Any]) -> str:
-    kind, config, done = training["kind"], training["config"], training["steps"]
-    lines = [f"# {kind}", "", WHAT[kind], ""]
-    lines += [f"- Training: {done} of {config.get('steps', done)} steps, {training['hours']:.1f} hours in them; "]
+    kind, config, steps = training["kind"], training["config"], training["steps"]
+    lines = [f"# {kind}", "", SUMMARIES[kind], ""]
+    lines += [f"- Training: {steps} of {config.get('steps', steps)} steps, {training['hours']:.1f} hours in them; "]
     lines[-1] += f"{_settings(config)}."
-    seen = [_attacks(bank) for bank in training["pairs"]]
+    attacks = [_attacks(bank) for bank in training["pairs"]]
     if config.get("mined") or config.get("replay", 1) > 1 or kind in ("adbm", "fare"):
-        seen.append(_mined(kind, config))
-    if config.get("train") in ("bridge", "peer", "fare", *TUNED):
-        lines += [f"- Attacks seen in training: {'; '.join(seen) or 'none'}."]
+        attacks.append(_mined(kind, config))
+    if config.get("train") in ("bridge", "peer", "fare", *BACKBONES):
+        lines += [f"- Attacks seen in training: {'; '.join(attacks) or 'none'}."]
     if config.get("without"):
-        lines += [f"- Left out of what the banks hold: {', '.join(config['without'])}."]
+        lines += [f"- Left out of the banks: {', '.join(config['without'])}."]
     if encoders := config.get("encoders") or ([config["encoder"]] if "encoder" in config else []):
         lines += [f"- Encoders that guide: {', '.join(encoders)}; no other was used outside the banks."]
-    if kind in TUNED:
-        lines += [f"- Weights: made from {config['model']}, whose licence holds for them, too; float32."]
-        lines += ["- Data: that model's, and the pictures of the banks. Curve, settings and banks: training.json.", ""]
+    if kind in BACKBONES:
+        lines += [f"- Weights: fine-tuned from {config['model']}, whose licence holds for them as well; float32."]
+        lines += ["- Data: that model's, and the images of the banks. Curve, settings and banks: training.json.", ""]
         return "\n".join(lines)
-    lines += [f"- Data: {SCENES if kind == 'pocket' else PICTURES}."]
+    lines += [f"- Data: {SCENES if kind == 'pocket' else IMAGES}."]
     lines += ["- Weights: Apache-2.0 as the code; float16. Curve, settings and banks: training.json.", ""]
     return "\n".join(lines)
 
 
 def _settings(config: Mapping[str, Any]) -> str:
     """The scalar settings, as ``--set`` takes them."""
-    told = {
+    scalars = {
         k: v for k, v in config.items() if isinstance(v, int | float | str) and v != "" and k not in ("train", "steps")
     }
-    return ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in told.items())
+    return ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in scalars.items())
 
 
 def _attacks(bank: Row) -> str:
     if not bank["made"]:
-        return "pairs that do not say how they were made"
+        return "pairs without a description"
     by_steps: dict[int | None, list[str]] = defaultdict(list)
-    for made in bank["made"]:
-        low, high = (255 * eps for eps in made["eps"])
-        what = f"{made['kind']} on {made['target']} ({made['pairs']} pairs, {low:.1f} to {high:.1f}/255)"
-        by_steps[_steps(bank["config"], made)].append(what)
+    for group in bank["made"]:
+        low, high = (255 * eps for eps in group["eps"])
+        pairs = f"{group['kind']} on {group['target']} ({group['pairs']} pairs, {low:.1f} to {high:.1f}/255)"
+        by_steps[_steps(bank["config"], group)].append(pairs)
     often = f", drawn {bank['times']} times as often" if bank["times"] > 1 else ""
-    told = (f"PGD{'' if steps is None else f'-{steps}'} on {', '.join(what)}" for steps, what in by_steps.items())
-    return f"{' and '.join(told)}{often}"
+    attacks = (f"PGD{'' if steps is None else f'-{steps}'} on {', '.join(pairs)}" for steps, pairs in by_steps.items())
+    return f"{' and '.join(attacks)}{often}"
 
 
-def _steps(config: Mapping[str, Any], made: Row) -> int | None:
-    """Of the attack that made these pairs: theirs or, in a card from before they were noted, their bank's."""
-    setting = "answer_steps" if made["kind"] == "answers" else "steps"
-    steps: int | None = made.get("steps") or config.get(setting)
+def _steps(config: Mapping[str, Any], group: Row) -> int | None:
+    """The attack's steps: of the group or, in an older card, of its bank."""
+    setting = "answer_steps" if group["kind"] == "answers" else "steps"
+    steps: int | None = group.get("steps") or config.get(setting)
     return steps
 
 
@@ -177,20 +177,20 @@ def _mined(kind: str, config: Mapping[str, Any]) -> str:
     share, steps, top = config["mined"], config["mining_steps"], 255 * config["max_eps"]
     if (replay := config.get("replay", 1)) > 1:
         return (
-            f"each batch trained on {replay} times while its perturbation climbs the loss through the purifier, "
+            f"each batch trained on {replay} times while its perturbation ascends the loss through the purifier, "
             f"to at most {top:g}/255; {share:.0%} of the batches from random starts"
         )
     return f"{share:.0%} of the steps mined through the purifier, {steps} steps at 1 to {top:g}/255"
 
 
 def results_table(run: str | Path, defense: str) -> str:
-    """A Markdown table of what ``defense`` reached in a run of `codefend eval`: clean, oblivious and adaptive lines.
+    """A Markdown table of the scores of ``defense`` in a run of `codefend eval`: clean, oblivious and adaptive lines.
 
     Raises CodefendError when the run has no such defense.
     """
     entries = [entry for entry in summarize(read_rows(run)) if entry.group.defense == defense]
     if not entries:
-        raise CodefendError(f"{run} has no rows of defense {defense!r}; --defense takes the name that the run gives it")
+        raise CodefendError(f"{run} has no rows of defense {defense!r}; give --defense the name in that run")
     lines = ["| task | threat | attack | eps | score, 95% interval | of clean | n |", "|---|---|---|---|---|---|---|"]
     for entry in entries:
         group, score = entry.group, entry.score
@@ -202,13 +202,13 @@ def results_table(run: str | Path, defense: str) -> str:
 
 
 def add_results(folder: str | Path, table: str, source: str) -> Path:
-    """Put a Markdown ``table`` of results into the folder's card, in place of an earlier one, and return the card.
+    """Write a Markdown ``table`` of results into the folder's card, in place of an earlier one; returns its path.
 
     Raises CodefendError when the folder has no card.
     """
     path = Path(folder) / CARD_FILE
     if not path.is_file():
-        raise CodefendError(f"{folder} has no {CARD_FILE}: it isn't the weights folder of a training")
+        raise CodefendError(f"{folder} has no {CARD_FILE}: it is not the weights folder of a training")
     head = path.read_text(encoding="utf-8").partition("\n## Results")[0].rstrip()
     write_atomic(path, f"{head}\n\n## Results\n\n`{source}`\n\n{table.strip()}\n")
     return path

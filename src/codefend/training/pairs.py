@@ -1,13 +1,12 @@
-"""Make and read pairs of adversarial and clean pictures: what supervised purification is trained on.
+"""Make and read pairs of adversarial and clean images: what supervised purification is trained on.
 
-A bank is a run folder: ``rows.jsonl`` says of each pair how it was made (attack, target network, eps, steps, how far
-the objective fell); ``pairs-00000.safetensors`` and so on hold them as 8-bit ``clean`` and ``attacked``.
+A bank is a run folder: ``rows.jsonl`` describes the attack of each pair (kind, target network, eps, steps, decrease of
+the objective); ``pairs-00000.safetensors`` and so on hold the images as 8-bit ``clean`` and ``attacked``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from codefend.attacks.pgd import PGD
 from codefend.core.devices import default_device
 from codefend.core.images import quantize8
 from codefend.core.runs import (
+    Row,
     Run,
     check_run,
     load_checkpoint,
@@ -31,74 +31,49 @@ from codefend.core.runs import (
     save_checkpoint,
 )
 from codefend.core.settings import recorded
-from codefend.encoders.efficientnet_lite import NAMES, EfficientNetLite
+from codefend.encoders.efficientnet_lite import NAMES
 from codefend.encoders.views import View, draw_view
 from codefend.tasks.language import CAPTION_PROMPT, captions, training_texts
-from codefend.tasks.objects import COLOURS, THINGS
 from codefend.tasks.scenes import compose, load_photographs
 from codefend.tasks.training_images import own_photographs, training_pictures
+from codefend.training.frozen import OWN, Encoder, FrozenEncoder, check_encoders, load_encoders, word_objective
 from codefend.types import Budget, CodefendError, Objective, WhiteBox
 from codefend.victims.pocket import Pocket
 
-WORDS = tuple(f" {c} {t.name}" for t in THINGS if t.tinted for c in COLOURS) + tuple(
-    f" {t.name}" for t in THINGS if not t.tinted
-)
 KINDS = ("features", "towards", "words", "answers")
-OWN = "victim"  # among the encoders: the victim's own
 
-
-class Tower:
-    """A bare image encoder as a white box that has features only: a second family to attack."""
-
-    def __init__(self, name: str, view: View | None = None) -> None:
-        self.name, self.encoder = name, EfficientNetLite(name).to(default_device())
-        self.view = view or View()
-
-    def through(self, view: View) -> Tower:
-        """The same encoder, shown another view of each picture."""
-        other = copy(self)
-        other.view = view
-        return other
-
-    def features(self, images: Tensor) -> Tensor:
-        tokens: Tensor = self.encoder(self.view(images.to(self.encoder.fc.weight.device)))
-        return tokens.to(images.device)
-
-    def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
-        raise TypeError(f"{self.name} is an encoder: it answers nothing")
-
-    def loss(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
-        raise TypeError(f"{self.name} is an encoder: it has no language-model loss")
+Build = Callable[[slice, Tensor], Objective]  # a part of a shard and its clean images -> the attack's objective
 
 
 @dataclass(frozen=True)
 class PairsConfig:
-    """Everything that decides a bank. The shares of the attack kinds are relative."""
+    """Everything that decides a bank."""
 
     victim: str = "pocket"  # a name or a weights folder; must be a pocket for the kinds "words" and "answers"
-    encoders: tuple[str, ...] = ("lite0", "lite2")  # whose features are attacked; "victim" is the victim's own
+    encoders: tuple[str, ...] = ("lite0", "lite2")  # whose features are attacked; "victim": the victim's own
     count: int = 2560
     kinds: tuple[str, ...] = ("features", "towards", "words", "words", "answers")  # one a shard, in turn
     max_eps: float = 16 / 255
     steps: int = 8
-    answer_steps: int = 6  # through the language model: twenty times dearer
-    answer_shards: int = 8  # at most this many shards of "answers"; the rest becomes "features"
+    answer_steps: int = 6  # of "answers", twenty times as expensive
+    answer_shards: int = 8  # largest number of shards of "answers"; the others become "features"
     seed: int = 0
-    # What follows is left out of the saved config while it is as here: banks from before it existed go on.
+    # The fields from here on are recorded only where they differ from their defaults: older banks resume.
     photographs: str = ""  # a folder of your own photographs, for "features" and "towards"
-    views: float = 0.0  # share of "features" and "towards" shards whose encoder sees another view (`views.py`)
-    shares: tuple[float, ...] = ()  # of scenes, photographs and dead leaves in them; empty: `tasks.pictures`' own
-    shard: int = 32  # pairs a file, made and written together, a quarter of them attacked at once; a GPU takes more
+    views: float = 0.0  # share of "features" and "towards" shards whose encoder has another view (`encoders.views`)
+    shares: tuple[float, ...] = ()  # of scenes, photographs and dead leaves in them; empty: the default mix
+    shard: int = 32  # pairs a file; a quarter of them are attacked at once
 
     def __post_init__(self) -> None:
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise CodefendError(f"unknown kind of pairs {kind!r}; known: {', '.join(KINDS)}")
         if self.shard < 4 or self.shard % 4:
             raise CodefendError(f"shard must be a multiple of 4, got {self.shard}")
         if not 0 <= self.views <= 1:
             raise CodefendError(f"views is a share from 0 to 1, got {self.views}")
         if self.views and set(self.encoders) <= {OWN}:
-            raise CodefendError(
-                f"views are of encoders by name, {', '.join(NAMES)}: a victim of your own sees its own view"
-            )
+            raise CodefendError(f"views need encoders by name, {', '.join(NAMES)}: a victim of your own has one view")
         if self.shares and (len(self.shares) != 3 or min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6):
             raise CodefendError(f"shares are three that sum to 1 (scenes, photographs, dead leaves), got {self.shares}")
 
@@ -116,127 +91,127 @@ def make_pairs(config: PairsConfig, folder: str | Path) -> Path:
 
     described = {"pairs": True, **config.recorded()}
     check_run(folder, described)
-    unknown = [name for name in config.encoders if name not in (*NAMES, OWN)]
-    if unknown:
-        raise CodefendError(f"unknown encoder {unknown[0]!r}; known: {', '.join((*NAMES, OWN))}")
-    own_photographs(config.photographs)  # a missing folder is told now
+    check_encoders(config.encoders)
+    own_photographs(config.photographs)  # fail early where the folder is missing
     victim = victims.load_white_box(config.victim)
-    towers: list[Tower | WhiteBox] = [victim if name == OWN else Tower(name) for name in config.encoders]
-    run = open_run(folder, described)  # a misspelt name has left nothing behind
+    source = _ShardSource(config, victim, load_encoders(config.encoders, victim))
+    run = open_run(folder, described)
     shards = -(-config.count // config.shard)
     with progress("pairs", shards * config.shard) as advance:
         for shard in range(shards):
             if not run.has(f"shard-{shard}"):
-                _make_shard(config, run, victim, towers, shard)
+                source.make(run, shard)
             advance(config.shard)
     return run.dir
 
 
 def first_scene(seed: int, shard: int, size: int) -> int:
-    """Where a shard's scenes begin: banks of different seeds share none, so that one can be held out."""
+    """The number of a shard's first scene: banks of different seeds share none, so that one can be held out."""
     return 2_000_000 + seed * 10_000_000 + shard * size
 
 
-def _make_shard(
-    config: PairsConfig, run: Run, victim: WhiteBox, towers: Sequence[Tower | WhiteBox], shard: int
-) -> None:
-    rng = np.random.default_rng([config.seed, 5, shard])
-    kind = config.kinds[shard % len(config.kinds)]
-    if kind == "answers" and shard // len(config.kinds) >= config.answer_shards:
-        kind = "features"
-    tower = towers[int(rng.integers(len(towers)))]
-    if config.views and rng.random() < config.views and isinstance(tower, Tower):
-        tower = tower.through(draw_view(rng))
-    own = own_photographs(config.photographs)
-    clean, build = _objective(config, kind, victim, tower, rng, shard=shard, own=own)
-    clean = quantize8(clean).to(default_device())
-    # One eps per pair, drawn evenly; an attack has one budget a call, so the pairs of a call share their eps.
-    attacked, falls = [], []
-    steps = config.answer_steps if kind == "answers" else config.steps
-    parts = clean.split(config.shard // 4)
-    for part, images in enumerate(parts):
-        budget = Budget(eps=float(rng.uniform(1 / 255, config.max_eps)), steps=steps)
-        objective = build(slice(part * len(images), (part + 1) * len(images)), images)
-        adversarial = PGD()(objective, images, budget, generator=make_generator(config.seed, "pairs", shard, part))
-        adversarial = quantize_in_budget(adversarial, images, budget)
-        with torch.no_grad():
-            falls += list(
-                zip([budget.eps] * len(images), (objective(images) - objective(adversarial)).tolist(), strict=True)
-            )
-        attacked.append(adversarial)
-    path = run.dir / f"pairs-{shard:05d}.safetensors"
-    save_checkpoint(path, {"clean": _bytes(clean), "attacked": _bytes(torch.cat(attacked))}, {"kind": kind})
-    target = tower.name if kind in ("features", "towards") else victim.name
-    pairs = [{"eps": eps, "fall": fall} for eps, fall in falls]
-    seen = {}
-    if kind in ("features", "towards") and isinstance(tower, Tower) and tower.view != View():
-        seen = {"view": asdict(tower.view)}
-    run.append({"key": f"shard-{shard}", "kind": kind, "target": target, "steps": steps, "pairs": pairs, **seen})
+@dataclass(frozen=True)
+class _ShardSource:
+    """Attacks the networks of a bank, one shard at a time."""
 
+    config: PairsConfig
+    victim: WhiteBox
+    encoders: Sequence[Encoder]
 
-def _objective(
-    config: PairsConfig,
-    kind: str,
-    victim: WhiteBox,
-    tower: Tower | WhiteBox,
-    rng: np.random.Generator,
-    *,
-    shard: int,
-    own: Sequence[Tensor],
-) -> tuple[Tensor, Callable[[slice, Tensor], Objective]]:
-    """The clean pictures of a shard and a function from a part of them to the attack's objective."""
-    count, first = config.shard, first_scene(config.seed, shard, config.shard)
-    if kind in ("features", "towards"):
-        clean = training_pictures(rng, count, first_scene=first, own=own, shares=config.shares)
-        if kind == "features":
-            return clean, lambda part, images: objectives.features_away(tower, images)
-        others = training_pictures(rng, count, first_scene=first + 1_000_000, own=own, shares=config.shares)
-        return clean, lambda part, images: objectives.features_towards(tower, others[part].to(images.device))
-    scenes = [compose("train", first + i, photographs=load_photographs()) for i in range(count)]
-    clean = torch.stack([scene.image for scene in scenes])
-    if kind == "words":
-        pocket = victim
+    def make(self, run: Run, shard: int) -> None:
+        """Write the file and the row of a shard."""
+        config, rng = self.config, np.random.default_rng([self.config.seed, 5, shard])
+        kind = config.kinds[shard % len(config.kinds)]
+        if kind == "answers" and shard // len(config.kinds) >= config.answer_shards:
+            kind = "features"
+        encoder = self.encoders[int(rng.integers(len(self.encoders)))]
+        if config.views and rng.random() < config.views and isinstance(encoder, FrozenEncoder):
+            encoder = encoder.through(draw_view(rng))
+        clean, build = self._attack(kind, encoder, rng, shard)
+        clean = quantize8(clean).to(default_device())
+        steps = config.answer_steps if kind == "answers" else config.steps
+        attacked, pairs = self._perturb(clean, build, rng, shard, steps)
+        path = run.dir / f"pairs-{shard:05d}.safetensors"
+        save_checkpoint(path, {"clean": _to_bytes(clean), "attacked": _to_bytes(attacked)}, {"kind": kind})
+        on_features = kind in ("features", "towards")
+        row = {"kind": kind, "target": (encoder if on_features else self.victim).name, "steps": steps, "pairs": pairs}
+        if on_features and isinstance(encoder, FrozenEncoder) and encoder.view != View():
+            row["view"] = asdict(encoder.view)
+        run.append({"key": f"shard-{shard}", **row})
+
+    def _perturb(
+        self, clean: Tensor, build: Build, rng: np.random.Generator, shard: int, steps: int
+    ) -> tuple[Tensor, list[Row]]:
+        """The adversarial images of a shard, and eps and decrease of the objective ("fall") of each pair.
+
+        eps is drawn uniformly for each quarter of the shard: an attack has one budget a call.
+        """
+        attacked, pairs = [], list[Row]()
+        for part, images in enumerate(clean.split(self.config.shard // 4)):
+            budget = Budget(eps=float(rng.uniform(1 / 255, self.config.max_eps)), steps=steps)
+            objective = build(slice(part * len(images), (part + 1) * len(images)), images)
+            generator = make_generator(self.config.seed, "pairs", shard, part)
+            adversarial = quantize_in_budget(PGD()(objective, images, budget, generator=generator), images, budget)
+            with torch.no_grad():
+                falls = (objective(images) - objective(adversarial)).tolist()
+            pairs += [{"eps": budget.eps, "fall": fall} for fall in falls]
+            attacked.append(adversarial)
+        return torch.cat(attacked), pairs
+
+    def _attack(self, kind: str, encoder: Encoder, rng: np.random.Generator, shard: int) -> tuple[Tensor, Build]:
+        """The clean images of a shard and their attack."""
+        first = first_scene(self.config.seed, shard, self.config.shard)
+        match kind:
+            case "features":
+                clean = self._images(rng, first)
+                return clean, lambda part, images: objectives.features_away(encoder, images)
+            case "towards":
+                clean, others = self._images(rng, first), self._images(rng, first + 1_000_000)
+                return clean, lambda part, images: objectives.features_towards(encoder, others[part].to(images.device))
+            case "words":
+                return self._attack_words(rng, first)
+            case _:
+                return self._attack_answers(rng, first)
+
+    def _images(self, rng: np.random.Generator, first: int) -> Tensor:
+        own = own_photographs(self.config.photographs)
+        return training_pictures(rng, self.config.shard, first_scene=first, own=own, shares=self.config.shares)
+
+    def _attack_words(self, rng: np.random.Generator, first: int) -> tuple[Tensor, Build]:
+        """Word scores away from the clean image's words, or, for half of the shards, towards another image's."""
+        pocket = self.victim
+        scenes = [compose("train", first + i, photographs=load_photographs()) for i in range(self.config.shard)]
         if not isinstance(pocket, Pocket):
-            raise CodefendError(f"pairs of kind 'words' need a pocket victim, not {victim.name}")
-        shuffled = clean.roll(1, 0)
-        targeted = bool(rng.random() < 0.5)
-        goals = shuffled if targeted else None
+            raise CodefendError(f"pairs of kind 'words' need a pocket victim, not {pocket.name}")
+        clean = torch.stack([scene.image for scene in scenes])
+        targets = clean.roll(1, 0) if rng.random() < 0.5 else None
         return clean, lambda part, images: word_objective(
-            pocket, images, None if goals is None else goals[part].to(images.device)
+            pocket, images, None if targets is None else targets[part].to(images.device)
         )
-    if kind == "answers":
+
+    def _attack_answers(self, rng: np.random.Generator, first: int) -> tuple[Tensor, Build]:
+        """Language-model loss of captions and answers up, or, for half of the shards, that of another image's down."""
+        count, victim = self.config.shard, self.victim
+        scenes = [compose("train", first + i, photographs=load_photographs()) for i in range(count)]
         texts = [training_texts(scene, rng)[int(rng.integers(1, 4))] for scene in scenes]
         for i in range(0, count, 2):
             texts[i] = (CAPTION_PROMPT, captions(scenes[i])[0])
-        prompts, answers = [t[0] for t in texts], [t[1] for t in texts]
-        if rng.random() < 0.5:  # towards another picture's answer
-            return clean, lambda part, images: objectives.targeted(
-                victim, prompts[part], (answers[2:] + answers[:2])[part]
-            )
+        prompts, answers = [prompt for prompt, _ in texts], [answer for _, answer in texts]
+        clean = torch.stack([scene.image for scene in scenes])
+        if rng.random() < 0.5:
+            others = answers[2:] + answers[:2]
+            return clean, lambda part, images: objectives.targeted(victim, prompts[part], others[part])
         return clean, lambda part, images: objectives.untargeted(victim, prompts[part], answers[part])
-    raise CodefendError(f"unknown kind of pairs {kind!r}; known: {', '.join(KINDS)}")
 
 
-def word_objective(pocket: Pocket, clean: Tensor, target: Tensor | None = None) -> Objective:
-    """Cross-entropy of each token's nearest words: away from those of ``clean``, or towards those of ``target``."""
-    with torch.no_grad():
-        labels = pocket.word_scores(clean if target is None else target, WORDS).argmax(-1)
-    sign = -1.0 if target is None else 1.0
-
-    def objective(images: Tensor) -> Tensor:
-        return sign * objectives.word_loss(pocket.word_scores(images, WORDS), labels)
-
-    return objective
-
-
-def _bytes(images: Tensor) -> Tensor:
+def _to_bytes(images: Tensor) -> Tensor:
     return (images * 255).round().to("cpu", torch.uint8)
 
 
 def read_pairs(folder: str | Path, *, without: Sequence[str] = ()) -> Iterator[tuple[Tensor, Tensor, str]]:
-    """Yield ``(clean, attacked, kind)`` of each shard, 8-bit ``[n, 3, H, W]``, leaving out what ``without`` names.
+    """Yield ``(clean, attacked, kind)`` of each shard, 8-bit ``[n, 3, H, W]``.
 
-    It may name kinds and targets, the attacked networks, such as "lite2"; of Parquet made elsewhere as far as it says
+    ``without``: attack kinds and target networks, such as "lite2", to leave out; Parquet made elsewhere may not name
     them. Raises CodefendError when there are no shards, or for a name that is no kind and no target of this bank.
     """
     paths, tables = (sorted(Path(folder).glob(name)) for name in ("pairs-*.safetensors", "*.parquet"))
@@ -244,7 +219,8 @@ def read_pairs(folder: str | Path, *, without: Sequence[str] = ()) -> Iterator[t
         from codefend.training import pair_tables
 
         if without:
-            _check_known(folder, without, {name for made in pair_tables.described(folder) for name in made[:2] if name})
+            names = {name for pair in pair_tables.read_descriptions(folder) for name in (pair.kind, pair.target)}
+            _check_known(folder, without, names - {""})
         for table in tables:
             yield from pair_tables.read_table(table, without=without)
         return
@@ -260,9 +236,9 @@ def read_pairs(folder: str | Path, *, without: Sequence[str] = ()) -> Iterator[t
             yield tensors["clean"], tensors["attacked"], str(state["kind"])
 
 
-def _check_known(folder: str | Path, without: Sequence[str], said: set[str]) -> None:
-    """``said``: the kinds and targets that the bank itself names."""
-    known = [*KINDS, *sorted({*NAMES, *said} - set(KINDS))]  # an encoder that this bank never attacked is no slip
+def _check_known(folder: str | Path, without: Sequence[str], names: set[str]) -> None:
+    """``names``: the kinds and targets in the bank. An encoder that it never attacked may be left out as well."""
+    known = [*KINDS, *sorted({*NAMES, *names} - set(KINDS))]
     unknown = set(without) - set(known)
     if unknown:
         raise CodefendError(f"{folder} knows no {sorted(unknown)[0]!r} to leave out; known: {', '.join(known)}")

@@ -31,7 +31,7 @@ from codefend.tasks.readers import LazyExamples
 from codefend.tasks.scenes import PLACES, Scene, compose, load_photographs
 from codefend.training.card import write_card
 from codefend.training.fit import Log, Losses, Training, cosine_schedule, fit, optimize
-from codefend.training.pairs import WORDS
+from codefend.training.frozen import WORDS
 from codefend.victims.pocket import AFTER, BEFORE, END, SIDE, TOKENS, Pocket, fit_square, read_trained
 
 Dialogues = tuple[Path, list[tuple[str, str]]]  # an image file with its (question, answer) pairs

@@ -17,8 +17,8 @@ from codefend.purifiers.base import clip
 from codefend.purifiers.diffusion import Denoiser, noise_like, vp_sigma
 from codefend.purifiers.nets import PurifierNet
 from codefend.training.fit import Losses
+from codefend.training.frozen import word_objective
 from codefend.training.mining import sign_steps
-from codefend.training.pairs import word_objective
 from codefend.victims.pocket import Pocket
 
 

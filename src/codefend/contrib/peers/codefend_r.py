@@ -19,7 +19,7 @@ from codefend.purifiers.base import clip
 from codefend.purifiers.diffusion import noise_like
 from codefend.purifiers.nets import PurifierNet
 from codefend.training.fit import Losses
-from codefend.training.pairs import WORDS
+from codefend.training.frozen import WORDS
 from codefend.victims.pocket import Pocket
 
 

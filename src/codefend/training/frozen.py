@@ -1,0 +1,70 @@
+"""The frozen networks that banks of pairs attack and trainings are guided by: encoders, and a pocket's words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+
+import torch
+from torch import Tensor
+
+from codefend.attacks import objectives
+from codefend.core.devices import default_device
+from codefend.encoders.efficientnet_lite import NAMES, EfficientNetLite
+from codefend.encoders.views import View
+from codefend.tasks.objects import COLOURS, THINGS
+from codefend.types import CodefendError, Objective, WhiteBox
+from codefend.victims.pocket import Pocket
+
+OWN = "victim"  # among encoders by name: the victim's own
+WORDS = tuple(f" {c} {t.name}" for t in THINGS if t.tinted for c in COLOURS) + tuple(
+    f" {t.name}" for t in THINGS if not t.tinted
+)
+
+
+class FrozenEncoder:
+    """An image encoder by name, seen through a `View`."""
+
+    def __init__(self, name: str, view: View | None = None) -> None:
+        self.name, self.encoder = name, EfficientNetLite(name).to(default_device())
+        self.view = view or View()
+
+    def through(self, view: View) -> FrozenEncoder:
+        """The same encoder through another view."""
+        other = copy(self)
+        other.view = view
+        return other
+
+    def features(self, images: Tensor) -> Tensor:
+        """Vision tokens ``[B, T, D]``, see `HasFeatures`."""
+        tokens: Tensor = self.encoder(self.view(images.to(self.encoder.fc.weight.device)))
+        return tokens.to(images.device)
+
+
+Encoder = FrozenEncoder | WhiteBox  # by name, or the victim's own
+
+
+def check_encoders(names: Sequence[str]) -> None:
+    """Raise CodefendError for a name that is neither an encoder nor `OWN`; loads nothing."""
+    known = (*NAMES, OWN)
+    for name in names:
+        if name not in known:
+            raise CodefendError(f"unknown encoder {name!r}; known: {', '.join(known)}")
+
+
+def load_encoders(names: Sequence[str], victim: WhiteBox) -> list[Encoder]:
+    """The encoders by name; `OWN` is the victim itself. Raises CodefendError for an unknown name."""
+    check_encoders(names)
+    return [victim if name == OWN else FrozenEncoder(name) for name in names]
+
+
+def word_objective(pocket: Pocket, clean: Tensor, target: Tensor | None = None) -> Objective:
+    """Cross-entropy of each token's nearest words: away from those of ``clean``, or towards those of ``target``."""
+    with torch.no_grad():
+        labels = pocket.word_scores(clean if target is None else target, WORDS).argmax(-1)
+    sign = -1.0 if target is None else 1.0
+
+    def objective(images: Tensor) -> Tensor:
+        return sign * objectives.word_loss(pocket.word_scores(images, WORDS), labels)
+
+    return objective
