@@ -21,5 +21,5 @@ USER codefend
 EXPOSE 8800
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s CMD ["python", "-c", \
-  "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + os.environ.get('CODEFEND_PORT', '8800') + '/readyz', timeout=2)"]
+  "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + os.environ.get('CODEFEND_PORT', '8800') + '/healthz', timeout=2)"]
 ENTRYPOINT ["codefend", "serve"]

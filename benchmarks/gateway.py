@@ -187,7 +187,7 @@ def all_workers(options: argparse.Namespace, datas: list[bytes]) -> float:
     from codefend.gateway.worker import Job
 
     build = partial(build_worker, options.purifier)
-    pool = Pool(build, PoolOptions(options.workers, timeout_s=300), name=options.purifier, can_score=True)
+    pool = Pool(build, PoolOptions(options.workers, timeout_s=300), name=options.purifier)
     pool.warm_up()
     start = time.perf_counter()
     with ThreadPoolExecutor(options.workers) as threads:

@@ -13,7 +13,7 @@ import torch
 
 from codefend.core import images
 from codefend.gateway.app import create_app
-from gateway_kit import CHAT, Driver, Invert, Upstream, b64, chat, gateway, picture, png, run, settings, url
+from gateway_kit import CHAT, Driver, Invert, Upstream, b64, chat, gateway, image, png, run, settings, url
 
 A, B = png(1), png(2)
 
@@ -38,12 +38,12 @@ def messages_body() -> dict[str, Any]:
 def test_every_image_is_replaced_and_nothing_original_passes(path: str, body: Any) -> None:
     async def work() -> None:
         upstream = Upstream()
-        async with gateway(upstream) as client:
+        async with gateway(upstream, scores="exact") as client:
             answer = await client.post(f"{path}?a=1", json=body, headers={"x-request-id": "r-1"})
         assert answer.json() == {"ok": True}
         assert answer.headers["x-upstream"] == "yes"
-        assert not upstream.saw(A, B)
-        torch.testing.assert_close(torch.stack(upstream.pictures()), 1 - torch.stack([picture(1), picture(2)]))
+        assert not upstream.received(A, B)
+        torch.testing.assert_close(torch.stack(upstream.images()), 1 - torch.stack([image(1), image(2)]))
         assert str(upstream.requests[0].url) == f"http://upstream.test:9{path}?a=1"
         headers = answer.headers
         assert headers["x-codefend-images"] == "2"
@@ -64,10 +64,10 @@ def test_images_find_their_places_in_any_order_of_keys() -> None:
         block = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": b64(png(7))}}
         async with gateway(upstream) as client:
             await client.post("/v1/messages", json=body | {"system": [block]})
-        assert not upstream.saw(A, B, png(7))
+        assert not upstream.received(A, B, png(7))
         data = upstream.body["system"][0]["source"]["data"]
-        torch.testing.assert_close(images.load(f"data:image/png;base64,{data}").pixels, 1 - picture(7))
-        assert len(upstream.pictures()) == 3
+        torch.testing.assert_close(images.load(f"data:image/png;base64,{data}").pixels, 1 - image(7))
+        assert len(upstream.images()) == 3
 
     run(work())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,9 @@ def test_flags_win_over_environment_over_file(tmp_path: Path, monkeypatch: pytes
     assert load_settings(file).upstream == "http://file:1/v1"
     monkeypatch.setenv("CODEFEND_PORT", "1002")
     monkeypatch.setenv("CODEFEND_MAX_IMAGES", "8")
-    found = load_settings(file, port=1003, host=None)
-    assert (found.port, found.max_images, found.host) == (1003, 8, "127.0.0.1")
-    assert [key.get_secret_value() for key in found.api_keys] == ["from-the-file"]
+    loaded = load_settings(file, port=1003, host=None)
+    assert (loaded.port, loaded.max_images, loaded.host) == (1003, 8, "127.0.0.1")
+    assert [key.get_secret_value() for key in loaded.api_keys] == ["from-the-file"]
     monkeypatch.setenv("CODEFEND_API_KEYS", "key-number-one, key-number-two")
     monkeypatch.setenv("CODEFEND_CONFIG", str(file))
     assert len(load_settings().api_keys) == 2
@@ -40,9 +39,9 @@ def test_yaml(tmp_path: Path) -> None:
     pytest.importorskip("yaml")
     file = tmp_path / "gateway.yaml"
     file.write_text("upstream: pocket\nremote_hosts: [a.org, b.org]\nallow_remote_images: true\n")
-    found = load_settings(file)
-    assert found.remote_hosts == ("a.org", "b.org")
-    assert found.with_demo
+    loaded = load_settings(file)
+    assert loaded.remote_hosts == ("a.org", "b.org")
+    assert loaded.with_demo
     file.write_text("a: [")
     with pytest.raises(CodefendError, match="cannot read"):
         load_settings(file)
@@ -55,6 +54,12 @@ def test_yaml(tmp_path: Path) -> None:
         ("http://a:8000/", "http://a:8000/v1"),
         ("https://a/v1/", "https://a/v1"),
         ("https://a/api/v1", "https://a/api/v1"),
+        ("https://a/api", "https://a/api/v1"),
+        ("https://google.test/v1beta/openai/", "https://google.test/v1beta/openai"),
+        (
+            "https://azure.test/openai/deployments/d?api-version=1",
+            "https://azure.test/openai/deployments/d?api-version=1",
+        ),
         ("pocket", "pocket"),
     ],
 )
@@ -75,6 +80,10 @@ def test_upstreams(given: str, base: str) -> None:
         ({"on_error": "open"}, "on_error: Input should be 'block', 'fallback' or 'pass'"),
         ({"remote_hosts": "a.org"}, "no effect without allow_remote_images"),
         ({"api_keys": "short"}, "at least 8 characters"),
+        ({"noise_secret": "shorter"}, "at least 16 characters"),
+        ({"routes": "chat,embedings"}, "did you mean 'embeddings'"),
+        ({"api_keys": "long-enough", "api_keys_file": "keys"}, "give api_keys or api_keys_file, not both"),
+        ({"api_keys_file": "missing"}, "api_keys_file: No such file or directory: missing"),
     ],
 )
 def test_mistakes_are_one_clear_line(flags: dict[str, Any], message: str) -> None:
@@ -97,16 +106,39 @@ def test_misspelt_variables_and_files_are_noticed(tmp_path: Path, monkeypatch: p
 
 
 def test_keys_do_not_show() -> None:
-    found = settings(api_keys="sesame-open", upstream_api_key="upstream-secret")
-    assert "sesame" not in repr(found)
-    assert "upstream-secret" not in repr(found)
+    loaded = settings(api_keys="sesame-open", upstream_api_key="upstream-secret", noise_secret="noise" * 5)
+    assert "sesame" not in repr(loaded)
+    assert "upstream-secret" not in repr(loaded)
+    assert "noisenoise" not in repr(loaded)
+
+
+def test_secrets_come_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "keys").write_text("key-number-one\nkey-number-two\n")
+    (tmp_path / "upstream").write_text("upstream-secret\n")
+    monkeypatch.setenv("CODEFEND_UPSTREAM_API_KEY_FILE", str(tmp_path / "upstream"))
+    loaded = settings(api_keys_file=tmp_path / "keys")
+    assert [key.get_secret_value() for key in loaded.api_keys] == ["key-number-one", "key-number-two"]
+    assert loaded.upstream_api_key is not None
+    assert loaded.upstream_api_key.get_secret_value() == "upstream-secret"
 
 
 def test_every_setting_but_keys_has_a_flag() -> None:
-    from codefend.cli.serve import serve
+    from codefend.cli.serve import build_command
 
-    flags = set(inspect.signature(serve).parameters) - {"config"}
-    assert flags == set(Settings.model_fields) - {"api_keys", "upstream_api_key"}
+    flags = {parameter.name: parameter for parameter in build_command().params}
+    assert set(flags) - {"config"} == set(Settings.model_fields) - {"api_keys", "upstream_api_key", "noise_secret"}
+    assert all(parameter.help and parameter.rich_help_panel for parameter in flags.values())
+
+
+def test_help_groups_the_flags() -> None:
+    from typer.testing import CliRunner
+
+    from codefend.cli import serve as command
+
+    output = CliRunner().invoke(command.app, ["--help"]).output
+    sections = [line.rstrip(":") for line in output.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert sections == ["Options", "Server", "Images", "Prompts", "Access", "Limits", "Load", "Upstream"]
+    assert "--api-keys " not in output, "a command line is no place for secrets"
 
 
 def test_the_command_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,11 +148,11 @@ def test_the_command_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch) -> None
     from codefend.cli import serve as command
     from codefend.gateway import serve as module
 
-    seen: list[Settings] = []
-    monkeypatch.setattr(module, "serve", lambda found: seen.append(found) or 0)
+    served: list[Settings] = []
+    monkeypatch.setattr(module, "serve", lambda load, showcase: served.append(load()) or 0)
     app = typer.Typer()
     app.add_typer(command.app)
     arguments = ["serve", "--upstream", "http://a", "--port", "9", "--no-page", "--first-frame", "--policy", "purify"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert (seen[0].port, seen[0].page, seen[0].first_frame, seen[0].demo) == (9, False, True, None)
+    assert (served[0].port, served[0].page, served[0].first_frame, served[0].demo) == (9, False, True, None)

@@ -31,13 +31,13 @@ def test_images_are_decoded_from_where_they_lay() -> None:
     raw = json.dumps(chat(png(1), LARGE, png(2), LARGE)).encode()
     reading = ENGINE._read("chat", raw)
     assert len(reading.cuts) == 2
-    assert [payload(slot.reference, Limits(), cuts=reading.cuts) for slot in reading.found.slots] == [
+    assert [payload(slot.reference, Limits(), cuts=reading.cuts) for slot in reading.survey.slots] == [
         png(1),
         LARGE,
         png(2),
         LARGE,
     ]
-    assert all(len(slot.reference) < 3 * KEPT for slot in reading.found.slots if marks(slot.reference))
+    assert all(len(slot.reference) < 3 * KEPT for slot in reading.survey.slots if marks(slot.reference))
 
 
 STRINGS = st.sampled_from([LONG_STRING, f'{LONG_STRING}"', f"{LONG_STRING}\\", f"é{LONG_STRING}", "short", 'a"b\\'])
@@ -69,7 +69,7 @@ def test_a_damaged_body_is_refused_or_reads_as_it_does_whole(seed: int, damage: 
     def images(read: Any) -> list[bytes] | None:
         try:
             reading = read()
-            return [payload(slot.reference, Limits(), cuts=reading.cuts) for slot in reading.found.slots]
+            return [payload(slot.reference, Limits(), cuts=reading.cuts) for slot in reading.survey.slots]
         except Refused:
             return None
 
@@ -81,7 +81,7 @@ def test_a_damaged_body_is_refused_or_reads_as_it_does_whole(seed: int, damage: 
         return Reading(body, ENGINE._survey("chat", body))
 
     found, expected = images(lambda: ENGINE._read("chat", broken)), images(whole)
-    # A raw line break inside base64 is skipped like an escaped one: the picture is written anew in any case.
+    # A raw line break inside base64 is skipped like an escaped one: the image is encoded anew in any case.
     assert found == expected or (damage == b"\n" and expected is None and found is not None)
 
 
@@ -118,7 +118,7 @@ def test_a_long_text_beside_images_is_put_back_and_read_and_the_images_stay_cut_
     reading = ENGINE._read("chat", json.dumps(body).encode())
     assert len(reading.cuts) == 1
     assert reading.body["user"] == reading.body["messages"][0]["content"][0]["text"] == words
-    assert [payload(slot.reference, Limits(), cuts=reading.cuts) for slot in reading.found.slots] == [LARGE]
+    assert [payload(slot.reference, Limits(), cuts=reading.cuts) for slot in reading.survey.slots] == [LARGE]
 
 
 def test_a_body_of_much_that_is_no_image_is_refused() -> None:

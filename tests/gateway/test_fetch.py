@@ -12,7 +12,7 @@ import pytest
 from codefend.gateway.app import create_app
 from codefend.gateway.errors import Refused
 from codefend.gateway.fetch import Fetcher, FetchOptions, is_public
-from gateway_kit import Upstream, gateway, picture, png, run, settings
+from gateway_kit import Upstream, gateway, image, png, run, settings
 
 PUBLIC = "93.184.215.14"
 
@@ -189,6 +189,6 @@ def test_through_the_gateway() -> None:
             answer = await client.post("/v1/chat/completions", json=body)
         assert answer.status_code == 200, answer.text
         assert b"a.test" not in upstream.requests[0].content
-        assert (upstream.pictures()[0] - (1 - picture(1))).abs().max() < 1e-6
+        assert (upstream.images()[0] - (1 - image(1))).abs().max() < 1e-6
 
     run(work())

@@ -25,9 +25,9 @@ def test_detect_replaces_only_what_scores_high() -> None:
 
     async def work() -> None:
         upstream = Upstream()
-        async with gateway(upstream, policy="detect", threshold=0.5) as client:
+        async with gateway(upstream, policy="detect", threshold=0.5, scores="exact") as client:
             answer = await client.post(CHAT, json=chat(bright, dark))
-        first, second = upstream.pictures()
+        first, second = upstream.images()
         torch.testing.assert_close(first, 1 - images.load(bright).pixels)
         torch.testing.assert_close(second, images.load(dark).pixels)
         assert answer.headers["x-codefend-score"].startswith("0.7")
@@ -104,7 +104,7 @@ def test_the_shipped_threshold_reaches_the_engine_and_purifiers_without_one_need
 def test_a_fallbacks_score_is_not_measured_by_the_purifiers_threshold() -> None:
     class Broken(Calibrated):
         def forward(self, images: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
-            if images.shape[-1] != 64:  # the warm-up's
+            if self.batches:  # not the warm-up
                 raise RuntimeError("broken")
             return super().forward(images)
 
@@ -137,7 +137,7 @@ def test_prompt_policy_reaches_the_upstream() -> None:
 
 
 class Gate(Invert):
-    """Randomized, counts its calls, and holds every picture until it is opened."""
+    """Randomized, counts its calls, and holds every image until it is opened."""
 
     def __init__(self) -> None:
         import threading
@@ -152,7 +152,7 @@ class Gate(Invert):
         return torch.rand(images.shape, generator=generator)
 
 
-def test_the_same_picture_is_purified_once() -> None:
+def test_the_same_image_is_purified_once() -> None:
     async def work() -> None:
         upstream, purifier = Upstream(), Gate()
         async with gateway(upstream, purifier=purifier) as client:

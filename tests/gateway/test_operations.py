@@ -14,7 +14,7 @@ import torch
 from codefend.core import images
 from codefend.gateway.app import create_app
 from codefend.gateway.telemetry import Tracer
-from gateway_kit import CHAT, Invert, Upstream, chat, gateway, picture, png, run, settings, url
+from gateway_kit import CHAT, Invert, Upstream, chat, gateway, image, png, run, settings, url
 
 A, B = png(1), png(2)
 
@@ -82,7 +82,7 @@ def test_metrics_count_what_happened() -> None:
         async with gateway(Upstream()) as client:
             for _ in range(2):
                 await client.post(CHAT, json=chat(A))
-            await client.get("/v1/whatever")
+            await client.get("/v1/models/whatever")
             text = (await client.get("/metrics")).text
         for line in (
             'codefend_requests_total{route="/v1/chat/completions",status="200"} 2.0',
@@ -139,7 +139,7 @@ def test_traces_carry_on_where_an_sdk_is_configured() -> None:
 
 
 def test_the_gateway_does_not_load_victims() -> None:
-    names = "app serve client middleware command"
+    names = "app serve client middleware"
     script = "import sys\n" + "".join(f"import codefend.gateway.{name}\n" for name in names.split())
     script += (
         "heavy = {'transformers', 'codefend.victims', 'codefend.attacks', 'codefend.tasks', 'codefend.training'}\n"
@@ -170,16 +170,18 @@ def test_the_page_can_purify_and_where_allowed_compare() -> None:
             done = (await client.post("/page/purify", json={"image": url(A)})).json()
             bad = await client.post("/page/purify", json={"image": 3})
             closed = await client.post("/page/undefended", json=chat(A))
-        torch.testing.assert_close(images.load(done["image"]).pixels, 1 - picture(1))
-        assert done["score"] == pytest.approx(float(picture(1).mean()))
+        torch.testing.assert_close(images.load(done["image"]).pixels, 1 - image(1))
+        assert done["score"] is None, "an attacker could climb it"
         assert (bad.status_code, closed.status_code) == (400, 403)
         assert not upstream.requests
         async with gateway(upstream, demo=True) as client:
             assert (await client.get("/page/info")).json()["demo"] is True
+            shown = (await client.post("/page/purify", json={"image": url(A)})).json()["score"]
             answer = await client.post("/page/undefended", json=chat(A))
             metrics = (await client.get("/metrics")).text
         assert answer.json() == {"ok": True}
-        torch.testing.assert_close(upstream.pictures()[0], picture(1))
+        assert shown == pytest.approx(float(image(1).mean()))
+        torch.testing.assert_close(upstream.images()[0], image(1))
         assert 'codefend_bypass_total{reason="demo"} 1.0' in metrics
 
     run(work())

@@ -15,24 +15,25 @@ import torch
 from torch import Tensor
 
 from chromium_kit import CHROMIUM, Browser
+from codefend.cli.showcase import Showcase
 from codefend.gateway.app import create_app
 from codefend.gateway.pocket import pocket_transport
-from gateway_kit import Invert, b64, picture, png, served, settings
+from gateway_kit import Invert, b64, image, png, served, settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")]
 BRIGHT = png(1, shade=0.8, height=40, width=60)
 SEEN, INVERTED = (
     f"{float(p.mean()):.2f}"
     for p in (
-        picture(1, shade=0.8, height=40, width=60),
-        1 - picture(1, shade=0.8, height=40, width=60),
+        image(1, shade=0.8, height=40, width=60),
+        1 - image(1, shade=0.8, height=40, width=60),
     )
 )
 IDLE = "!document.getElementById('ask').disabled"
 
 
 class Painter:
-    """A white box that tells the brightness that it saw; to attack it is to darken the picture."""
+    """A white box that tells the brightness that it saw; to attack it is to darken the image."""
 
     name = "painter"
 
@@ -48,7 +49,8 @@ class Painter:
 
 @pytest.fixture(scope="module")
 def base() -> Iterator[str]:
-    app = create_app(settings(upstream="pocket"), purifier=Invert(), transport=pocket_transport(Painter()))
+    transport = pocket_transport(Painter(), showcase=Showcase())
+    app = create_app(settings(upstream="pocket"), purifier=Invert(), transport=transport, showcase=Showcase())
     with served(app) as url:
         yield url
 
@@ -99,7 +101,7 @@ def pixel(page: Browser, canvas: str, x: int = 30, y: int = 20) -> Tensor:
     return torch.tensor(values[:3])
 
 
-def test_a_dropped_picture_is_purified_and_both_models_answer(page: Browser) -> None:
+def test_a_dropped_image_is_purified_and_both_models_answer(page: Browser) -> None:
     keep(page, "empty")
     assert page.run("document.getElementById('ask').disabled")
     assert not shown(page, "pictures")
@@ -107,10 +109,10 @@ def test_a_dropped_picture_is_purified_and_both_models_answer(page: Browser) -> 
     page.until(IDLE)
     assert (text(page, "came"), text(page, "hint")) == ("As it came", "bright.png")
     original, purified = pixel(page, "original"), pixel(page, "purified")
-    assert (original - (picture(1, shade=0.8, height=40, width=60)[:, 20, 30] * 255)).abs().max() <= 1
+    assert (original - (image(1, shade=0.8, height=40, width=60)[:, 20, 30] * 255)).abs().max() <= 1
     assert (original + purified - 255).abs().max() <= 1
     assert torch.equal(pixel(page, "difference"), (128 + 8 * (purified - original)).clamp(0, 255))
-    assert text(page, "score") == f"{float(picture(1, shade=0.8, height=40, width=60).mean()):.4f}"
+    assert text(page, "score") == f"{float(image(1, shade=0.8, height=40, width=60).mean()):.4f}"
     assert text(page, "ms").endswith(" ms")
     page.run("document.getElementById('ask').click()")
     page.until(IDLE)
@@ -125,7 +127,7 @@ def test_an_attack_is_shown_and_asked_about(page: Browser) -> None:
     page.run("document.getElementById('attack').click()")
     page.until(f"document.getElementById('came').textContent == 'Attacked' && {IDLE}")
     keep(page, "attacked")
-    step = pixel(page, "original") - picture(1, shade=0.8, height=40, width=60)[:, 20, 30] * 255
+    step = pixel(page, "original") - image(1, shade=0.8, height=40, width=60)[:, 20, 30] * 255
     assert 6 < step.abs().max() < 8.5, "attacked inside its budget"
     assert text(page, "bare") != SEEN
     assert float(text(page, "bare")) + float(text(page, "defended")) == pytest.approx(1, abs=0.011)
@@ -143,10 +145,10 @@ def test_a_sample_comes_with_its_question_and_answer(page: Browser) -> None:
 def test_errors_are_shown_and_nothing_old_stays(page: Browser, tmp_path: Path) -> None:
     drop(page, BRIGHT, "bright.png")
     page.until(IDLE)
-    (tmp_path / "a.txt").write_text("no picture")
+    (tmp_path / "a.txt").write_text("not an image")
     page.choose("#file", tmp_path / "a.txt")
     page.until("document.getElementById('problem').innerText")
-    assert "no picture" in text(page, "problem")
+    assert "not an image" in text(page, "problem")
     assert not shown(page, "pictures")
     assert page.run("document.getElementById('ask').disabled")
     keep(page, "error")
@@ -208,4 +210,4 @@ def test_without_a_pocket_only_the_defended_model_is_asked(browser: Browser) -> 
         browser.until(IDLE)
         assert text(browser, "defended") == "defended"
         assert not shown(browser, "without")
-    assert not upstream.saw(BRIGHT)
+    assert not upstream.received(BRIGHT)

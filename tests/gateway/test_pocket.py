@@ -14,10 +14,11 @@ import pytest
 from starlette.applications import Starlette
 from torch import Tensor
 
+from codefend.cli.showcase import Showcase
 from codefend.core import images
 from codefend.gateway.app import create_app
 from codefend.gateway.pocket import pocket_transport
-from gateway_kit import Invert, b64, chat, gateway, picture, png, run, served, settings, url, wait_for
+from gateway_kit import Invert, b64, chat, gateway, image, png, run, served, settings, url, wait_for
 
 openai = pytest.importorskip("openai")
 anthropic = pytest.importorskip("anthropic")
@@ -37,11 +38,12 @@ class Painter:
 
 
 BRIGHT = png(1, shade=0.8)  # inverted: 0.20
-SEEN = f"brightness {float(1 - picture(1, shade=0.8).mean()):.2f} it seems"
+SEEN = f"brightness {float(1 - image(1, shade=0.8).mean()):.2f} it seems"
 
 
 def pocket_app(victim: Any, **flags: Any) -> Starlette:
-    return create_app(settings(upstream="pocket", **flags), purifier=Invert(), transport=pocket_transport(victim))
+    transport = pocket_transport(victim, showcase=Showcase())
+    return create_app(settings(upstream="pocket", **flags), purifier=Invert(), transport=transport, showcase=Showcase())
 
 
 @asynccontextmanager
@@ -167,16 +169,16 @@ def test_samples_and_attacks_are_the_pages_and_need_the_embedded_model() -> None
         ask = {"image": url(BRIGHT), "question": "What?"}
         async with gateway(None, app=pocket_app(Painter())) as client:  # type: ignore[arg-type]
             info = (await client.get("/page/info")).json()
-            shown = (await client.post("/page/sample", json={"number": 3})).json()
+            sample = (await client.post("/page/sample", json={"number": 3})).json()
             black_box = await client.post("/page/attack", json=ask)
             around = await client.post("/v1/demo/attack", json=ask)
             wrong = await client.post("/page/attack", json={"image": url(BRIGHT)})
         assert info["attack"] is True
-        assert images.load(shown["image"]).pixels.shape == (3, 128, 128)
-        assert shown["question"].endswith("?")
-        assert shown["answer"]
+        assert images.load(sample["image"]).pixels.shape == (3, 128, 128)
+        assert sample["question"].endswith("?")
+        assert sample["answer"]
         assert "black box" in black_box.json()["error"]["message"]
-        assert around.status_code == wrong.status_code == 400
+        assert (around.status_code, wrong.status_code) == (404, 400)
         for app in (pocket_app(Painter(), demo=False), create_app(settings(demo=True), purifier=Invert())):
             async with gateway(None, app=app) as client:  # type: ignore[arg-type]
                 assert (await client.get("/page/info")).json()["attack"] is False
@@ -194,7 +196,7 @@ def test_the_page_shows_both_answers() -> None:
             bare = (await client.post("/page/undefended", json=body)).json()
             defended = (await client.post("/v1/chat/completions", json=body)).json()
         assert (
-            bare["choices"][0]["message"]["content"] == f"brightness {float(picture(1, shade=0.8).mean()):.2f} it seems"
+            bare["choices"][0]["message"]["content"] == f"brightness {float(image(1, shade=0.8).mean()):.2f} it seems"
         )
         assert defended["choices"][0]["message"]["content"] == SEEN
 
@@ -260,7 +262,11 @@ def test_a_slow_reader_is_not_buffered_for() -> None:
 
     with served(upstream) as model:  # type: ignore[arg-type]
         app = create_app(settings(upstream=model), purifier=Invert())
-        with served(app) as base, httpx2.Client(base_url=base) as client, client.stream("GET", "/v1/x") as answer:
+        with (
+            served(app) as base,
+            httpx2.Client(base_url=base) as client,
+            client.stream("GET", "/v1/models/x") as answer,
+        ):
             pieces = answer.iter_raw()
             size = len(next(pieces))
             time.sleep(0.5)
@@ -281,7 +287,7 @@ def test_serve_drains_and_returns(monkeypatch: pytest.MonkeyPatch) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(CodefendError, match="cannot listen"):
-            module.serve(settings(port=taken.getsockname()[1]))
+            module.serve(lambda: settings(port=taken.getsockname()[1]))
 
     began = threading.Event()
 
@@ -299,13 +305,15 @@ def test_serve_drains_and_returns(monkeypatch: pytest.MonkeyPatch) -> None:
         servers.append(self)
 
     monkeypatch.setattr(module._Server, "__init__", remember)
-    monkeypatch.setattr(module, "create_app", lambda found: pocket_app(Late()))
+    monkeypatch.setattr(module, "create_app", lambda *_, **__: pocket_app(Late()))
     monkeypatch.setattr(module, "configure_logging", lambda level: None)
     results: list[int] = []
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    thread = threading.Thread(target=lambda: results.append(module.serve(settings(upstream="pocket", port=port))))
+    thread = threading.Thread(
+        target=lambda: results.append(module.serve(lambda: settings(upstream="pocket", port=port)))
+    )
     thread.start()
     wait_for(lambda: servers and servers[0].started)
     answers: list[httpx2.Response] = []
@@ -334,7 +342,7 @@ def test_the_real_pocket_answers() -> None:
     async def work() -> None:
         app = create_app(settings(upstream="pocket"), purifier=Invert(), transport=transport)
         async with gateway(None, app=app) as client:  # type: ignore[arg-type]
-            body = chat(png(1, height=224, width=224), text="What is in the picture?")
+            body = chat(png(1, height=224, width=224), text="What is in the image?")
             answer = await client.post("/v1/chat/completions", json=body, timeout=60)
         assert answer.status_code == 200, answer.text
         assert answer.json()["choices"][0]["message"]["content"].strip()

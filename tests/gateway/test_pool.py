@@ -1,4 +1,4 @@
-"""Workers in processes: what ends one of them fails its own picture, and nothing else."""
+"""Workers in processes: what ends one of them fails its own image, and nothing else."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from codefend.gateway.errors import Refused
 from codefend.gateway.pool import Pool, PoolOptions
 from codefend.gateway.worker import Job, Purified, PurifyFailed, Worker
 from codefend.types import CodefendError
-from gateway_kit import CHAT, Invert, Upstream, chat, gateway, picture, png, run, settings
+from gateway_kit import CHAT, Invert, Upstream, chat, gateway, image, png, run, settings
 
 BLACK, WHITE, GREY = (images.encode(torch.full((3, 9, 9), shade)) for shade in (0.0, 1.0, 0.5))
 
 
 class Fatal(Invert):
-    """Black pictures crash the process, white ones hang it."""
+    """Black images crash the process, white ones hang it."""
 
     def forward(self, images: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
         if bool((images.flatten(1).mean(1) == 0).any()):
@@ -44,7 +44,7 @@ def build_broken() -> Worker:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
-    pool = Pool(build, PoolOptions(processes=1, timeout_s=3), name="fatal")
+    pool = Pool(build, PoolOptions(workers=1, timeout_s=3), name="fatal")
     pool.warm_up()
     yield pool
     pool.close()
@@ -53,7 +53,7 @@ def pool() -> Iterator[Pool]:
 def test_results_and_refusals_come_out_of_the_process(pool: Pool) -> None:
     good, bad = pool.run([Job(png(1)), Job(b"junk")])
     assert isinstance(good, Purified)
-    assert good.picture == Worker(Invert()).run([Job(png(1))])[0].picture  # type: ignore[union-attr]
+    assert good.image == Worker(Invert()).run([Job(png(1))])[0].image  # type: ignore[union-attr]
     assert isinstance(bad, Refused)
     assert (bad.status, bad.code) == (400, "invalid_image")
     with pytest.raises(Refused):
@@ -61,7 +61,7 @@ def test_results_and_refusals_come_out_of_the_process(pool: Pool) -> None:
     assert not pool.reencode(Job(png(1))).purified
 
 
-def test_a_crash_fails_its_own_picture_only(pool: Pool) -> None:
+def test_a_crash_fails_its_own_image_only(pool: Pool) -> None:
     results = pool.run([Job(GREY), Job(BLACK), Job(png(2))])
     assert [type(result) for result in results] == [Purified, PurifyFailed, Purified]
     assert results[1].reason == "crashed"  # type: ignore[union-attr]
@@ -87,7 +87,7 @@ def test_signals_to_the_group_do_not_end_a_worker(pool: Pool) -> None:
 
 
 def test_what_cannot_start_says_why() -> None:
-    broken = Pool(build_broken, PoolOptions(processes=1), name="broken")
+    broken = Pool(build_broken, PoolOptions(workers=1), name="broken")
     with pytest.raises(CodefendError, match="no such weights"):
         broken.warm_up()
 
@@ -106,8 +106,8 @@ def test_the_gateway_purifies_in_processes() -> None:
             process.join()
             again = await client.post(CHAT, json=chat(png(2)))
         assert answer.status_code == again.status_code == 200, "a process that was killed is replaced at once"
-        assert not upstream.saw(png(1), png(2))
-        assert upstream.pictures()[0].shape == picture(2).shape
+        assert not upstream.received(png(1), png(2))
+        assert upstream.images()[0].shape == image(2).shape
         assert app.state.engine.worker._children[0]._process is None, "nothing is left running"
 
     run(work(), 60)

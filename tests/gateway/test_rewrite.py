@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codefend.gateway.errors import Api, Refused, error_body
-from codefend.gateway.rewrite import Picture, rebuild, survey
-from codefend.gateway.wire import _no_repeats, api_of, dump, form_of, parse
+from codefend.gateway.rewrite import EncodedImage, rebuild
+from codefend.gateway.routes import api_of, error_api_of
+from codefend.gateway.shapes import survey
+from codefend.gateway.wire import _no_repeats, dump, parse
 from codefend.prompts import PromptPolicy
 
-NEW = Picture("image/png", "UFVSRQ==")
+NEW = EncodedImage("image/png", "UFVSRQ==")
 PAYLOAD = st.from_regex(r"\AORIGINAL[a-z0-9]{8,40}\Z")
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30).filter(
     lambda t: "ORIGINAL" not in t
@@ -251,7 +253,7 @@ def test_json_comes_back_as_it_went(value: Any) -> None:
 def test_routes_and_error_forms() -> None:
     assert api_of("/v1/chat/completions") == "chat"
     assert api_of("/v1/chat/completions/") == "other"
-    assert form_of("/v1/messages/batches") == "messages"
+    assert error_api_of("/v1/messages/batches") == "messages"
     openai = json.loads(error_body("chat", 400, "c", "m", where="messages[0]"))
     assert openai == {"error": {"message": "m", "type": "invalid_request_error", "param": "messages[0]", "code": "c"}}
     claude = json.loads(error_body("messages", 503, "queue_full", "m", request_id="r"))

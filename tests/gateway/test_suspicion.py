@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from codefend.gateway.errors import Api, Refused
-from codefend.gateway.rewrite import survey
+from codefend.gateway.shapes import Inspection, survey
 from codefend.gateway.suspicion import _STEP
 
 
@@ -20,7 +20,7 @@ def url(payload: str) -> str:
 IMAGE = {"type": "image_url", "image_url": {"url": url("ORIGINAL")}}
 LONG_PNG = "iVBORw0KGgo" + "A" * 600
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(40)).decode()
-# To a server without MP4, a length of 0x220 in its first bytes is the head of a TGA picture.
+# To a server without MP4, a length of 0x220 in its first bytes is the head of a TGA image.
 TGA = base64.b64encode(b"\0\0\x02 ftypM4A \x08\0\x08\0 " + bytes(40)).decode()
 
 
@@ -158,9 +158,9 @@ def test_images_written_into_texts_are_refused(text: str) -> None:
         assert (refusal.value.status, refusal.value.code) == (400, "unknown_content")
         if text in WRITTEN:
             with pytest.raises(Refused):
-                survey(api, body, image_links=True)
+                survey(api, body, Inspection(image_links=True))
         else:
-            assert survey(api, body, image_links=True).slots == ()
+            assert survey(api, body, Inspection(image_links=True)).slots == ()
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,16 @@ from hypothesis import strategies as st
 from codefend import purifiers
 from codefend.core import images
 from codefend.gateway.errors import Refused
-from codefend.gateway.lane import Lane, LaneOptions, digest_of
-from codefend.gateway.limits import Limits, inspect, payload
-from codefend.gateway.worker import Job, Purified, PurifyFailed, Worker
-from gateway_kit import Invert, b64, picture, png, run, url
+from codefend.gateway.lane import Lane, digest_of
+from codefend.gateway.limits import inspect, payload
+from codefend.gateway.options import LaneOptions, Limits
+from codefend.gateway.worker import Job, Purified, PurifyFailed, Worker, WorkerOptions
+from gateway_kit import Invert, b64, image, png, run, url
 
 
 def pixels(result: Any) -> torch.Tensor:
     assert isinstance(result, Purified), result
-    return images.load(base64.b64decode(result.picture.data)).pixels
+    return images.load(base64.b64decode(result.image.data)).pixels
 
 
 def test_equal_sizes_share_a_batch_and_results_stay_in_order() -> None:
@@ -33,16 +34,16 @@ def test_equal_sizes_share_a_batch_and_results_stay_in_order() -> None:
     assert sorted(purifier.batches) == [1, 3]
     assert isinstance(results[3], Refused)
     for i, seed, size in ((0, 1, {}), (1, 2, {"width": 20}), (2, 3, {}), (4, 4, {})):
-        torch.testing.assert_close(pixels(results[i]), 1 - picture(seed, **size))
+        torch.testing.assert_close(pixels(results[i]), 1 - image(seed, **size))
 
 
 def test_batches_are_bounded_in_pixels() -> None:
     purifier = Invert()
-    Worker(purifier, batch_pixels=2 * 12 * 16).run([Job(png(i)) for i in range(5)])
+    Worker(purifier, WorkerOptions(batch_pixels=2 * 12 * 16)).run([Job(png(i)) for i in range(5)])
     assert purifier.batches == [2, 2, 1], "and no more than that is decoded at a time"
 
 
-def test_one_bad_picture_does_not_fail_its_batch() -> None:
+def test_one_bad_image_does_not_fail_its_batch() -> None:
     class Picky(Invert):
         def forward(self, images: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
             if bool((images.mean((1, 2, 3)) > 0.7).any()):
@@ -65,18 +66,18 @@ def test_one_bad_picture_does_not_fail_its_batch() -> None:
     ],
 )
 def test_formats(source: str, encoding: Any, media: str) -> None:
-    data = images.encode(picture(1), source)
-    result = Worker(Invert(), encoding=encoding).run([Job(data)])[0]
+    data = images.encode(image(1), source)
+    result = Worker(Invert(), WorkerOptions(encoding=encoding)).run([Job(data)])[0]
     assert isinstance(result, Purified)
-    assert result.picture.media_type == media
-    assert images.probe(base64.b64decode(result.picture.data)).format == media[6:].upper()
+    assert result.image.media_type == media
+    assert images.probe(base64.b64decode(result.image.data)).format == media[6:].upper()
 
 
 def test_the_score_comes_without_purifying_twice() -> None:
     purifier = purifiers.load("blur")
     result = Worker(purifier).run([Job(png(1))])[0]
     assert isinstance(result, Purified)
-    assert result.score == pytest.approx(float(purifier.score(picture(1)[None])[0]), rel=1e-4)
+    assert result.score == pytest.approx(float(purifier.score(image(1)[None])[0]), rel=1e-4)
 
 
 def test_a_score_of_nan_counts_as_suspicious() -> None:
@@ -85,7 +86,7 @@ def test_a_score_of_nan_counts_as_suspicious() -> None:
             return torch.full((len(images),), torch.nan)
 
     result = Worker(Nan()).run([Job(png(1), "detect", 0.5)])[0]
-    torch.testing.assert_close(pixels(result), 1 - picture(1))
+    torch.testing.assert_close(pixels(result), 1 - image(1))
 
 
 def test_alpha_is_flattened() -> None:
@@ -107,10 +108,10 @@ class Held(Invert):
         return super().forward(images)
 
 
-def test_waiting_pictures_are_batched_and_abandoned_ones_skipped() -> None:
+def test_waiting_images_are_batched_and_abandoned_ones_skipped() -> None:
     async def work() -> None:
         purifier = Held()
-        lane = Lane(Worker(purifier), LaneOptions(threads=1))
+        lane = Lane(Worker(purifier), LaneOptions(workers=1))
         tasks = []
         for i in range(6):
             tasks.append(asyncio.create_task(lane(Job(png(i)), str(i))))
@@ -129,7 +130,7 @@ def test_waiting_pictures_are_batched_and_abandoned_ones_skipped() -> None:
     run(work())
 
 
-def test_a_picture_sent_again_joins_the_one_in_the_purifier() -> None:
+def test_a_image_sent_again_joins_the_one_in_the_purifier() -> None:
     async def work() -> None:
         purifier = Held()
         lane = Lane(Worker(purifier))
@@ -145,7 +146,7 @@ def test_a_picture_sent_again_joins_the_one_in_the_purifier() -> None:
             assert isinstance(await again, Purified)
         assert purifier.batches == [1, 1, 1]
         assert lane._pending == {}
-        assert lane.cached_bytes == sum(len(kept.picture.data) for kept in lane._cache.values()) > 0
+        assert lane.cached_bytes == sum(len(entry.image.data) for entry in lane._cache.values()) > 0
         await lane.close()
 
     run(work())
@@ -155,8 +156,8 @@ def test_a_result_is_counted_once() -> None:
     async def work() -> None:
         lane = Lane(Worker(Invert()))
         result = await lane(Job(png(1)), "1")
-        lane._remember(("1", "purify", None), result)
-        assert lane.cached_bytes == len(result.picture.data)
+        lane._remember(("", "1", "purify", None), result)
+        assert lane.cached_bytes == len(result.image.data)
         await lane.close()
 
     run(work())
@@ -234,9 +235,9 @@ def test_no_header_crashes_the_probe_or_the_worker(head: bytes, tail: bytes) -> 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 255), st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "TIFF"]))
 def test_a_damaged_file_is_purified_or_refused(place: int, value: int, kind: str) -> None:
-    data = bytearray(images.encode(picture(1), kind))
+    data = bytearray(images.encode(image(1), kind))
     data[place % len(data)] = value
-    result = Worker(Invert(), limits=Limits(max_pixels=100_000)).run([Job(bytes(data))])[0]
+    result = Worker(Invert(), WorkerOptions(Limits(max_pixels=100_000))).run([Job(bytes(data))])[0]
     assert isinstance(result, (Purified, Refused))
 
 
@@ -248,12 +249,11 @@ def test_animations() -> None:
 
     buffer = io.BytesIO()
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
-    with pytest.raises(Refused) as refusal:
-        inspect(buffer.getvalue(), Limits())
-    assert refusal.value.code == "animated_image"
+    (refusal,) = Worker(Invert()).run([Job(buffer.getvalue())])
+    assert isinstance(refusal, Refused)
+    assert refusal.code == "animated_image"
     limits = Limits(first_frame=True)
-    inspect(buffer.getvalue(), limits)
-    shown = pixels(Worker(Invert(), limits=limits).run([Job(buffer.getvalue())])[0])
+    shown = pixels(Worker(Invert(), WorkerOptions(limits)).run([Job(buffer.getvalue())])[0])
     torch.testing.assert_close(shown[:, 0, 0], torch.tensor([0.0, 1.0, 1.0]), atol=0.01, rtol=0)
 
 
@@ -262,8 +262,8 @@ def test_digests_name_content() -> None:
     assert len(digest_of(b"")) == 64
 
 
-def test_large_pictures_are_shrunk_where_that_is_asked_for() -> None:
-    worker = Worker(Invert(), limits=Limits(max_side=8))
+def test_large_images_are_shrunk_where_that_is_asked_for() -> None:
+    worker = Worker(Invert(), WorkerOptions(Limits(max_side=8)))
     large, small = worker.run([Job(png(1, height=12, width=16)), Job(png(2, height=4, width=8))])
     assert pixels(large).shape == (3, 6, 8)
-    torch.testing.assert_close(pixels(small), 1 - picture(2, height=4, width=8))
+    torch.testing.assert_close(pixels(small), 1 - image(2, height=4, width=8))

@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from codefend.core import images
-from gateway_kit import Upstream, b64, chat, picture, png, served, url, wait_for
+from gateway_kit import Upstream, b64, chat, image, png, served, url, wait_for
 
 pytest.importorskip("litellm.proxy.proxy_cli", reason="LiteLLM's proxy is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
@@ -123,9 +123,9 @@ def test_no_original_gets_through_litellms_proxy(api: str, stream: bool, proxy: 
     path, body = shaped(api)
     answer = httpx2.post(f"{proxy}{path}", json=body | {"stream": stream}, timeout=120)
     assert upstream.requests, answer.text
-    assert not upstream.saw(A), "the guardrail's images were not used"
-    (seen,) = upstream.pictures()
-    assert seen.shape == picture(1, height=64, width=64).shape
+    assert not upstream.received(A), "the guardrail's images were not used"
+    (seen,) = upstream.images()
+    assert seen.shape == image(1, height=64, width=64).shape
     assert not torch.equal(seen, images.load(A).pixels)
 
 

@@ -64,7 +64,7 @@ def ready(module: Any, documents: list[Any], **options: Any) -> Any:
 
 
 def attacked(index: int) -> dict[str, Any]:
-    """A document whose picture carries the toy's own perturbation towards blue."""
+    """A document whose image carries the toy's own perturbation towards blue."""
     image = toys.scene(index)[0]
     wave = toys.checkerboard(image) * torch.tensor([-1.0, -1.0, 1.0])[:, None, None]
     moved = ((image + 8 / 255 * wave).clamp(0, 1) * 255).round().permute(1, 2, 0).numpy().astype(np.uint8)
@@ -83,7 +83,7 @@ def test_answers_come_from_behind_the_defense_in_order(module: Any, batch: Any) 
     assert both == [toys.scene(0)[1]]
 
 
-def test_pictures_are_read_a_batch_at_a_time(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_read_a_batch_at_a_time(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = MagicMock(side_effect=module.images.from_pil)
     monkeypatch.setattr(module.images, "from_pil", reader)
     documents = [{"pictures": [photograph(i)]} for i in range(6)]
@@ -100,7 +100,7 @@ def test_pictures_are_read_a_batch_at_a_time(module: Any, monkeypatch: pytest.Mo
     assert read == [2, 4, 6]
 
 
-def test_pictures_that_a_camera_turned_are_asked_about_apart(module: Any) -> None:
+def test_images_that_a_camera_turned_are_asked_about_apart(module: Any) -> None:
     upright, turned = photograph(0).resize((20, 16)), photograph(4).resize((20, 16))
     turned.getexif()[0x0112] = 6  # orientation: shown 16 wide and 20 high
     documents = [{"pictures": [upright]}, {"pictures": [turned]}]
@@ -111,7 +111,7 @@ def test_pictures_that_a_camera_turned_are_asked_about_apart(module: Any) -> Non
     assert " and " in answers[1]
 
 
-def test_several_pictures_are_set_side_by_side(module: Any) -> None:
+def test_several_images_are_set_side_by_side(module: Any) -> None:
     found: Tensor = module._pictures(lambda doc: doc, [photograph(0), photograph(4).resize((10, 8))])
     assert found.shape == (3, toys.SIDE, toys.SIDE + module.GAP + 10)
     assert torch.allclose(found[..., : toys.SIDE], toys.scene(0)[0], atol=0.51 / 255)

@@ -22,7 +22,7 @@ from codefend.core import images
 from codefend.gateway.client import wrap
 from codefend.gateway.middleware import PurifyMiddleware
 from codefend.types import CodefendError
-from gateway_kit import Invert, Upstream, b64, chat, picture, png, run, url
+from gateway_kit import Invert, Upstream, b64, chat, image, png, run, url
 
 openai = pytest.importorskip("openai")
 anthropic = pytest.importorskip("anthropic")
@@ -50,10 +50,10 @@ BLOCK = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
 
 def assert_purified(upstream: Upstream) -> None:
     assert upstream.requests
-    assert not upstream.saw(A)
-    for seen in upstream.pictures():
-        torch.testing.assert_close(seen, 1 - picture(1))
-    assert upstream.pictures()
+    assert not upstream.received(A)
+    for seen in upstream.images():
+        torch.testing.assert_close(seen, 1 - image(1))
+    assert upstream.images()
 
 
 # --- the client wrapper ----------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_litellm_guardrail_replaces_the_images(guardrail: Any) -> None:
         text = json.dumps({"sent": data["messages"], "logged": data["proxy_server_request"]["body"]})
         assert b64(A) not in text
         shown = images.load(data["messages"][0]["content"][1]["image_url"]["url"]).pixels
-        torch.testing.assert_close(shown, 1 - picture(1))
+        torch.testing.assert_close(shown, 1 - image(1))
 
         data = {"messages": [{"role": "user", "content": [BLOCK]}]}
         await rail.async_pre_call_hook(None, None, data, "anthropic_messages")
@@ -381,7 +381,7 @@ def test_vllm_connector(vllm_media: types.ModuleType) -> None:
     asynchronous = asyncio.run(connector.fetch_image_async(url(A), "io", image_mode="RGB"))
     for loaded, address, args, kwargs in (connector.fetch_image(url(A), "io", image_mode="RGB"), asynchronous):
         assert (loaded, args, kwargs) == ("loaded", ("io",), {"image_mode": "RGB"})
-        torch.testing.assert_close(images.load(address).pixels, 1 - picture(1))
+        torch.testing.assert_close(images.load(address).pixels, 1 - image(1))
     for bad in ("https://example.org/a.png", "file:///etc/passwd", "data:image/png;base64,AAAA", "data:,x"):
         with pytest.raises(ValueError, match=r".{10}"):
             connector.fetch_image(bad)

@@ -15,7 +15,7 @@ import torch
 
 from codefend.core import images
 from codefend.integrations.vllm import NAME, register
-from gateway_kit import Invert, picture, png, url
+from gateway_kit import Invert, image, png, url
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 A = png(1)
@@ -45,9 +45,9 @@ def connector(media: Any, kind: type) -> Any:
 def assert_purified(loaded: Any) -> None:
     """What vLLM holds is the negative, in pixels and in the file bytes that it keeps for its caches."""
     shown = images.from_pil(loaded.media).pixels
-    torch.testing.assert_close(shown, 1 - picture(1))
+    torch.testing.assert_close(shown, 1 - image(1))
     assert loaded.original_bytes != A
-    torch.testing.assert_close(images.load(loaded.original_bytes).pixels, 1 - picture(1))
+    torch.testing.assert_close(images.load(loaded.original_bytes).pixels, 1 - image(1))
 
 
 def test_images_are_purified_before_vllm_decodes_them(connector: Any) -> None:

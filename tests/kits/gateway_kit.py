@@ -1,4 +1,4 @@
-"""A capturing upstream, pictures with a known look, a purifier that leaves a mark, and a bare ASGI driver."""
+"""A capturing upstream, images with known pixels, a purifier whose result is known, and a bare ASGI driver."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHAT = "/v1/chat/completions"
 
 
 class Invert(PlainPurifier):
-    """A purifier whose work nobody can mistake: the negative. Its score is the mean of the picture."""
+    """A purifier that returns the negative. Its score is the mean of the image."""
 
     name = "invert"
 
@@ -43,15 +43,15 @@ class Invert(PlainPurifier):
         return images.flatten(1).mean(1)
 
 
-def picture(seed: int = 0, *, height: int = 12, width: int = 16, shade: float = 0.5) -> Tensor:
-    """Noise around ``shade``; every seed is another picture."""
+def image(seed: int = 0, *, height: int = 12, width: int = 16, shade: float = 0.5) -> Tensor:
+    """Noise around ``shade``; every seed gives another image."""
     noise = torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
     return images.quantize8((shade + 0.2 * (noise - 0.5)).clamp(0, 1))
 
 
 def png(seed: int = 0, **size: Any) -> bytes:
     """A file with something behind its end, which re-encoding must not keep."""
-    return images.encode(picture(seed, **size)) + b"TRAILING"
+    return images.encode(image(seed, **size)) + b"TRAILING"
 
 
 def b64(data: bytes) -> str:
@@ -74,7 +74,7 @@ def settings(**flags: Any) -> Settings:
 
 @dataclass
 class Upstream:
-    """Keeps every request; answers ``reply`` or what ``handler`` makes of the request."""
+    """Records every request; answers ``reply``, or what ``handler`` returns for the request."""
 
     reply: dict[str, Any] = field(default_factory=lambda: {"ok": True})
     handler: Callable[[httpx2.Request], httpx2.Response | Awaitable[httpx2.Response]] | None = None
@@ -96,9 +96,9 @@ class Upstream:
     def body(self) -> Any:
         return json.loads(self.requests[-1].content)
 
-    def pictures(self) -> list[Tensor]:
-        """Every picture in the last request, wherever it stands."""
-        found = []
+    def images(self) -> list[Tensor]:
+        """Every image in the last request, wherever it stands."""
+        decoded = []
         stack = [self.body]
         while stack:
             value = stack.pop()
@@ -107,12 +107,12 @@ class Upstream:
             elif isinstance(value, list):
                 stack += reversed(value)
             elif isinstance(value, str) and value.startswith("data:image/"):
-                found.append(images.load(value).pixels)
+                decoded.append(images.load(value).pixels)
             elif isinstance(value, str) and len(value) > 60 and " " not in value:
-                found.append(images.load(base64.b64decode(value)).pixels)
-        return found
+                decoded.append(images.load(base64.b64decode(value)).pixels)
+        return decoded
 
-    def saw(self, *originals: bytes) -> bool:
+    def received(self, *originals: bytes) -> bool:
         """Whether any byte form of an original reached the upstream."""
         sent = b"".join(request.content for request in self.requests)
         return any(original in sent or b64(original).encode() in sent for original in originals)

@@ -23,7 +23,7 @@ from codefend.prompts import PROMPTS, PromptPolicy, TextPolicy, save_folder, sav
 from codefend.prompts.generator import GeneratedPolicy
 from codefend.prompts.soft import SoftPolicy
 from codefend.types import Budget, CodefendError
-from gateway_kit import Invert, b64, chat, gateway, picture, png, run, settings, url
+from gateway_kit import Invert, b64, chat, gateway, image, png, run, settings, url
 from prompts_kit import Suggestible
 
 ASKED = "What is this?"
@@ -195,7 +195,7 @@ def test_the_verbs_take_the_evaluators_spelling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("codefend.victims.load", lambda name: Listener())
-    images.save(tmp_path / "a.png", picture())
+    images.save(tmp_path / "a.png", image())
     asked = ["ask", str(tmp_path / "a.png"), ASKED, "--defense"]
     assert cli.main([*asked, "none+prompt=doubt"]) == 0
     doubt = PROMPTS["doubt"].policy

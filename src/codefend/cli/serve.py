@@ -1,84 +1,92 @@
-"""``codefend serve``. Heavy imports wait until it runs."""
+"""``codefend serve``. Its flags are derived from the gateway's settings, which are imported only when it runs."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand
 
 app = typer.Typer(add_completion=False)
+_HELP = """Put CoDefend in front of a multimodal LLM server.
 
-_MODEL, _IMAGES, _LIMITS, _LOAD = "Model", "Images", "Limits", "Load"
-FLAGS: tuple[tuple[str, type, str, str | None], ...] = (  # name, type, help, panel; none is required
-    ("upstream", str, "URL of the model's server; or, served here, pocket or hf:ID.", None),
-    ("config", Path, "Settings as TOML or YAML; flags and CODEFEND_* come first.", None),
-    ("host", str, "Address to listen on (127.0.0.1).", None),
-    ("port", int, "Port to listen on (8800).", None),
-    ("purifier", str, "Purifier by name or folder (bridge).", _IMAGES),
-    ("device", str, "Where it runs: cpu, cuda, mps (cpu).", _IMAGES),
-    ("policy", str, "purify, detect or block (purify).", _IMAGES),
-    ("threshold", float, "Score from which detect and block act (calibrated).", _IMAGES),
-    ("prompt", str, "Prompt policy by name or JSON file (none).", _MODEL),
-    ("prompt_everywhere", bool, "Also for requests without images.", _MODEL),
-    ("allow_override", bool, "Let requests choose their policy.", _IMAGES),
-    ("encoding", str, "auto, png, jpeg or webp (auto).", _IMAGES),
-    ("on_error", str, "block, fallback or pass (block).", _IMAGES),
-    ("fallback", str, "Purifier for --on-error fallback (jpeg).", _IMAGES),
-    ("max_in_flight_per_key", int, "Requests of one key at a time (any).", _LIMITS),
-    ("max_body_bytes", int, "Bytes of a request (64 MiB).", _LIMITS),
-    ("max_image_bytes", int, "Bytes of an image file (20 MiB).", _LIMITS),
-    ("max_pixels", int, "Pixels of an image (64,000,000).", _LIMITS),
-    ("max_ratio", float, "Longer side over shorter side (100).", _LIMITS),
-    ("max_side", int, "Longer side that larger images are shrunk to (never).", _LIMITS),
-    ("max_images", int, "Images of a request (20).", _LIMITS),
-    ("first_frame", bool, "Take an animation's first frame.", _LIMITS),
-    ("allow_remote_images", bool, "Fetch https image URLs.", _LIMITS),
-    ("remote_hosts", str, "The only hosts to fetch from, with commas.", _LIMITS),
-    ("fetch_timeout_s", float, "Seconds for a remote image (10).", _LIMITS),
-    ("max_redirects", int, "Redirects of a remote image (3).", _LIMITS),
-    ("allow_image_links", bool, "Pass on http(s) images in Markdown and HTML, as text.", _LIMITS),
-    ("allow_uploads", bool, "Pass on files and batches unseen.", _LIMITS),
-    ("queue_images", int, "Images that may wait (64).", _LOAD),
-    ("batch_images", int, "Images per batch (8).", _LOAD),
-    ("batch_pixels", int, "Pixels per batch (1,000,000).", _LOAD),
-    ("workers", int, "Processes that decode, purify, encode (2).", _LOAD),
-    ("isolate", bool, "Workers are processes, not threads (yes).", _LOAD),
-    ("torch_threads", int, "Threads in a PyTorch operation.", _LOAD),
-    ("purify_timeout_s", float, "Seconds for an image, queue included (30).", _LOAD),
-    ("cache_mb", int, "Cache of purified images, MiB (256).", _LOAD),
-    ("connect_timeout_s", float, "Seconds to reach the upstream (5).", _LOAD),
-    ("upstream_timeout_s", float, "Seconds of upstream silence (600).", _LOAD),
-    ("total_timeout_s", float, "Seconds for a whole exchange (3600).", _LOAD),
-    ("drain_s", float, "Seconds for running requests at the end (30).", _LOAD),
-    ("page", bool, "The page at /.", None),
-    ("demo", bool, "The page may ask the undefended model.", None),
-    ("log_level", str, "debug, info, warning or error (info).", None),
-)
+Secrets (CODEFEND_API_KEYS, CODEFEND_UPSTREAM_API_KEY, CODEFEND_NOISE_SECRET) come from the environment or from files,
+because every process of a machine can read command lines."""
 
 
-def _takes_flags(function: Callable[..., None]) -> Callable[..., None]:
-    """Let Typer see a parameter for each flag: two score of them are a table, not a signature."""
+class _LazyCommand(TyperCommand):
+    """Builds the command with all its flags when it is called: `codefend --help` needs none of them."""
 
-    def parameter(name: str, kind: type, help_: str, panel: str | None) -> inspect.Parameter:
-        option = typer.Option(None, help=help_, show_default=False, rich_help_panel=panel)
-        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind | None)
-
-    vars(function)["__signature__"] = inspect.Signature([parameter(*flag) for flag in FLAGS], return_annotation=None)
-    return function
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        return build_command().make_context(info_name, args, parent, **extra)
 
 
-@app.command()
-@_takes_flags
-def serve(config: Path | None = None, **flags: Any) -> None:
-    """Put CoDefend in front of a multimodal LLM server.
+class _SectionedCommand(TyperCommand):
+    """Lists its flags by section."""
 
-    Keys come from CODEFEND_API_KEYS (for clients, with commas) and CODEFEND_UPSTREAM_API_KEY, or from the file.
-    """
-    from codefend.gateway.config import load_settings
-    from codefend.gateway.serve import serve as run
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(getattr(parameter, "rich_help_panel", None) or "Options", []).append(record)
+        for section, records in sections.items():
+            with formatter.section(section):
+                formatter.write_dl(records)
 
-    given = {name: value for name, value in flags.items() if value is not None}
-    raise typer.Exit(run(load_settings(config, **given)))
+
+def build_command() -> Any:
+    """Make a flag of every setting that isn't a secret, and ``--config``."""
+    from codefend.gateway.config import SECRETS, Settings
+
+    parameters = [_parameter("config", Path, "settings as TOML or YAML; flags and CODEFEND_* come first", "Options")]
+    for name, field in Settings.model_fields.items():
+        if name not in SECRETS:
+            extra = field.json_schema_extra
+            section = str(extra["section"]) if isinstance(extra, dict) else "Options"
+            text = f"{field.description}{_default_text(field.default)}"
+            parameters.append(_parameter(name, _flag_type(field.annotation), text, section))
+    inner = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+    def serve(config: Path | None = None, **flags: Any) -> None:
+        from codefend.cli.showcase import showcase
+        from codefend.gateway.config import load_settings
+        from codefend.gateway.serve import serve as run
+
+        raise typer.Exit(run(lambda: load_settings(config, **flags), showcase=showcase))
+
+    vars(serve)["__signature__"] = inspect.Signature(parameters, return_annotation=None)
+    inner.command("serve", cls=_SectionedCommand, help=_HELP)(serve)
+    return typer.main.get_command(inner)
+
+
+def _parameter(name: str, kind: Any, text: str, section: str) -> inspect.Parameter:
+    option = typer.Option(None, help=text[:1].upper() + text[1:], show_default=False, rich_help_panel=section)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind | None)
+
+
+def _flag_type(annotation: Any) -> type:
+    """What the command line reads; the settings themselves check choices, ranges and lists."""
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    kind = next(kind for kind in kinds if kind is not type(None))
+    return kind if get_origin(kind) is None and kind in (bool, int, float, Path) else str
+
+
+def _default_text(default: Any) -> str:
+    from pydantic_core import PydanticUndefined
+
+    if default is None or default == () or default is PydanticUndefined:
+        return ""
+    if isinstance(default, bool):
+        return f" ({'on' if default else 'off'})"
+    if isinstance(default, (int, float)):
+        return f" ({default:,})" if default != int(default) or default >= 10_000 else f" ({int(default)})"
+    return f" ({','.join(default) if isinstance(default, tuple) else default})"
+
+
+@app.command(cls=_LazyCommand, help=_HELP)
+def serve() -> None:
+    """Replaced by the command that `build_command` makes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -10,31 +11,45 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import httpx2
+import torch
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 
-from codefend import purifiers
-from codefend.gateway.auth import Auth
-from codefend.gateway.config import Settings, embedded
+from codefend import __version__, purifiers
+from codefend.gateway.access import Access, Keys, client_fields
+from codefend.gateway.budget import BodyBudget
+from codefend.gateway.config import Settings, is_embedded
 from codefend.gateway.engine import Engine, Terms
 from codefend.gateway.errors import error_body
-from codefend.gateway.fetch import Fetcher, FetchOptions, Resolve, resolve
-from codefend.gateway.lane import Lane, LaneOptions
-from codefend.gateway.limits import Limits
+from codefend.gateway.fetch import Fetcher, Resolve, resolve
+from codefend.gateway.lane import Lane
+from codefend.gateway.options import (
+    AccessOptions,
+    BudgetOptions,
+    FetchOptions,
+    LaneOptions,
+    Limits,
+    PoolOptions,
+    UpstreamOptions,
+)
 from codefend.gateway.page import Page
-from codefend.gateway.pool import Pool, PoolOptions
+from codefend.gateway.pool import Pool
 from codefend.gateway.proxy import Proxy
-from codefend.gateway.telemetry import Meters
-from codefend.gateway.worker import Runner, Worker
+from codefend.gateway.shapes import Inspection
+from codefend.gateway.telemetry import Meters, log
+from codefend.gateway.upstream import Upstream, connect
+from codefend.gateway.worker import Runner, Worker, WorkerOptions
 from codefend.prompts import TextPolicy, load_any
 from codefend.purifiers.base import Purifier
 from codefend.types import CodefendError
 
 if TYPE_CHECKING:
+    from codefend.gateway.pocket import Showcase
     from codefend.prompts.folders import AnyPolicy
 
 _PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
@@ -48,35 +63,76 @@ def create_app(
     transport: httpx2.AsyncBaseTransport | None = None,
     fetch_transport: httpx2.AsyncBaseTransport | None = None,
     resolver: Resolve = resolve,
+    showcase: Showcase | None = None,
 ) -> Starlette:
     """Build the gateway. ``purifier`` and the transports replace what the settings name: for tests and embedding.
 
-    Raises CodefendError for an unknown purifier or prompt policy, and as ``Terms.choose`` does.
+    ``showcase`` lets the page show samples and attack images. ``app.state.reload(settings)`` takes over keys, policy
+    and routes of other settings. Raises CodefendError for an unknown purifier or prompt policy, and as
+    ``Terms.choose`` does.
     """
     prompt = load_any(settings.prompt)
     engine = build_engine(settings, purifier=purifier, prompt=prompt)
-    lane = Lane(engine.worker, _lane_options(settings))
-    meters = Meters(depth=lambda: lane.depth)
-    lane.on_batch, engine.on_bypass, engine.lane = meters.batch, meters.bypassed, lane
-    fetcher = _fetcher(settings, fetch_transport, resolver)
+    lane = Lane(engine.worker, settings.part(LaneOptions, **_lane_options(settings)))
+    meters, keys = Meters(), Keys(_keys(settings))
+    engine.lane = lane
+    fetcher = Fetcher(
+        settings.part(FetchOptions, **_fetch_options(settings)),
+        max_bytes=settings.max_image_bytes,
+        transport=fetch_transport,
+        resolver=resolver,
+    )
     engine.fetch = fetcher
-    upstream, base_url = _upstream(settings, transport, prompt)
-    proxy = Proxy(engine, settings, meters, transport=upstream, base_url=base_url)
+    budget = BodyBudget(_budget_options(settings))
+    upstream = _upstream(settings, transport, prompt, meters, showcase)
+    proxy = Proxy(engine, settings, meters, upstream, budget)
+    _observe(meters, engine, lane, fetcher, budget, settings)
     demo = settings.with_demo and isinstance(prompt, TextPolicy)  # a soft prefix is in the model: none is undefended
-    keys = [key.get_secret_value() for key in settings.api_keys]
+    page = Page(proxy, demo=demo, showcase=settings.upstream == "pocket" and showcase is not None)
     app = Starlette(
-        routes=[Mount("/v1", app=proxy), *_operations(meters, lane), *_page(settings, engine, proxy, demo)],
-        exception_handlers={HTTPException: _plain_error},
-        middleware=[Middleware(Auth, keys=keys)],
+        routes=[Mount("/v1", app=proxy), *_operations(meters, lane), *(_page(page) if settings.page else [])],
+        exception_handlers={HTTPException: partial(_plain_error, meters)},
+        middleware=_middleware(settings, keys, meters),
         lifespan=_lifespan(engine, lane, settings.drain_s, (upstream, fetcher)),
     )
     app.router.redirect_slashes = False
-    app.state.ready, app.state.engine, app.state.meters = False, engine, meters
+    app.state.ready, app.state.engine, app.state.meters, app.state.lane = False, engine, meters, lane
+    app.state.reload = partial(_reload, keys, proxy)
     return app
 
 
+def _reload(keys: Keys, proxy: Proxy, settings: Settings) -> None:
+    """Take over what can change while requests run. Raises CodefendError as ``Terms.choose`` does."""
+    terms = Terms.choose(proxy.engine.worker, settings.policy, settings.threshold)
+    proxy.engine.inspection = Inspection(settings.allow_image_links, settings.allow_tools)
+    keys.replace(_keys(settings))
+    proxy.engine.terms = terms
+    proxy.configure(settings)
+
+
+def _keys(settings: Settings) -> list[str]:
+    return [key.get_secret_value() for key in settings.api_keys]
+
+
+def _middleware(settings: Settings, keys: Keys, meters: Meters) -> list[Middleware]:
+    access = Middleware(
+        Access, keys=keys, options=settings.part(AccessOptions, hosts=settings.allowed_hosts), meters=meters
+    )
+    if not settings.cors_origins:
+        return [access]
+    ours = ["x-codefend-request-id", "x-codefend-status", "x-request-id", "retry-after"]
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_origins,
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["*"],
+        expose_headers=ours,
+    )
+    return [cors, access]
+
+
 def _lifespan(
-    engine: Engine, lane: Lane, drain_s: float, connections: Sequence[httpx2.AsyncBaseTransport | Fetcher]
+    engine: Engine, lane: Lane, drain_s: float, connections: Sequence[Upstream | Fetcher]
 ) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
     """Ready when the models are warm; at the end what is queued is finished before anything is closed."""
 
@@ -85,6 +141,7 @@ def _lifespan(
         runners = [engine.worker] if engine.fallback is None else [engine.worker, engine.fallback]
         for runner in runners:
             await asyncio.to_thread(runner.warm_up)
+        _log_capacity(lane)
         app.state.ready = True
         try:
             yield
@@ -93,55 +150,56 @@ def _lifespan(
             await lane.close(drain_s)
             for connection in connections:
                 await connection.aclose()
-            engine.executor.shutdown(wait=False)
+            engine.close()
             for runner in runners:
                 runner.close()
 
     return lifespan
 
 
+def _log_capacity(lane: Lane) -> None:
+    """Say what was measured, and what follows from it."""
+    rate, options = lane.worker.seconds_per_pixel, lane.options
+    if rate:
+        fields = {
+            "seconds_per_megapixel": round(rate * 1e6, 2),
+            "largest_image_megapixels": round(options.timeout_s / rate / 1e6, 1),
+            "megapixels_in_time": round(options.timeout_s * options.workers / rate / 1e6, 1),
+        }
+        log.info("capacity", extra={"fields": fields})
+
+
 def build_engine(settings: Settings, *, purifier: Purifier | None = None, prompt: AnyPolicy | None = None) -> Engine:
     """The engine without its lane. Raises CodefendError as ``create_app`` does."""
-    limits = Limits(
-        settings.max_body_bytes,
-        settings.max_image_bytes,
-        settings.max_pixels,
-        settings.max_ratio,
-        settings.max_images,
-        settings.first_frame,
-        settings.max_side,
-    )
+    limits = settings.part(Limits)
+    given = settings.noise_secret
+    secret = secrets.token_bytes(32) if given is None else given.get_secret_value().encode()
+    options = settings.part(WorkerOptions, limits=limits, secret=secret)
 
-    def runner(name: str, given: Purifier | None = None) -> Runner:
-        build = partial(
-            build_worker,
-            name,
-            limits=limits,
-            encoding=settings.encoding,
-            device=settings.device,
-            batch_pixels=settings.batch_pixels,
-        )
-        local = build(given)
-        if purifier is not None or not settings.isolate:  # an object given here cannot go elsewhere
+    def runner(name: str, purifier: Purifier | None, isolate: bool) -> Runner:
+        build = partial(build_worker, name, options)
+        local = build(purifier)
+        if not isolate:
             return local
-        options = PoolOptions(settings.workers, settings.torch_threads, settings.purify_timeout_s)
-        return Pool(build, options, name=local.name, threshold=local.threshold)
+        pool_options = settings.part(PoolOptions, timeout_s=settings.purify_timeout_s)
+        return Pool(build, pool_options, name=local.name, threshold=local.threshold)
 
-    main = runner(settings.purifier, purifier)
+    isolate = settings.isolate and purifier is None  # an object given here cannot go to another process
+    main = runner(settings.purifier, purifier, isolate)
     return Engine(
         main,
         limits=limits,
         terms=Terms.choose(main, settings.policy, settings.threshold),
-        policy=_words(prompt or load_any(settings.prompt), settings),
+        policy=_text_policy(prompt or load_any(settings.prompt), settings),
         everywhere=settings.prompt_everywhere,
         on_error=settings.on_error,
-        image_links=settings.allow_image_links,
-        fallback=runner(settings.fallback) if settings.on_error == "fallback" else None,
+        inspection=Inspection(settings.allow_image_links, settings.allow_tools),
+        fallback=runner(settings.fallback, None, isolate) if settings.on_error == "fallback" else None,
     )
 
 
-def _words(prompt: AnyPolicy, settings: Settings) -> TextPolicy | None:
-    """What is written into requests; a soft prefix goes into the embedded model. Raises CodefendError for another one."""
+def _text_policy(prompt: AnyPolicy, settings: Settings) -> TextPolicy | None:
+    """The policy that is written into requests. Raises CodefendError for a soft prefix in front of a server."""
     if isinstance(prompt, TextPolicy):
         return None if prompt.empty else prompt
     if settings.upstream != "pocket":
@@ -151,65 +209,102 @@ def _words(prompt: AnyPolicy, settings: Settings) -> TextPolicy | None:
     return None
 
 
-def build_worker(name: str, purifier: Purifier | None = None, **options: Any) -> Worker:
+def build_worker(name: str, options: WorkerOptions, purifier: Purifier | None = None) -> Worker:
     """A worker around ``purifier``, or the one of that name. Raises CodefendError for an unknown name."""
-    return Worker(purifier or purifiers.load(name), **options)
+    return Worker(purifier or purifiers.load(name), options)
 
 
-def _lane_options(settings: Settings) -> LaneOptions:
-    return LaneOptions(
-        queue_images=settings.queue_images,
-        batch_images=settings.batch_images,
-        threads=settings.workers,
-        torch_threads=0 if settings.isolate else settings.torch_threads,
-        timeout_s=settings.purify_timeout_s,
-        cache_bytes=settings.cache_mb << 20,
-    )
+def _lane_options(settings: Settings) -> dict[str, Any]:
+    return {
+        "torch_threads": 0 if settings.isolate else settings.torch_threads,
+        "timeout_s": settings.purify_timeout_s,
+        "cache_bytes": settings.cache_mb << 20,
+    }
+
+
+def _fetch_options(settings: Settings) -> dict[str, Any]:
+    return {
+        "allowed": settings.allow_remote_images,
+        "hosts": settings.remote_hosts,
+        "timeout_s": settings.fetch_timeout_s,
+        "concurrent": settings.max_fetches,
+    }
+
+
+def _budget_options(settings: Settings) -> BudgetOptions:
+    """Any one body that the limits allow fits."""
+    total = max(settings.max_buffer_bytes, settings.max_body_bytes)
+    return BudgetOptions(total, max(total // 2, settings.max_body_bytes))
 
 
 def _upstream(
-    settings: Settings, transport: httpx2.AsyncBaseTransport | None, prompt: AnyPolicy
-) -> tuple[httpx2.AsyncBaseTransport, str]:
-    if embedded(settings.upstream):
+    settings: Settings,
+    transport: httpx2.AsyncBaseTransport | None,
+    prompt: AnyPolicy,
+    meters: Meters,
+    showcase: Showcase | None,
+) -> Upstream:
+    base_url = settings.upstream
+    if is_embedded(settings.upstream):
         from codefend.gateway.pocket import pocket_transport
 
-        return transport or pocket_transport(name=settings.upstream, policy=prompt), "http://pocket/v1"
-    # The transport itself, not a client: no cookie jar, no redirects, no headers of its own.
-    limits = httpx2.Limits(max_connections=1000, max_keepalive_connections=200, keepalive_expiry=30.0)
-    return transport or httpx2.AsyncHTTPTransport(trust_env=False, limits=limits), settings.upstream
-
-
-def _fetcher(settings: Settings, transport: httpx2.AsyncBaseTransport | None, resolver: Resolve) -> Fetcher:
-    options = FetchOptions(
-        settings.allow_remote_images, settings.remote_hosts, settings.fetch_timeout_s, settings.max_redirects
+        base_url = "http://pocket/v1"
+        transport = transport or pocket_transport(name=settings.upstream, policy=prompt, showcase=showcase)
+    key = settings.upstream_api_key
+    return Upstream(
+        transport or connect(settings.upstream_ca, settings.upstream_proxy),
+        base_url,
+        meters,
+        settings.part(UpstreamOptions),
+        key=None if key is None else key.get_secret_value(),
     )
-    return Fetcher(options, max_bytes=settings.max_image_bytes, transport=transport, resolver=resolver)
+
+
+def _observe(
+    meters: Meters, engine: Engine, lane: Lane, fetcher: Fetcher, budget: BodyBudget, settings: Settings
+) -> None:
+    """Let the meters see the parts."""
+    worker = engine.worker
+    lane.on_batch, engine.on_bypass = meters.batch, meters.bypassed
+    meters.build_info(version=__version__, torch=torch.__version__, purifier=worker.name, policy=settings.policy)
+    meters.gauge("queue_images", "Images that wait for the purifier", lambda: lane.depth)
+    meters.gauge("pixels_in_flight", "Pixels of images that wait or are purified, after shrinking", lambda: lane.pixels)
+    meters.gauge("cache_bytes", "Purified images in the cache", lambda: lane.cached_bytes)
+    meters.gauge("body_bytes", "Request bodies in memory", lambda: budget.used)
+    meters.gauge("fetches_in_flight", "Remote images being fetched", lambda: fetcher.in_flight)
+    if isinstance(worker, Pool):
+        worker.on_restart = meters.restarted
+        meters.gauge("workers_answering", "Workers that answered when last asked", lambda: worker.answering)
 
 
 def _operations(meters: Meters, lane: Lane) -> list[BaseRoute]:
+    def problem(app: Any) -> str:
+        if not app.state.ready:
+            return "draining or starting"
+        if isinstance(lane.worker, Pool) and not lane.worker.answering:
+            return "no worker answers"
+        return "queue full" if lane.full else ""
+
     async def healthz(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
     async def readyz(request: Request) -> Response:
-        problem = "draining or starting" if not request.app.state.ready else "queue full" if lane.full else ""
-        return JSONResponse({"status": problem or "ready"}, status_code=503 if problem else 200)
+        status = problem(request.app)
+        return JSONResponse({"status": status or "ready"}, status_code=503 if status else 200)
 
     async def metrics(request: Request) -> Response:
-        return Response(meters.text(), media_type="text/plain; version=0.0.4")
+        return Response(await asyncio.to_thread(meters.text), media_type="text/plain; version=0.0.4")
 
     return [Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", metrics)]
 
 
-def _page(settings: Settings, engine: Engine, proxy: Proxy, demo: bool) -> list[BaseRoute]:
-    if not settings.page:
-        return []
+def _page(page: Page) -> list[BaseRoute]:
     html = resources.files("codefend.gateway").joinpath("page.html").read_bytes()
     headers = {"content-security-policy": _PAGE_POLICY, "x-content-type-options": "nosniff"}
 
     async def index(request: Request) -> Response:
         return Response(html, media_type="text/html; charset=utf-8", headers=headers)
 
-    page = Page(engine, proxy, demo=demo)
     return [
         Route("/", index),
         Route("/page/info", page.info),
@@ -220,8 +315,11 @@ def _page(settings: Settings, engine: Engine, proxy: Proxy, demo: bool) -> list[
     ]
 
 
-async def _plain_error(request: Request, error: Exception) -> Response:
+async def _plain_error(meters: Meters, request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     code = {404: "not_found", 405: "method_not_allowed"}.get(status, "error")
-    body = error_body("other", status, code, f"{request.method} {request.url.path[:100]}: {code.replace('_', ' ')}")
+    meters.refused.labels(code).inc()
+    path = request.url.path[:100]
+    log.info("request", extra={"fields": {"path": path, "status": status, "code": code} | client_fields(request.scope)})
+    body = error_body("other", status, code, f"{request.method} {path}: {code.replace('_', ' ')}")
     return Response(body, status_code=status, media_type="application/json")

@@ -12,11 +12,11 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, TypeVar
 
-from codefend.gateway.engine import Engine, OnError
-from codefend.gateway.errors import Refused, error_body
+from codefend.gateway.engine import Engine
+from codefend.gateway.errors import Refused
 from codefend.gateway.local import api_by_suffix, local_engine
+from codefend.gateway.options import Mode, OnError
 from codefend.gateway.wire import dump, parse
-from codefend.gateway.worker import Mode
 from codefend.purifiers.base import Purifier
 from codefend.types import CodefendError
 
@@ -32,11 +32,13 @@ def wrap(
     threshold: float | None = None,
     on_error: OnError = "block",
     image_links: bool = False,
+    tools: tuple[str, ...] = (),
 ) -> Client:
     """Return a copy of an official client, sync or async. Raises CodefendError for anything else and for unknown names.
 
     Images must be data URLs or base64; remote URLs and uploaded files are refused, because they cannot be seen here.
-    With ``image_links`` http(s) images in Markdown and HTML pass as text.
+    With ``image_links`` http(s) images in Markdown and HTML pass as text; ``tools`` names tools by which the server may
+    load content itself.
     """
     inner: Any = getattr(client, "_client", None)
     copy: Any = getattr(client, "copy", None)
@@ -44,7 +46,13 @@ def wrap(
     if http is None or not callable(copy):
         raise CodefendError(f"cannot wrap {type(client).__name__}; give an OpenAI or Anthropic client")
     engine = local_engine(
-        purifier, prompt=prompt, policy=policy, threshold=threshold, on_error=on_error, image_links=image_links
+        purifier,
+        prompt=prompt,
+        policy=policy,
+        threshold=threshold,
+        on_error=on_error,
+        image_links=image_links,
+        tools=tools,
     )
     asynchronous = isinstance(inner, http.AsyncClient)
     transport = (_async_transport if asynchronous else _sync_transport)(http, inner, engine)
@@ -123,8 +131,7 @@ def _rewritten(http: Any, request: Any, engine: Engine) -> Any:
             raise Refused(415, "unknown_content", "only JSON can be inspected for images; uploads are not sent")
         outcome = engine.rewrite_now(api, parse(request.content))
     except Refused as refusal:
-        body = error_body(api, refusal.status, refusal.code, refusal.message, where=refusal.where)
-        return http.Response(refusal.status, content=body, headers={"content-type": "application/json"})
+        return http.Response(refusal.status, content=refusal.body(api), headers={"content-type": "application/json"})
     if outcome.body is None:
         return request
     headers = [(key, value) for key, value in request.headers.raw if key.lower() != b"content-length"]

@@ -1,13 +1,21 @@
-"""The gateway's settings: flags over ``CODEFEND_*`` environment variables over one TOML or YAML file."""
+"""The gateway's settings, declared once: flags over ``CODEFEND_*`` environment variables over one TOML or YAML file.
+
+The name, type, default, limits, help text and help section of every setting stand in `Settings`. The command line
+(`cli/serve.py`), the environment, the file and the help are derived from it. Defaults of the parts (`Limits`,
+`LaneOptions`, ...) stand in these parts, which also work without a server.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import tomllib
+from collections.abc import Mapping
+from dataclasses import fields
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
@@ -19,14 +27,38 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from codefend.gateway.options import (
+    AccessOptions,
+    BudgetOptions,
+    ClientLog,
+    Encoding,
+    FetchOptions,
+    LaneOptions,
+    Limits,
+    Mode,
+    OnError,
+    PoolOptions,
+    Scores,
+    UpstreamOptions,
+)
+from codefend.gateway.routes import DEFAULT_ROUTES, Routes
 from codefend.types import CodefendError
 
 PREFIX = "CODEFEND_"
+SECRETS = ("api_keys", "upstream_api_key", "noise_secret")  # from the environment or a file, never from a flag
+_VERSIONED = re.compile(r"/(v\d\w*|deployments)(/|$)")  # base paths that need no /v1: Gemini's and Azure's, for example
+
+Part = TypeVar("Part")
+Names = Annotated[tuple[str, ...], NoDecode]  # with commas between them
 
 
-def embedded(upstream: str) -> bool:
-    """Whether the upstream is a victim in this process and no server's address."""
+def is_embedded(upstream: str) -> bool:
+    """Whether the upstream is a victim in this process instead of the address of a server."""
     return upstream == "pocket" or upstream.startswith("hf:")
+
+
+def _setting(default: Any, section: str, text: str, **limits: Any) -> Any:
+    return Field(default, description=text, json_schema_extra={"section": section}, **limits)
 
 
 class Settings(BaseSettings):
@@ -34,96 +66,188 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
 
-    upstream: str = Field(description="URL of an OpenAI- or Anthropic-compatible server, 'pocket' or hf:ID_OR_FOLDER")
-    upstream_api_key: SecretStr | None = Field(None, description="sent upstream in place of the client's key")
-    host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(8800, ge=0, le=65535, description="port to listen on")
+    upstream: str = _setting(..., "Server", "URL of an OpenAI- or Anthropic-compatible server, pocket or hf:ID")
+    host: str = _setting("127.0.0.1", "Server", "address to listen on")
+    port: int = _setting(8800, "Server", "port to listen on", ge=0, le=65535)
+    allowed_hosts: Names = _setting((), "Server", "accepted Host headers; default: loopback names when bound to one")
+    cors_origins: Names = _setting((), "Server", "origins of web pages that may call the API")
+    page: bool = _setting(True, "Server", "serve the page at /")
+    demo: bool | None = _setting(None, "Server", "let the page ask the undefended model; default: embedded models only")
+    log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Server", "least severe log line")
+    log_client: ClientLog = _setting(AccessOptions.log_client, "Server", "client addresses in the logs")
+    drain_s: float = _setting(30.0, "Server", "time for running requests at shutdown", ge=0)
+    lame_duck_s: float = _setting(0.0, "Server", "time between not ready and shutdown, for load balancers", ge=0)
 
-    purifier: str = Field("bridge", description="purifier by name or folder")
-    device: str = Field("cpu", description="where the purifier runs: cpu, cuda, cuda:1, mps")
-    policy: Literal["purify", "detect", "block"] = Field("purify", description="what becomes of an image")
-    threshold: float | None = Field(None, ge=0, description="score that detect and block act from; default: calibrated")
-    prompt: str = Field("none", description="prompt policy by name or JSON file")
-    prompt_everywhere: bool = Field(False, description="apply the prompt policy to requests without images, too")
-    allow_override: bool = Field(False, description="let a request choose policy and threshold by header")
-    encoding: Literal["auto", "png", "jpeg", "webp"] = Field("auto", description="format of purified images")
+    purifier: str = _setting("bridge", "Images", "purifier by name or folder")
+    device: str = _setting("cpu", "Images", "where the purifier runs: cpu, cuda, cuda:1, mps")
+    policy: Mode = _setting("purify", "Images", "what happens to an image")
+    threshold: float | None = _setting(
+        None, "Images", "score from which detect and block act; default: calibrated", ge=0
+    )
+    allow_override: bool = _setting(False, "Images", "let a request choose policy and threshold by header")
+    encoding: Encoding = _setting("auto", "Images", "format of purified images")
+    max_side: int = _setting(
+        Limits.max_side, "Images", "shrink images by area averaging to this longer side, in pixels; 0: never", ge=0
+    )
+    first_frame: bool = _setting(
+        Limits.first_frame, "Images", "use the first frame of an animation instead of refusing it"
+    )
+    on_error: OnError = _setting("block", "Images", "when the purifier itself fails")
+    fallback: str = _setting("jpeg", "Images", "purifier for on_error=fallback")
+    noise_secret: SecretStr | None = _setting(
+        None, "Images", "keys the purifier's noise; the same in all replicas; default: random"
+    )
+    noise_secret_file: Path | None = _setting(None, "Images", "file that holds noise_secret")
+    scores: Scores = _setting("hide", "Images", "detection scores in answers to clients")
+    prompt: str = _setting("none", "Prompts", "prompt policy by name or JSON file")
+    prompt_everywhere: bool = _setting(False, "Prompts", "apply the prompt policy to requests without images as well")
 
-    on_error: Literal["block", "fallback", "pass"] = Field("block", description="when the purifier fails")
-    fallback: str = Field("jpeg", description="purifier that on_error=fallback uses")
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = _setting((), "Access", "keys that clients must present")
+    api_keys_file: Path | None = _setting(None, "Access", "file that holds api_keys, one a line")
+    routes: Names = _setting(DEFAULT_ROUTES, "Access", "groups of API routes that are served, or paths like /v1/x/*")
+    allow_tools: Names = _setting((), "Access", "tools by which the upstream loads content itself, like mcp, web_fetch")
+    allow_remote_images: bool = _setting(FetchOptions.allowed, "Access", "fetch https image URLs from public addresses")
+    remote_hosts: Names = _setting(FetchOptions.hosts, "Access", "the only hosts to fetch from")
+    allow_image_links: bool = _setting(False, "Access", "pass on http(s) images in Markdown and HTML as text")
+    allow_uploads: bool = _setting(False, "Access", "pass on multipart bodies, files and batches without inspection")
+    requests_per_minute: int = _setting(
+        AccessOptions.requests_per_minute, "Access", "requests per key and minute; 0: unlimited", ge=0
+    )
+    requests_per_day: int = _setting(
+        AccessOptions.requests_per_day, "Access", "requests per key and day; 0: unlimited", ge=0
+    )
+    max_in_flight_per_key: int = _setting(0, "Access", "concurrent requests with images per key; 0: unlimited", ge=0)
 
-    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field((), description="keys that clients must present")
-    max_in_flight_per_key: int = Field(0, ge=0, description="requests with images at a time for one key; 0: any")
-    max_body_bytes: int = Field(64 << 20, gt=0)
-    max_image_bytes: int = Field(20 << 20, gt=0)
-    max_pixels: int = Field(64_000_000, gt=0)
-    max_ratio: float = Field(100.0, ge=1)
-    max_side: int = Field(0, ge=0, description="longer side that larger images are shrunk to, in pixels; 0: never")
-    max_images: int = Field(20, ge=0)
-    first_frame: bool = Field(False, description="take an animation's first frame instead of refusing it")
-    allow_remote_images: bool = Field(False, description="fetch https image URLs from public addresses")
-    remote_hosts: Annotated[tuple[str, ...], NoDecode] = Field((), description="the only hosts to fetch from")
-    fetch_timeout_s: float = Field(10.0, gt=0)
-    max_redirects: int = Field(3, ge=0, le=10)
-    allow_image_links: bool = Field(False, description="pass on http(s) images in Markdown and HTML, as text")
-    allow_uploads: bool = Field(False, description="pass on multipart bodies, files and batches unseen")
+    max_body_bytes: int = _setting(Limits.max_body_bytes, "Limits", "size of a request body", gt=0)
+    max_image_bytes: int = _setting(Limits.max_image_bytes, "Limits", "size of an image file", gt=0)
+    max_pixels: int = _setting(Limits.max_pixels, "Limits", "pixels of an image before it is shrunk", gt=0)
+    max_ratio: float = _setting(Limits.max_ratio, "Limits", "longer side over shorter side", ge=1)
+    max_images: int = _setting(Limits.max_images, "Limits", "images of a request", ge=0)
+    max_buffer_bytes: int = _setting(BudgetOptions.total, "Limits", "request bodies in memory, all together", gt=0)
+    body_timeout_s: float = _setting(60.0, "Limits", "time for a request body to arrive", gt=0)
+    fetch_timeout_s: float = _setting(FetchOptions.timeout_s, "Limits", "time for a remote image", gt=0)
+    max_redirects: int = _setting(FetchOptions.max_redirects, "Limits", "redirects of a remote image", ge=0, le=10)
+    max_fetches: int = _setting(FetchOptions.concurrent, "Limits", "remote images fetched at a time", gt=0)
 
-    queue_images: int = Field(64, gt=0)
-    batch_images: int = Field(8, gt=0)
-    batch_pixels: int = Field(1_000_000, gt=0, description="decoded at a time in one worker; one image may have more")
-    workers: int = Field(2, gt=0, le=64, description="processes that decode, purify and encode")
-    isolate: bool = Field(True, description="workers are processes; if false, threads beside the event loop")
-    torch_threads: int = Field(0, ge=0, description="threads inside one PyTorch operation; 0: the cores, shared out")
-    purify_timeout_s: float = Field(30.0, gt=0)
-    cache_mb: int = Field(256, ge=0)
-    connect_timeout_s: float = Field(5.0, gt=0)
-    upstream_timeout_s: float = Field(600.0, gt=0, description="between two pieces of an upstream's answer")
-    total_timeout_s: float = Field(3600.0, gt=0, description="for one whole exchange, streams included")
-    drain_s: float = Field(30.0, ge=0, description="for running requests when asked to stop")
+    workers: int = _setting(PoolOptions.workers, "Load", "processes that decode, purify and encode", gt=0, le=64)
+    isolate: bool = _setting(True, "Load", "run workers as processes, instead of threads beside the event loop")
+    torch_threads: int = _setting(
+        PoolOptions.torch_threads, "Load", "threads in a PyTorch operation; 0: share the cores", ge=0
+    )
+    purify_timeout_s: float = _setting(LaneOptions.timeout_s, "Load", "time for an image, queue included", gt=0)
+    queue_images: int = _setting(LaneOptions.queue_images, "Load", "images that may wait", gt=0)
+    queue_pixels: int = _setting(
+        LaneOptions.queue_pixels, "Load", "pixels that may wait; 0: as many as can be purified in time", ge=0
+    )
+    batch_images: int = _setting(LaneOptions.batch_images, "Load", "images sent to a worker at a time", gt=0)
+    batch_pixels: int = _setting(
+        LaneOptions.batch_pixels, "Load", "pixels sent to a worker at a time; one image may have more", gt=0
+    )
+    cache_mb: int = _setting(LaneOptions.cache_bytes >> 20, "Load", "cache of purified images, in MiB", ge=0)
 
-    page: bool = Field(True, description="serve the page at /")
-    demo: bool | None = Field(None, description="let the page ask the undefended model, too; default: pocket only")
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    upstream_api_key: SecretStr | None = _setting(None, "Upstream", "sent upstream in place of the client's key")
+    upstream_api_key_file: Path | None = _setting(None, "Upstream", "file that holds upstream_api_key")
+    upstream_ca: Path | None = _setting(None, "Upstream", "certificates to trust for the upstream, as a PEM file")
+    upstream_proxy: str | None = _setting(None, "Upstream", "proxy for requests to the upstream: http://host:port")
+    connect_timeout_s: float = _setting(UpstreamOptions.connect_timeout_s, "Upstream", "time to connect", gt=0)
+    upstream_timeout_s: float = _setting(
+        UpstreamOptions.upstream_timeout_s, "Upstream", "time between two pieces of an answer", gt=0
+    )
+    total_timeout_s: float = _setting(3600.0, "Upstream", "time for a whole exchange, streams included", gt=0)
+    upstream_retries: int = _setting(
+        UpstreamOptions.upstream_retries, "Upstream", "retries when no connection is made or a GET fails", ge=0, le=10
+    )
+    breaker_failures: int = _setting(
+        UpstreamOptions.breaker_failures, "Upstream", "failures in a row that open the circuit breaker; 0: never", ge=0
+    )
+    breaker_s: float = _setting(
+        UpstreamOptions.breaker_s, "Upstream", "time for which an open circuit breaker refuses", gt=0
+    )
 
-    @field_validator("api_keys", "remote_hosts", mode="before")
+    @model_validator(mode="before")
+    @classmethod
+    def _read_secret_files(cls, data: Any) -> Any:
+        """Replace ``X_file`` of each secret by the file's content. Raises ValueError."""
+        if not isinstance(data, dict):
+            return data
+        for name in SECRETS:
+            file = data.get(f"{name}_file")
+            if file is None:
+                continue
+            if data.get(name):
+                raise ValueError(f"give {name} or {name}_file, not both")
+            try:
+                data = data | {name: Path(file).read_text(encoding="utf-8").strip()}
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{name}_file: {getattr(error, 'strerror', None) or error}: {file}") from error
+        return data
+
+    @field_validator(
+        "api_keys", "remote_hosts", "allowed_hosts", "cors_origins", "routes", "allow_tools", mode="before"
+    )
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+        if isinstance(value, str):
+            return tuple(part.strip() for part in re.split(r"[,\n]", value) if part.strip())
+        return value
 
     @field_validator("api_keys")
     @classmethod
-    def _long_enough(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+    def _check_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
         if any(len(key.get_secret_value()) < 8 for key in keys):
             raise ValueError("a key needs at least 8 characters")
         return keys
 
+    @field_validator("noise_secret")
+    @classmethod
+    def _check_secret(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value.get_secret_value()) < 16:
+            raise ValueError("the secret needs at least 16 characters")
+        return value
+
+    @field_validator("routes")
+    @classmethod
+    def _check_routes(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        Routes(names)
+        return names
+
     @field_validator("upstream")
     @classmethod
-    def _base(cls, value: str) -> str:
-        if embedded(value):
+    def _complete_upstream(cls, value: str) -> str:
+        if is_embedded(value):
             return value
         url = urlsplit(value)
-        if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment or url.username:
-            raise ValueError("expected http(s)://host[:port][/path], 'pocket' or hf:ID_OR_FOLDER")
-        _ = url.port  # raises ValueError for one that cannot be
-        base = value.rstrip("/")
-        return base if base.endswith("/v1") else f"{base}/v1"
+        if url.scheme not in ("http", "https") or not url.hostname or url.fragment or url.username:
+            raise ValueError("expected http(s)://host[:port][/path][?query], 'pocket' or hf:ID_OR_FOLDER")
+        _ = url.port  # raises ValueError for an invalid one
+        path = url.path.rstrip("/")
+        return url._replace(path=path if _VERSIONED.search(path) else f"{path}/v1").geturl()
 
     @model_validator(mode="after")
-    def _consistent(self) -> Settings:
+    def _check_consistency(self) -> Settings:
         if self.remote_hosts and not self.allow_remote_images:
             raise ValueError("remote_hosts has no effect without allow_remote_images")
         return self
 
     @property
     def with_demo(self) -> bool:
-        return self.demo if self.demo is not None else embedded(self.upstream)
+        return self.demo if self.demo is not None else is_embedded(self.upstream)
+
+    @property
+    def allowed_routes(self) -> Routes:
+        return Routes(self.routes, uploads=self.allow_uploads)
+
+    def part(self, kind: type[Part], **renamed: Any) -> Part:
+        """Build the dataclass ``kind`` from the settings of the same names and from ``renamed``."""
+        names = {field.name for field in fields(kind)} & set(type(self).model_fields)  # type: ignore[arg-type]
+        return kind(**{name: getattr(self, name) for name in names} | renamed)
 
 
 def load_settings(file: str | Path | None = None, **flags: Any) -> Settings:
-    """Read the settings; flags that are None count as not given. Raises CodefendError in one line for anything wrong."""
+    """Read the settings; flags that are None count as not given. Raises CodefendError with one line."""
     _check_environment()
     file = file or os.environ.get(f"{PREFIX}CONFIG")
-    written = {} if file is None else _read(Path(file))
+    content = {} if file is None else _read(Path(file))
 
     class Layered(Settings):
         @classmethod
@@ -135,7 +259,7 @@ def load_settings(file: str | Path | None = None, **flags: Any) -> Settings:
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, InitSettingsSource(settings_cls, written)
+            return init_settings, env_settings, InitSettingsSource(settings_cls, content)
 
     try:
         return Layered(**{name: value for name, value in flags.items() if value is not None})
@@ -143,7 +267,7 @@ def load_settings(file: str | Path | None = None, **flags: Any) -> Settings:
         raise CodefendError("; ".join(_spell(problem) for problem in error.errors())) from None  # its text shows keys
 
 
-def _spell(problem: Any) -> str:
+def _spell(problem: Mapping[str, Any]) -> str:
     name = ".".join(str(step) for step in problem["loc"])
     if problem["type"] == "missing":
         return f"{name} is missing: give --{name.replace('_', '-')} or {PREFIX}{name.upper()}"
@@ -155,7 +279,7 @@ def _spell(problem: Any) -> str:
 
 
 def _check_environment() -> None:
-    """A misspelt variable would be ignored, and with it perhaps a limit."""
+    """Raise CodefendError for a misspelt variable: it would be ignored, and with it perhaps a limit."""
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {f"{PREFIX}CONFIG"}
     for name in os.environ:
         if name.startswith(PREFIX) and name not in known:
@@ -175,6 +299,8 @@ def _read(file: Path) -> dict[str, Any]:
             data = yaml.safe_load(text)
         else:
             data = tomllib.loads(text)
+    except CodefendError:
+        raise
     except (OSError, ValueError) as error:
         raise CodefendError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
     except Exception as error:

@@ -9,26 +9,25 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from codefend.gateway.errors import Api, Refused
 from codefend.gateway.excise import Excised, excise, marks
 from codefend.gateway.lane import Lane, digest_of
-from codefend.gateway.limits import Limits, check_count, inspect, payload
-from codefend.gateway.rewrite import Picture, Policy, rebuild
-from codefend.gateway.shapes import Slot, Survey, survey
+from codefend.gateway.limits import check_count, inspect, payload
+from codefend.gateway.options import Limits, Mode, OnError
+from codefend.gateway.rewrite import EncodedImage, Policy, rebuild
+from codefend.gateway.shapes import Inspection, Slot, Survey, survey
 from codefend.gateway.suspicion import spell
-from codefend.gateway.wire import dump, parse
-from codefend.gateway.worker import Job, Mode, Purified, PurifyFailed, Runner, suspicious
+from codefend.gateway.wire import check_simple, dump, parse
+from codefend.gateway.worker import Job, Purified, PurifyFailed, Runner, canary, suspicious
 from codefend.types import CodefendError
 
-OnError = Literal["block", "fallback", "pass"]
-Fetch = Callable[[str], Awaitable[bytes]]
+Fetch = Callable[..., Awaitable[bytes]]
+Take = Callable[[int], None]  # accounts for bytes that a request makes the gateway hold; may raise Refused
 Done = TypeVar("Done")
 
-_LITTLE = 1 << 16  # bytes of JSON that are read on the event loop: well under a millisecond
-_MAX_WHOLE = 16 << 20  # bytes parsed in one go: some 2.5 ms each MB, in which the event loop stands still
-_MAX_COMMAS = 1_000_000  # a list of a million numbers holds the interpreter for some 30 ms
+_SMALL = 1 << 16  # bytes of JSON that are read on the event loop: well under a millisecond
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,19 @@ class Reading:
     """A parsed body and where its images are; ``cuts`` are what marks in their references stand for."""
 
     body: Any
-    found: Survey
+    survey: Survey
     cuts: Mapping[str, memoryview] = field(default_factory=dict)
 
 
-def refuse_remote(reference: str) -> Refused:
+@dataclass(frozen=True)
+class Caller:
+    """On whose behalf images are purified: clients share no cached results."""
+
+    client: str = ""
+    take: Take = lambda size: None
+
+
+def refuse_remote() -> Refused:
     message = "remote image URLs are not allowed here; send the image as data:image/...;base64,..."
     return Refused(400, "remote_image_refused", message)
 
@@ -83,8 +90,10 @@ def refuse_remote(reference: str) -> Refused:
 class Engine:
     """``lane`` serves an event loop; without one, ``rewrite_now`` works in the caller's thread.
 
-    ``on_error`` says what becomes of a good image when the purifier fails: ``block`` refuses the request, ``fallback``
-    uses another purifier, ``pass`` re-encodes the picture as it is. ``on_bypass`` hears of the last two.
+    ``on_error`` says what happens to a valid image when the purifier is broken: ``block`` refuses the request,
+    ``fallback`` uses another purifier, ``pass`` re-encodes the image as it is; ``on_bypass`` is called for the last
+    two. A purifier is broken when it fails on a small grey image as well; an image on which it alone fails is refused,
+    so that no sender can choose the bypass.
     """
 
     worker: Runner
@@ -96,135 +105,192 @@ class Engine:
     on_error: OnError = "block"
     fallback: Runner | None = None
     fetch: Fetch | None = None
-    image_links: bool = False  # http(s) images in Markdown and HTML pass, as text
+    inspection: Inspection = field(default_factory=Inspection)
     on_bypass: Callable[[str], None] = lambda reason: None
     executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="prepare"))
+    rescuer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="rescue"))
 
-    async def rewrite_bytes(self, api: Api, raw: bytes, terms: Terms | None = None) -> tuple[bytes, Outcome]:
+    async def rewrite_bytes(
+        self, api: Api, raw: bytes, terms: Terms | None = None, caller: Caller | None = None
+    ) -> tuple[bytes, Outcome]:
         """Purify the images of a JSON body. Bytes that need no change come back as they are. Raises Refused."""
         start = time.perf_counter()
-        reading = await self._aside(len(raw), self._read, api, raw)
-        outcome = await self._purified(reading, terms or self.terms, start, spliced=True)
+        reading = await self.read(api, raw)
+        outcome = await self._purify_all(reading, terms or self.terms, caller or Caller(), start, spliced=True)
         if outcome.body is None:
             return raw, outcome
-        size = len(raw) + sum(len(image.picture.data) for image in outcome.images)
-        written = await self._aside(size, _written, outcome)
+        size = len(raw) + sum(len(image.image.data) for image in outcome.images)
+        written = await self._aside(size, _write, outcome)
         return written, replace(outcome, body=None, tokens=())
 
     async def rewrite(self, api: Api, body: Any, terms: Terms | None = None) -> Outcome:
         """Purify the images of a parsed body. Raises Refused."""
         start = time.perf_counter()
-        return await self._purified(Reading(body, self._survey(api, body)), terms or self.terms, start)
+        return await self._purify_all(Reading(body, self._survey(api, body)), terms or self.terms, Caller(), start)
 
     def rewrite_now(self, api: Api, body: Any) -> Outcome:
         """Purify in this thread, without queue, cache and remote images. Raises Refused."""
         start = time.perf_counter()
-        found = self._survey(api, body)
-        datas = [self._local(slot) for slot in found.slots]
-        done = []
-        for slot, (image, reason) in zip(found.slots, self._run_now(datas), strict=True):
+        slots = self._survey(api, body)
+        jobs = [self._local_job(slot) for slot in slots.slots]
+        images = []
+        for slot, (image, reason) in zip(slots.slots, self._run_now(jobs), strict=True):
             if isinstance(image, Refused):
                 raise _at(image, slot)
-            done.append((image, reason))
-        return self._finish(body, found, done, self.terms, time.perf_counter() - start)
+            images.append((image, reason))
+        return self._finish(body, slots, images, self.terms, time.perf_counter() - start)
 
-    def picture_now(self, data: bytes) -> Picture:
+    def purify_now(self, data: bytes) -> EncodedImage:
         """Purify one image file in this thread. Raises Refused."""
-        inspect(data, self.limits)
-        image, _ = self._run_now([data])[0]
+        image, _ = self._run_now([self._job(data, self.terms)])[0]
         if isinstance(image, Refused):
             raise image
-        return image.picture
+        return image.image
 
-    def _run_now(self, datas: Sequence[bytes]) -> list[tuple[Purified | Refused, str]]:
-        jobs = [Job(data, self.terms.mode, self.terms.threshold) for data in datas]
-        return [
-            (self._rescue(job, result), result.reason) if isinstance(result, PurifyFailed) else (result, "")
-            for job, result in zip(jobs, self.worker.run(jobs), strict=True)
-        ]
+    async def read(self, api: Api, raw: bytes) -> Reading:
+        """Parse a body and find its images, off the event loop when it is large. Raises Refused."""
+        return await self._aside(len(raw), self._read, api, raw)
 
-    async def _purified(self, reading: Reading, terms: Terms, start: float, *, spliced: bool = False) -> Outcome:
-        done = await _all([self._one(slot, terms, reading.cuts) for slot in reading.found.slots])
-        seconds = time.perf_counter() - start
-        finish = partial(self._finish, reading.body, reading.found, done, terms, seconds, spliced=spliced)
-        return await self._aside(_LITTLE + 1 if getattr(self.policy, "slow", False) else 0, finish)
+    async def reencode_all(self, reading: Reading) -> Any:
+        """The body with all images re-encoded, not purified. Raises Refused."""
+
+        def reencode(reference: str) -> EncodedImage:
+            data = payload(reference, self.limits, cuts=reading.cuts)
+            return self._reencode(self._job(data, self.terms)).image
+
+        loop = asyncio.get_running_loop()
+        slots = reading.survey.slots
+        images = [await loop.run_in_executor(self.rescuer, reencode, slot.reference) for slot in slots]
+        return rebuild(reading.body, reading.survey, images)
+
+    def close(self) -> None:
+        """End the threads, without waiting for what they do."""
+        for executor in (self.executor, self.rescuer):
+            executor.shutdown(wait=False, cancel_futures=True)
 
     async def _aside(self, size: int, work: Callable[..., Done], *arguments: Any) -> Done:
-        """In a thread when it is much: the event loop can go on between two of Python's own steps."""
-        if size <= _LITTLE:
+        """Run large work in a thread, to keep the event loop responsive."""
+        if size <= _SMALL:
             return work(*arguments)
-        return await asyncio.get_running_loop().run_in_executor(self.executor, work, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self.executor, partial(work, *arguments))
+
+    # --- reading ---
 
     def _read(self, api: Api, raw: bytes) -> Reading:
         excised = excise(raw)
         for _ in range(2):  # the second time only what stands in images is cut out
             if not excised.cuts:
                 break
-            reading = self._spared(api, excised)
+            reading = self._read_excised(api, excised)
             if isinstance(reading, Reading):
                 return reading
             excised = excised.put_back(keep=reading)
-        _check_simple(raw)
+        check_simple(raw)
         body = parse(raw)
         return Reading(body, self._survey(api, body))
 
-    def _spared(self, api: Api, excised: Excised) -> Reading | frozenset[str]:
+    def _read_excised(self, api: Api, excised: Excised) -> Reading | frozenset[str]:
         """The reading, if every mark stands in an image; else those marks that do: the rest must be put back."""
-        _check_simple(excised.raw)  # what is put back only adds to it
+        check_simple(excised.raw)  # what is put back only adds to it
         try:
             body = parse(excised.raw)
-            found = self._survey(api, body)
-        except Refused:  # perhaps for a mark's sake
+            slots = self._survey(api, body)
+        except Refused:  # perhaps because of a mark
             return frozenset()
-        references = [slot.reference for slot in found.slots if not _is_remote(slot)]
+        references = [slot.reference for slot in slots.slots if not _is_remote(slot)]
         claimed = [mark for reference in references for mark in marks(reference) if mark in excised.cuts]
-        return Reading(body, found, excised.cuts) if len(claimed) == len(excised.cuts) else frozenset(claimed)
+        return Reading(body, slots, excised.cuts) if len(claimed) == len(excised.cuts) else frozenset(claimed)
 
     def _survey(self, api: Api, body: Any) -> Survey:
-        found = survey(api, body, image_links=self.image_links)
-        check_count(len(found.slots), self.limits)
-        return found
+        slots = survey(api, body, self.inspection)
+        check_count(len(slots.slots), self.limits)
+        return slots
 
-    async def _one(self, slot: Slot, terms: Terms, cuts: Mapping[str, memoryview]) -> tuple[Purified, str]:
+    # --- purifying ---
+
+    async def _purify_all(
+        self, reading: Reading, terms: Terms, caller: Caller, start: float, *, spliced: bool = False
+    ) -> Outcome:
+        images = await _gather([self._one(slot, terms, caller, reading.cuts) for slot in reading.survey.slots])
+        seconds = time.perf_counter() - start
+        finish = partial(self._finish, reading.body, reading.survey, images, terms, seconds, spliced=spliced)
+        return await self._aside(0 if self.policy is None else _SMALL + 1, finish)  # a learned policy runs a model
+
+    async def _one(
+        self, slot: Slot, terms: Terms, caller: Caller, cuts: Mapping[str, memoryview]
+    ) -> tuple[Purified, str]:
         """One image: its bytes, its header, the purifier; and the reason if it went on without."""
+        loop = asyncio.get_running_loop()
         try:
-            loop = asyncio.get_running_loop()
             if _is_remote(slot):
                 if self.fetch is None:
-                    raise refuse_remote(slot.reference)
-                data = await self.fetch(slot.reference)
-                digest = await loop.run_in_executor(self.executor, self._inspect, data)
+                    raise refuse_remote()
+                data = await self.fetch(slot.reference, caller.client, caller.take)
+                job, digest = await loop.run_in_executor(self.executor, self._prepare, data, terms)
             else:
-                data, digest = await loop.run_in_executor(self.executor, self._open, slot.reference, cuts)
-            return await self._purify(Job(data, terms.mode, terms.threshold), digest)
+                job, digest = await loop.run_in_executor(self.executor, self._open, slot.reference, cuts, terms)
+            return await self._purify(job, digest, caller.client)
         except Refused as refusal:
             raise _at(refusal, slot) from refusal
 
-    async def _purify(self, job: Job, digest: str) -> tuple[Purified, str]:
+    def _open(self, reference: str, cuts: Mapping[str, memoryview], terms: Terms) -> tuple[Job, str]:
+        return self._prepare(payload(reference, self.limits, cuts=cuts), terms)
+
+    def _prepare(self, data: bytes, terms: Terms) -> tuple[Job, str]:
+        return self._job(data, terms), digest_of(data)
+
+    def _job(self, data: bytes, terms: Terms) -> Job:
+        return Job(data, terms.mode, terms.threshold, inspect(data, self.limits).pixels)
+
+    def _local_job(self, slot: Slot) -> Job:
+        try:
+            if _is_remote(slot):
+                raise refuse_remote()
+            return self._job(payload(slot.reference, self.limits), self.terms)
+        except Refused as refusal:
+            raise _at(refusal, slot) from refusal
+
+    async def _purify(self, job: Job, digest: str, client: str) -> tuple[Purified, str]:
         assert self.lane is not None
         try:
-            return await self.lane(job, digest), ""
+            return await self.lane(job, digest, client), ""
         except PurifyFailed as failure:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self.executor, self._rescue, job, failure), failure.reason
+            return await loop.run_in_executor(self.rescuer, self._rescue, job, failure), failure.reason
+
+    def _run_now(self, jobs: Sequence[Job]) -> list[tuple[Purified | Refused, str]]:
+        return [
+            (self._rescue(job, result), result.reason) if isinstance(result, PurifyFailed) else (result, "")
+            for job, result in zip(jobs, self.worker.run(jobs), strict=True)
+        ]
 
     def _rescue(self, job: Job, failure: PurifyFailed) -> Purified:
-        """What ``on_error`` says. Raises Refused when that is to block, or when the fallback fails, too."""
-        if self.on_error == "pass":
-            image = self.reencoded(job)
-            self.on_bypass(failure.reason)
-            return image
-        if self.on_error == "fallback" and self.fallback is not None:
-            result = self.fallback.run([Job(job.data)])[0]
+        """What ``on_error`` says. Raises Refused when that is to block, and for an image that alone makes it fail."""
+        if self.on_error != "block" and self._is_broken():
+            if self.on_error == "pass":
+                image = self._reencode(job)
+                self.on_bypass(failure.reason)
+                return image
+            assert self.fallback is not None
+            (result,) = self.fallback.run([replace(job, mode="purify")])
             if isinstance(result, Purified):
                 self.on_bypass(failure.reason)
-                return replace(result, score=None)  # on another scale than the threshold
+                return replace(result, score=None, digest="")  # the score is on another scale than the threshold
         if failure.reason == "timeout":
-            raise Refused(503, "purification_timeout", str(failure), retry_after=1)
+            wait = max(1.0, self.lane.backlog_s) if self.lane is not None else 1.0
+            raise Refused(503, "purification_timeout", str(failure), retry_after=wait)
         raise Refused(500, "purification_failed", f"an image could not be purified: {failure}")
 
-    def reencoded(self, job: Job) -> Purified:
-        """The picture without its metadata, not purified. Raises Refused."""
+    def _is_broken(self) -> bool:
+        """Whether the purifier fails on any image."""
+        try:
+            (result,) = self.worker.run([canary()])
+        except BaseException:  # a SystemExit in a thread of this process, for example
+            return True
+        return isinstance(result, PurifyFailed)
+
+    def _reencode(self, job: Job) -> Purified:
+        """The image without its metadata, not purified. Raises Refused."""
         try:
             return self.worker.reencode(job)
         except PurifyFailed as failure:
@@ -233,90 +299,58 @@ class Engine:
     def _finish(
         self,
         body: Any,
-        found: Survey,
-        done: Sequence[tuple[Purified, str]],
+        slots: Survey,
+        results: Sequence[tuple[Purified, str]],
         terms: Terms,
         seconds: float,
         *,
         spliced: bool = False,
     ) -> Outcome:
-        images = tuple(image for image, _ in done)
+        images = tuple(image for image, _ in results)
         if terms.mode == "block":
-            for slot, image in zip(found.slots, images, strict=True):
+            for slot, image in zip(slots.slots, images, strict=True):
                 if suspicious(image.score, terms.threshold):
-                    message = "an image looks tampered with and was blocked"
-                    raise _at(Refused(400, "image_blocked", message), slot)
-        bypassed = tuple(reason for _, reason in done if reason)
-        if not images and not (self.policy and self.everywhere and found.turns):
+                    raise _at(Refused(400, "image_blocked", "an image looks tampered with and was blocked"), slot)
+        bypassed = tuple(reason for _, reason in results if reason)
+        if not images and not (self.policy and self.everywhere and slots.turns):
             return Outcome(None, seconds=seconds)
         tokens = tuple(f"{secrets.token_hex(16)}.{i}." for i in range(len(images))) if spliced else ()
-        pictures = [image.picture for image in images]
+        encoded = [image.image for image in images]
         if spliced:
-            pictures = [replace(picture, data=token) for picture, token in zip(pictures, tokens, strict=True)]
-        rebuilt = rebuild(body, found, pictures, policy=self.policy, everywhere=self.everywhere)
+            encoded = [replace(image, data=token) for image, token in zip(encoded, tokens, strict=True)]
+        rebuilt = rebuild(body, slots, encoded, policy=self.policy, everywhere=self.everywhere)
         return Outcome(rebuilt, images, bypassed, seconds, tokens)
 
-    def _open(self, reference: str, cuts: Mapping[str, memoryview]) -> tuple[bytes, str]:
-        data = payload(reference, self.limits, cuts=cuts)
-        return data, self._inspect(data)
 
-    def _inspect(self, data: bytes) -> str:
-        inspect(data, self.limits)
-        return digest_of(data)
-
-    def _local(self, slot: Slot) -> bytes:
-        try:
-            if _is_remote(slot):
-                raise refuse_remote(slot.reference)
-            data = payload(slot.reference, self.limits)
-            inspect(data, self.limits)
-        except Refused as refusal:
-            raise _at(refusal, slot) from refusal
-        return data
-
-
-def _check_simple(raw: bytes) -> None:
-    """Refuse (413) what would keep the parser, and with it the event loop, for long."""
-    if len(raw) > _MAX_WHOLE:
-        raise Refused(413, "body_too_complex", f"the body has more than {_MAX_WHOLE:,} bytes that are no images")
-    if raw.count(b",") > _MAX_COMMAS:
-        raise Refused(413, "body_too_complex", f"the body has more than {_MAX_COMMAS:,} values")
-
-
-def _written(outcome: Outcome) -> bytes:
+def _write(outcome: Outcome) -> bytes:
     return splice(dump(outcome.body), outcome.tokens, outcome.images)
 
 
 def splice(raw: bytes, tokens: Sequence[str], images: Sequence[Purified]) -> bytes:
     """Put base64 where its token stands. A JSON encoder would look at every character of it, on the event loop."""
-    marks = [
-        (raw.index(token.encode()), len(token), image.picture.data) for token, image in zip(tokens, images, strict=True)
+    places = [
+        (raw.index(token.encode()), len(token), image.image.data) for token, image in zip(tokens, images, strict=True)
     ]
     pieces, end = [], 0
-    for start, length, data in sorted(marks):
+    for start, length, data in sorted(places):
         pieces += [raw[end:start], data.encode("ascii")]
         end = start + length
     return b"".join([*pieces, raw[end:]])
 
 
 def _is_remote(slot: Slot) -> bool:
-    # A bare-base64 slot never holds a colon; whatever has one and is no data URL is somebody's address.
+    # A bare-base64 slot never holds a colon; whatever has one and is no data URL is an address.
     head = slot.reference[:64].lstrip()
     return head[:5].lower() != "data:" and (slot.form == "url" or ":" in head)
 
 
 def _at(refusal: Refused, slot: Slot) -> Refused:
-    return Refused(
-        refusal.status,
-        refusal.code,
-        refusal.message,
-        where=refusal.where or spell(slot.place),
-        retry_after=refusal.retry_after,
-    )
+    where = refusal.where or spell(slot.place)
+    return Refused(refusal.status, refusal.code, refusal.message, where=where, retry_after=refusal.retry_after)
 
 
-async def _all(work: Sequence[Coroutine[Any, Any, tuple[Purified, str]]]) -> list[tuple[Purified, str]]:
-    """Run at once; the first failure cancels the others."""
+async def _gather(work: Sequence[Coroutine[Any, Any, tuple[Purified, str]]]) -> list[tuple[Purified, str]]:
+    """Run all at the same time; the first failure cancels the others."""
     if not work:
         return []
     tasks = [asyncio.ensure_future(item) for item in work]

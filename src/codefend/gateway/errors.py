@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, Literal
 
-Api = Literal["chat", "responses", "messages", "other"]
+Api = Literal["chat", "responses", "messages", "texts", "image", "other"]
 
 
 class Refused(Exception):
@@ -22,7 +23,16 @@ class Refused(Exception):
         self.status, self.code, self.message = status, code, message
         self.where, self.retry_after = where, retry_after
 
-    def __reduce__(self) -> Any:  # it comes out of worker processes
+    def body(self, api: Api, request_id: str = "") -> bytes:
+        """The error as the API's own clients expect it."""
+        return error_body(api, self.status, self.code, self.message, where=self.where, request_id=request_id)
+
+    @property
+    def retry_seconds(self) -> int | None:
+        """The value of ``Retry-After``."""
+        return None if self.retry_after is None else max(1, math.ceil(self.retry_after))
+
+    def __reduce__(self) -> Any:  # worker processes send it
         return _refused, (self.status, self.code, self.message, self.where, self.retry_after)
 
 

@@ -1,7 +1,8 @@
-"""Remote images, when the operator allows them: https only, public addresses only, pinned, capped.
+"""Remote images, when the operator allows them: https only, public addresses only, pinned, capped in size and number.
 
 The name is resolved once and the connection goes to that very address, so that a second answer of the name server
-(DNS rebinding) is never asked for. Every redirect is checked like the first address.
+(DNS rebinding) is never asked for. Every redirect is checked like the first address. No connection
+is used twice: it is pooled by address, and the certificate was checked for the name it was opened for.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+from weakref import WeakValueDictionary
 
 import httpx2
 
 from codefend.gateway.errors import Refused
+from codefend.gateway.options import FetchOptions
 
 Resolve = Callable[[str], Awaitable[Sequence[str]]]
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -32,14 +36,6 @@ _EXTRA = (  # not public, whatever the standard library of this Python says
     ipaddress.ip_network("fec0::/10"),  # site-local, RFC 3879
 )
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-
-
-@dataclass(frozen=True)
-class FetchOptions:
-    allowed: bool = False
-    hosts: tuple[str, ...] = ()  # when not empty, only these and their subdomains
-    timeout_s: float = 10.0  # for everything, redirects included
-    max_redirects: int = 3
 
 
 def is_public(address: str) -> bool:
@@ -89,8 +85,14 @@ def _numeric(host: str) -> bool:
 
 async def resolve(host: str) -> Sequence[str]:
     """Ask the system's resolver for all addresses of a host."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, 443, type=socket.SOCK_STREAM)
-    return [str(entry[4][0]) for entry in found]
+    entries = await asyncio.get_running_loop().getaddrinfo(host, 443, type=socket.SOCK_STREAM)
+    return [str(entry[4][0]) for entry in entries]
+
+
+def unpooled_transport(**options: Any) -> httpx2.AsyncHTTPTransport:
+    """A transport that opens a connection, and checks the server's certificate, for every request."""
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
+    return httpx2.AsyncHTTPTransport(trust_env=False, retries=0, limits=limits, **options)
 
 
 class Fetcher:
@@ -105,18 +107,51 @@ class Fetcher:
         resolver: Resolve = resolve,
     ) -> None:
         self.options, self.max_bytes, self.resolver = options, max_bytes, resolver
-        self._transport = transport or httpx2.AsyncHTTPTransport(trust_env=False, retries=0)
+        self._transport = transport or unpooled_transport()
+        self.in_flight = 0
+        self._all = asyncio.Semaphore(options.concurrent)
+        self._clients: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
-    async def __call__(self, text: str) -> bytes:
-        """Return the bytes behind a URL. Raises Refused with what a client may know, never an internal address."""
+    async def __call__(self, text: str, client: str = "", take: Callable[[int], None] = lambda size: None) -> bytes:
+        """Return the bytes behind a URL; ``take`` accounts for each piece.
+
+        Raises Refused with what a client may know, never an internal address; 503 when too many are fetched.
+        """
         url = check_url(text, self.options)
+        async with self._slot(client):
+            return await self._fetch(url, take)
+
+    @asynccontextmanager
+    async def _slot(self, client: str) -> AsyncIterator[None]:
+        """Wait for one of the concurrent fetches, of which a client has no more than half."""
+        mine = self._clients.setdefault(client, asyncio.Semaphore(max(1, self.options.concurrent // 2)))
+        acquired: list[asyncio.Semaphore] = []
+        try:
+            async with asyncio.timeout(self.options.timeout_s):
+                for semaphore in (mine, self._all):
+                    await semaphore.acquire()
+                    acquired.append(semaphore)
+        except TimeoutError as error:
+            for semaphore in acquired:
+                semaphore.release()
+            message = "too many remote images are fetched already"
+            raise Refused(503, "too_many_fetches", message, retry_after=self.options.timeout_s) from error
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            for semaphore in acquired:
+                semaphore.release()
+
+    async def _fetch(self, url: httpx2.URL, take: Callable[[int], None]) -> bytes:
         try:
             async with asyncio.timeout(self.options.timeout_s):
                 for _ in range(self.options.max_redirects + 1):
-                    outcome = await self._hop(url)
-                    if isinstance(outcome, bytes):
-                        return outcome
-                    url = check_url(str(url.join(outcome)), self.options)
+                    answer = await self._hop(url, take)
+                    if isinstance(answer, bytes):
+                        return answer
+                    url = check_url(str(url.join(answer)), self.options)
         except TimeoutError as error:
             raise Refused(408, "remote_image_failed", "the image took too long to fetch") from error
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
@@ -126,7 +161,7 @@ class Fetcher:
     async def aclose(self) -> None:
         await self._transport.aclose()
 
-    async def _hop(self, url: httpx2.URL) -> bytes | str:
+    async def _hop(self, url: httpx2.URL, take: Callable[[int], None]) -> bytes | str:
         """Return the body, or where a redirect leads."""
         host = url.host.rstrip(".")
         addresses = await self.resolver(host)
@@ -142,11 +177,11 @@ class Fetcher:
         try:
             if response.status_code in _REDIRECTS and "location" in response.headers:
                 return str(response.headers["location"])
-            return await self._body(response)
+            return await self._body(response, take)
         finally:
             await response.aclose()
 
-    async def _body(self, response: httpx2.Response) -> bytes:
+    async def _body(self, response: httpx2.Response, take: Callable[[int], None]) -> bytes:
         if response.status_code != 200:
             raise Refused(400, "remote_image_failed", f"the image's server answered {response.status_code}")
         if response.headers.get("content-encoding", "identity") != "identity":
@@ -156,5 +191,6 @@ class Fetcher:
             size += len(chunk)
             if size > self.max_bytes:
                 raise Refused(413, "image_too_large", f"the image has over {self.max_bytes:,} bytes")
+            take(len(chunk))
             parts.append(chunk)
         return b"".join(parts)

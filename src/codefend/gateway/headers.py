@@ -6,14 +6,16 @@ from collections.abc import Sequence
 
 from codefend.gateway.engine import Outcome
 from codefend.gateway.errors import Refused
+from codefend.gateway.options import Scores
 
 Headers = list[tuple[bytes, bytes]]
 
 _HOP_NAMES = (  # RFC 9110, 7.6.1
-    b"connection keep-alive proxy-connection transfer-encoding te trailer upgrade proxy-authenticate "
+    b"connection keep-alive proxy-connection transfer-encoding te trailer upgrade http2-settings proxy-authenticate "
     b"proxy-authorization"
 )
 _HOP_BY_HOP = frozenset(_HOP_NAMES.split())
+KEY_HEADERS = frozenset({b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key"})
 _OURS = b"x-codefend-"
 
 
@@ -26,17 +28,16 @@ def find(headers: Sequence[tuple[bytes, bytes]], name: bytes) -> str | None:
 
 
 def to_upstream(
-    headers: Sequence[tuple[bytes, bytes]], *, key_header: bytes | None, upstream_key: str | None
+    headers: Sequence[tuple[bytes, bytes]], *, drop: frozenset[bytes] = frozenset(), upstream_key: str | None
 ) -> Headers:
-    """Drop what belongs to this hop or to the gateway; put the upstream's key in, where the operator has given one."""
-    drop = _HOP_BY_HOP | _named_by_connection(headers) | {b"host", b"content-length", b"expect"}
-    if key_header is not None:
-        drop |= {key_header}
+    """Drop what belongs to this hop or to the gateway, and ``drop``; put the upstream's key in, where there is one."""
+    drop = drop | _HOP_BY_HOP | _named_by_connection(headers) | {b"host", b"content-length", b"expect"}
     if upstream_key is not None:
-        drop |= {b"authorization", b"x-api-key"}
+        drop |= KEY_HEADERS
     passed = [(key, value) for key, value in headers if key not in drop and not key.startswith(_OURS)]
     if upstream_key is not None:
         passed += [(b"authorization", b"Bearer " + upstream_key.encode()), (b"x-api-key", upstream_key.encode())]
+        passed.append((b"api-key", upstream_key.encode()))  # Azure's
     return passed
 
 
@@ -47,20 +48,30 @@ def to_client(headers: Sequence[tuple[bytes, bytes]]) -> Headers:
     return [(key, value) for key, value in lowered if key not in drop and not key.startswith(_OURS)]
 
 
-def report(outcome: Outcome | None, *, purifier: str, request_id: str) -> Headers:
+def shown_score(score: float | None, scores: Scores) -> float | None:
+    """The score that a client may know: who sees it exactly can climb it until an image passes."""
+    if score is None or scores == "hide":
+        return None
+    return score if scores == "exact" else round(score, 1)
+
+
+def report(outcome: Outcome | None, *, purifier: str, request_id: str, scores: Scores = "hide") -> Headers:
     """``x-codefend-*``: what was done with the images of this request."""
     lines = {"request-id": request_id}
     if outcome is not None and outcome.images:
-        done = outcome.images
+        images = outcome.images
+        purified = any(image.purified for image in images)
         lines |= {
-            "images": str(len(done)),
+            "images": str(len(images)),
             "purifier": purifier,
-            "status": "bypassed" if outcome.bypassed else "purified" if any(i.purified for i in done) else "reencoded",
-            "cache": ",".join("hit" if image.cached else "miss" for image in done),
+            "status": "bypassed" if outcome.bypassed else "purified" if purified else "reencoded",
+            "cache": ",".join("hit" if image.cached else "miss" for image in images),
             "ms": f"{outcome.seconds * 1000:.1f}",
         }
-        if any(image.score is not None for image in done):
-            lines["score"] = ",".join("-" if i.score is None else f"{i.score:.4f}" for i in done)
+        visible = [shown_score(image.score, scores) for image in images]
+        if any(score is not None for score in visible):
+            digits = 4 if scores == "exact" else 1
+            lines["score"] = ",".join("-" if score is None else f"{score:.{digits}f}" for score in visible)
         if outcome.bypassed:
             lines["bypass"] = ",".join(outcome.bypassed)
     return [(_OURS + name.encode(), value.encode("latin-1", "replace")) for name, value in lines.items()]

@@ -1,43 +1,46 @@
-"""The purification lane: a bounded queue between the event loop and the worker's threads, with a cache of results.
+"""The purification lane: a queue between the event loop and the workers, bounded by what can be purified in time.
 
-The cache is keyed by content, so that sending one picture again and again until a randomized purifier lets it through
-(the resubmission attack of DiffBreak, NeurIPS 2025) meets the first result every time.
+Small images go first, large ones (over `LARGE_S`) never take the last worker, and an image that could not be purified
+before its deadline is refused when it arrives. How long an image takes is estimated from its pixels.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import heapq
+import itertools
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from cachetools import LRUCache
 
 from codefend.gateway.errors import Refused
+from codefend.gateway.options import LaneOptions
 from codefend.gateway.worker import Job, Purified, PurifyFailed, Result, Runner
 
-Key = tuple[str, str, float | None]
+Key = tuple[str, str, str, float | None]  # client, digest of the file or of its pixels, mode, threshold
+
+LARGE_S = 1.0  # seconds of work from which an image counts as large
+OVERHEAD_PIXELS = 50_000  # what decoding, encoding and sending cost, as pixels
+_GUESS = 2e-6  # seconds per pixel before anything was measured
+_SMOOTHING = 0.2
+_ALIASES = 20_000  # files whose pixels are known
 
 
 @dataclass(eq=False)
 class _Task:
     key: Key
     job: Job
+    cost: int  # pixels
     future: asyncio.Future[Result]
-    waiters: int = 1  # requests that want this picture; at zero it leaves the queue
-
-
-@dataclass(frozen=True)
-class LaneOptions:
-    queue_images: int = 64
-    batch_images: int = 8
-    threads: int = 2  # one decodes and encodes while the other is in the purifier
-    torch_threads: int = 0  # per operation; 0 leaves PyTorch's own choice
-    timeout_s: float = 30.0  # queueing and purification of one image
-    cache_bytes: int = 256 << 20
+    large: bool = False
+    arrival: float = field(default_factory=time.monotonic)
+    started: float | None = None
+    waiters: int = 1  # requests that wait for this image; at zero it leaves the queue
 
 
 @dataclass
@@ -49,23 +52,43 @@ class Lane:
     on_batch: Callable[[int, float], None] = lambda images, seconds: None
 
     def __post_init__(self) -> None:
-        self._queue: deque[_Task] = deque()
         self._ready = threading.Condition()
-        self._pending: dict[Key, _Task] = {}  # queued or in the purifier; the event loop's own, like the cache
-        self._cache: OrderedDict[Key, Purified] = OrderedDict()
-        self._cached_bytes = 0
-        self._seconds = 0.1  # per image, smoothed: what Retry-After is estimated from
+        self._small: list[tuple[float, int, _Task]] = []  # heaps, in order of arrival and estimated work
+        self._large: list[tuple[float, int, _Task]] = []
+        self._numbers = itertools.count()
+        self._running: set[_Task] = set()
+        self._running_large = 0
+        self._pending: dict[Key, _Task] = {}  # queued or running; the event loop's own, like the cache
+        self._cache: LRUCache[Key, Purified] = LRUCache(self.options.cache_bytes, getsizeof=_size)
+        self._aliases: LRUCache[Key, Key] = LRUCache(_ALIASES)
+        self._rate = 0.0
         self._closed = False
         self._threads = [
-            threading.Thread(target=self._work, name=f"purify-{i}", daemon=True) for i in range(self.options.threads)
+            threading.Thread(target=self._work, name=f"purify-{i}", daemon=True) for i in range(self.options.workers)
         ]
         for thread in self._threads:
             thread.start()
 
     @property
+    def rate(self) -> float:
+        """Seconds per pixel of one worker, smoothed over what was purified."""
+        return self._rate or self.worker.seconds_per_pixel or _GUESS
+
+    @property
     def depth(self) -> int:
-        """Images that wait, not counting those in the purifier."""
-        return len(self._queue)
+        """Images that wait, not counting those in a worker."""
+        return len(self._small) + len(self._large)
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of the images that wait or are in a worker, after shrinking."""
+        with self._ready:
+            return sum(task.cost for task in (*self._running, *self._waiting()))
+
+    @property
+    def backlog_s(self) -> float:
+        """Seconds until everything that waits or runs is done, by estimate."""
+        return self.pixels * self.rate / len(self._threads)
 
     @property
     def full(self) -> bool:
@@ -73,14 +96,21 @@ class Lane:
 
     @property
     def cached_bytes(self) -> int:
-        return self._cached_bytes
+        return int(self._cache.currsize)
 
-    async def __call__(self, job: Job, digest: str) -> Purified:
-        """Purify, or answer from the cache. Raises Refused (503 when the queue is full) and PurifyFailed."""
-        key = (digest, job.mode, job.threshold)
-        hit = self._cache.get(key)
+    def cost(self, pixels: int) -> int:
+        """The work of an image as a number of pixels: those that remain after shrinking, and the overhead."""
+        side = self.options.max_side
+        return (min(pixels, side * side) if side else pixels) + OVERHEAD_PIXELS
+
+    async def __call__(self, job: Job, digest: str, client: str = "") -> Purified:
+        """Purify, or answer from the cache. Raises Refused (413, 503) for what would take too long, and PurifyFailed.
+
+        Clients share no results: an answer from the cache would tell one that another has sent the same image.
+        """
+        key = (client, digest, job.mode, job.threshold)
+        hit = self._cache.get(self._aliases.get(key, key))
         if hit is not None:
-            self._cache.move_to_end(key)
             return replace(hit, cached=True)
         task = self._pending.get(key)
         if task is None:
@@ -111,23 +141,62 @@ class Lane:
     def _enqueue(self, key: Key, job: Job) -> _Task:
         if self._closed:
             raise Refused(503, "shutting_down", "the gateway is shutting down", retry_after=5)
-        if self.full:
-            wait = max(1.0, self.depth * self._seconds)
-            raise Refused(503, "queue_full", f"{self.depth} images are waiting already", retry_after=wait)
-        task = _Task(key, job, asyncio.get_running_loop().create_future())
-        self._pending[key] = task
+        cost = self.cost(job.pixels)
+        task = _Task(key, job, cost, asyncio.get_running_loop().create_future(), cost * self.rate > LARGE_S)
         with self._ready:
-            self._queue.append(task)
+            self._check_room(task)
+            heap = self._large if task.large else self._small
+            heapq.heappush(heap, (self._priority(task), next(self._numbers), task))
             self._ready.notify()
+        self._pending[key] = task
         return task
 
+    def _check_room(self, task: _Task) -> None:
+        options, work = self.options, task.cost * self.rate
+        if task.cost * (self.worker.seconds_per_pixel or 0.0) > options.timeout_s:
+            message = (
+                f"an image of {task.job.pixels:,} pixels takes over {options.timeout_s:g} s here; send a smaller one"
+            )
+            raise Refused(413, "image_too_large", message)
+        ahead = self._seconds_ahead(task)
+        late = ahead + work - options.timeout_s
+        if self.depth >= options.queue_images:
+            message = f"{self.depth} images are waiting already"
+            raise Refused(503, "queue_full", message, retry_after=max(1.0, ahead / (self.depth + 1), late))
+        waiting = sum(other.cost for other in self._waiting())
+        if options.queue_pixels and waiting and waiting + task.cost > options.queue_pixels:
+            raise Refused(503, "queue_full", f"{waiting:,} pixels are waiting already", retry_after=max(1.0, late))
+        if ahead and late > 0:
+            raise Refused(503, "queue_full", f"{ahead:.0f} s of work are waiting already", retry_after=max(1.0, late))
+
+    def _seconds_ahead(self, task: _Task) -> float:
+        """Until a worker is free for the task, by estimate."""
+        now, priority = time.monotonic(), self._priority(task)
+        running = sum(max(0.0, other.cost * self.rate - (now - (other.started or now))) for other in self._running)
+        waiting = sum(other.cost * self.rate for at, _, other in (*self._small, *self._large) if at <= priority)
+        slots = self._large_slots if task.large else len(self._threads)
+        return (running + waiting) / slots if len(self._running) >= slots or waiting else 0.0
+
+    def _priority(self, task: _Task) -> float:
+        return task.arrival + task.cost * self.rate  # large ones wait for smaller, but never for ever
+
+    @property
+    def _large_slots(self) -> int:
+        return max(1, len(self._threads) - 1)
+
+    def _waiting(self) -> Sequence[_Task]:
+        return [task for _, _, task in (*self._small, *self._large)]
+
     def _abandon(self, task: _Task) -> None:
-        """Take it out of the queue. What is in the purifier already is finished, for whoever sends it again."""
+        """Take it out of the queue. What is in a worker already is finished, for whoever sends it again."""
         with self._ready:
-            if task not in self._queue:
-                return
-            self._queue.remove(task)
-        del self._pending[task.key]
+            for heap in (self._small, self._large):
+                for entry in heap:
+                    if entry[2] is task:
+                        heap.remove(entry)
+                        heapq.heapify(heap)
+                        del self._pending[task.key]
+                        return
 
     # --- in the threads ---
 
@@ -136,34 +205,55 @@ class Lane:
             torch.set_num_threads(self.options.torch_threads)
         while True:
             with self._ready:
-                while not self._queue and not self._closed:
+                while not (batch := self._take()):
+                    if self._closed and not self.depth:
+                        return
                     self._ready.wait()
-                if not self._queue:
-                    return
-                tasks = [self._queue.popleft() for _ in range(min(len(self._queue), self._share()))]
-            self._run(tasks)
+                large = batch[0].large
+                self._running_large += large
+                alone = not self._running and not self.depth
+                self._running |= set(batch)
+                for task in batch:
+                    task.started = time.monotonic()
+            self._run(batch, alone)
+            with self._ready:
+                self._running -= set(batch)
+                self._running_large -= large
+                self._ready.notify_all()
 
-    def _share(self) -> int:
-        # Half of a short queue is left to the other thread, so that decoding overlaps with purifying.
-        return min(self.options.batch_images, max(1, len(self._queue) // len(self._threads)))
+    def _take(self) -> list[_Task]:
+        """The next batch: one large image, or some small ones. Half of a short queue is left to the other threads."""
+        may_large = bool(self._large) and self._running_large < self._large_slots
+        if may_large and (not self._small or self._large[0] < self._small[0]):
+            return [heapq.heappop(self._large)[2]]
+        share = min(self.options.batch_images, max(1, len(self._small) // len(self._threads)))
+        batch: list[_Task] = []
+        while self._small and len(batch) < share:
+            pixels = sum(task.cost for task in batch) + self._small[0][2].cost
+            if batch and pixels > self.options.batch_pixels + OVERHEAD_PIXELS * len(batch):
+                break
+            batch.append(heapq.heappop(self._small)[2])
+        return batch
 
-    def _run(self, tasks: list[_Task]) -> None:
+    def _run(self, tasks: list[_Task], alone: bool) -> None:
         start = time.perf_counter()
         try:
-            results = self.worker.run([task.job for task in tasks])
+            results = self.worker.run([task.job for task in tasks], alone=alone)
         except BaseException as error:  # the thread must survive, and nobody may wait forever
             results = [PurifyFailed("exception", f"{type(error).__name__} in the worker")] * len(tasks)
         seconds = time.perf_counter() - start
         self.on_batch(len(tasks), seconds)
+        if all(isinstance(result, Purified) for result in results):
+            rate = seconds / sum(task.cost for task in tasks)
+            self._rate = self.rate + _SMOOTHING * (rate - self.rate)
         for task, result in zip(tasks, results, strict=True):
             loop = task.future.get_loop()
             if not loop.is_closed():
-                loop.call_soon_threadsafe(self._settle, task, result, seconds / len(tasks))
+                loop.call_soon_threadsafe(self._settle, task, result)
 
     # --- in the event loop ---
 
-    def _settle(self, task: _Task, result: Result, seconds: float) -> None:
-        self._seconds += 0.2 * (seconds - self._seconds)
+    def _settle(self, task: _Task, result: Result) -> None:
         del self._pending[task.key]
         if isinstance(result, Purified):
             self._remember(task.key, result)
@@ -171,16 +261,18 @@ class Lane:
             task.future.set_result(result)
 
     def _remember(self, key: Key, result: Purified) -> None:
-        size = len(result.picture.data)
-        if key in self._cache or size > self.options.cache_bytes // 4:
+        """Keep a result under its pixels: files that differ in metadata alone share it."""
+        if not result.digest or _size(result) > self.options.cache_bytes // 4:
             return
-        self._cache[key] = result
-        self._cached_bytes += size
-        while self._cached_bytes > self.options.cache_bytes:
-            _, oldest = self._cache.popitem(last=False)
-            self._cached_bytes -= len(oldest.picture.data)
+        pixels = (key[0], f"pixels:{result.digest}", *key[2:])
+        self._aliases[key] = pixels
+        self._cache[pixels] = result
+
+
+def _size(result: Purified) -> int:
+    return len(result.image.data)
 
 
 def digest_of(data: bytes) -> str:
-    """Name content by its SHA-256."""
+    """Name a file by its SHA-256."""
     return hashlib.sha256(data).hexdigest()

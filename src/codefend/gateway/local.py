@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from codefend import prompts, purifiers
-from codefend.gateway.engine import Engine, OnError, Terms
+from codefend.gateway.engine import Engine, Terms
 from codefend.gateway.errors import Api
-from codefend.gateway.lane import Lane, LaneOptions
-from codefend.gateway.limits import Limits
-from codefend.gateway.worker import Mode, Worker
+from codefend.gateway.lane import Lane
+from codefend.gateway.options import LaneOptions, Limits, Mode, OnError
+from codefend.gateway.shapes import Inspection
+from codefend.gateway.worker import Worker, WorkerOptions
 from codefend.purifiers.base import Purifier
 
 _SUFFIXES: dict[str, Api] = {
@@ -27,27 +28,28 @@ def local_engine(
     threshold: float | None = None,
     on_error: OnError = "block",
     image_links: bool = False,
+    tools: tuple[str, ...] = (),
     limits: Limits | None = None,
     device: str = "cpu",
     lane: LaneOptions | None = None,
 ) -> Engine:
-    """Build an engine; with ``lane`` it also serves an event loop. ``image_links`` is that of ``survey``.
+    """Build an engine; with ``lane`` it also serves an event loop. ``image_links`` and ``tools`` are `Inspection`'s.
 
     Raises CodefendError for an unknown name, and as ``Terms.choose`` does.
     """
     limits = limits or Limits()
     loaded = purifiers.load(purifier) if isinstance(purifier, str) else purifier
-    worker = Worker(loaded, limits=limits, device=device)
-    words = prompts.load(prompt)
+    options = WorkerOptions(limits, device=device)
+    worker, text_policy = Worker(loaded, options), prompts.load(prompt)
     return Engine(
         worker,
         lane=None if lane is None else Lane(worker, lane),
         limits=limits,
         terms=Terms.choose(worker, policy, threshold),
-        policy=None if words.empty else words,
+        policy=None if text_policy.empty else text_policy,
         on_error=on_error,
-        image_links=image_links,
-        fallback=Worker(purifiers.load("jpeg"), limits=limits) if on_error == "fallback" else None,
+        inspection=Inspection(image_links, tools),
+        fallback=Worker(purifiers.load("jpeg"), options) if on_error == "fallback" else None,
     )
 
 

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import secrets
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from codefend.gateway.engine import OnError
-from codefend.gateway.errors import Refused, error_body
+from codefend.gateway.access import send_refusal
+from codefend.gateway.errors import Refused
 from codefend.gateway.headers import find, report
-from codefend.gateway.lane import LaneOptions
-from codefend.gateway.limits import Limits
 from codefend.gateway.local import api_by_suffix, local_engine
-from codefend.gateway.worker import Mode
+from codefend.gateway.options import LaneOptions, Limits, Mode, OnError
 from codefend.purifiers.base import Purifier
 
 
 class PurifyMiddleware:
     """Purify the images of chat completions, responses and Anthropic messages before ``app`` sees them.
 
-    Other routes pass untouched, for they are the application's own. With ``image_links`` http(s) images in Markdown and
-    HTML pass as text. Raises CodefendError for unknown names.
+    Other routes pass untouched: they are the application's own. With ``image_links`` http(s) images in Markdown and
+    HTML pass as text; ``tools`` names tools by which the server may load content itself. Raises CodefendError for
+    unknown names.
     """
 
     def __init__(
@@ -34,6 +32,7 @@ class PurifyMiddleware:
         threshold: float | None = None,
         on_error: OnError = "block",
         image_links: bool = False,
+        tools: tuple[str, ...] = (),
         limits: Limits | None = None,
         device: str = "cpu",
     ) -> None:
@@ -45,6 +44,7 @@ class PurifyMiddleware:
             threshold=threshold,
             on_error=on_error,
             image_links=image_links,
+            tools=tools,
             limits=limits,
             device=device,
             lane=LaneOptions(),
@@ -75,7 +75,7 @@ class PurifyMiddleware:
             raw = await self._body(receive)
             body, outcome = await self.engine.rewrite_bytes(api, raw)
         except Refused as refusal:
-            await _refuse(api, refusal, request_id, send)
+            await send_refusal(refusal, refusal.body(api, request_id), send)
             return
         length = (b"content-length", str(len(body)).encode())
         kind = (b"content-type", b"application/json")  # what was checked is what the application shall read
@@ -118,12 +118,3 @@ def _adding(extra: list[tuple[bytes, bytes]], send: Send) -> Send:
         await send(message)
 
     return sent
-
-
-async def _refuse(api: Any, refusal: Refused, request_id: str, send: Send) -> None:
-    body = error_body(api, refusal.status, refusal.code, refusal.message, where=refusal.where, request_id=request_id)
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if refusal.retry_after is not None:
-        headers.append((b"retry-after", str(max(1, round(refusal.retry_after))).encode()))
-    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

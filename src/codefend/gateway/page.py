@@ -1,21 +1,22 @@
-"""What the page at ``/`` asks for beside the API itself."""
+"""What the page at ``/`` needs besides the API itself."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from typing import Any
 
+import httpx2
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from codefend.gateway.engine import Engine, Outcome
-from codefend.gateway.errors import Refused, error_body
-from codefend.gateway.limits import inspect, payload
-from codefend.gateway.proxy import Proxy
-from codefend.gateway.rewrite import rebuild, survey
+from codefend.gateway.budget import Lease
+from codefend.gateway.engine import Caller, Outcome
+from codefend.gateway.errors import Refused
+from codefend.gateway.headers import shown_score, to_upstream
+from codefend.gateway.proxy import ClientGone, Proxy, read_body
 from codefend.gateway.telemetry import log
-from codefend.gateway.wire import dump, parse
-from codefend.gateway.worker import Job
+from codefend.gateway.wire import dump
 
 _CHAT = "/v1/chat/completions"
 
@@ -23,101 +24,86 @@ _CHAT = "/v1/chat/completions"
 class Page:
     """A few small routes. ``demo`` allows those that send an image without purifying it."""
 
-    def __init__(self, engine: Engine, proxy: Proxy, *, demo: bool) -> None:
-        self.engine, self.proxy, self.demo = engine, proxy, demo
+    def __init__(self, proxy: Proxy, *, demo: bool, showcase: bool) -> None:
+        self.engine, self.proxy, self.demo, self.showcase = proxy.engine, proxy, demo, demo and showcase
 
     async def info(self, request: Request) -> Response:
-        terms = self.engine.terms
+        terms, limit = self.engine.terms, self.engine.limits.max_image_bytes
         facts = {"purifier": self.engine.worker.name, "policy": terms.mode, "threshold": terms.threshold}
-        limit = self.engine.limits.max_image_bytes
-        return JSONResponse(facts | {"demo": self.demo, "attack": self._pocket, "max_image_bytes": limit})
-
-    @property
-    def _pocket(self) -> bool:
-        """Whether there is an embedded model to play with."""
-        return self.demo and self.proxy.settings.upstream == "pocket"
+        return JSONResponse(facts | {"demo": self.demo, "attack": self.showcase, "max_image_bytes": limit})
 
     async def sample(self, request: Request) -> Response:
-        """``{"number": n}`` -> a picture that the embedded model knows, what to ask, and the right answer."""
-        return await self._shown(request, "/v1/demo/sample")
+        """``{"number": n}`` -> an image that the embedded model knows, a question and the correct answer."""
+        return await self._answer(request, self._demo("/v1/demo/sample"))
 
     async def attack(self, request: Request) -> Response:
-        """``{"image": data URL, "question": text}`` -> the picture attacked so that the model's answer changes."""
-        return await self._shown(request, "/v1/demo/attack")
-
-    async def _shown(self, request: Request, path: str) -> Response:
-        try:
-            if not self._pocket:
-                raise Refused(403, "demo_off", "only with --upstream pocket can the page attack pictures")
-            response = await self.proxy.ask(path, await self._body(request))
-        except Refused as refusal:
-            return _refusal(refusal)
-        return Response(response.content, status_code=response.status_code, media_type="application/json")
+        """``{"image": data URL, "question": text}`` -> the image attacked so that the model's answer changes."""
+        return await self._answer(request, self._demo("/v1/demo/attack"))
 
     async def purify(self, request: Request) -> Response:
         """``{"image": data URL}`` -> the purified one, its score, milliseconds, and whether it came from the cache."""
-        try:
-            body = {"messages": [{"role": "user", "content": [_part(await self._image(request))]}]}
-            outcome = await self.engine.rewrite("chat", body)
-        except Refused as refusal:
-            return _refusal(refusal)
-        return JSONResponse(_facts(outcome))
+
+        async def work(raw: bytes, lease: Lease) -> Response:
+            caller = Caller(lease.client, lease.take)
+            body, outcome = await self.engine.rewrite_bytes("image", raw, caller=caller)
+            scores = "exact" if self.demo else self.proxy.settings.scores
+            return Response(
+                body[:-1] + b"," + dump(_facts(outcome) | {"score": shown_score(outcome.images[0].score, scores)})[1:],
+                media_type="application/json",
+            )
+
+        return await self._answer(request, work)
 
     async def undefended(self, request: Request) -> Response:
         """A chat request whose images are re-encoded, not purified. Only where the operator allows the comparison."""
-        try:
+
+        async def work(raw: bytes, lease: Lease) -> Response:
             if not self.demo:
-                raise Refused(403, "demo_off", "the undefended model is not shown here (start with --demo)")
-            raw = await self._body(request)
-            body = await asyncio.to_thread(self._unpurified, parse(raw))
+                raise Refused(403, "demo_off", "the undefended model is not available here (start with --demo)")
+            body = await self.engine.reencode_all(await self.engine.read("chat", raw))
             self.proxy.meters.bypass.labels("demo").inc()
             log.warning("page asked the undefended model", extra={"fields": {"reason": "demo"}})
-            response = await self.proxy.ask(_CHAT, dump(body))
-        except Refused as refusal:
-            return _refusal(refusal)
-        return Response(response.content, status_code=response.status_code, media_type="application/json")
+            return await self._ask(_CHAT, dump(body))
 
-    def _unpurified(self, body: Any) -> Any:
-        found, limits = survey("chat", body, image_links=self.engine.image_links), self.engine.limits
-        pictures = []
-        for slot in found.slots:
-            data = payload(slot.reference, limits)
-            inspect(data, limits)
-            pictures.append(self.engine.reencoded(Job(data)).picture)
-        return rebuild(body, found, pictures)
+        return await self._answer(request, work)
 
-    async def _image(self, request: Request) -> str:
-        body = parse(await self._body(request))
-        if not isinstance(body, dict) or not isinstance(body.get("image"), str) or len(body) != 1:
-            raise Refused(400, "invalid_request", 'expected {"image": "data:image/...;base64,..."}')
-        return str(body["image"])
+    def _demo(self, path: str) -> Callable[[bytes, Lease], Coroutine[Any, Any, Response]]:
+        async def work(raw: bytes, lease: Lease) -> Response:
+            if not self.showcase:
+                raise Refused(403, "demo_off", "only with --upstream pocket can the page attack images")
+            return await self._ask(path, raw)
 
-    async def _body(self, request: Request) -> bytes:
-        parts, size = [], 0
-        async for part in request.stream():
-            size += len(part)
-            if size > self.engine.limits.max_body_bytes:
-                raise Refused(413, "body_too_large", "the body is too large")
-            parts.append(part)
-        return b"".join(parts)
+        return work
 
+    async def _answer(
+        self, request: Request, work: Callable[[bytes, Lease], Coroutine[Any, Any, Response]]
+    ) -> Response:
+        """Read the body and work on it until the client leaves."""
+        limit = self.engine.limits.max_body_bytes
+        with self.proxy.budget.lease(str(request.scope.get("codefend.client", ""))) as lease:
+            try:
+                raw = await read_body(request.receive, limit, lease)
+                return await self.proxy.until_gone(work(raw, lease), request.receive)
+            except Refused as refusal:
+                self.proxy.meters.refused.labels(refusal.code).inc()
+                seconds = refusal.retry_seconds
+                headers = {} if seconds is None else {"retry-after": str(seconds)}
+                return Response(refusal.body("other"), refusal.status, headers, "application/json")
+            except ClientGone:
+                return Response(status_code=499)
 
-def _part(url: str) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": url}}
+    async def _ask(self, path: str, body: bytes) -> Response:
+        """Send JSON of the page's own to the upstream."""
+        upstream = self.proxy.upstream
+        headers = to_upstream([(b"content-type", b"application/json")], upstream_key=upstream.key)
+        response: httpx2.Response = await upstream.send(upstream.request("POST", path, b"", headers, body))
+        try:
+            await response.aread()
+        finally:
+            await asyncio.shield(response.aclose())
+        return Response(response.content, response.status_code, media_type="application/json")
 
 
 def _facts(outcome: Outcome) -> dict[str, Any]:
     image = outcome.images[0]
-    return {
-        "image": f"data:{image.picture.media_type};base64,{image.picture.data}",
-        "score": image.score,
-        "ms": round(outcome.seconds * 1000, 1),
-        "cached": image.cached,
-        "purified": image.purified,
-    }
-
-
-def _refusal(refusal: Refused) -> Response:
-    body = error_body("other", refusal.status, refusal.code, refusal.message, where=refusal.where)
-    headers = {} if refusal.retry_after is None else {"retry-after": str(max(1, round(refusal.retry_after)))}
-    return Response(body, status_code=refusal.status, media_type="application/json", headers=headers)
+    return {"ms": round(outcome.seconds * 1000, 1), "cached": image.cached, "purified": image.purified}

@@ -1,16 +1,16 @@
-"""``--upstream pocket``: the embedded multimodal LLM as an upstream of its own, in this process.
+"""``--upstream pocket``: an embedded multimodal LLM as an upstream of its own, in this process.
 
-The only place of the gateway that reaches for a victim, and only when that option is given.
+The only module of the gateway that imports victims, and only when that option is given.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import httpx2
 import torch
@@ -21,29 +21,44 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from codefend.core import images
-from codefend.gateway import dialects, showcase
+from codefend.gateway import dialects
 from codefend.gateway.dialects import Answer
 from codefend.gateway.errors import Api, Refused, error_body
-from codefend.gateway.limits import Limits, payload
-from codefend.gateway.shapes import survey
-from codefend.gateway.wire import form_of, parse
+from codefend.gateway.limits import payload
+from codefend.gateway.options import Limits
+from codefend.gateway.routes import error_api_of
+from codefend.gateway.shapes import Inspection, survey
+from codefend.gateway.telemetry import log
+from codefend.gateway.wire import check_simple, parse
 from codefend.prompts.asking import prompted
-from codefend.types import CodefendError, HasTokenizer, Victim
+from codefend.types import CodefendError, Victim
 
 Done = TypeVar("Done")
 MODEL = "pocket"
 
 
+class Showcase(Protocol):
+    """Samples and attacks for the page. The command line provides them: the gateway itself imports no attacks."""
+
+    def sample(self, number: int) -> dict[str, Any]: ...
+    def attack(
+        self, victim: Victim, image: torch.Tensor, question: str, check: Callable[[], None]
+    ) -> dict[str, Any]: ...
+
+
 def pocket_transport(
-    victim: Victim | None = None, *, name: str = MODEL, policy: object = None
+    victim: Victim | None = None, *, name: str = MODEL, policy: object = None, showcase: Showcase | None = None
 ) -> httpx2.AsyncBaseTransport:
     """The embedded model, the pocket or ``hf:ID_OR_FOLDER``, behind a transport.
 
-    A soft prefix among policies is put into it; words are not its business. Raises CodefendError when its packages or
-    weights are missing, or the prefix was learned for another model.
+    A soft prefix among policies becomes part of it; texts are handled elsewhere. Raises CodefendError when its packages
+    or weights are missing, or the prefix was learned for another model.
     """
-    loaded: Victim = import_module("codefend.victims").load(name) if victim is None else victim
-    return httpx2.ASGITransport(app=create_pocket(prompted(loaded, policy)), raise_app_exceptions=False)
+    if victim is None:
+        from codefend import victims
+
+        victim = victims.load(name)
+    return httpx2.ASGITransport(app=create_pocket(prompted(victim, policy), showcase), raise_app_exceptions=False)
 
 
 @dataclass(frozen=True)
@@ -52,51 +67,82 @@ class _Question:
     image: torch.Tensor  # [3, H, W]
 
 
-class _Server:
-    """One question at a time, off the event loop."""
+@runtime_checkable
+class _HasTokens(Protocol):
+    """A victim with a tokenizer."""
 
-    def __init__(self, victim: Victim) -> None:
-        self.victim = victim
+    def encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]: ...
+
+
+class _Abandoned(Exception):
+    """Nobody waits for the attack any more."""
+
+
+class _Server:
+    """One question at a time, off the event loop; attacks in a thread of their own."""
+
+    def __init__(self, victim: Victim, showcase: Showcase | None) -> None:
+        self.victim, self.showcase = victim, showcase
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pocket")
+        self._attacks = ThreadPoolExecutor(1, thread_name_prefix="attack")
+        self._attacking = False
 
     async def answer(self, request: Request) -> Response:
         async def work(api: Api, body: Any) -> Response:
+            usage = _wants_usage(body)
             answer = await self._aside(self._generate, api, body)
             if body.get("stream"):
-                usage = bool((body.get("stream_options") or {}).get("include_usage"))
                 return Response(dialects.events(api, answer, usage=usage), media_type="text/event-stream")
             return JSONResponse(dialects.whole(api, answer))
 
-        return await _answered(request, work)
+        return await _respond(request, work)
 
     async def count(self, request: Request) -> Response:
         async def work(api: Api, body: Any) -> Response:
             kind = {} if api == "messages" else {"object": "response.input_tokens"}
             return JSONResponse(kind | {"input_tokens": self._count(_question(api, body).prompt)})
 
-        return await _answered(request, work)
+        return await _respond(request, work)
 
     async def sample(self, request: Request) -> Response:
         async def work(api: Api, body: Any) -> Response:
             number = body.get("number")
             if not isinstance(number, int):
                 raise Refused(400, "invalid_request", 'expected {"number": 0}')
-            return JSONResponse(await self._aside(showcase.sample, number))
+            return JSONResponse(await self._aside(self._showcase.sample, number))
 
-        return await _answered(request, work)
+        return await _respond(request, work)
 
     async def attack(self, request: Request) -> Response:
         async def work(api: Api, body: Any) -> Response:
-            question = body.get("question")
-            if not isinstance(body.get("image"), str) or not isinstance(question, str) or not question.strip():
+            image, question = body.get("image"), body.get("question")
+            if not isinstance(image, str) or not isinstance(question, str) or not question.strip():
                 raise Refused(400, "invalid_request", 'expected {"image": data URL, "question": text}')
-            return JSONResponse(await self._aside(self._attacked, body["image"], question))
+            if self._attacking:
+                raise Refused(503, "busy", "another image is being attacked; try again in some seconds", retry_after=5)
+            self._attacking, abandoned = True, threading.Event()
+            loop = asyncio.get_running_loop()
+            try:
+                return JSONResponse(await loop.run_in_executor(self._attacks, self._attack, image, question, abandoned))
+            finally:
+                abandoned.set()
+                self._attacking = False
 
-        return await _answered(request, work)
+        return await _respond(request, work)
 
-    def _attacked(self, image: str, question: str) -> dict[str, Any]:
+    @property
+    def _showcase(self) -> Showcase:
+        if self.showcase is None:
+            raise Refused(404, "not_found", "there are no samples and attacks here")
+        return self.showcase
+
+    def _attack(self, image: str, question: str, abandoned: threading.Event) -> dict[str, Any]:
+        def check() -> None:
+            if abandoned.is_set():
+                raise _Abandoned
+
         pixels = images.load(payload(image, Limits())).pixels
-        return showcase.attacked(self.victim, pixels, question)
+        return self._showcase.attack(self.victim, pixels, question, check)
 
     async def _aside(self, work: Callable[..., Done], *arguments: Any) -> Done:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
@@ -108,29 +154,45 @@ class _Server:
         return Answer(MODEL, text, prompt_tokens=self._count(question.prompt), tokens=self._count(text))
 
     def _count(self, text: str) -> int:
-        return len(self.victim.encode([text])[0]) if isinstance(self.victim, HasTokenizer) else len(text.split())
+        return len(text.split()) if not isinstance(self.victim, _HasTokens) else len(self.victim.encode([text])[0])
 
 
-async def _answered(request: Request, work: Callable[[Api, Any], Awaitable[Response]]) -> Response:
+def _wants_usage(body: dict[str, Any]) -> bool:
+    options = body.get("stream_options")
+    if options is not None and not isinstance(options, dict):
+        raise Refused(400, "invalid_request", "stream_options must be an object", where="stream_options")
+    return bool((options or {}).get("include_usage"))
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    check_simple(raw)
+    body = parse(raw)
+    if not isinstance(body, dict):
+        raise Refused(400, "invalid_request", "the body must be a JSON object")
+    return body
+
+
+async def _respond(request: Request, work: Callable[[Api, Any], Awaitable[Response]]) -> Response:
     """What ``work`` makes of the body, which is an object; or its refusal in the API's own form."""
-    api = form_of(request.url.path)
+    api = error_api_of(request.url.path)
     try:
-        body = parse(await request.body())
-        if not isinstance(body, dict):
-            raise Refused(400, "invalid_request", "the body must be a JSON object")
-        return await work(api, body)
-    except (Refused, CodefendError) as error:
-        status, code = (error.status, error.code) if isinstance(error, Refused) else (400, "invalid_request")
-        raw = error_body(api, status, code, str(error))
-        return Response(raw, status_code=status, media_type="application/json")
+        return await work(api, await asyncio.to_thread(_parse, await request.body()))
+    except Refused as error:
+        refusal = error
+    except CodefendError as error:
+        refusal = Refused(400, "invalid_request", str(error))
+    except Exception as error:
+        log.exception("the embedded model failed")
+        refusal = Refused(500, "internal_error", f"internal error ({type(error).__name__})")
+    return Response(refusal.body(api), status_code=refusal.status, media_type="application/json")
 
 
-def create_pocket(victim: Victim) -> Starlette:
-    """Chat completions, responses and Anthropic messages for a victim that sees one image and one prompt.
+def create_pocket(victim: Victim, showcase: Showcase | None = None) -> Starlette:
+    """Chat completions, responses and Anthropic messages for a victim that accepts one image and one prompt.
 
-    ``/v1/demo/*`` is the page's: through the gateway's own door no image reaches it.
+    ``/v1/demo/*`` is the page's: no request of a client reaches it.
     """
-    server = _Server(victim)
+    server = _Server(victim, showcase)
     card = {"id": MODEL, "object": "model", "created": 0, "owned_by": "codefend"}
 
     async def models(request: Request) -> Response:
@@ -140,9 +202,9 @@ def create_pocket(victim: Victim) -> Starlette:
         return JSONResponse(card)
 
     async def missing(request: Request, error: Exception) -> Response:
-        status = getattr(error, "status_code", 500)
+        status = error.status_code if isinstance(error, HTTPException) else 500
         message = f"the pocket model has no {request.method} {request.url.path[:100]}"
-        raw = error_body(form_of(request.url.path), status, "not_found", message)
+        raw = error_body(error_api_of(request.url.path), status, "not_found", message)
         return Response(raw, status_code=status, media_type="application/json")
 
     posts = {
@@ -166,10 +228,10 @@ def create_pocket(victim: Victim) -> Starlette:
 
 def _question(api: Api, body: Any) -> _Question:
     """The last user's words and the last image of the conversation."""
-    found = survey(api, body, image_links=True)  # to this model they are words
-    if not found.slots:
+    slots = survey(api, body, Inspection(image_links=True)).slots  # to this model links are words
+    if not slots:
         raise Refused(400, "image_missing", "the pocket model answers questions about one image; send one")
-    loaded = images.load(payload(found.slots[-1].reference, Limits()))
+    loaded = images.load(payload(slots[-1].reference, Limits()))
     words = _words(_last_user(api, body))
     if not words:
         raise Refused(400, "question_missing", "ask a question about the image")

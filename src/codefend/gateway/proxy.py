@@ -7,21 +7,26 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
-from urllib.parse import quote
+from typing import Any, TypeVar
 
 import httpx2
 from starlette.types import Receive, Scope, Send
 
+from codefend.gateway.access import client_fields, send_refusal
+from codefend.gateway.budget import BodyBudget, Lease
 from codefend.gateway.config import Settings
-from codefend.gateway.engine import Engine, Outcome, Terms
+from codefend.gateway.engine import Caller, Engine, Outcome, Terms
 from codefend.gateway.errors import Api, Refused, error_body
+from codefend.gateway.forms import check_audio_form
 from codefend.gateway.headers import find, report, to_client, to_upstream
+from codefend.gateway.routes import api_of, check_path, error_api_of, route_label
 from codefend.gateway.telemetry import Meters, Tracer, log
-from codefend.gateway.wire import ROUTES, api_of, form_of
+from codefend.gateway.upstream import Upstream
+
+Done = TypeVar("Done")
 
 
 class ClientGone(Exception):
@@ -33,7 +38,6 @@ class Broken(Exception):
 
 
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}\Z", re.ASCII)
-_UNSEEN = ("/v1/batches", "/v1/files", "/v1/uploads")  # what they carry is read later, by somebody else
 
 
 @dataclass
@@ -44,6 +48,7 @@ class Exchange:
     send: Send
     api: Api
     request_id: str
+    lease: Lease
     started: float = field(default_factory=time.perf_counter)
     status: int = 0  # 0 until the answer has begun
     outcome: Outcome | None = None
@@ -56,7 +61,11 @@ class Exchange:
 
     @property
     def route(self) -> str:
-        return self.path if self.path in ROUTES else "/v1/*"
+        return route_label(self.path)
+
+    @property
+    def client(self) -> str:
+        return str(self.scope.get("codefend.client", ""))
 
     @property
     def trace(self) -> dict[str, str]:
@@ -69,43 +78,35 @@ class Proxy:
     """The ASGI application behind ``/v1``."""
 
     def __init__(
-        self,
-        engine: Engine,
-        settings: Settings,
-        meters: Meters,
-        *,
-        transport: httpx2.AsyncBaseTransport,
-        base_url: str,
+        self, engine: Engine, settings: Settings, meters: Meters, upstream: Upstream, budget: BodyBudget
     ) -> None:
-        self.engine, self.settings, self.meters, self.transport = engine, settings, meters, transport
-        self.base_url = httpx2.URL(base_url)
+        self.engine, self.meters, self.upstream, self.budget = engine, meters, upstream, budget
         self.tracer = Tracer()
-        secret = settings.upstream_api_key
-        self._upstream_key = None if secret is None else secret.get_secret_value()
-        self._timeouts = {
-            "connect": settings.connect_timeout_s,
-            "read": settings.upstream_timeout_s,
-            "write": settings.upstream_timeout_s,
-            "pool": settings.connect_timeout_s,
-        }
         self._in_flight: Counter[str] = Counter()
+        self.configure(settings)
+
+    def configure(self, settings: Settings) -> None:
+        """Use other settings for the requests to come."""
+        self.settings, self.routes = settings, settings.allowed_routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = next((value for key, value in scope["headers"] if key == b"x-request-id"), b"").decode("latin-1")
         request_id = given if _REQUEST_ID.match(given) else secrets.token_hex(8)
-        exchange = Exchange(scope, send, form_of(scope["path"]), request_id)
-        self.meters.in_flight.inc()
-        try:
-            await self._guarded(exchange, receive)
-        finally:
-            self.meters.in_flight.dec()
-            self._note(exchange)
+        with self.budget.lease(str(scope.get("codefend.client", ""))) as lease:
+            exchange = Exchange(scope, send, error_api_of(scope["path"]), request_id, lease)
+            self.meters.in_flight.inc()
+            try:
+                await self._guarded(exchange, receive)
+            finally:
+                self.meters.in_flight.dec()
+                self._record(exchange)
 
     async def _guarded(self, exchange: Exchange, receive: Receive) -> None:
         try:
             async with asyncio.timeout(self.settings.total_timeout_s):
+                self._check_head(exchange.scope)
                 raw = await self._body(exchange, receive)
-                await self._until_gone(self._answer(exchange, raw), receive)
+                await self.until_gone(self._answer(exchange, raw), receive)
         except Refused as refusal:
             await self._refuse(exchange, refusal)
         except TimeoutError:
@@ -115,31 +116,29 @@ class Proxy:
             exchange.code = "client_gone"
         except Broken:
             pass  # returning without the end of the answer makes the server close the connection
-        except Exception as error:  # fail closed: whatever went wrong, nothing was passed on unseen
+        except Exception as error:  # fail closed: whatever went wrong, nothing was passed on without inspection
             log.exception("internal error", extra={"fields": {"request_id": exchange.request_id}})
             await self._refuse(exchange, Refused(500, "internal_error", f"internal error ({type(error).__name__})"))
+
+    def _check_head(self, scope: Scope) -> None:
+        """Refuse by path, route and headers, before the body is read."""
+        check_path(scope["path"])
+        self.routes.check(scope["method"], scope["path"])
+        if find(scope["headers"], b"content-encoding") not in (None, "", "identity"):
+            raise Refused(415, "unknown_content", "send the body without content-encoding")
 
     async def _body(self, exchange: Exchange, receive: Receive) -> bytes:
         limit, headers = self.settings.max_body_bytes, exchange.scope["headers"]
         length = find(headers, b"content-length")
-        too_large = Refused(413, "body_too_large", f"the body is over the limit of {limit:,} bytes")
         if length is not None and length.isdigit() and int(length) > limit:
-            raise too_large
-        parts: list[bytes] = []
-        size = 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            part = message.get("body", b"")
-            size += len(part)
-            if size > limit:
-                raise too_large
-            parts.append(part)
-            if not message.get("more_body", False):
-                return parts[0] if len(parts) == 1 else b"".join(parts)
+            raise Refused(413, "body_too_large", f"the body is over the limit of {limit:,} bytes")
+        try:
+            async with asyncio.timeout(self.settings.body_timeout_s):
+                return await read_body(receive, limit, exchange.lease)
+        except TimeoutError as error:
+            raise Refused(408, "body_timeout", "the request body did not arrive in time") from error
 
-    async def _until_gone(self, work: Any, receive: Receive) -> None:
+    async def until_gone(self, work: Coroutine[Any, Any, Done], receive: Receive) -> Done:
         """Do the work unless the client leaves; then cancel it, and with it the request to the upstream."""
         working = asyncio.ensure_future(work)
         watching = asyncio.ensure_future(_disconnect(receive))
@@ -147,62 +146,53 @@ class Proxy:
             await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
             if not working.done():
                 raise ClientGone
-            working.result()
+            return working.result()
         finally:
             for task in (working, watching):
                 task.cancel()
             await asyncio.gather(working, watching, return_exceptions=True)
 
     async def _answer(self, exchange: Exchange, raw: bytes) -> None:
-        body = await self._rewritten(exchange, raw)
-        scope, settings = exchange.scope, self.settings
+        body = await self._rewrite(exchange, raw)
+        scope = exchange.scope
         headers = to_upstream(
-            scope["headers"], key_header=scope.get("codefend.key_header"), upstream_key=self._upstream_key
+            scope["headers"], drop=scope.get("codefend.key_headers", frozenset()), upstream_key=self.upstream.key
         )
-        with self.tracer.span("codefend.upstream", exchange.trace, route=exchange.route) as onward:
-            if onward:
-                headers = [pair for pair in headers if pair[0].decode("latin-1") not in onward]
-                headers += [(key.encode(), value.encode()) for key, value in onward.items()]
-            request = httpx2.Request(
-                scope["method"],
-                self._target(scope),
-                headers=headers,
-                content=body if body or scope["method"] in ("POST", "PUT", "PATCH") else None,
-                extensions={"timeout": self._timeouts},
-            )
+        with self.tracer.span(
+            "codefend.upstream", exchange.trace, route=exchange.route, request_id=exchange.request_id
+        ) as onward:
+            own = {"x-request-id": exchange.request_id, **onward}
+            headers = [pair for pair in headers if pair[0].decode("latin-1") not in own]
+            headers += [(key.encode(), value.encode()) for key, value in own.items()]
+            content = body if body or scope["method"] in ("POST", "PUT", "PATCH") else None
+            request = self.upstream.request(scope["method"], scope["path"], scope["query_string"], headers, content)
             start = time.perf_counter()
-            response = await self._reach(request, settings.connect_timeout_s)
+            response = await self.upstream.send(request)
             exchange.upstream_ms = (time.perf_counter() - start) * 1000
             try:
                 await self._stream(exchange, response)
             finally:
                 await response.aclose()
 
-    async def _rewritten(self, exchange: Exchange, raw: bytes) -> bytes:
+    async def _rewrite(self, exchange: Exchange, raw: bytes) -> bytes:
         """The body to send: the original bytes when nothing in them had to change."""
         scope = exchange.scope
-        _check_path(scope["path"])
-        if not raw and not scope["path"].startswith(_UNSEEN):
+        if not raw:
             return raw
-        self._check_content(scope, raw)
         if find(scope["headers"], b"content-type") is None or _is_json(scope):
-            terms = self._terms(scope)
-            with self._share(scope), self.tracer.span("codefend.purify", exchange.trace, route=exchange.route):
-                body, exchange.outcome = await self.engine.rewrite_bytes(api_of(scope["path"]), raw, terms)
+            terms, caller = self._terms(scope), Caller(exchange.client, exchange.lease.take)
+            with (
+                self._share(exchange.client),
+                self.tracer.span("codefend.purify", exchange.trace, route=exchange.route),
+            ):
+                body, exchange.outcome = await self.engine.rewrite_bytes(api_of(exchange.path), raw, terms, caller)
             return body
-        return raw
-
-    def _check_content(self, scope: Scope, raw: bytes) -> None:
-        """Refuse bodies that cannot be looked into."""
-        if self.settings.allow_uploads and api_of(scope["path"]) == "other":
-            return
-        encoding = find(scope["headers"], b"content-encoding")
-        if encoding not in (None, "", "identity"):
-            raise Refused(415, "unknown_content", "send the body without content-encoding")
-        if scope["path"].startswith(_UNSEEN) and scope["method"] not in ("GET", "HEAD", "DELETE"):
-            raise Refused(403, "uploads_refused", "files and batches cannot be inspected and are not passed on here")
-        if raw and not _is_json(scope) and not scope["path"].startswith("/v1/audio/"):
-            raise Refused(415, "unknown_content", "only application/json can be inspected for images")
+        if self.settings.allow_uploads and api_of(exchange.path) == "other":
+            return raw
+        if exchange.path in ("/v1/audio/transcriptions", "/v1/audio/translations"):
+            check_audio_form(find(scope["headers"], b"content-type") or "", raw)
+            return raw
+        raise Refused(415, "unknown_content", "only application/json can be inspected for images")
 
     def _terms(self, scope: Scope) -> Terms:
         mode = find(scope["headers"], b"x-codefend-policy")
@@ -223,59 +213,31 @@ class Proxy:
         return Terms(mode or standing.mode, value)  # type: ignore[arg-type]
 
     @contextmanager
-    def _share(self, scope: Scope) -> Iterator[None]:
-        """Count what one key keeps busy. Raises Refused (429) above its share."""
-        limit, key = self.settings.max_in_flight_per_key, scope.get("codefend.key", "")
-        if limit and self._in_flight[key] >= limit:
+    def _share(self, client: str) -> Iterator[None]:
+        """Count the requests with images of one client. Raises Refused (429) above its share."""
+        limit = self.settings.max_in_flight_per_key
+        if limit and self._in_flight[client] >= limit:
             message = f"{limit} requests of this key are being purified already"
             raise Refused(429, "too_many_requests", message, retry_after=1)
-        self._in_flight[key] += 1
+        self._in_flight[client] += 1
         try:
             yield
         finally:
-            self._in_flight[key] -= 1
-            if not self._in_flight[key]:
-                del self._in_flight[key]
-
-    async def ask(self, path: str, body: bytes) -> httpx2.Response:
-        """Send JSON of the gateway's own to the upstream and read the answer. Raises Refused."""
-        headers: list[tuple[bytes, bytes]] = [(b"content-type", b"application/json")]
-        headers = to_upstream(headers, key_header=None, upstream_key=self._upstream_key)
-        url = self._target({"path": path, "query_string": b""})
-        request = httpx2.Request("POST", url, headers=headers, content=body, extensions={"timeout": self._timeouts})
-        response = await self._reach(request, self.settings.connect_timeout_s)
-        try:
-            await response.aread()
-        finally:
-            await response.aclose()
-        return response
-
-    def _target(self, scope: Scope) -> httpx2.URL:
-        # Built from the path as it was understood here, so that the upstream cannot understand another one.
-        path = quote(scope["path"].removeprefix("/v1"), safe="/:@!$&'()*+,;=-._~")
-        raw = self.base_url.raw_path.rstrip(b"/") + path.encode("ascii")
-        if scope.get("query_string"):
-            raw += b"?" + scope["query_string"]
-        return self.base_url.copy_with(raw_path=raw)
-
-    async def _reach(self, request: httpx2.Request, connect_s: float) -> httpx2.Response:
-        try:
-            return await self.transport.handle_async_request(request)
-        except httpx2.ConnectTimeout as error:
-            raise self._upstream_error("connect_timeout", 504, f"no connection within {connect_s:g} s") from error
-        except httpx2.TimeoutException as error:
-            raise self._upstream_error("timeout", 504, "the upstream did not answer in time") from error
-        except (httpx2.HTTPError, OSError) as error:
-            raise self._upstream_error("unreachable", 502, "the upstream cannot be reached") from error
-
-    def _upstream_error(self, kind: str, status: int, message: str) -> Refused:
-        self.meters.upstream_errors.labels(kind).inc()
-        return Refused(status, f"upstream_{kind}", message)
+            self._in_flight[client] -= 1
+            if not self._in_flight[client]:
+                del self._in_flight[client]
 
     async def _stream(self, exchange: Exchange, response: httpx2.Response) -> None:
         """Pass the answer on piece by piece, as raw bytes. An upstream that dies halfway is not made to look whole."""
         headers = to_client(response.headers.raw)
-        headers += report(exchange.outcome, purifier=self.engine.worker.name, request_id=exchange.request_id)
+        if "x-request-id" not in response.headers:
+            headers.append((b"x-request-id", exchange.request_id.encode()))
+        headers += report(
+            exchange.outcome,
+            purifier=self.engine.worker.name,
+            request_id=exchange.request_id,
+            scores=self.settings.scores,
+        )
         exchange.status = response.status_code
         await exchange.send({"type": "http.response.start", "status": response.status_code, "headers": headers})
         try:
@@ -297,33 +259,21 @@ class Proxy:
         if exchange.status:  # the answer has begun: all that is left is to break it off
             return
         exchange.status = refusal.status
-        body = error_body(
-            exchange.api,
-            refusal.status,
-            refusal.code,
-            refusal.message,
-            where=refusal.where,
-            request_id=exchange.request_id,
-        )
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        if refusal.retry_after is not None:
-            headers.append((b"retry-after", str(max(1, round(refusal.retry_after))).encode()))
-        headers += report(None, purifier="", request_id=exchange.request_id)
-        headers.append((b"x-codefend-status", b"refused"))
-        await exchange.send({"type": "http.response.start", "status": refusal.status, "headers": headers})
-        await exchange.send({"type": "http.response.body", "body": body})
+        extra = report(None, purifier="", request_id=exchange.request_id)
+        extra += [(b"x-codefend-status", b"refused"), (b"x-request-id", exchange.request_id.encode())]
+        await send_refusal(refusal, refusal.body(exchange.api, exchange.request_id), exchange.send, extra)
 
-    def _note(self, exchange: Exchange) -> None:
+    def _record(self, exchange: Exchange) -> None:
         seconds = time.perf_counter() - exchange.started
         self.meters.requests.labels(exchange.route, str(exchange.status)).inc()
         self.meters.seconds.labels(exchange.route).observe(seconds)
         fields: dict[str, Any] = {
             "request_id": exchange.request_id,
             "method": exchange.scope["method"],
-            "path": exchange.path,
+            "path": exchange.path[:200],
             "status": exchange.status,
             "ms": round(seconds * 1000, 2),
-        }
+        } | client_fields(exchange.scope)
         if exchange.upstream_ms is not None:
             fields["upstream_ms"] = round(exchange.upstream_ms, 2)
         if exchange.code:
@@ -333,23 +283,32 @@ class Proxy:
             for image in exchange.outcome.images:
                 kind = "cached" if image.cached else "purified" if image.purified else "reencoded"
                 self.meters.images.labels(kind).inc()
+                if image.score is not None and not image.cached:
+                    self.meters.scores.observe(image.score)
         log.info("request", extra={"fields": fields})
+
+
+async def read_body(receive: Receive, limit: int, lease: Lease) -> bytes:
+    """Read a request's body. Raises Refused over ``limit`` bytes and without memory for it, ClientGone."""
+    parts: list[bytes] = []
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise Refused(413, "body_too_large", f"the body is over the limit of {limit:,} bytes")
+        lease.take(len(part))
+        parts.append(part)
+        more = message.get("more_body", False)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _check_path(path: str) -> None:
-    """Refuse paths that an upstream could resolve to another route than the one that was checked."""
-    if (
-        not path.isprintable()
-        or "\\" in path
-        or any(part in ("", ".", "..") for part in path.split("/")[1:-1])
-        or path.endswith(("/.", "/.."))
-    ):
-        raise Refused(400, "invalid_path", "the path is not in its plain form")
 
 
 def _is_json(scope: Scope) -> bool:

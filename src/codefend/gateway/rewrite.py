@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from codefend.gateway.errors import Api
-from codefend.gateway.shapes import TURN_TEXT, Slot, Survey, survey
+from codefend.gateway.shapes import TURN_TEXT, Slot, Survey
 from codefend.gateway.suspicion import Place
-
-__all__ = ["Picture", "Policy", "rebuild", "survey"]
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What stands in for an image. ``data`` is base64."""
+class EncodedImage:
+    """An image file as base64."""
 
     media_type: str
     data: str
@@ -31,8 +29,8 @@ class Policy(Protocol):
 
 def rebuild(
     body: Any,
-    found: Survey,
-    pictures: Sequence[Picture],
+    slots: Survey,
+    images: Sequence[EncodedImage],
     *,
     policy: Policy | None = None,
     everywhere: bool = False,
@@ -42,22 +40,22 @@ def rebuild(
     The policy wraps the user's messages that hold an image, or with ``everywhere`` all of them; the same message is
     wrapped alike in every later request of a conversation, so that an upstream's prefix cache still matches.
     """
-    for slot, picture in zip(found.slots, pictures, strict=True):
-        body = _replace(body, slot.place, _written(slot, picture))
+    for slot, image in zip(slots.slots, images, strict=True):
+        body = _replace(body, slot.place, _slot_value(slot, image))
     if policy is None:
         return body
-    turns = [turn for turn in found.turns if everywhere or turn.has_image]
+    turns = [turn for turn in slots.turns if everywhere or turn.has_image]
     for turn in turns:
-        body = _replace(body, turn.place, _wrapped(_get(body, turn.place), policy, TURN_TEXT[found.api]))
-    if policy.system and (turns or found.slots):
-        body = _SYSTEM[found.api](body, policy.system)
+        body = _replace(body, turn.place, _wrap(_get(body, turn.place), policy, TURN_TEXT[slots.api]))
+    if policy.system and (turns or slots.slots):
+        body = _SYSTEM[slots.api](body, policy.system)
     return body
 
 
-def _written(slot: Slot, picture: Picture) -> Any:
+def _slot_value(slot: Slot, image: EncodedImage) -> Any:
     if slot.form == "source":
-        return {"type": "base64", "media_type": picture.media_type, "data": picture.data}
-    return picture.data if slot.form == "base64" else f"data:{picture.media_type};base64,{picture.data}"
+        return {"type": "base64", "media_type": image.media_type, "data": image.data}
+    return image.data if slot.form == "base64" else f"data:{image.media_type};base64,{image.data}"
 
 
 def _get(body: Any, place: Place) -> Any:
@@ -74,7 +72,7 @@ def _replace(body: Any, place: Place, value: Any) -> Any:
     return copy
 
 
-def _wrapped(content: Any, policy: Policy, kind: str) -> Any:
+def _wrap(content: Any, policy: Policy, kind: str) -> Any:
     if isinstance(content, str):
         return content.join(policy.around(content))
     texts = [i for i, part in enumerate(content) if part["type"] == kind]
@@ -91,13 +89,13 @@ def _chat_system(body: dict[str, Any], text: str) -> dict[str, Any]:
     messages = list(body["messages"])
     first = messages[0] if messages else {}
     if first.get("role") in ("system", "developer") and isinstance(first.get("content"), (str, list)):
-        messages[0] = first | {"content": _joined(text, first["content"], "text")}
+        messages[0] = first | {"content": _join(text, first["content"], "text")}
     else:
         messages.insert(0, {"role": "system", "content": text})
     return body | {"messages": messages}
 
 
-def _joined(text: str, content: Any, kind: str) -> Any:
+def _join(text: str, content: Any, kind: str) -> Any:
     if content is None:
         return text
     return f"{text}\n\n{content}" if isinstance(content, str) else [{"type": kind, "text": text}, *content]
@@ -105,6 +103,6 @@ def _joined(text: str, content: Any, kind: str) -> Any:
 
 _SYSTEM: dict[Api, Callable[[dict[str, Any], str], dict[str, Any]]] = {
     "chat": _chat_system,
-    "responses": lambda body, text: body | {"instructions": _joined(text, body.get("instructions"), "input_text")},
-    "messages": lambda body, text: body | {"system": _joined(text, body.get("system"), "text")},
+    "responses": lambda body, text: body | {"instructions": _join(text, body.get("instructions"), "input_text")},
+    "messages": lambda body, text: body | {"system": _join(text, body.get("system"), "text")},
 }

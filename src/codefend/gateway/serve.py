@@ -3,41 +3,69 @@
 from __future__ import annotations
 
 import gc
+import signal
 import socket
 import sys
+import threading
+from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from starlette.applications import Starlette
 
+from codefend.gateway.access import LOOPBACK
 from codefend.gateway.app import create_app
 from codefend.gateway.config import Settings
 from codefend.gateway.telemetry import configure_logging, configure_tracing, log
 from codefend.types import CodefendError
 
+if TYPE_CHECKING:
+    from codefend.gateway.pocket import Showcase
+
+# How HTTP is read. h11 drops trailers, ignores upgrades and refuses what is ambiguous; httptools takes trailers for
+# headers, and an offered upgrade (the default of Java's client) for the end of the request.
+HTTP: dict[str, Any] = {"http": "h11", "ws": "none", "timeout_keep_alive": 75, "h11_max_incomplete_event_size": 1 << 16}
+
 
 class _Server(uvicorn.Server):
-    """Turns unready at the first signal, finishes running requests, then returns instead of dying of the signal."""
+    """Not ready from the first signal on; finishes running requests, then returns instead of dying of the signal."""
 
-    def __init__(self, config: uvicorn.Config, app: Starlette) -> None:
+    def __init__(self, config: uvicorn.Config, app: Starlette, lame_duck_s: float) -> None:
         super().__init__(config)
-        self._app = app
+        self._app, self._lame_duck_s = app, lame_duck_s
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self._app.state.ready or sig == signal.SIGINT or not self._lame_duck_s:
+            self.force_exit = self.should_exit  # a second signal does not wait
+            self.should_exit = True
+        else:
+            timer = threading.Timer(self._lame_duck_s, self._stop)
+            timer.daemon = True
+            timer.start()
         self._app.state.ready = False
-        self.force_exit = self.should_exit  # a second signal does not wait
+
+    def _stop(self) -> None:
         self.should_exit = True
 
 
-def serve(settings: Settings) -> int:
-    """Serve until SIGINT or SIGTERM; 0 after a clean stop. Raises CodefendError for what is wrong before the start."""
+def serve(load: Callable[[], Settings], *, showcase: Callable[[], Showcase] | None = None) -> int:
+    """Serve until SIGINT or SIGTERM; 0 after a clean stop. On SIGHUP keys, policy and routes are loaded again.
+
+    ``showcase`` is called for the embedded pocket only. Raises CodefendError for what is wrong before the start.
+    """
+    settings = load()
     configure_logging(settings.log_level)
     configure_tracing()
     listener = _listen(settings.host, settings.port)
     with listener:
-        named = {"upstream": settings.upstream, "purifier": settings.purifier}
+        host, port = listener.getsockname()[:2]
+        if not settings.allowed_hosts and host in LOOPBACK:
+            settings = settings.model_copy(update={"allowed_hosts": (*LOOPBACK, settings.host)})
+        named = {"upstream": settings.upstream.partition("?")[0], "purifier": settings.purifier}
         log.info("starting", extra={"fields": named})  # loading a model can take its time
-        app = create_app(settings)
+        wanted = showcase if settings.upstream == "pocket" and settings.page else None
+        app = create_app(settings, showcase=None if wanted is None else wanted())
         keep_loop_free()
         config = uvicorn.Config(
             app,
@@ -46,25 +74,40 @@ def serve(settings: Settings) -> int:
             server_header=False,
             date_header=False,
             lifespan="on",
-            ws="none",
             timeout_graceful_shutdown=round(settings.drain_s),
-            timeout_keep_alive=75,
+            **HTTP,
         )
-        server = _Server(config, app)
-        host, port = listener.getsockname()[:2]
+        server = _Server(config, app, settings.lame_duck_s)
         log.info("listening", extra={"fields": {"url": f"http://{host}:{port}", **named}})
-        if settings.on_error != "block":
-            log.warning(
-                "images may pass unpurified when the purifier fails", extra={"fields": {"on_error": settings.on_error}}
-            )
-        if not settings.api_keys and host not in ("127.0.0.1", "::1"):
-            log.warning("no keys are set: everyone who reaches this address may use it")
+        _warn(settings, host)
+        _reload_on_sighup(app, load)
         server.run(sockets=[listener])
     return 0 if server.started else 1
 
 
+def _warn(settings: Settings, host: str) -> None:
+    if settings.on_error != "block":
+        fields = {"on_error": settings.on_error}
+        log.warning("images may pass unpurified when the purifier is broken", extra={"fields": fields})
+    if not settings.api_keys and host not in LOOPBACK:
+        log.warning("no keys are set: everyone who reaches this address may use it")
+
+
+def _reload_on_sighup(app: Starlette, load: Callable[[], Settings]) -> None:
+    def reload(sig: int, frame: FrameType | None) -> None:
+        try:
+            app.state.reload(load())
+        except CodefendError as error:
+            log.error("settings not reloaded", extra={"fields": {"error": str(error)}})
+        else:
+            log.info("settings reloaded")
+
+    if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGHUP, reload)
+
+
 def keep_loop_free() -> None:
-    """What else can hold up an event loop: threads that keep the interpreter, and a collector that looks at it all."""
+    """Keep the event loop from waiting for threads that hold the interpreter, and for full garbage collections."""
     sys.setswitchinterval(0.001)  # seconds, in place of 5 ms
     gc.collect()
     gc.freeze()  # PyTorch alone makes a full collection of some 30 ms, and nothing loaded so far will be garbage

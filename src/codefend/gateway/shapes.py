@@ -1,4 +1,4 @@
-"""Where the images of a request are: chat completions, responses and Anthropic messages. Pure functions.
+"""Where the images of a request are: chat completions, responses, Anthropic messages, lists of texts. Pure functions.
 
 What is not understood is refused, never passed on unseen: a part of unknown type, an unknown key beside an image, a
 key that differs from a known one in upper and lower case only (Go's parser takes them for equal), or anything that
@@ -14,9 +14,11 @@ from typing import Any, Literal
 from codefend.gateway.errors import Api, Refused
 from codefend.gateway.suspicion import (
     Place,
+    check_addresses,
     check_case,
     check_keys,
     check_texts,
+    check_tools,
     expect_list,
     expect_object,
     expect_text,
@@ -52,24 +54,39 @@ class Survey:
     turns: tuple[Turn, ...]
 
 
-def survey(api: Api, body: Any, *, image_links: bool = False) -> Survey:
-    """Find every image. Raises Refused (400) when something in the body is not understood or hides an image.
+@dataclass(frozen=True)
+class Inspection:
+    """What the operator allows besides images in their places.
 
     With ``image_links`` http(s) images in Markdown and HTML pass, as text for a server that does not load them.
+    ``tools`` names tools that load content on the server's side, where no image is purified.
     """
-    check_texts(body, image_links=image_links)
+
+    image_links: bool = False
+    tools: tuple[str, ...] = ()
+
+
+def survey(api: Api, body: Any, inspection: Inspection | None = None) -> Survey:
+    """Find every image. Raises Refused (400) when something in the body is not understood or hides an image."""
+    inspection = inspection or Inspection()
+    check_texts(body, image_links=inspection.image_links)
     if api == "other":
         search(body, ())
         return Survey(api, (), ())
     if not isinstance(body, dict):
         raise Refused(400, "invalid_request", "the body must be a JSON object")
-    found = _Found()
-    _SHAPES[api](body, found)
-    return Survey(api, tuple(found.slots), tuple(found.turns))
+    check_tools(body, inspection.tools)
+    collected = _Collected()
+    if api == "texts":
+        check_addresses(body, image_links=inspection.image_links)
+        search_rest(body, set(), ())
+    else:
+        _SHAPES[api](body, collected)
+    return Survey(api, tuple(collected.slots), tuple(collected.turns))
 
 
 @dataclass
-class _Found:
+class _Collected:
     slots: list[Slot] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
 
@@ -102,27 +119,27 @@ TURN_TEXT: dict[Api, str] = {"chat": "text", "responses": "input_text", "message
 _CONTENT_KEYS = frozenset({"role", "content", "type"})
 
 
-def _chat(body: dict[str, Any], found: _Found) -> None:
+def _chat(body: dict[str, Any], into: _Collected) -> None:
     check_case(body, {"messages"}, ())
     for i, message in enumerate(expect_list(body, "messages")):
         place: Place = ("messages", i)
         expect_object(message, place)
         check_case(message, _CONTENT_KEYS, place)
-        before = len(found.slots)
-        _content("chat", message.get("content"), (*place, "content"), found)
-        _note_turn(message, (*place, "content"), before, found)
+        before = len(into.slots)
+        _content("chat", message.get("content"), (*place, "content"), into)
+        _note_turn(message, (*place, "content"), before, into)
         search_rest(message, {"role", "content", "tool_calls", "function_call"}, place)
     search_rest(body, {"messages"}, ())
 
 
-def _responses(body: dict[str, Any], found: _Found) -> None:
+def _responses(body: dict[str, Any], into: _Collected) -> None:
     check_case(body, {"input", "instructions", "prompt"}, ())
     items = body.get("input")
     if isinstance(items, str):
-        found.turns.append(Turn(("input",), False))
+        into.turns.append(Turn(("input",), False))
     elif items is not None:
         for i, item in enumerate(expect_list(body, "input")):
-            _item(expect_object(item, ("input", i)), ("input", i), found)
+            _item(expect_object(item, ("input", i)), ("input", i), into)
     tools = body.get("tools")
     for i, tool in enumerate(tools if isinstance(tools, list) else ()):
         if isinstance(tool, dict) and "input_image_mask" in tool:
@@ -130,23 +147,31 @@ def _responses(body: dict[str, Any], found: _Found) -> None:
     search_rest(body, {"input"}, ())
 
 
-def _messages(body: dict[str, Any], found: _Found) -> None:
+def _messages(body: dict[str, Any], into: _Collected) -> None:
     check_case(body, {"messages", "system"}, ())
     system = body.get("system")
     if system is not None:
-        _content("messages", system, ("system",), found)
+        _content("messages", system, ("system",), into)
     for i, message in enumerate(expect_list(body, "messages")):
         place: Place = ("messages", i)
         expect_object(message, place)
         check_case(message, _CONTENT_KEYS, place)
-        before = len(found.slots)
-        _content("messages", message.get("content"), (*place, "content"), found)
-        _note_turn(message, (*place, "content"), before, found)
+        before = len(into.slots)
+        _content("messages", message.get("content"), (*place, "content"), into)
+        _note_turn(message, (*place, "content"), before, into)
         search_rest(message, {"role", "content"}, place)
     search_rest(body, {"messages", "system"}, ())
 
 
-_SHAPES: dict[Api, Callable[[dict[str, Any], _Found], None]] = {
+def _image(body: dict[str, Any], into: _Collected) -> None:
+    """The page's own: ``{"image": data URL}``."""
+    if set(body) != {"image"} or not isinstance(body["image"], str):
+        raise Refused(400, "invalid_request", 'expected {"image": "data:image/...;base64,..."}')
+    into.slots.append(Slot(("image",), body["image"], "url"))
+
+
+_SHAPES: dict[Api, Callable[[dict[str, Any], _Collected], None]] = {
+    "image": _image,
     "chat": _chat,
     "responses": _responses,
     "messages": _messages,
@@ -160,49 +185,49 @@ _TEXT_ITEM_NAMES = (
 _TEXT_ITEMS = frozenset(_TEXT_ITEM_NAMES.split())
 
 
-def _item(item: dict[str, Any], place: Place, found: _Found) -> None:
+def _item(item: dict[str, Any], place: Place, into: _Collected) -> None:
     """One item of ``input`` in the responses API."""
     kind = item.get("type", "message" if "role" in item else None)
     check_case(item, _CONTENT_KEYS | {"output", "result"}, place)
     if not isinstance(kind, str):
         raise unknown("input item", kind, place)
     if kind == "message":
-        before = len(found.slots)
-        _content("responses", item.get("content"), (*place, "content"), found)
-        _note_turn(item, (*place, "content"), before, found)
+        before = len(into.slots)
+        _content("responses", item.get("content"), (*place, "content"), into)
+        _note_turn(item, (*place, "content"), before, into)
         search_rest(item, {"content"}, place)
     elif kind in ("function_call_output", "custom_tool_call_output"):
-        _content("responses", item.get("output"), (*place, "output"), found)
+        _content("responses", item.get("output"), (*place, "output"), into)
         search_rest(item, {"output"}, place)
     elif kind == "computer_call_output":
         shot = expect_object(item.get("output"), (*place, "output"))
-        _image_part("responses", shot, (*place, "output"), found)
+        _image_part("responses", shot, (*place, "output"), into)
         search_rest(item, {"output"}, place)
     elif kind == "image_generation_call":
         if item.get("result") is not None:
-            found.slots.append(Slot((*place, "result"), expect_text(item["result"], (*place, "result")), "base64"))
+            into.slots.append(Slot((*place, "result"), expect_text(item["result"], (*place, "result")), "base64"))
         search_rest(item, {"result"}, place)
     elif kind in _TEXT_ITEMS:
         rest = {key: value for key, value in item.items() if key not in ("arguments", "input", "content", "summary")}
-        search(rest, place, free=kind != "code_interpreter_call")  # of these, only code can have drawn a picture
+        search(rest, place, free=kind != "code_interpreter_call")  # of these, only code can have drawn an image
         for key in ("content", "summary"):
             if item.get(key) is not None:
-                _content("responses", item[key], (*place, key), found)
+                _content("responses", item[key], (*place, key), into)
     else:
         raise unknown("input item", kind, place)
 
 
-def _content(api: Api, content: Any, place: Place, found: _Found) -> None:
+def _content(api: Api, content: Any, place: Place, into: _Collected) -> None:
     """The content of a message or the output of a tool: text, nothing, or a list of parts."""
     if content is None or isinstance(content, str):
         return
     if not isinstance(content, list):
         raise Refused(400, "unknown_content", "content must be text or a list of parts", where=spell(place))
     for i, part in enumerate(content):
-        _part(api, expect_object(part, (*place, i)), (*place, i), found)
+        _part(api, expect_object(part, (*place, i)), (*place, i), into)
 
 
-def _part(api: Api, part: dict[str, Any], place: Place, found: _Found) -> None:
+def _part(api: Api, part: dict[str, Any], place: Place, into: _Collected) -> None:
     kind = part.get("type")
     if not isinstance(kind, str):
         raise unknown("content part", kind, place)
@@ -214,13 +239,13 @@ def _part(api: Api, part: dict[str, Any], place: Place, found: _Found) -> None:
         if kind == "input_audio":
             _audio(part.get(kind), (*place, kind))
     elif kind in _IMAGE_PARTS[api]:
-        _image_part(api, part, place, found)
+        _image_part(api, part, place, into)
     elif api == "messages" and kind in _NESTED_BLOCKS:
         check_keys(part, _NESTED_BLOCKS[kind], place)
-        _content("messages", part.get("content"), (*place, "content"), found)
+        _content("messages", part.get("content"), (*place, "content"), into)
         search_rest(part, {"content"}, place)
     elif api == "messages" and kind == "document":
-        _document(part, place, found)
+        _document(part, place, into)
     elif api == "messages" and kind in _SERVER_RESULTS:
         search_rest(part, set(), place)
     else:
@@ -248,17 +273,17 @@ def _audio(value: Any, place: Place) -> None:
         raise Refused(400, "unknown_content", message, where=spell((*place, "data")))
 
 
-def _image_part(api: Api, part: dict[str, Any], place: Place, found: _Found) -> None:
+def _image_part(api: Api, part: dict[str, Any], place: Place, into: _Collected) -> None:
     if api == "messages":
         check_keys(part, frozenset({"source"}), place)
-        found.slots.append(_source(expect_object(part.get("source"), (*place, "source")), (*place, "source")))
+        into.slots.append(_source(expect_object(part.get("source"), (*place, "source")), (*place, "source")))
         return
     check_keys(part, frozenset({"image_url", "detail"}) if api == "responses" else frozenset({"image_url"}), place)
     value, here = part.get("image_url"), (*place, "image_url")
     if api == "chat" and isinstance(value, dict):
         check_keys(value, frozenset({"url", "detail"}), here)
         value, here = value.get("url"), (*here, "url")
-    found.slots.append(Slot(here, expect_text(value, here), "url"))
+    into.slots.append(Slot(here, expect_text(value, here), "url"))
 
 
 def _source(source: dict[str, Any], place: Place) -> Slot:
@@ -272,8 +297,8 @@ def _source(source: dict[str, Any], place: Place) -> Slot:
     raise unknown("image source", source.get("type"), place)
 
 
-def _document(part: dict[str, Any], place: Place, found: _Found) -> None:
-    """Plain text passes, blocks are looked into; a PDF can hold any picture and is refused."""
+def _document(part: dict[str, Any], place: Place, into: _Collected) -> None:
+    """Plain text passes, blocks are looked into; a PDF can hold any image and is refused."""
     check_keys(part, frozenset({"source", "title", "context"}), place)
     source, here = expect_object(part.get("source"), (*place, "source")), (*place, "source")
     if source.get("type") == "text":
@@ -282,11 +307,11 @@ def _document(part: dict[str, Any], place: Place, found: _Found) -> None:
             raise unknown("document media type", source.get("media_type"), here)
     elif source.get("type") == "content":
         check_keys(source, frozenset({"content"}), here)
-        _content("messages", source.get("content"), (*here, "content"), found)
+        _content("messages", source.get("content"), (*here, "content"), into)
     else:
         raise unknown("document source", source.get("type"), here)
 
 
-def _note_turn(message: Mapping[str, Any], place: Place, slots_before: int, found: _Found) -> None:
+def _note_turn(message: Mapping[str, Any], place: Place, slots_before: int, into: _Collected) -> None:
     if message.get("role") == "user" and message.get("content") is not None:
-        found.turns.append(Turn(place, len(found.slots) > slots_before))
+        into.turns.append(Turn(place, len(into.slots) > slots_before))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import binascii
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from codefend.gateway.errors import Refused
 
 Place = tuple[str | int, ...]  # keys and indices from the root of the body
 
-# What any part may hold beside what its type needs.
+# What any part may hold besides what its type needs.
 _BESIDE = frozenset({"type", "cache_control", "citations", "annotations", "logprobs"})
 
 # Values of these keys describe tools or are kept as text; their own keys may be called anything.
@@ -19,24 +19,29 @@ _FREE = frozenset({"tools", "functions", "response_format", "text", "metadata", 
 _MEDIA_NAMES = (
     "image images image_url input_image image_file image_embeds video videos video_url input_video file input_file "
     "file_id file_data filedata multi_modal_data multimodal_data mm_data image_data video_data pixel_values "
-    "prompt_embeds inline_data inlinedata document_url"
+    "prompt_embeds inline_data inlinedata document_url ref_image ref_images reference_images init_image mask_image "
+    "image_base64 b64_json"
 )
 _MEDIA_KEYS = frozenset(_MEDIA_NAMES.split())
 _MEDIA_TYPES = _MEDIA_KEYS | {"document", "computer_screenshot"}
 _MAGIC64 = ("iVBORw0KGgo", "/9j/", "R0lGODlh", "R0lGODdh", "UklGR", "SUkqA", "TU0AK")
 _DATA_URL = re.compile(r"data:[^,\s]*,", re.IGNORECASE)
-_LONG = 512  # characters: shorter base64 is no picture worth hiding
+_LONG = 512  # characters: shorter base64 is no image worth hiding
 _DEEPEST = 100  # lists and objects in one another; no API needs more than some twenty
 
-# "![alt](URL" and "<img src=URL". An alternative text ends at the next "![" and a tag at the next "<", and nothing is
-# given back (*+): linear in whatever text. Long texts are read in steps, between which the event loop can go on; one
-# image may be as long as they overlap.
+# "![alt](URL", "<img src=URL" and the tags of Qwen-VL and ms-swift, "<img>URL, path or base64</img>". An alternative
+# text ends at the next "![" and a tag at the next "<", and nothing is given back (*+): linear in whatever text. Long
+# texts are read in steps, between which the event loop can go on; one image may be as long as they overlap.
 _WRITTEN = r"(?:!\[[^\]!]*+(?:!(?!\[)[^\]!]*+)*+\]\(\s*+<?|<img\b[^<>]*?\bsrc\s*+=[\s\"']*+)"
-_WRITTEN_DATA = re.compile(f"{_WRITTEN}data:", re.IGNORECASE)
-_WRITTEN_ANY = re.compile(f"{_WRITTEN}(?:data:|https?:)", re.IGNORECASE)
+_TAG = r"<(?:img|image|video)\s*+>\s*+"
+_TAG_CONTENT = (
+    r"(?:(?!https?:)\w++[+.-]*+://|data:|[A-Za-z0-9+/=_-]{256}|(?!https?:)[^\s<][^<]{0,4096}+</(?:img|image|video))"
+)
+_WRITTEN_DATA = re.compile(f"{_WRITTEN}data:|{_TAG}{_TAG_CONTENT}", re.IGNORECASE)
+_WRITTEN_ANY = re.compile(f"{_WRITTEN}(?:data:|https?:)|{_TAG}(?:https?:|{_TAG_CONTENT})", re.IGNORECASE)
 _STEP, _OVERLAP = 1 << 18, 1 << 16
 
-# WAV, MP3, Ogg, FLAC, MP4 and WebM. The first bytes of MP4 are a length: more than 255 could begin a TGA picture.
+# WAV, MP3, Ogg, FLAC, MP4 and WebM. The first bytes of MP4 are a length: more than 255 could begin a TGA image.
 _AUDIO = re.compile(
     rb"RIFF....WAVE|ID3|\xff[\xe0-\xff]|OggS|fLaC|\0\0\0.ftyp(?:M4[AB] |mp4[12]|iso[m2-9]|dash|3gp.)|\x1a\x45\xdf\xa3",
     re.DOTALL,
@@ -68,26 +73,90 @@ def search(value: Any, place: Place, *, free: bool = False) -> None:
 
 
 def check_texts(value: Any, *, image_links: bool) -> None:
-    """Refuse images written into texts and keys as Markdown or HTML, which some servers turn into pictures.
+    """Refuse images written into texts and keys as Markdown or HTML, which some servers load as images.
 
     With ``image_links`` those at http(s) addresses pass. Raises Refused (400) for what is nested too deeply, too.
     """
     pattern = _WRITTEN_DATA if image_links else _WRITTEN_ANY
-    if isinstance(value, str) and _found_in(value, pattern):
+    if isinstance(value, str) and _contains(value, pattern):
         raise _written(())
     for at, here in _containers(value, ()):
         for step, inner in _items(here):
-            if (isinstance(inner, str) and _found_in(inner, pattern)) or (
-                isinstance(step, str) and _found_in(step, pattern)
+            if (isinstance(inner, str) and _contains(inner, pattern)) or (
+                isinstance(step, str) and _contains(step, pattern)
             ):
                 raise _written((*at, step))
         if isinstance(here, list):  # servers join the texts of a message
             texts = [part["text"] for part in here if isinstance(part, dict) and isinstance(part.get("text"), str)]
-            if len(texts) > 1 and _found_in("".join(texts), pattern):
+            if len(texts) > 1 and _contains("".join(texts), pattern):
                 raise _written(at)
 
 
-def _found_in(text: str, pattern: re.Pattern[str]) -> bool:
+_ADDRESS = re.compile(r"\s*+(?:https?|file|s3|gs)://\S++\s*+\Z", re.IGNORECASE)
+
+
+def check_addresses(body: Mapping[str, Any], *, image_links: bool) -> None:
+    """Refuse what a multimodal embedding or reranking server loads as an image: objects, and texts that are addresses.
+
+    Without ``image_links`` a text that is nothing but an http(s) address counts.
+    """
+    for key, value in body.items():
+        for at, here in _containers(value, (key,)):
+            if isinstance(here, dict) and key != "metadata":
+                raise Refused(400, "unknown_content", "expected texts or numbers, not objects", where=spell(at))
+            for step, inner in _items(here):
+                if isinstance(inner, str) and not image_links and _ADDRESS.match(inner):
+                    raise _address((*at, step))
+        if isinstance(value, str) and not image_links and _ADDRESS.match(value):
+            raise _address((key,))
+
+
+def _address(place: Place) -> Refused:
+    message = "a text that is an address may be loaded as an image and is not passed on here"
+    return Refused(400, "unknown_content", message, where=spell(place))
+
+
+# Tools that run where the request comes from, or that load nothing. Any other tool works on the server's side.
+_CLIENT_TOOLS = (
+    "function custom namespace computer computer_use_preview local_shell shell apply_patch bash text_editor memory "
+    "image_generation tool_search str_replace_based_edit_tool"
+)
+_CLIENT_TOOL = re.compile(f"(?:{'|'.join(_CLIENT_TOOLS.split())})(?:_\\d{{8}})?\\Z")
+_SERVER_KEYS = {
+    "mcp_servers": "mcp",
+    "web_search_options": "web_search",
+    "plugins": "plugins",
+    "container": "code_execution",
+}
+
+
+def check_tools(body: Mapping[str, Any], allowed: Sequence[str]) -> None:
+    """Refuse tools by which the server loads content itself, images included, unless the operator allows them by name.
+
+    A name stands for its dated versions, too: ``web_fetch`` allows ``web_fetch_20250910``.
+    """
+    tools = body.get("tools")
+    for i, tool in enumerate(tools if isinstance(tools, list) else ()):
+        kind = tool.get("type", "function") if isinstance(tool, dict) else "function"
+        if not isinstance(kind, str):
+            raise unknown("tool", kind, ("tools", i))
+        if not _CLIENT_TOOL.match(kind) and not _is_allowed(kind, allowed):
+            raise _server_tool(kind, ("tools", i))
+    for key, name in _SERVER_KEYS.items():
+        if body.get(key) and not _is_allowed(name, allowed):
+            raise _server_tool(name, (key,))
+
+
+def _is_allowed(kind: str, allowed: Sequence[str]) -> bool:
+    return any(kind == name or kind.startswith(f"{name}_") for name in allowed)
+
+
+def _server_tool(kind: str, place: Place) -> Refused:
+    message = f"the tool {kind[:60]!r} loads content on the server's side, where no image is purified (--allow-tools)"
+    return Refused(400, "tool_refused", message, where=spell(place))
+
+
+def _contains(text: str, pattern: re.Pattern[str]) -> bool:
     return any(pattern.search(text, start, start + _STEP + _OVERLAP) for start in range(0, len(text), _STEP))
 
 
@@ -95,14 +164,14 @@ def _containers(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
     """Every list and object in ``value``, itself included, one place at a time. Raises Refused for too deep nesting."""
     waiting: list[Iterator[tuple[Place, Any]]] = [iter(((place, value),) if isinstance(value, (list, dict)) else ())]
     while waiting:
-        found = next(waiting[-1], None)
-        if found is None:
+        container = next(waiting[-1], None)
+        if container is None:
             waiting.pop()
             continue
-        if len(found[0]) >= _DEEPEST:
+        if len(container[0]) >= _DEEPEST:
             raise Refused(400, "invalid_json", f"the body is nested too deeply: the limit is {_DEEPEST} levels")
-        yield found
-        waiting.append(_inner(*found))
+        yield container
+        waiting.append(_inner(*container))
 
 
 def _inner(place: Place, value: Any) -> Iterator[tuple[Place, Any]]:
@@ -127,9 +196,14 @@ def _written(place: Place) -> Refused:
 def is_audio(text: str) -> bool:
     """Whether base64 begins as audio files do."""
     try:
-        return _AUDIO.match(binascii.a2b_base64(text[:24], strict_mode=True)) is not None
+        return is_audio_file(binascii.a2b_base64(text[:24], strict_mode=True))
     except ValueError:
         return False
+
+
+def is_audio_file(data: bytes) -> bool:
+    """Whether a file begins as audio files do: WAV, MP3, Ogg, FLAC, MP4, WebM."""
+    return _AUDIO.match(data) is not None
 
 
 def _looks_like_image(text: str) -> bool:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from codefend.types import CodefendError
 
@@ -20,30 +20,44 @@ log = logging.getLogger("codefend.gateway")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
+_SCORES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+
+
 class Meters:
     """The gateway's own registry: two apps in one process don't collide."""
 
-    def __init__(self, *, depth: Callable[[], int]) -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
-
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"codefend_{name}", text, labels, registry=self.registry)
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(f"codefend_{name}", text, labels, buckets=buckets, registry=self.registry)
-
+        if os.path.isdir("/proc/self"):
+            ProcessCollector(registry=self.registry)  # memory, CPU, open files of the gateway's own process
+        counter, histogram = self._counter, self._histogram
         self.requests = counter("requests", "Requests answered", "route", "status")
         self.seconds = histogram("request_seconds", "Until the end of the answer", _SECONDS, "route")
         self.images = counter("images", "Images by what was done: purified, cached, reencoded", "result")
+        self.scores = histogram("score", "Detection scores of images", _SCORES)
         self.bypass = counter("bypass", "Images that went on without the purifier because it failed", "reason")
         self.refused = counter("refused", "Requests refused by the gateway itself", "code")
         self.upstream_errors = counter("upstream_errors", "Failed exchanges with the upstream", "kind")
+        self.upstream_retries = counter("upstream_retries", "Requests sent to the upstream again", "kind")
         self.disconnects = counter("disconnects", "Clients that left before their answer was complete")
+        self.restarts = counter("worker_restarts", "Workers replaced: dead, frozen, crashed, timeout", "reason")
         self.batches = histogram("batch_images", "Images per batch", (1, 2, 4, 8, 16, 32))
         self.purify_seconds = histogram("purify_seconds", "One batch: decode, purify, encode", _SECONDS)
         self.in_flight = Gauge("codefend_in_flight", "Requests being answered", registry=self.registry)
-        queue = Gauge("codefend_queue_images", "Images that wait for the purifier", registry=self.registry)
-        queue.set_function(lambda: float(depth()))
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"codefend_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"codefend_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+    def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Add a gauge that is read when the metrics are."""
+        Gauge(f"codefend_{name}", text, registry=self.registry).set_function(value)
+
+    def build_info(self, **facts: str) -> None:
+        """Add the gauge ``codefend_build_info``, which is 1 and whose labels are ``facts``."""
+        Gauge("codefend_build_info", "What runs here", list(facts), registry=self.registry).labels(**facts).set(1)
 
     def batch(self, images: int, seconds: float) -> None:
         self.batches.observe(images)
@@ -52,6 +66,10 @@ class Meters:
     def bypassed(self, reason: str) -> None:
         self.bypass.labels(reason).inc()
         log.critical("image forwarded without purification", extra={"fields": {"reason": reason}})
+
+    def restarted(self, reason: str) -> None:
+        self.restarts.labels(reason).inc()
+        log.warning("worker replaced", extra={"fields": {"reason": reason}})
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -106,7 +124,7 @@ def configure_tracing() -> None:
         exporter = getattr(import_module(module), name)()
     except ModuleNotFoundError as error:
         raise CodefendError(f"traces by {kind} need another package: pip install {package}") from error
-    if type(api.get_tracer_provider()).__name__ != "ProxyTracerProvider":  # `opentelemetry-instrument` was before us
+    if type(api.get_tracer_provider()).__name__ != "ProxyTracerProvider":  # set up by `opentelemetry-instrument`
         return
     named = {"service.name": os.environ.get("OTEL_SERVICE_NAME") or "codefend"}
     provider = sdk.TracerProvider(resource=resources.Resource.create(named))

@@ -1,4 +1,4 @@
-"""Routes and strict JSON: a body that two parsers could read differently is refused, never passed on."""
+"""Strict JSON: a body that two parsers could read differently is refused, never passed on."""
 
 from __future__ import annotations
 
@@ -6,25 +6,7 @@ import json
 from collections import Counter
 from typing import Any
 
-from codefend.gateway.errors import Api, Refused
-
-ROUTES: dict[str, Api] = {
-    "/v1/chat/completions": "chat",
-    "/v1/responses": "responses",
-    "/v1/responses/input_tokens": "responses",
-    "/v1/messages": "messages",
-    "/v1/messages/count_tokens": "messages",
-}
-
-
-def api_of(path: str) -> Api:
-    """Name the request shape of a route; ``other`` bodies are searched for images but not rewritten."""
-    return ROUTES.get(path, "other")
-
-
-def form_of(path: str) -> Api:
-    """Name the API whose error form a route's clients expect."""
-    return "messages" if path.startswith("/v1/messages") else api_of(path)
+from codefend.gateway.errors import Refused
 
 
 def parse(raw: bytes) -> Any:
@@ -51,12 +33,24 @@ def dump(body: Any) -> bytes:
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         ((repeated, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise Refused(400, "invalid_json", f"the key {repeated[:60]!r} appears twice in one object")
-    return found
+    return unique
 
 
 def _no_constants(text: str) -> Any:
     raise Refused(400, "invalid_json", f"{text} is not a JSON number")
+
+
+_MAX_PARSED = 16 << 20  # bytes parsed in one go: some 2.5 ms each MB, in which the event loop stands still
+_MAX_COMMAS = 1_000_000  # a list of a million numbers holds the interpreter for some 30 ms
+
+
+def check_simple(raw: bytes) -> None:
+    """Raise Refused (413) for a body that would keep the parser, and with it the event loop, for long."""
+    if len(raw) > _MAX_PARSED:
+        raise Refused(413, "body_too_complex", f"the body has more than {_MAX_PARSED:,} bytes that are not images")
+    if raw.count(b",") > _MAX_COMMAS:
+        raise Refused(413, "body_too_complex", f"the body has more than {_MAX_COMMAS:,} values")

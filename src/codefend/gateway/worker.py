@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
-import os
+import hashlib
+import hmac
+import secrets
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,46 +18,52 @@ from torch import Tensor
 from codefend.core import images
 from codefend.core.devices import device_named
 from codefend.gateway.errors import Refused
-from codefend.gateway.limits import Limits
-from codefend.gateway.rewrite import Picture
+from codefend.gateway.limits import check_size
+from codefend.gateway.options import Encoding, LaneOptions, Limits, Mode
+from codefend.gateway.rewrite import EncodedImage
 from codefend.purifiers.base import Purifier
-from codefend.purifiers.tiling import limit_side
 from codefend.types import CodefendError
 
-Mode = Literal["purify", "detect", "block"]
-Encoding = Literal["auto", "png", "jpeg", "webp"]
+WARM_UP_SIDE = 64  # pixels
 
 
 class PurifyFailed(Exception):
-    """The purifier failed on an image that is fine; what happens now is the operator's ``on_error``."""
+    """The purifier failed on a valid image; what happens next is the operator's ``on_error``."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason  # a word for metrics: "exception", "timeout", "wrong_output", "crashed"
 
-    def __reduce__(self) -> Any:  # it comes out of worker processes
+    def __reduce__(self) -> Any:  # worker processes send it
         return PurifyFailed, (self.reason, str(self))
 
 
 @dataclass(frozen=True)
 class Job:
-    """One image to purify. ``threshold`` matters to ``detect`` only: below it the picture is re-encoded as it is."""
+    """One image to purify.
+
+    ``threshold`` matters to ``detect`` only: an image with a lower score is re-encoded as it is. ``pixels`` is the size
+    that the header gave; a decoder that finds another one refuses the image. 0: not checked.
+    """
 
     data: bytes
     mode: Mode = "purify"
     threshold: float | None = None
+    pixels: int = 0
 
 
 @dataclass(frozen=True)
 class Purified:
-    picture: Picture
+    image: EncodedImage
     score: float | None = None
     seconds: float = 0.0  # of the purifier, this image's share of the batch
     purified: bool = True  # False: re-encoded only
     cached: bool = False
+    digest: str = ""  # names the decoded pixels
 
 
 Result = Purified | Refused | PurifyFailed
+Step = tuple[tuple[int, ...], tuple[Result, ...] | None]  # places of jobs; None before the work on them, results after
 
 
 def suspicious(score: float | None, threshold: float | None) -> bool:
@@ -68,11 +76,18 @@ class Runner(Protocol):
 
     name: str
     threshold: float | None  # calibrated for this purifier's score, if its weights carry one
+    seconds_per_pixel: float  # measured when it was warmed up; 0 when it was not measured
 
-    def run(self, jobs: Sequence[Job]) -> list[Result]: ...
+    def run(self, jobs: Sequence[Job], *, alone: bool = False) -> list[Result]: ...
     def reencode(self, job: Job) -> Purified: ...
     def warm_up(self) -> None: ...
     def close(self) -> None: ...
+
+
+def canary() -> Job:
+    """A small grey image, which every working purifier can purify."""
+    pixels = torch.full((3, WARM_UP_SIDE, WARM_UP_SIDE), 0.5)
+    return Job(images.encode(pixels), pixels=WARM_UP_SIDE**2)
 
 
 @dataclass(frozen=True)
@@ -80,84 +95,122 @@ class _Decoded:
     index: int
     pixels: Tensor  # [3, H, W]
     kind: str
+    digest: bytes
+
+
+@dataclass
+class WorkerOptions:
+    limits: Limits = field(default_factory=Limits)
+    encoding: Encoding = "auto"
+    device: str = "cpu"
+    batch_pixels: int = LaneOptions.batch_pixels
+    secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
 
 
 class Worker:
-    """Decode, purify in batches of equal size, score, encode. Thread-safe: one batch is in the purifier at a time."""
+    """Decode, purify in batches of equal size, score, encode. Thread-safe: one batch is in the purifier at a time.
 
-    def __init__(
-        self,
-        purifier: Purifier,
-        *,
-        limits: Limits | None = None,
-        encoding: Encoding = "auto",
-        device: str = "cpu",
-        batch_pixels: int = 1_000_000,  # decoded at a time; one image may have more
-    ) -> None:
-        self.purifier, self.limits, self.encoding = purifier, limits or Limits(), encoding
-        self.device, self.batch_pixels = device_named(device, f"device {device}"), batch_pixels
+    The purifier's noise is a function of the image: its seed is the HMAC-SHA256 of the decoded pixels and of the
+    purifier's name under ``secret``. So sending an image again, in whatever file, until noise lets it through (the
+    resubmission attack of DiffBreak, NeurIPS 2025) gives the same result every time, in every worker with that secret.
+    """
+
+    seconds_per_pixel = 0.0
+
+    def __init__(self, purifier: Purifier, options: WorkerOptions | None = None) -> None:
+        self.purifier, self.options = purifier, options or WorkerOptions()
+        self.device = device_named(self.options.device, f"device {self.options.device}")
         self.name = purifier.name
         self.threshold = None if purifier.detector is None else purifier.detector.threshold
-        self._generator = torch.Generator(self.device).manual_seed(int.from_bytes(os.urandom(7), "big"))
         self._lock = threading.Lock()
 
-    def run(self, jobs: Sequence[Job]) -> list[Result]:
+    def run(self, jobs: Sequence[Job], *, alone: bool = False) -> list[Result]:
         """Purify every job; an image's failure is in its own place and does not touch the others."""
         results: dict[int, Result] = {}
-        waiting: list[_Decoded] = []
-        for index, job in enumerate(jobs):
-            decoded = self._decode(index, job)
-            if isinstance(decoded, _Decoded):
-                waiting.append(decoded)
-            else:
-                results[index] = decoded
-            if sum(item.pixels[0].numel() for item in waiting) >= self.batch_pixels:  # hold no more of them decoded
-                results |= self._groups(waiting, jobs)
-                waiting = []
-        results |= self._groups(waiting, jobs)
+        for places, outcome in self.steps(jobs):
+            results |= zip(places, outcome or (), strict=False)
         return [results[index] for index in range(len(jobs))]
 
-    def _groups(self, waiting: Sequence[_Decoded], jobs: Sequence[Job]) -> dict[int, Result]:
-        groups: dict[tuple[int, ...], list[_Decoded]] = {}
-        for item in waiting:
-            groups.setdefault(tuple(item.pixels.shape), []).append(item)
-        return {
-            item.index: result
-            for group in groups.values()
-            for item, result in zip(group, self._purify(group, jobs), strict=True)
-        }
+    def steps(self, jobs: Sequence[Job]) -> Iterator[Step]:
+        """Do the jobs step by step; each step is announced before it starts, so that a crash can be attributed."""
+        waiting: list[_Decoded] = []
+        for index, job in enumerate(jobs):
+            yield (index,), None
+            decoded = self._decode(index, job)
+            if isinstance(decoded, Refused):
+                yield (index,), (decoded,)
+                continue
+            waiting.append(decoded)
+            if sum(item.pixels[0].numel() for item in waiting) >= self.options.batch_pixels:  # decode no more of them
+                yield from self._groups(waiting, jobs)
+                waiting = []
+        yield from self._groups(waiting, jobs)
+
+    def _groups(self, waiting: Sequence[_Decoded], jobs: Sequence[Job]) -> Iterator[Step]:
+        groups: dict[Any, list[_Decoded]] = {}
+        for item in waiting:  # every image of a stochastic purifier has a generator of its own
+            groups.setdefault(item.index if self.purifier.stochastic else tuple(item.pixels.shape), []).append(item)
+        for group in groups.values():
+            places = tuple(item.index for item in group)
+            yield places, None
+            yield places, tuple(self._purify(group, jobs))
 
     def reencode(self, job: Job) -> Purified:
         """Decode and encode without purifying: metadata and trailing data go, pixels stay. Raises Refused."""
         decoded = self._decode(0, job)
-        if not isinstance(decoded, _Decoded):
+        if isinstance(decoded, Refused):
             raise decoded
         return Purified(self._encode(decoded.pixels, decoded.kind), purified=False)
 
     def warm_up(self) -> None:
-        """Purify one grey picture. Raises PurifyFailed when even that does not work."""
-        outcome = self._purify([_Decoded(0, torch.full((3, 64, 64), 0.5), "PNG")], [Job(b"")])[0]
-        if not isinstance(outcome, Purified):
-            raise outcome
+        """Purify a small grey image. Raises PurifyFailed when even that does not work."""
+        (result,) = self.run([canary()])
+        if isinstance(result, PurifyFailed):
+            raise result
+
+    def measure(self) -> float:
+        """Seconds per pixel, of an image of 512 pixels a side."""
+        pixels = torch.full((3, 512, 512), 0.5)
+        job = Job(images.encode(pixels))
+        self.run([job])  # allocations and lazy compilation are no part of it
+        start = time.perf_counter()
+        self.run([job])
+        return (time.perf_counter() - start) / pixels[0].numel()
 
     def close(self) -> None:
         """Nothing to end: it works in its caller's thread."""
 
     def _decode(self, index: int, job: Job) -> _Decoded | Refused:
+        limits = self.options.limits
         try:
-            loaded = images.load(job.data, max_pixels=self.limits.max_pixels, first_frame=self.limits.first_frame)
+            header = images.probe(job.data, max_pixels=limits.max_pixels)
+            if job.pixels and header.width * header.height != job.pixels:
+                raise Refused(400, "invalid_image", "the image's header contradicts itself")
+            check_size(header.width, header.height, limits)
+            if header.animated and not limits.first_frame:
+                raise Refused(400, "animated_image", "animated or of several pages; send one still image")
+            loaded = images.load(
+                job.data, max_pixels=limits.max_pixels, first_frame=limits.first_frame, max_side=limits.max_side
+            )
+        except Refused as refusal:
+            return refusal
         except CodefendError as error:
             return Refused(400, "invalid_image", str(error))
         except MemoryError:
             return Refused(413, "image_too_large", "not enough memory to decode the image")
-        return _Decoded(index, limit_side(loaded.pixels, self.limits.max_side or None), loaded.format)
+        return _Decoded(index, loaded.pixels, loaded.format, self._digest(loaded.pixels))
+
+    def _digest(self, pixels: Tensor) -> bytes:
+        code = hmac.new(self.options.secret, f"{self.name}|{tuple(pixels.shape)}|".encode(), hashlib.sha256)
+        code.update(pixels.contiguous().numpy().data)
+        return code.digest()
 
     def _purify(self, group: Sequence[_Decoded], jobs: Sequence[Job]) -> Sequence[Result]:
         try:
             batch = group[0].pixels[None] if len(group) == 1 else torch.stack([item.pixels for item in group])
             start = time.perf_counter()
             with self._lock, torch.no_grad():
-                purified, scores = self._forward(batch)
+                purified, scores = self._forward(batch, int.from_bytes(group[0].digest[:7], "big"))
             seconds = (time.perf_counter() - start) / len(group)
         except PurifyFailed as error:
             return [error] * len(group)
@@ -169,29 +222,36 @@ class Worker:
             self._finish(item, jobs[item.index], purified[i], float(scores[i]), seconds) for i, item in enumerate(group)
         ]
 
-    def _forward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        images_in = batch.to(self.device)
-        purified = self.purifier(images_in, generator=self._generator)
-        if purified.shape != images_in.shape or not _finite(purified):
+    def _forward(self, batch: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        def generator() -> torch.Generator:
+            return torch.Generator(self.device).manual_seed(seed)
+
+        inputs = batch.to(self.device)
+        purified = self.purifier(inputs, generator=generator())
+        if purified.shape != inputs.shape or not _finite(purified):
             raise PurifyFailed("wrong_output", f"purifier {self.name} returned nan or {tuple(purified.shape)}")
-        scores = self.purifier.judge(images_in, purified)  # its score, without purifying twice
+        if self.purifier.gate or self.purifier.guidance is not None:  # judges another image than it returns
+            scores = self.purifier.score(inputs, generator=generator())
+        else:
+            scores = self.purifier.judge(inputs, purified)  # its score, without purifying twice
         return purified.cpu(), scores.cpu()
 
     def _finish(self, item: _Decoded, job: Job, purified: Tensor, score: float, seconds: float) -> Result:
         replace = job.mode != "detect" or suspicious(score, job.threshold)
         try:
-            picture = self._encode(purified if replace else item.pixels, item.kind)
+            image = self._encode(purified if replace else item.pixels, item.kind)
         except CodefendError as error:
             return Refused(400, "invalid_image", str(error))
-        return Purified(picture, score, seconds, purified=replace)
+        return Purified(image, score, seconds, purified=replace, digest=item.digest.hex())
 
-    def _encode(self, pixels: Tensor, source: str) -> Picture:
-        kind = ("JPEG" if source == "JPEG" else "PNG") if self.encoding == "auto" else self.encoding.upper()
+    def _encode(self, pixels: Tensor, source: str) -> EncodedImage:
+        encoding = self.options.encoding
+        kind = ("JPEG" if source == "JPEG" else "PNG") if encoding == "auto" else encoding.upper()
         data = images.encode(pixels, kind, quality=95 if kind in ("JPEG", "WEBP") else None)
-        return Picture(f"image/{kind.lower()}", base64.b64encode(data).decode("ascii"))
+        return EncodedImage(f"image/{kind.lower()}", base64.b64encode(data).decode("ascii"))
 
 
-def _finite(images: Tensor) -> bool:
+def _finite(values: Tensor) -> bool:
     # nan and infinity both reach an extreme; isfinite would write four tensors of this size on the way.
-    low, high = torch.aminmax(images)
+    low, high = torch.aminmax(values)
     return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -20,10 +20,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from codefend.gateway.engine import OnError
 from codefend.gateway.errors import Api, Refused
-from codefend.gateway.lane import LaneOptions
 from codefend.gateway.local import local_engine
+from codefend.gateway.options import LaneOptions, OnError
 from codefend.purifiers.base import Purifier
 
 _Base: Any = import_module("litellm.integrations.custom_guardrail").CustomGuardrail

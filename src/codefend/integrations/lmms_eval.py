@@ -37,7 +37,7 @@ class CoDefend(lmms):  # type: ignore[misc]  # lmms-eval has no types
     def __init__(
         self, victim: str = "pocket", defense: str = "bridge", batch_size: int | str = 1, seed: int = 0, **_: Any
     ) -> None:
-        """Raises CodefendError for an unknown victim or defense. What else lmms-eval passes (device, ...) is ignored."""
+        """Raises CodefendError for an unknown victim or defense. Other arguments (device, ...) are ignored."""
         super().__init__()
         behind = Defense() if defense == "none" else Defense(purifiers.load(defense), name=defense)
         generator = make_generator(int(seed), "lmms-eval")

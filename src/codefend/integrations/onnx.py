@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class OnnxPurifier:
-    """``pixels [H, W, 3]`` of 8 bits in, the same out; any size, in tiles when large, as `purifiers.base.Purifier` does it."""
+    """``pixels [H, W, 3]`` of 8 bits in, the same out; large images in tiles, as in `codefend.purifiers.base`."""
 
     def __init__(self, path: str | Path, *, providers: tuple[str, ...] = ("CPUExecutionProvider",)) -> None:
         """Raises CodefendError when onnxruntime is missing or the file is no exported purifier."""

@@ -13,9 +13,10 @@ from typing import Any
 
 from codefend.gateway.engine import Engine
 from codefend.gateway.errors import Refused
-from codefend.gateway.fetch import Fetcher, FetchOptions
-from codefend.gateway.limits import Limits, payload
+from codefend.gateway.fetch import Fetcher
+from codefend.gateway.limits import payload
 from codefend.gateway.local import local_engine
+from codefend.gateway.options import FetchOptions, Limits
 from codefend.purifiers.base import Purifier
 
 NAME = "codefend"
@@ -70,10 +71,10 @@ def purified_url(url: str, engine: Engine, options: FetchOptions) -> str:
         limits = engine.limits
         local = url[:5].lower() == "data:"
         data = payload(url, limits) if local else asyncio.run(_fetch(url, options, limits))
-        picture = engine.picture_now(data)
+        image = engine.purify_now(data)
     except Refused as refusal:
         raise ValueError(refusal.message) from refusal
-    return f"data:{picture.media_type};base64,{picture.data}"
+    return f"data:{image.media_type};base64,{image.data}"
 
 
 async def _fetch(url: str, options: FetchOptions, limits: Limits) -> bytes:

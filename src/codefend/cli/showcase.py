@@ -1,0 +1,67 @@
+"""What the gateway's page can show with an embedded model: samples that it knows, and attacks on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from codefend import attacks, tasks
+from codefend.attacks import norms
+from codefend.core import images
+from codefend.core.runs import make_generator
+from codefend.types import Budget, CodefendError, Victim, WhiteBox
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ATTACK = "apgd"
+BUDGET = Budget(norm="linf", eps=8 / 255, steps=12)  # as `codefend demo`: some seconds on two slow cores
+MAX_PIXELS = 1_000_000  # of an image to attack: its gradient is as large
+SAMPLES = 24
+
+
+class Showcase:
+    """`codefend.gateway.pocket.Showcase` with the tasks and attacks of the bench."""
+
+    def sample(self, number: int) -> dict[str, Any]:
+        """A test image as a data URL, its question and the correct answer; captions and questions alternate."""
+        number %= SAMPLES
+        example = tasks.load("vqa" if number % 2 else "caption", limit=SAMPLES).examples[number]
+        return {
+            "image": images.encode_data_url(example.image),
+            "question": example.prompt,
+            "answer": example.references[0],
+        }
+
+    def attack(
+        self, victim: Victim, image: Tensor, question: str, check: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
+        """Attack one image ``[3, H, W]`` so that the undefended victim's answer changes; the result as a data URL.
+
+        ``check`` is called at every gradient step and may raise to end the attack. Raises CodefendError for an image
+        over ``MAX_PIXELS`` and for a victim without gradients.
+        """
+        if not isinstance(victim, WhiteBox):
+            raise CodefendError("this model is a black box: it gives no gradient to attack")
+        if image[0].numel() > MAX_PIXELS:
+            raise CodefendError(f"images over {MAX_PIXELS:,} pixels are not attacked here; use `codefend attack`")
+        clean = image[None]
+        spec, answer = attacks.ATTACKS[ATTACK], victim.generate(clean, [question])[0]
+        objective = attacks.objective_for(spec, victim, [question], [answer], "", clean)
+
+        def checked(candidates: Tensor) -> Tensor:
+            check()
+            return objective(candidates)
+
+        adversarial = spec.build()(checked, clean, BUDGET, generator=make_generator(0, "attack"))
+        return {
+            "image": images.encode_data_url(norms.quantize_in_budget(adversarial, clean, BUDGET)[0]),
+            "attack": ATTACK,
+            "eps": "8/255",
+            "steps": BUDGET.steps,
+        }
+
+
+def showcase() -> Showcase:
+    """Make the showcase; tasks and attacks are imported with this module."""
+    return Showcase()
