@@ -37,6 +37,7 @@ SETTINGS = {  # by environment: the spelling of flags may change, these names ar
     "CODEFEND_MAX_IMAGES": "2",
     "CODEFEND_ALLOW_OVERRIDE": "true",
     "CODEFEND_PROMPT": "text-is-data",
+    "CODEFEND_SCORES": "exact",  # the default when the golden was recorded; clients see none now
 }
 DATA_URL = re.compile(r"data:image/[a-z]+;base64,[A-Za-z0-9+/=]+")
 CONTRACT = ("content-type", "retry-after", "www-authenticate", "x-upstream", "allow")  # beside x-codefend-*

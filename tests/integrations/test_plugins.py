@@ -169,12 +169,13 @@ def test_wrapped_anthropic() -> None:
 
 
 def test_a_failing_purifier_sends_nothing() -> None:
-    def broken(images: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
-        raise RuntimeError
+    class Broken(Invert):
+        def forward(self, images: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
+            raise RuntimeError
 
     upstream = Upstream(reply=ANSWER)
     http = httpx2.Client(transport=Sync(upstream))
-    client = wrap(openai.OpenAI(api_key="k", base_url="http://u/v1", http_client=http, max_retries=0), broken)
+    client = wrap(openai.OpenAI(api_key="k", base_url="http://u/v1", http_client=http, max_retries=0), Broken())
     with pytest.raises(openai.InternalServerError, match="could not be purified"):
         client.chat.completions.create(model="m", messages=chat(A)["messages"])
     assert not upstream.requests
