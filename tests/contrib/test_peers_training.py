@@ -172,8 +172,8 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.mark.weights
 def test_fare_trains_an_encoder_that_a_pocket_reads(base: Path, tmp_path: Path) -> None:
+    from codefend import encoders
     from codefend.core.runs import load_checkpoint
-    from codefend.encoders.efficientnet_lite import EfficientNetLite
     from codefend.victims.pocket import read_encoder
 
     fare = FareConfig(victim=str(base), steps=2, batch=2, mining_steps=1, warmup=1, save_every=1, lr=1e-3)
@@ -182,7 +182,7 @@ def test_fare_trains_an_encoder_that_a_pocket_reads(base: Path, tmp_path: Path) 
     state, _ = load_checkpoint(folder / "model.safetensors")
     assert float(state["connector.scale"]) == 0.5  # the pocket's own part as it was
     assert {value.dtype for key, value in state.items() if key.startswith("encoder.")} == {torch.float16}
-    encoder, original = EfficientNetLite("lite0"), EfficientNetLite("lite0")
+    encoder, original = encoders.load("lite0"), encoders.load("lite0")
     assert read_encoder(encoder, state, folder)
     image = torch.rand(1, 3, 64, 64, generator=gen())
     change = (encoder(image) - original(image)).norm() / original(image).norm()
@@ -191,7 +191,7 @@ def test_fare_trains_an_encoder_that_a_pocket_reads(base: Path, tmp_path: Path) 
     again = train(FareConfig(**{**fare.__dict__, "victim": str(folder), "steps": 1}), tmp_path / "again")  # goes on
     assert runs.read_rows(tmp_path / "again")[0]["clean"] == 0  # the original is now the tuned one
     with pytest.raises(CodefendError, match="another encoder"):
-        read_encoder(EfficientNetLite("lite2"), load_checkpoint(again / "model.safetensors")[0], again)
+        read_encoder(encoders.load("lite2"), load_checkpoint(again / "model.safetensors")[0], again)
 
 
 @pytest.mark.weights
@@ -209,9 +209,9 @@ def test_fare_cut_short_behind_its_last_checkpoint_has_its_weights(
 
 @pytest.mark.weights
 def test_fares_loss_falls_on_the_same_pictures() -> None:
-    from codefend.encoders.efficientnet_lite import EfficientNetLite
+    from codefend import encoders
 
-    encoder, original = EfficientNetLite("lite0"), EfficientNetLite("lite0")
+    encoder, original = encoders.load("lite0"), encoders.load("lite0")
     fare, images = (
         FareConfig(mining_steps=2, eps=8 / 255, mining_step=4 / 255),
         torch.rand(2, 3, 64, 64, generator=gen()),

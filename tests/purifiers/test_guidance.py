@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codefend import purifiers
+from codefend import encoders, purifiers
 from codefend.attacks.objectives import features_away
 from codefend.attacks.pgd import PGD
 from codefend.bench.adaptive import evasive_objective
-from codefend.encoders import efficientnet_lite as encoders
 from codefend.purifiers import grid, guidance
 from codefend.purifiers.base import Purifier
 from codefend.purifiers.guidance import Guidance
@@ -104,14 +103,14 @@ def test_the_gradient_is_exact() -> None:
     attacked.requires_grad_()
     guide = Guidance(0.3, [cells])
     weights = torch.randn(attacked.shape, generator=gen(4)).double()
-    found = torch.autograd.grad((guide._moved(attacked, purified) * weights).sum(), (attacked, purified))
+    found = torch.autograd.grad((guide._move(attacked, purified) * weights).sum(), (attacked, purified))
     for which, slope in enumerate(found):
         step = torch.randn(attacked.shape, generator=gen(5 + which)).double() * 1e-6
         ends = []
         for sign in (1, -1):
             shifted = [attacked.detach(), purified.detach()]
             shifted[which] = shifted[which] + sign * step
-            ends.append((guide._moved(*shifted) * weights).sum())
+            ends.append((guide._move(*shifted) * weights).sum())
         assert float((slope * step).sum()) == pytest.approx(float(ends[0] - ends[1]) / 2, rel=1e-3)
 
 
@@ -130,8 +129,7 @@ def test_a_purifier_loaded_for_inference_is_guided_as_any_other(tmp_path: Path) 
     """Also with a guide named twice; and what goes along to another process is small."""
     images = (torch.rand(1, 3, 32, 48, generator=gen()) * 0.9).clamp(0, 1)
     expected = purifiers.load("bridge-detail:guided=0.2")(images)
-    encoders.frozen.cache_clear()
-    encoders.multiply_adds_to_middle.cache_clear()
+    encoders.shared.cache_clear()
     try:
         with torch.inference_mode():
             assert torch.allclose(purifiers.load("bridge-detail:guided=0.2")(images), expected, atol=1e-2)
@@ -140,7 +138,7 @@ def test_a_purifier_loaded_for_inference_is_guided_as_any_other(tmp_path: Path) 
         assert torch.equal(again(images), expected)
         assert again.multiply_adds(64, 64) == purifiers.load("bridge-detail:guided=0.2").multiply_adds(64, 64)
     finally:
-        encoders.frozen.cache_clear()
+        encoders.shared.cache_clear()
 
 
 def test_a_thin_strip_counts_with_its_padding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,12 +154,6 @@ def test_a_thin_strip_counts_with_its_padding(monkeypatch: pytest.MonkeyPatch) -
     assert max(seen) == 32 * 928  # one at a time
 
 
-def test_stage_five_is_the_middle_of_the_encoder() -> None:
-    encoder, images = encoders.frozen("lite0"), torch.rand(1, 3, 64, 96, generator=gen())
-    assert torch.equal(encoder.middle(images), encoder.maps(images)[0])
-    assert encoder.middle(images).shape == (1, 112, 4, 6)
-
-
 def crops() -> Tensor:
     data = pytest.importorskip("skimage.data")
     whole = torch.from_numpy(data.chelsea().copy()).permute(2, 0, 1)[None].float() / 255
@@ -170,7 +162,7 @@ def crops() -> Tensor:
 
 
 def test_a_bridge_restores_more_for_an_encoder_that_guides_nothing() -> None:
-    clean, judge = crops(), encoders.frozen("lite1")
+    clean, judge = crops(), encoders.shared("lite1")
 
     class Look:
         def features(self, images: Tensor) -> Tensor:
@@ -248,7 +240,7 @@ def test_wrong_options_are_told(wrong: Wrong) -> None:
 def test_its_work_is_counted_and_it_is_not_exported(tmp_path: Path) -> None:
     plain, guided = purifiers.load("bridge-detail"), purifiers.load("bridge-detail:guided=0.2")
     extra = guided.multiply_adds(224, 224) - plain.multiply_adds(224, 224)
-    forth = sum(encoders.multiply_adds_to_middle(name) for name in ("lite0", "lite2")) * 224**2
+    forth = sum(encoders.shared(name).local_multiply_adds for name in ("lite0", "lite2")) * 224**2
     assert extra == pytest.approx(9 * forth, rel=1e-3)  # the attacked picture once, then four times there and back
     assert 0.2e9 < forth < 1.5e9
     with pytest.raises(CodefendError, match="guidance"):

@@ -14,8 +14,8 @@ from codefend.types import CodefendError
 
 pytest.importorskip("transformers")
 
-from codefend.encoders.resample import FILTERS, Levels
 from codefend.victims.hf.pixels import FAMILIES, pixel_values
+from codefend.victims.hf.resample import FILTERS, Levels
 
 TINY, SMALL = {"height": 28, "width": 28}, {"height": 56, "width": 56}
 GRID = [[56, 56], [56, 112], [112, 56], [112, 112]]

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from codefend import encoders
+from codefend.encoders.views import SIDE, fit_square
 from codefend.types import CodefendError, WhiteBox
-from codefend.victims.pocket import SIDE, TOKENS, fit_square, load_pocket
+from codefend.victims.pocket import TOKENS, load_pocket
 
 if TYPE_CHECKING:
     from codefend.victims.pocket import Pocket
@@ -40,10 +42,9 @@ def test_the_language_model_is_the_instruct_model(bare_pocket: Pocket) -> None:
 @pytest.mark.parametrize("name", ["lite0", "lite1", "lite2"])
 def test_image_encoders_recognize_a_photograph(name: str) -> None:
     data = pytest.importorskip("skimage.data")
-    from codefend.encoders.efficientnet_lite import EfficientNetLite
 
     photograph = torch.from_numpy(data.coffee()[:400, 100:500].copy()).permute(2, 0, 1)[None].float() / 255
-    scores = EfficientNetLite(name).logits(fit_square(photograph, 224)).softmax(-1)
+    scores = encoders.load(name).logits(fit_square(photograph, 224)).softmax(-1)
     assert scores.argmax() == 967  # espresso
     assert scores.max() > 0.8
 

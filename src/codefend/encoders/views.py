@@ -11,11 +11,24 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from codefend.victims.pocket import SIDE, fit_square
-
+SIDE = 128  # pixels that the pocket's encoder and the trainings see
 SIDES = (96, 128, 160, 192, 224)  # of a training picture of 128 pixels: from three quarters to one and three quarters
+
+
+def fit_square(images: Tensor, side: int = SIDE) -> Tensor:
+    """Pad with grey to a square and resize (antialiased, differentiable) to ``[B, 3, side, side]``."""
+    height, width = images.shape[-2:]
+    if height != width:
+        gap, longer = abs(height - width), max(height, width)
+        first = (gap // 2, gap - gap // 2)
+        pads = (0, 0, *first) if width == longer else (*first, 0, 0)
+        images = F.pad(images, pads, value=0.5)
+    if images.shape[-1] == side:
+        return images
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from codefend.purifiers.base import NetPurifier
 from codefend.purifiers.diffusion import bridge_purify
-from codefend.purifiers.guidance import Guidance, names_of
+from codefend.purifiers.guidance import Guidance, encoder_names
 from codefend.purifiers.nets import PurifierNet
 from codefend.types import CodefendError
 
@@ -35,7 +35,7 @@ class BridgeOptions:
             raise CodefendError(f"bridge strength must be above 0, to 1.5, got {self.strength:g}")
         if not 0 <= self.guided <= 1:
             raise CodefendError(f"bridge guided must be 0 to 1, got {self.guided:g}")
-        names_of(self.guides)
+        encoder_names(self.guides)
 
 
 class Bridge(NetPurifier):
@@ -51,7 +51,7 @@ class Bridge(NetPurifier):
         self.evaluations = options.evaluations
         self.stochastic = options.sigma > 0
         self.gate = options.gate
-        self.guidance = Guidance.by(options.guided, options.guides) if options.guided else None
+        self.guidance = Guidance.by_encoders(options.guided, options.guides) if options.guided else None
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
         o = self.options

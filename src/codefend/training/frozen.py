@@ -8,9 +8,10 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from codefend import encoders
 from codefend.attacks import objectives
 from codefend.core.devices import default_device
-from codefend.encoders.efficientnet_lite import NAMES, EfficientNetLite
+from codefend.encoders import ENCODERS
 from codefend.encoders.views import View
 from codefend.tasks.objects import COLOURS, THINGS
 from codefend.types import CodefendError, Objective, WhiteBox
@@ -26,7 +27,7 @@ class FrozenEncoder:
     """An image encoder by name, seen through a `View`."""
 
     def __init__(self, name: str, view: View | None = None) -> None:
-        self.name, self.encoder = name, EfficientNetLite(name).to(default_device())
+        self.name, self.encoder = name, encoders.load(name).to(default_device())
         self.view = view or View()
 
     def through(self, view: View) -> FrozenEncoder:
@@ -37,7 +38,7 @@ class FrozenEncoder:
 
     def features(self, images: Tensor) -> Tensor:
         """Vision tokens ``[B, T, D]``, see `HasFeatures`."""
-        tokens: Tensor = self.encoder(self.view(images.to(self.encoder.fc.weight.device)))
+        tokens: Tensor = self.encoder(self.view(images.to(self.encoder.device)))
         return tokens.to(images.device)
 
 
@@ -46,7 +47,7 @@ Encoder = FrozenEncoder | WhiteBox  # by name, or the victim's own
 
 def check_encoders(names: Sequence[str]) -> None:
     """Raise CodefendError for a name that is neither an encoder nor `OWN`; loads nothing."""
-    known = (*NAMES, OWN)
+    known = (*ENCODERS, OWN)
     for name in names:
         if name not in known:
             raise CodefendError(f"unknown encoder {name!r}; known: {', '.join(known)}")

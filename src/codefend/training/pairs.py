@@ -31,7 +31,7 @@ from codefend.core.runs import (
     save_checkpoint,
 )
 from codefend.core.settings import recorded
-from codefend.encoders.efficientnet_lite import NAMES
+from codefend.encoders import ENCODERS
 from codefend.encoders.views import View, draw_view
 from codefend.tasks.language import CAPTION_PROMPT, captions, training_texts
 from codefend.tasks.scenes import compose, load_photographs
@@ -73,7 +73,7 @@ class PairsConfig:
         if not 0 <= self.views <= 1:
             raise CodefendError(f"views is a share from 0 to 1, got {self.views}")
         if self.views and set(self.encoders) <= {OWN}:
-            raise CodefendError(f"views need encoders by name, {', '.join(NAMES)}: a victim of your own has one view")
+            raise CodefendError(f"views need encoders by name, {', '.join(ENCODERS)}: a victim of your own has one view")
         if self.shares and (len(self.shares) != 3 or min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6):
             raise CodefendError(f"shares are three that sum to 1 (scenes, photographs, dead leaves), got {self.shares}")
 
@@ -238,7 +238,7 @@ def read_pairs(folder: str | Path, *, without: Sequence[str] = ()) -> Iterator[t
 
 def _check_known(folder: str | Path, without: Sequence[str], names: set[str]) -> None:
     """``names``: the kinds and targets in the bank. An encoder that it never attacked may be left out as well."""
-    known = [*KINDS, *sorted({*NAMES, *names} - set(KINDS))]
+    known = [*KINDS, *sorted({*ENCODERS, *names} - set(KINDS))]
     unknown = set(without) - set(known)
     if unknown:
         raise CodefendError(f"{folder} knows no {sorted(unknown)[0]!r} to leave out; known: {', '.join(known)}")

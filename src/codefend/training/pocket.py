@@ -24,6 +24,7 @@ from codefend.core import images as pictures
 from codefend.core.devices import default_device
 from codefend.core.files import write_atomic
 from codefend.core.runs import progress, save_checkpoint
+from codefend.encoders.views import SIDE, fit_square
 from codefend.tasks.easyvqa import load_easyvqa
 from codefend.tasks.language import MIX, training_texts
 from codefend.tasks.objects import COLOURS, THINGS
@@ -32,7 +33,7 @@ from codefend.tasks.scenes import PLACES, Scene, compose, load_photographs
 from codefend.training.card import write_card
 from codefend.training.fit import Log, Losses, Training, cosine_schedule, fit, optimize
 from codefend.training.frozen import WORDS
-from codefend.victims.pocket import AFTER, BEFORE, END, SIDE, TOKENS, Pocket, fit_square, read_trained
+from codefend.victims.pocket import AFTER, BEFORE, END, TOKENS, Pocket, read_trained
 
 Dialogues = tuple[Path, list[tuple[str, str]]]  # an image file with its (question, answer) pairs
 Instructions = tuple[Tensor, list[list[tuple[str, str]]]]  # images [B, 3, H, W], the (prompt, answer) pairs of each

@@ -7,21 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from codefend import encoders
 from codefend.core.devices import default_device
-from codefend.core.registry import lookup
 from codefend.core.specs import parse_encoders
-from codefend.encoders.efficientnet_lite import NAMES, EfficientNetLite
 from codefend.encoders.views import View
 
 PREFIX = "encoder:"
 
 
 class EncoderVictim:
-    """Encoder ``encoder`` in NAMES; with ``side`` each image is resized to that many pixels a side first."""
+    """The encoder of that name in `codefend.encoders`; with ``side`` each image is resized to that many pixels a side first."""
 
     def __init__(self, encoder: str, side: int | None = None) -> None:
         self.name = encoder if side is None else f"{encoder}@{side}"
-        self.encoder = EfficientNetLite(lookup("encoder", encoder, {name: name for name in NAMES})).to(default_device())
+        self.encoder = encoders.load(encoder).to(default_device())
         self.side = side
 
     def features(self, images: Tensor) -> Tensor:
@@ -37,7 +36,7 @@ class EncoderVictim:
 
     def _resized(self, images: Tensor) -> Tensor:
         side = self.side or max(32, round(max(images.shape[-2:]) / 32) * 32)
-        return View(side)(images.to(self.encoder.fc.weight.device))
+        return View(side)(images.to(self.encoder.device))
 
 
 def load_encoder(spec: str) -> EncoderVictim:

@@ -18,32 +18,19 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from codefend import encoders
 from codefend.core.devices import default_device
-from codefend.encoders.efficientnet_lite import EfficientNetLite
+from codefend.encoders.views import SIDE, fit_square
 from codefend.types import CodefendError
 from codefend.victims.packed import answer_logits
 from codefend.victims.smollm import load_smollm
 
-SIDE = 128  # pixels that the encoder sees
 TOKENS = (SIDE // 32) ** 2
 BEFORE = "<|im_start|>user\n"  # then the image
 AFTER = "<|im_end|>\n<|im_start|>assistant\n"
 END = "<|im_end|>"
 EMBEDDING_STD = 0.136  # of SmolLM2's input embeddings; projected tokens start at this scale or training stalls
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
-def fit_square(images: Tensor, side: int = SIDE) -> Tensor:
-    """Pad with grey to a square and resize (antialiased, differentiable) to ``[B, 3, side, side]``."""
-    height, width = images.shape[-2:]
-    if height != width:
-        gap, longer = abs(height - width), max(height, width)
-        first = (gap // 2, gap - gap // 2)
-        pads = (0, 0, *first) if width == longer else (*first, 0, 0)
-        images = F.pad(images, pads, value=0.5)
-    if images.shape[-1] == side:
-        return images
-    return F.interpolate(images, (side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
 class Connector(nn.Module):
@@ -67,7 +54,7 @@ class Connector(nn.Module):
 
 
 class Pocket(nn.Module):
-    """The pocket MLLM. ``encoder`` in encoders.NAMES; ``rank`` of the LoRA adapters (0: none).
+    """The pocket MLLM. ``encoder`` names one of `codefend.encoders`; ``rank`` of the LoRA adapters (0: none).
 
     ``vocabulary``: the words and phrases that its connector was grounded on.
     """
@@ -78,7 +65,7 @@ class Pocket(nn.Module):
         super().__init__()
         self.config = {"encoder": encoder, "rank": rank, "vocabulary": list(vocabulary)}
         self.vocabulary = tuple(vocabulary)
-        self.encoder = EfficientNetLite(encoder)
+        self.encoder = encoders.load(encoder)
         self.connector = Connector(self.encoder.width)
         self.llm, self.tokenizer = load_smollm()
         self._end = self.tokenizer.token_to_id(END)

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codefend.encoders.resample import Levels
 from codefend.types import CodefendError
+from codefend.victims.hf.resample import Levels
 
 Family = Callable[[Any, Levels, Tensor], Tensor]  # processor, arithmetic, levels [B,3,H,W] -> pixel_values
 
