@@ -13,7 +13,7 @@ from torch import Tensor
 from codefend import purifiers
 from codefend.core import runs
 from codefend.purifiers.bridge import Bridge, BridgeOptions
-from codefend.purifiers.detection import FLOOR, RAMP, TEXTURE_FLOOR, Detector, features, fit, threshold_at
+from codefend.purifiers.detection import FLOOR, RAMP, TEXTURE_FLOOR, Detector, features, threshold_at
 from codefend.purifiers.nets import NetConfig, PurifierNet, save_net
 from codefend.training.calibrate import CalibrateConfig, calibrate
 from codefend.types import CodefendError
@@ -63,27 +63,6 @@ def test_a_detector_of_four_weights_goes_by_the_first_four_features() -> None:
     images, purified = torch.rand(2, 2, 3, 16, 16, generator=gen())
     four, eight = (Detector((1.0, -2.0, 0.5, 3.0, *zeros), 0.1, 0.5, 0.01) for zeros in ((), (0.0,) * 4))
     assert torch.equal(four.logit(images, purified), eight.logit(images, purified))
-
-
-def test_fit_is_the_regularized_optimum() -> None:
-    linear_model = pytest.importorskip("sklearn.linear_model")
-    clean = torch.randn(300, 4, generator=gen(), dtype=torch.float64) * torch.tensor([1.0, 0.1, 2.0, 1.0])
-    attacked = torch.randn(200, 4, generator=gen(1), dtype=torch.float64) + torch.tensor([1.0, 0.0, -1.0, 0.5])
-    weights, bias = fit(clean, attacked, ridge=1e-9)
-    inputs = torch.cat([clean, attacked]).numpy()
-    labels = [0] * 300 + [1] * 200
-    reference = linear_model.LogisticRegression(C=1e9, class_weight="balanced", tol=1e-8, max_iter=1000)
-    reference.fit(inputs, labels)
-    assert list(weights) == pytest.approx(reference.coef_[0].tolist(), rel=1e-3)
-    assert bias == pytest.approx(float(reference.intercept_[0]), rel=1e-3)
-
-
-def test_separable_classes_have_a_finite_fit() -> None:
-    clean, attacked = torch.randn(40, 4, generator=gen()), 9 + torch.randn(40, 4, generator=gen(1))
-    weights, bias = fit(clean, attacked)
-    assert all(abs(w) < 100 for w in (*weights, bias))
-    scores = [(part @ part.new_tensor(weights) + bias).sigmoid() for part in (clean, attacked)]
-    assert float(scores[0].max()) < 0.5 < float(scores[1].min())
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.3])

@@ -111,30 +111,6 @@ class Detector:
         return found
 
 
-def fit(clean: Tensor, attacked: Tensor, *, ridge: float = 1e-4) -> tuple[tuple[float, ...], float]:
-    """Logistic regression on features ``[N, K]`` and ``[M, K]``, both classes weighing alike: weights and bias.
-
-    Newton's method on standardized features, with a small ridge so that separable classes have a finite answer.
-    """
-    both = torch.cat([clean, attacked]).double()
-    mean, std = both.mean(0), both.std(0).clamp_min(1e-6)
-    inputs = torch.cat([(both - mean) / std, both.new_ones(len(both), 1)], 1)
-    labels = torch.cat([both.new_zeros(len(clean)), both.new_ones(len(attacked))])
-    share = torch.cat([both.new_full((len(part),), 0.5 / len(part)) for part in (clean, attacked)])
-    penalty = ridge * torch.eye(inputs.shape[1], dtype=both.dtype)
-    solution = both.new_zeros(inputs.shape[1])
-    for _ in range(50):
-        said = (inputs @ solution).sigmoid()
-        slope = inputs.T @ (share * (said - labels)) + penalty @ solution
-        curvature = (inputs * (share * said * (1 - said)).unsqueeze(1)).T @ inputs + penalty
-        step = torch.linalg.solve(curvature, slope)
-        solution = solution - step
-        if float(step.abs().max()) < 1e-9:
-            break
-    weights = solution[:-1] / std
-    return tuple(weights.tolist()), float(solution[-1] - (weights * mean).sum())
-
-
 def threshold_at(clean_scores: Tensor, rate: float) -> float:
     """The lowest threshold that at most ``rate`` of the clean scores ``[N]`` exceed."""
     ordered = clean_scores.sort(descending=True).values

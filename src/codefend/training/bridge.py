@@ -30,7 +30,7 @@ from codefend.training.camera import jpeg_file
 from codefend.training.card import write_card
 from codefend.training.fit import Losses, MovingAverage, Training, cosine_schedule, fit
 from codefend.training.frozen import OWN
-from codefend.training.growth import grown
+from codefend.training.growth import grow
 from codefend.training.guides import Guide, directional_hinge, load_guide, token_distance, viewed
 from codefend.training.mining import mine
 from codefend.training.replay import Replays
@@ -169,7 +169,7 @@ def start_from_prior(config: BridgeConfig) -> PurifierNet:
         prior, _ = load_net(config.prior or WEIGHTS / "prior")
         net = PurifierNet(replace(prior.config, residual_bound=config.residual_bound))
         net.load_state_dict(prior.state_dict())
-    return grown(net, channels=config.channels, blocks=config.blocks, seed=config.seed)
+    return grow(net, channels=config.channels, blocks=config.blocks, seed=config.seed)
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------

@@ -17,57 +17,58 @@ from codefend.core.devices import default_device
 from codefend.core.files import write_atomic
 from codefend.core.runs import make_generator, progress, read_config, read_rows
 from codefend.purifiers.base import NetPurifier
-from codefend.purifiers.detection import TEXTURE_FLOOR, Detector, features, fit, threshold_at
+from codefend.purifiers.detection import TEXTURE_FLOOR, Detector, features, threshold_at
 from codefend.purifiers.nets import CONFIG_FILE
 from codefend.tasks.training_images import own_photographs, training_pictures
-from codefend.training.camera import WAYS, photographed
+from codefend.training.camera import AUGMENTATIONS, augment_camera
 from codefend.training.pairs import read_pairs
 from codefend.types import CodefendError
 
 BATCH = 16
+EPS_RANGES = ((0, 2), (2, 4), (4, 8), (8, 16), (16, 255))  # of the reported detection rates, in 1/255
 
 
 @dataclass(frozen=True)
 class CalibrateConfig:
-    """On what a detector is calibrated."""
+    """The data that a detector is calibrated on."""
 
     pairs: tuple[str, ...] = ()  # banks that the weights were not trained on: another seed of `codefend pairs`
-    clean: int = 2000  # further clean pictures, which cost no attack: half for the threshold, half to measure its rate
-    rate: float = 0.01  # wanted share of clean pictures above the threshold
+    clean: int = 2000  # further clean images: half for the threshold, half to measure its false-positive rate
+    rate: float = 0.01  # false-positive rate of the threshold
     seed: int = 0
-    photographs: str = ""  # a folder of your own photographs among the clean pictures
+    photographs: str = ""  # a folder of your own photographs among the clean images
 
 
 def calibrate(folder: str | Path, config: CalibrateConfig) -> Detector:
     """Fit, set the threshold, measure, and write ``detector`` into ``folder``'s config.json; returns it.
 
-    Half of the pairs fit the score, the other half measures how many attacked pictures are found at the threshold;
-    clean pictures drawn anew set the threshold and measure its false-positive rate. All are seen as they are, as JPEG
-    files and with a camera's noise (`tasks.camera`), beneath the attack as well. Training's own banks are refused:
-    their residuals are smaller than those of pictures never seen. Raises CodefendError for that, too few pictures, or a
-    folder that is no purifier's.
+    Half of the pairs fit the score, the other half measures the detection rate at the threshold. New clean images set
+    the threshold and measure its false-positive rate. All images, also beneath the perturbations, are used unchanged,
+    after JPEG compression and with sensor noise (`training.camera`). Banks of the training are refused: their residuals
+    are smaller than those of new images. Raises CodefendError for that, too few images, or a folder that is no
+    purifier's.
     """
     purifier = purifiers.load(Path(folder))
     if not isinstance(purifier, NetPurifier):
         raise CodefendError(f"{folder} holds no network to calibrate")
     _refuse_training_banks(Path(folder), config.pairs)
     if not 0 < config.rate < 0.5 or config.clean * config.rate < 2:
-        raise CodefendError(f"a rate of {config.rate:g} can't be set on {config.clean} clean pictures: draw more")
-    own_photographs(config.photographs)  # a missing folder is told now
+        raise CodefendError(f"a rate of {config.rate:g} can't be set on {config.clean} clean images: draw more")
+    own_photographs(config.photographs)  # fail early where the folder is missing
     clean, attacked, eps = _bank_features(purifier, config)
     if len(clean) < 32:
         raise CodefendError(f"{len(clean)} pairs are too few to calibrate on: make some hundred")
-    weights, bias = fit(clean[::2].flatten(0, 1), attacked[::2].flatten(0, 1))
-    fresh = _scores(_fresh_features(purifier, config), weights, bias)
+    weights, bias = fit_logistic(clean[::2].flatten(0, 1), attacked[::2].flatten(0, 1))
+    fresh = _scores(_clean_features(purifier, config), weights, bias)
     threshold = threshold_at(fresh[::2], config.rate)
     rate = float((fresh[1::2] > threshold).float().mean())
-    found = _scores(attacked[1::2], weights, bias) > threshold
+    detections = _scores(attacked[1::2], weights, bias) > threshold
     report = {
         "pairs": list(config.pairs),
         "pairs_fitted": len(clean[::2]),
         "clean_measured": len(fresh[1::2]),
-        "own_photographs": bool(config.photographs),  # among them
-        "found": _found_by_strength(found, eps[1::2]),
+        "own_photographs": bool(config.photographs),
+        "found": _detection_rates(detections, eps[1::2]),
         "seed": config.seed,
     }
     detector = Detector(weights, bias, threshold, rate, report, texture_floor=TEXTURE_FLOOR)
@@ -77,46 +78,66 @@ def calibrate(folder: str | Path, config: CalibrateConfig) -> Detector:
     return detector
 
 
+def fit_logistic(clean: Tensor, attacked: Tensor, *, ridge: float = 1e-4) -> tuple[tuple[float, ...], float]:
+    """Logistic regression on features ``[N, K]`` and ``[M, K]``, with balanced classes: weights and bias.
+
+    On standardized features, with an L2 penalty of ``ridge`` / 2, so that separable classes have a finite solution.
+    Raises CodefendError when scikit-learn is missing.
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ModuleNotFoundError as error:
+        raise CodefendError("calibration needs scikit-learn: pip install 'codefend[train]'") from error
+    both = torch.cat([clean, attacked]).double()
+    mean, std = both.mean(0), both.std(0).clamp_min(1e-6)
+    labels = [0] * len(clean) + [1] * len(attacked)
+    model = LogisticRegression(
+        C=1 / (ridge * len(both)), class_weight="balanced", solver="newton-cholesky", tol=1e-8, max_iter=1000
+    )
+    model.fit(((both - mean) / std).numpy(), labels)
+    weights = torch.from_numpy(model.coef_[0]) / std
+    return tuple(weights.tolist()), float(model.intercept_[0] - (weights * mean).sum())
+
+
 def _refuse_training_banks(folder: Path, pairs: Iterable[str]) -> None:
     training = folder / "training.json"
     if not training.is_file():
         return
     trained = [bank["config"] for bank in json.loads(training.read_text(encoding="utf-8"))["pairs"]]
-    for place in pairs:
-        if read_config(place) in trained:
-            raise CodefendError(f"{folder} was trained on {place}: calibrate on a bank made with another seed")
+    for bank in pairs:
+        if read_config(bank) in trained:
+            raise CodefendError(f"{folder} was trained on {bank}: calibrate on a bank made with another seed")
 
 
 def _bank_features(purifier: NetPurifier, config: CalibrateConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Features of the banks' clean and attacked pictures in each of WAYS, ``[N, 3, 8]`` each, and their eps ``[N]``."""
+    """Features of the banks' clean and adversarial images after each augmentation, ``[N, 3, 8]``, and eps ``[N]``."""
     if not config.pairs:
         raise CodefendError("calibration needs held-out pairs: `codefend pairs --set seed=1`, then --set pairs=FOLDER")
-    shards = [shard for place in config.pairs for shard in read_pairs(place)]
-    rows = [row for place in config.pairs for row in sorted(read_rows(place), key=lambda row: int(row["key"][6:]))]
+    shards = [shard for bank in config.pairs for shard in read_pairs(bank)]
+    rows = [row for bank in config.pairs for row in sorted(read_rows(bank), key=lambda row: int(row["key"][6:]))]
     eps = torch.tensor([pair["eps"] for row in rows for pair in row["pairs"]])
     clean, attacked = [], []
     with progress("calibrate", len(shards)) as advance:
-        for number, (plain, perturbed, _) in enumerate(shards):
+        for number, (images, adversarial, _) in enumerate(shards):
             rng = np.random.default_rng([config.seed, 13, number])
-            changes = (perturbed.float() - plain.float()) / 255
-            seen = [photographed(plain.float() / 255, rng, [way]) for way in WAYS]
-            found = [_features(purifier, kept, config.seed, 0, number) for kept in seen]
-            clean.append(torch.stack(found, 1))
-            found = [_features(purifier, (kept + changes).clamp(0, 1), config.seed, 1, number) for kept in seen]
-            attacked.append(torch.stack(found, 1))
+            perturbation = (adversarial.float() - images.float()) / 255
+            augmented = [augment_camera(images.float() / 255, rng, [one]) for one in AUGMENTATIONS]
+            perturbed = [(batch + perturbation).clamp(0, 1) for batch in augmented]
+            clean.append(torch.stack([_features(purifier, b, config.seed, 0, number) for b in augmented], 1))
+            attacked.append(torch.stack([_features(purifier, b, config.seed, 1, number) for b in perturbed], 1))
             advance()
-    known = min(len(eps), sum(map(len, clean)))  # a bank that was cut short has a shard without its row
-    return torch.cat(clean)[:known], torch.cat(attacked)[:known], eps[:known]
+    count = min(len(eps), sum(map(len, clean)))  # an interrupted bank has a shard without its row
+    return torch.cat(clean)[:count], torch.cat(attacked)[:count], eps[:count]
 
 
-def _fresh_features(purifier: NetPurifier, config: CalibrateConfig) -> Tensor:
-    """Features of clean pictures that no bank and no training has, ``[clean, 8]``."""
+def _clean_features(purifier: NetPurifier, config: CalibrateConfig) -> Tensor:
+    """Features of clean images that are in no bank and no training, ``[clean, 8]``."""
     parts, own = [], own_photographs(config.photographs)
-    with progress("clean pictures", config.clean) as advance:
+    with progress("clean images", config.clean) as advance:
         for start in range(0, config.clean, BATCH):
             rng = np.random.default_rng([config.seed, 12, start])
             count = min(BATCH, config.clean - start)
-            images = photographed(training_pictures(rng, count, first_scene=9_000_000 + start, own=own), rng)
+            images = augment_camera(training_pictures(rng, count, first_scene=9_000_000 + start, own=own), rng)
             parts.append(_features(purifier, images, config.seed, "clean", start))
             advance(count)
     return torch.cat(parts)
@@ -124,20 +145,20 @@ def _fresh_features(purifier: NetPurifier, config: CalibrateConfig) -> Tensor:
 
 def _features(purifier: NetPurifier, images: Tensor, seed: int, *names: object) -> Tensor:
     with torch.no_grad():
-        draw = make_generator(seed, "calibrate", *names)
+        generator = make_generator(seed, "calibrate", *names)
         parts = images.to(default_device()).split(BATCH)
-        return torch.cat([features(part, purifier.transformed(part, generator=draw)).cpu() for part in parts])
+        return torch.cat([features(part, purifier.transformed(part, generator=generator)).cpu() for part in parts])
 
 
-def _scores(found: Tensor, weights: tuple[float, ...], bias: float) -> Tensor:
-    return (found @ found.new_tensor(weights) + bias).sigmoid()
+def _scores(inputs: Tensor, weights: tuple[float, ...], bias: float) -> Tensor:
+    return (inputs @ inputs.new_tensor(weights) + bias).sigmoid()
 
 
-def _found_by_strength(found: Tensor, eps: Tensor) -> dict[str, dict[str, float]]:
-    """Share of attacked pictures above the threshold, by budget: ``{"1-2/255": {"share": ..., "n": ...}}``."""
+def _detection_rates(detections: Tensor, eps: Tensor) -> dict[str, dict[str, float]]:
+    """Share of adversarial images above the threshold, by eps: ``{"2-4/255": {"share": ..., "n": ...}}``."""
     table = {}
-    for low, high in ((0, 2), (2, 4), (4, 8), (8, 16), (16, 255)):
+    for low, high in EPS_RANGES:
         inside = (eps * 255 > low) & (eps * 255 <= high)
         if bool(inside.any()):
-            table[f"{low}-{high}/255"] = {"share": float(found[inside].float().mean()), "n": int(inside.sum())}
+            table[f"{low}-{high}/255"] = {"share": float(detections[inside].float().mean()), "n": int(inside.sum())}
     return table

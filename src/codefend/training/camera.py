@@ -1,6 +1,6 @@
-"""What cameras and their files leave in a picture: noise of the sensor and traces of JPEG.
+"""Sensor noise and JPEG artefacts, which most photographs have.
 
-Photographs carry both; who has only met drawn or clean pictures takes them for an attack.
+A network trained on rendered or clean images alone takes them for an attack.
 """
 
 from __future__ import annotations
@@ -14,53 +14,56 @@ from torch import Tensor
 
 from codefend.core import images
 
-Way = Callable[[Tensor, np.random.Generator], Tensor]
-QUALITIES = 50, 99  # of JPEG, even; most photographs on the web lie between 75 and 95
-SUBSAMPLINGS = 3  # of its chroma, by Pillow's numbers: 4:4:4, 4:2:2, 4:2:0
-BLOCK = 16  # pixels: of JPEG's grid where the chroma is halved
-MOST_NOISE = 2.5 / 255  # standard deviation at mid-grey
+Augmentation = Callable[[Tensor, np.random.Generator], Tensor]  # of one image [3, H, W]
+QUALITIES = 50, 99  # of JPEG, uniform; most photographs on the web have 75 to 95
+SUBSAMPLINGS = 3  # of its chroma, in Pillow's numbers: 4:4:4, 4:2:2, 4:2:0
+BLOCK = 16  # pixels, of JPEG's grid where the chroma is halved
+MAX_NOISE = 2.5 / 255  # standard deviation at mid-grey
 
 
 def jpeg_file(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """``[3, H, W]`` as it comes out of a file of any usual quality and subsampling, cut out anywhere on its grid."""
+    """``[3, H, W]`` after JPEG compression of random quality and chroma subsampling, at a random offset of its grid."""
     top, left = (int(rng.integers(BLOCK)) for _ in range(2))
-    wider = F.pad(image[None], (left, BLOCK - left, top, BLOCK - top), mode="replicate")[0]
+    padded = F.pad(image[None], (left, BLOCK - left, top, BLOCK - top), mode="replicate")[0]
     quality, subsampling = int(rng.integers(*QUALITIES)), int(rng.integers(SUBSAMPLINGS))
-    coded = images.load(images.encode(wider, "JPEG", quality=quality, subsampling=subsampling)).pixels
-    return coded[:, top : top + image.shape[1], left : left + image.shape[2]]
+    decoded = images.load(images.encode(padded, "JPEG", quality=quality, subsampling=subsampling)).pixels
+    return decoded[:, top : top + image.shape[1], left : left + image.shape[2]]
 
 
 def sensor_noise(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """``[3, H, W]`` with noise whose variance grows with the light (Foi et al. 2008), from none to MOST_NOISE.
+    """``[3, H, W]`` with noise whose variance grows with the signal (Foi et al. 2008), from none to MAX_NOISE.
 
-    Coarser or finer than the pixels, as demosaicing and resizing leave it; half of the time the same in all colours.
+    Coarser or finer than the pixels, as after demosaicing and resizing; half of the time the same in all channels.
     """
     height, width = image.shape[1:]
-    scale = float(rng.uniform(0.6, 1.6))  # of the grid it was drawn on
+    scale = float(rng.uniform(0.6, 1.6))  # of the grid on which it is drawn
     grid = max(1, round(height * scale)), max(1, round(width * scale))
-    colours = 1 if rng.random() < 0.5 else 3
-    drawn = torch.from_numpy(rng.standard_normal((1, colours, *grid))).to(image.dtype)
-    noise = F.interpolate(drawn, (height, width), mode="bilinear", antialias=True, align_corners=False)[0]
+    channels = 1 if rng.random() < 0.5 else 3
+    coarse = torch.from_numpy(rng.standard_normal((1, channels, *grid))).to(image.dtype)
+    noise = F.interpolate(coarse, (height, width), mode="bilinear", antialias=True, align_corners=False)[0]
     noise = noise / noise.square().mean().sqrt().clamp_min(1e-6)
-    shot = float(rng.random())  # share of the variance that the light makes
-    level = float(rng.uniform(0, MOST_NOISE)) * (1 - shot + 2 * shot * image.mean(0)).sqrt()
+    shot = float(rng.random())  # share of shot noise in the variance
+    level = float(rng.uniform(0, MAX_NOISE)) * (1 - shot + 2 * shot * image.mean(0)).sqrt()
     return (image + level * noise).clamp(0, 1)
 
 
 def noisy_file(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """``[3, H, W]`` with `sensor_noise`, three times of four in a file (`jpeg_file`)."""
+    """``[3, H, W]`` with `sensor_noise`, in three of four cases after JPEG compression (`jpeg_file`)."""
     noisy = sensor_noise(image, rng)
     return jpeg_file(noisy, rng) if rng.random() < 0.75 else noisy
 
 
-def untouched(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """``[3, H, W]`` as it is."""
+def unchanged(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """``[3, H, W]`` itself."""
     return image
 
 
-WAYS = untouched, jpeg_file, noisy_file
+AUGMENTATIONS = unchanged, jpeg_file, noisy_file
 
 
-def photographed(pictures: Tensor, rng: np.random.Generator, ways: Sequence[Way] = WAYS) -> Tensor:
-    """Pictures ``[B, 3, H, W]`` in 8 bits, each in one of the ``ways``."""
-    return images.quantize8(torch.stack([ways[int(rng.integers(len(ways)))](picture, rng) for picture in pictures]))
+def augment_camera(
+    batch: Tensor, rng: np.random.Generator, augmentations: Sequence[Augmentation] = AUGMENTATIONS
+) -> Tensor:
+    """Images ``[B, 3, H, W]`` with one of the ``augmentations`` each, in 8 bits."""
+    augmented = [augmentations[int(rng.integers(len(augmentations)))](image, rng) for image in batch]
+    return images.quantize8(torch.stack(augmented))

@@ -1,9 +1,9 @@
-"""Train the pocket victim: ground the connector's tokens in words, then teach the language model to read them.
+"""Train the pocket victim: ground the connector's tokens in words, then tune the language model on instructions.
 
-Stage 1 (minutes) needs no language model: each vision token is pulled, by cross-entropy over cosines, towards the
-embedding of the words for what its cell shows ("red car", "background"). Stage 2 is visual instruction tuning (Liu et
-al. 2023): connector and LoRA on captions and questions. A scene and all its texts are one sequence under a block mask,
-each text seeing the image and itself: several times the supervision per image.
+Stage 1 (minutes) needs no language model: cross-entropy over cosines brings each vision token near the embedding of the
+words for its cell ("red car", "background"). Stage 2 is visual instruction tuning (Liu et al. 2023) of connector and
+LoRA on captions and questions. An image and all its texts are one sequence under a block mask, in which each text
+attends to the image and itself: several times the supervision per image.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codefend.core import images as pictures
+from codefend.core import images
 from codefend.core.devices import default_device
 from codefend.core.files import write_atomic
 from codefend.core.runs import progress, save_checkpoint
@@ -45,16 +45,16 @@ class PocketConfig:
 
     encoder: str = "lite0"  # lite0, lite1 or lite2: a different victim each
     rank: int = 32  # of the LoRA adapters
-    init: str = ""  # weights folder to go on from, same encoder and rank; empty: from scratch
+    init: str = ""  # weights folder to start from, of the same encoder and rank; empty: from scratch
     seed: int = 0
     grounding_scenes: int = 6000
-    grounding_shapes: int = 2000  # pictures of easy-vqa's training split
-    grounding_epochs: int = 10  # 0: none, the connector of ``init`` stays as it is at first
+    grounding_shapes: int = 2000  # images of easy-vqa's training split
+    grounding_epochs: int = 10  # 0: no grounding, stage 2 starts from the connector of ``init``
     lr_grounding: float = 2e-3
     steps: int = 900
     batch: int = 4  # images a step
-    questions: int = 5  # texts an image, beside its caption
-    mix: tuple[str, ...] = MIX  # kinds that a scene's questions are drawn from
+    questions: int = 5  # texts an image, besides its caption
+    mix: tuple[str, ...] = MIX  # kinds of a scene's questions
     easyvqa: float = 0.3  # share of images from easy-vqa's training split
     lr_connector: float = 1e-3
     lr_lora: float = 8e-4
@@ -75,6 +75,7 @@ def train_pocket(config: PocketConfig, folder: str | Path) -> Path:
 
 
 def _training(config: PocketConfig, folder: Path) -> Training[Instructions]:
+    torch.manual_seed(config.seed)  # the initial weights only
     pocket = Pocket(config.encoder, rank=config.rank, vocabulary=WORDS)
     if config.init:
         read_trained(pocket, Path(config.init))
@@ -104,25 +105,25 @@ def _training(config: PocketConfig, folder: Path) -> Training[Instructions]:
 
 
 def export_pocket(pocket: Pocket, folder: Path) -> None:
-    """Write the trained part in 16 bits, atomically, as `victims.pocket.load_pocket` reads it."""
+    """Write the trained parameters in 16 bits, as `victims.pocket.load_pocket` reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: p.detach().to(torch.float16) for name, p in pocket.trainable.items()}
     save_checkpoint(folder / "model.safetensors", state)
     write_atomic(folder / "config.json", json.dumps(pocket.config, indent=2) + "\n")
 
 
-# Stage 1: words for cells
+# --- stage 1: words for cells ----------------------------------------------------------------------------------------
 
 
 def _ground(pocket: Pocket, config: PocketConfig, shapes: Sequence[Dialogues], log: Log) -> None:
-    """Train the connector alone so that each token is near the words for its cell; log a row every hundred steps."""
+    """Train the connector alone, so that each token is near the words for its cell; log a row every hundred steps."""
     tokens, labels, words = _grounding_set(pocket, config, shapes)
     connector = pocket.connector.requires_grad_(True).train()
     if not config.init:
         connector.place.data.copy_(_places(pocket))
     steps = config.grounding_epochs * len(tokens) // 64
-    draw = torch.Generator().manual_seed(config.seed)
-    picks = [torch.randint(len(tokens), (64,), generator=draw) for _ in range(steps)]
+    generator = torch.Generator().manual_seed(config.seed)
+    picks = [torch.randint(len(tokens), (64,), generator=generator) for _ in range(steps)]
     optimizer = torch.optim.AdamW(connector.parameters(), lr=config.lr_grounding, weight_decay=0.01)
 
     def loss(pick: Tensor, step: int) -> Losses:
@@ -152,15 +153,15 @@ def _ground(pocket: Pocket, config: PocketConfig, shapes: Sequence[Dialogues], l
 
 
 def _places(pocket: Pocket) -> Tensor:
-    """Where each token is, in words at half the usual loudness, ``[T, D]``: position questions learn from there."""
+    """Initial position embeddings ``[T, D]``: half of the embedding of the words for each token's corner."""
     corners = {corner: pocket.embed([f" {corner}"])[0].mean(0) for corner in PLACES}
     side = SIDE // 32
     names = [PLACES[2 * (row >= side // 2) + (column >= side // 2)] for row in range(side) for column in range(side)]
     return 0.5 * torch.stack([corners[name] for name in names])
 
 
-def _share(right: Tensor, among: Tensor) -> float:
-    return (right & among).sum().item() / max(1, int(among.sum()))
+def _share(correct: Tensor, subset: Tensor) -> float:
+    return (correct & subset).sum().item() / max(1, int(subset.sum()))
 
 
 def _grounding_set(pocket: Pocket, config: PocketConfig, shapes: Sequence[Dialogues]) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,7 +176,7 @@ def _grounding_set(pocket: Pocket, config: PocketConfig, shapes: Sequence[Dialog
     tokens, labels = [], []
     with progress("grounding scenes", config.grounding_scenes) as advance, torch.no_grad():
         for start in range(0, config.grounding_scenes, 32):
-            # Seeds above a million keep these scenes apart from the instruction stage's.
+            # Numbers above a million: none of the instruction stage's scenes.
             scenes = [compose("train", 1_000_000 + start + i, photographs=load_photographs()) for i in range(32)]
             batch = augment(torch.stack([s.image for s in scenes]), rng)
             tokens.append(pocket.features(batch).half())
@@ -183,7 +184,7 @@ def _grounding_set(pocket: Pocket, config: PocketConfig, shapes: Sequence[Dialog
             advance(32)
         for start in range(0, len(named), 32):
             part = named[start : start + 32]
-            batch = torch.stack([fit_square(pictures.load(path).pixels[None])[0] for path, _ in part])
+            batch = torch.stack([fit_square(images.load(path).pixels[None])[0] for path, _ in part])
             tokens.append(pocket.features(augment(batch, rng)).half())
             cells = [_shape_cells(p, index[n], index[" background"]) for p, (_, n) in zip(batch, part, strict=True)]
             labels.append(torch.stack(cells))
@@ -191,7 +192,7 @@ def _grounding_set(pocket: Pocket, config: PocketConfig, shapes: Sequence[Dialog
 
 
 def _cells(scene: Scene, index: dict[str, int]) -> Tensor:
-    """What each 32-pixel cell shows, ``[T]``; -1 where an object only grazes it."""
+    """The label of each 32-pixel cell, ``[T]``; -1 where an object covers only a little of it."""
     side = SIDE // 32
     labels = torch.full((side, side), len(index) - 1)
     for item in scene.objects:
@@ -208,17 +209,17 @@ def _cells(scene: Scene, index: dict[str, int]) -> Tensor:
 
 
 def _shape_name(dialogues: Sequence[tuple[str, str]]) -> str:
-    """ " teal triangle", from the answers to an easy-vqa picture's questions; "" where they don't tell."""
+    """ " teal triangle", from the answers to the questions on an easy-vqa image; "" where they lack either word."""
     shapes, colours = ("circle", "rectangle", "triangle"), ("black", "blue", "brown", "gray", "green", "red", "teal")
-    said = {answer for _, answer in dialogues}
-    found = [" ".join(sorted(said & set(group))) for group in ((*colours, "yellow"), shapes)]
-    return f" {found[0]} {found[1]}" if all(found) else ""
+    answers = {answer for _, answer in dialogues}
+    colour, shape = (" ".join(sorted(answers & set(group))) for group in ((*colours, "yellow"), shapes))
+    return f" {colour} {shape}" if colour and shape else ""
 
 
-def _shape_cells(picture: Tensor, label: int, background: int) -> Tensor:
-    """As `_cells` for an easy-vqa picture ``[3, S, S]``: what differs from its flat background is the shape."""
-    flat = picture.flatten(1).median(1).values[:, None, None]
-    inside = ((picture - flat).abs().amax(0) > 0.12).float()
+def _shape_cells(image: Tensor, label: int, background: int) -> Tensor:
+    """As `_cells` for an easy-vqa image ``[3, S, S]``: the shape is what differs from its flat background."""
+    flat = image.flatten(1).median(1).values[:, None, None]
+    inside = ((image - flat).abs().amax(0) > 0.12).float()
     cover = F.avg_pool2d(inside[None, None], 32)[0, 0].flatten()
     labels = torch.full(cover.shape, -1)
     labels[cover > 0.3] = label
@@ -226,10 +227,10 @@ def _shape_cells(picture: Tensor, label: int, background: int) -> Tensor:
     return labels
 
 
-def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Light blur and noise on about half of the images, as a captioner in use meets them."""
-    out = []
-    for image in images:
+def augment(batch: Tensor, rng: np.random.Generator) -> Tensor:
+    """Light blur and noise on about half of the images ``[B, 3, SIDE, SIDE]``, as of images in use."""
+    augmented = []
+    for image in batch:
         if rng.random() < 0.35:
             small = int(rng.integers(72, SIDE))
             image = F.interpolate(image[None], (small, small), mode="bilinear", antialias=True)
@@ -237,15 +238,15 @@ def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
         if rng.random() < 0.35:
             noise = torch.from_numpy(rng.standard_normal((3, SIDE, SIDE), dtype=np.float32))
             image = image + noise * float(rng.uniform(0, 0.09))
-        out.append(image.clamp(0, 1))
-    return torch.stack(out)
+        augmented.append(image.clamp(0, 1))
+    return torch.stack(augmented)
 
 
-# Stage 2: instructions
+# --- stage 2: instructions -------------------------------------------------------------------------------------------
 
 
 def load_shapes() -> list[Dialogues]:
-    """The pictures of easy-vqa's training split, each with all its (question, answer) pairs."""
+    """The images of easy-vqa's training split, each with all its (question, answer) pairs."""
     grouped: dict[Path, list[tuple[str, str]]] = {}
     examples = load_easyvqa("train").examples
     for record in cast(LazyExamples, examples).records:
@@ -259,9 +260,9 @@ def _batch(config: PocketConfig, shapes: Sequence[Dialogues], step: int) -> Inst
     for i in range(config.batch):
         if rng.random() < config.easyvqa:
             path, dialogues = shapes[int(rng.integers(len(shapes)))]
-            # Their questions and answers are short: twice as many cost as much as a scene's.
+            # Questions and answers are short here: twice as many cost as much as a scene's.
             picks = rng.choice(len(dialogues), min(2 * config.questions, len(dialogues)), replace=False)
-            batch.append(fit_square(pictures.load(path).pixels[None])[0])
+            batch.append(fit_square(images.load(path).pixels[None])[0])
             texts.append([dialogues[int(p)] for p in picks])
         else:
             number = config.seed * 100_000 + step * config.batch + i
@@ -272,21 +273,21 @@ def _batch(config: PocketConfig, shapes: Sequence[Dialogues], step: int) -> Inst
 
 
 def packed_loss(
-    pocket: Pocket, images: Tensor, texts: Sequence[Sequence[tuple[str, str]]]
+    pocket: Pocket, batch: Tensor, texts: Sequence[Sequence[tuple[str, str]]]
 ) -> tuple[Tensor, float, float]:
-    """Mean NLL over all answers of all images (each answer weighs the same), and its value on first and other texts.
+    """Mean NLL over all answers of all images, each with the same weight; and its values on answers and captions.
 
-    ``images`` ``[B, 3, H, W]``; ``texts[b]`` the (prompt, answer) pairs of image b.
+    ``batch`` ``[B, 3, H, W]``; ``texts[b]`` the (prompt, answer) pairs of image b, of which the first is the caption.
     """
     device = pocket.device
-    vision = pocket.connector(pocket.features(images.to(device)))
+    vision = pocket.connector(pocket.features(batch.to(device)))
     before = pocket.encode([BEFORE])[0]
     rows = [_pack(pocket, pairs, len(before) + TOKENS) for pairs in texts]
     table = pocket.llm.get_input_embeddings().weight
     start = F.embedding(torch.tensor(before, device=device), table)
     embedded = [
-        torch.cat([start, seen, F.embedding(torch.tensor(row.ids, device=device), table)])
-        for row, seen in zip(rows, vision, strict=True)
+        torch.cat([start, tokens, F.embedding(torch.tensor(row.ids, device=device), table)])
+        for row, tokens in zip(rows, vision, strict=True)
     ]
     segments, positions = (
         [torch.tensor(part, device=device) for part in parts]
@@ -299,38 +300,38 @@ def packed_loss(
     ).last_hidden_state
     states = [hidden[b, at : at + len(reply)] for b, row in enumerate(rows) for at, reply in row.replies]
     replies = [reply for row in rows for _, reply in row.replies]
-    wanted = torch.tensor([i for reply in replies for i in reply], device=device)
-    nll = F.cross_entropy(pocket.llm.lm_head(torch.cat(states)), wanted, reduction="none")
+    targets = torch.tensor([i for reply in replies for i in reply], device=device)
+    nll = F.cross_entropy(pocket.llm.lm_head(torch.cat(states)), targets, reduction="none")
     means = torch.stack([part.mean() for part in nll.split([len(reply) for reply in replies])])
-    first = torch.tensor([i == 0 for row in rows for i in range(len(row.replies))])
-    return means.mean(), means[~first].mean().item(), means[first].mean().item()
+    captions = torch.tensor([i == 0 for row in rows for i in range(len(row.replies))])
+    return means.mean(), means[~captions].mean().item(), means[captions].mean().item()
 
 
 class _Row(NamedTuple):
-    """An image's texts one behind the other, without what stands before them."""
+    """The texts of an image in one sequence, after a prefix with the image's tokens."""
 
-    ids: list[int]
-    segments: list[int]  # of the whole row: 0 for the image, then each text's number
-    positions: list[int]  # of the whole row: every text goes on from the image
-    replies: list[tuple[int, list[int]]]  # where the states that say a reply begin, and its ids
+    ids: list[int]  # without the prefix
+    segments: list[int]  # of the whole sequence: 0 for the prefix, then each text's number
+    positions: list[int]  # of the whole sequence: every text continues from the prefix
+    replies: list[tuple[int, list[int]]]  # index of the first state that predicts a reply, and its ids
 
 
 def _pack(pocket: Pocket, pairs: Sequence[tuple[str, str]], prefix: int) -> _Row:
-    """``pairs`` are (prompt, answer); ``prefix`` positions stand before the first."""
+    """``pairs`` are (prompt, answer); ``prefix``: its number of tokens."""
     row = _Row([], [0] * prefix, list(range(prefix)), [])
-    asked = pocket.encode([f"\n{prompt}{AFTER}" for prompt, _ in pairs])
+    prompts = pocket.encode([f"\n{prompt}{AFTER}" for prompt, _ in pairs])
     answers = pocket.encode([f"{answer}{END}" for _, answer in pairs])
-    for number, (question, reply) in enumerate(zip(asked, answers, strict=True), start=1):
-        row.replies.append((prefix + len(row.ids) + len(question) - 1, reply))
-        row.ids.extend(question + reply[:-1])
-        length = len(question) + len(reply) - 1
+    for number, (prompt, reply) in enumerate(zip(prompts, answers, strict=True), start=1):
+        row.replies.append((prefix + len(row.ids) + len(prompt) - 1, reply))
+        row.ids.extend(prompt + reply[:-1])
+        length = len(prompt) + len(reply) - 1
         row.segments.extend([number] * length)
         row.positions.extend(range(prefix, prefix + length))
     return row
 
 
 def _block_mask(segments: Tensor) -> Tensor:
-    """Additive mask ``[B, 1, L, L]``: causal, and text sees segment 0 (the image) and its own segment only."""
+    """Additive mask ``[B, 1, L, L]``: causal, and a text attends to segment 0 (the image) and its own segment only."""
     same = segments[:, :, None] == segments[:, None, :]
     shared = segments[:, None, :] == 0
     length = segments.shape[1]
