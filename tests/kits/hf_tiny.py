@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from codefend.victims.hf.loading import no_videos, pictures_only
+from codefend.victims.hf.loading import no_videos, images_only
 
 tf: Any = import_module("transformers")  # its classes are typed too narrowly for keyword dicts
 
@@ -92,7 +92,7 @@ def llava_onevision() -> Made:
         image_grid_pinpoints=grid,
     )
     reader = _pil("llava_onevision", "LlavaOnevision")(size=_size(28), image_grid_pinpoints=grid)
-    processor = pictures_only(tf.LlavaOnevisionProcessor)(
+    processor = images_only(tf.LlavaOnevisionProcessor)(
         reader,
         words,
         no_videos(),
@@ -135,7 +135,7 @@ def _qwen(version: str) -> Made:
         config = tf.Qwen3VLConfig(text_config={**text, "head_dim": 8}, vision_config=eye, **ids)
     pixels = {"shortest_edge": (2 * patch) ** 2, "longest_edge": (4 * patch) ** 2}
     reader = _pil("qwen2_vl", "Qwen2VL")(patch_size=patch, size=pixels)
-    kind = pictures_only(tf.Qwen2_5_VLProcessor if version == "2_5" else tf.Qwen3VLProcessor)
+    kind = images_only(tf.Qwen2_5_VLProcessor if version == "2_5" else tf.Qwen3VLProcessor)
     model = tf.Qwen2_5_VLForConditionalGeneration if version == "2_5" else tf.Qwen3VLForConditionalGeneration
     chat = CHAT.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
     return model(config), kind(reader, words, no_videos(), chat_template=chat)
@@ -167,7 +167,7 @@ def _idefics(prefix: str) -> Made:
     reader = _pil(home, prefix)(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
     chat = CHAT.replace("IMAGE", "<image>").replace("<|im_end|>", "<end_of_utterance>")
     videos = [no_videos()] if prefix == "SmolVLM" else []
-    processor = pictures_only(getattr(tf, f"{prefix}Processor"))(
+    processor = images_only(getattr(tf, f"{prefix}Processor"))(
         reader, words, *videos, image_seq_len=4, chat_template=chat
     )
     return getattr(tf, f"{prefix}ForConditionalGeneration")(config), processor
@@ -193,7 +193,7 @@ def internvl() -> Made:
     )
     reader = _pil("got_ocr2", "GotOcr2")(size=_size(28), max_patches=4)
     chat = CHAT.replace("IMAGE", "<IMG_CONTEXT>")
-    processor = pictures_only(tf.InternVLProcessor)(reader, words, no_videos(), image_seq_length=4, chat_template=chat)
+    processor = images_only(tf.InternVLProcessor)(reader, words, no_videos(), image_seq_length=4, chat_template=chat)
     return tf.InternVLForConditionalGeneration(config), processor
 
 

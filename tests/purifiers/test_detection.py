@@ -115,7 +115,7 @@ def bank(folder: Path, seed: int) -> Path:
 @pytest.fixture
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(
-        "codefend.training.calibrate.training_pictures", lambda rng, count, first_scene, own: smooth(first_scene, count)
+        "codefend.training.calibrate.draw_training_images", lambda rng, count, first_scene, own: smooth(first_scene, count)
     )
     save_net(tmp_path / "mine", smoothing_net(), kind="bridge", options={"evaluations": 2})
     return tmp_path / "mine"
@@ -179,7 +179,7 @@ def test_a_gate_opens_evenly_below_the_threshold_and_has_a_gradient() -> None:
     ("changes", "words"),
     [
         ({"pairs": ()}, "held-out pairs"),
-        ({"photographs": "no-such-folder"}, "holds no pictures"),
+        ({"photographs": "no-such-folder"}, "holds no images"),
         ({"clean": 20}, "draw more"),
         ({"rate": 0.0}, "draw more"),
     ],

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from codefend.bench import EvalConfig
 from codefend.core import images
+from codefend.tasks import load
 from codefend.tasks.metrics import all_tags
 from codefend.tasks.readers import (
     LazyExamples,
@@ -57,8 +59,8 @@ TEXT = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pictures of several sizes under COCO's and TextVQA's names."""
-    place = tmp_path / "pictures"
+    """Images of several sizes under COCO's and TextVQA's names."""
+    place = tmp_path / "images"
     place.mkdir()
     shapes = {
         "COCO_val2014_000000000009": (20, 30),
@@ -71,22 +73,22 @@ def folder(tmp_path: Path) -> Path:
     return place
 
 
-def written(folder: Path, name: str, content: Any) -> Path:
+def write_file(folder: Path, name: str, content: Any) -> Path:
     path = folder.parent / name
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     return path
 
 
 def coco(folder: Path, **options: Any) -> Task:
-    return read_coco_captions(written(folder, "captions_val2014.json", CAPTIONS), folder, **options)
+    return read_coco_captions(write_file(folder, "captions_val2014.json", CAPTIONS), folder, **options)
 
 
 def vqa(folder: Path, **options: Any) -> Task:
-    questions, annotations = written(folder, "q.json", QUESTIONS), written(folder, "a.json", ANNOTATIONS)
+    questions, annotations = write_file(folder, "q.json", QUESTIONS), write_file(folder, "a.json", ANNOTATIONS)
     return read_vqa(questions, annotations, folder, **options)
 
 
-# --- what is read ----------------------------------------------------------------------------------------------------
+# --- the readers ------------------------------------------------------------------------------------------------------
 
 
 def test_coco_captions_become_one_example_per_image(folder: Path) -> None:
@@ -124,7 +126,7 @@ def test_vqa_joins_questions_with_their_annotations(folder: Path) -> None:
 
 
 def test_textvqa_takes_strings_and_objects_as_answers(folder: Path) -> None:
-    task = read_textvqa(written(folder, "TextVQA_val.json", TEXT), folder)
+    task = read_textvqa(write_file(folder, "TextVQA_val.json", TEXT), folder)
     first, second = task.examples
     assert first.references == ("nokia",) * 9 + ("none",)
     assert second.references == ("12:50",)
@@ -132,10 +134,10 @@ def test_textvqa_takes_strings_and_objects_as_answers(folder: Path) -> None:
     assert [first.image.shape[1:], second.image.shape[1:]] == [(8, 8), (10, 9)]
 
 
-def test_pictures_are_loaded_on_access_only(folder: Path) -> None:
+def test_images_are_loaded_on_access_only(folder: Path) -> None:
     task = coco(folder)
-    picture = folder / "COCO_val2014_000000000025.png"
-    picture.write_bytes(b"not a picture")
+    image = folder / "COCO_val2014_000000000025.png"
+    image.write_bytes(b"not a image")
     assert len(task.examples[1:]) == 1  # slicing loads nothing
     assert isinstance(task.examples[:1], LazyExamples)
     with pytest.raises(CodefendError, match=r"COCO_val2014_000000000025\.png"):
@@ -147,7 +149,7 @@ def test_pictures_are_loaded_on_access_only(folder: Path) -> None:
 # --- sizes and subsets -----------------------------------------------------------------------------------------------
 
 
-def test_size_makes_batches_of_different_pictures(folder: Path) -> None:
+def test_size_makes_batches_of_different_images(folder: Path) -> None:
     batch = torch.stack([example.image for example in coco(folder, size=14).examples])
     assert batch.shape == (2, 3, 14, 14)
     assert torch.equal(batch, images.quantize8(batch))
@@ -178,7 +180,7 @@ def test_a_subset_is_fixed_nested_and_in_order() -> None:
         subset(items, 0)
 
 
-def test_limit_needs_only_the_pictures_that_it_keeps(folder: Path) -> None:
+def test_limit_needs_only_the_images_that_it_keeps(folder: Path) -> None:
     assert [e.id for e in coco(folder, limit=1).examples] == [subset(["9", "25"], 1)[0]]
     assert len(vqa(folder, limit=1).examples) == 1
 
@@ -192,11 +194,11 @@ def test_lazy_examples_carry_kind_and_no_tags(folder: Path) -> None:
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_missing_pictures_are_counted_and_the_first_is_named(folder: Path) -> None:
+def test_missing_images_are_counted_and_the_first_is_named(folder: Path) -> None:
     (folder / "COCO_val2014_000000000025.png").unlink()
-    with pytest.raises(CodefendError, match=r"1 of 2 pictures are missing .*000000000025\.png"):
+    with pytest.raises(CodefendError, match=r"1 of 2 images are missing .*000000000025\.png"):
         coco(folder)
-    with pytest.raises(CodefendError, match=r"1 of 2 pictures are missing .* image id 25"):
+    with pytest.raises(CodefendError, match=r"1 of 2 images are missing .* image id 25"):
         vqa(folder)
     for reader in (coco, vqa):
         with pytest.raises(CodefendError, match="nowhere"):
@@ -222,7 +224,7 @@ def test_missing_pictures_are_counted_and_the_first_is_named(folder: Path) -> No
 )
 def test_malformed_captions_are_located(folder: Path, content: Any, message: str) -> None:
     with pytest.raises(CodefendError, match=message):
-        read_coco_captions(written(folder, "bad.json", content), folder)
+        read_coco_captions(write_file(folder, "bad.json", content), folder)
 
 
 def test_a_missing_file_is_named(folder: Path) -> None:
@@ -241,12 +243,42 @@ def test_malformed_answers_are_located(folder: Path) -> None:
         ("yes", "'answers' must be a list, not str"),
     ]:
         with pytest.raises(CodefendError, match=message):
-            read_textvqa(written(folder, "bad.json", {"data": [{**row, "answers": answers}]}), folder)
+            read_textvqa(write_file(folder, "bad.json", {"data": [{**row, "answers": answers}]}), folder)
     with pytest.raises(CodefendError, match="'data' is empty"):
-        read_textvqa(written(folder, "bad.json", {"data": []}), folder)
+        read_textvqa(write_file(folder, "bad.json", {"data": []}), folder)
 
 
 def test_questions_and_annotations_of_different_splits_are_refused(folder: Path) -> None:
-    annotations = written(folder, "a.json", {"annotations": [{"question_id": 1, "answers": []}]})
-    with pytest.raises(CodefendError, match=r"a\.json: annotates none of the questions"):
-        read_vqa(written(folder, "q.json", QUESTIONS), annotations, folder)
+    annotations = write_file(folder, "a.json", {"annotations": [{"question_id": 1, "answers": []}]})
+    with pytest.raises(CodefendError, match=r"a\.json: no question of .*q\.json is annotated"):
+        read_vqa(write_file(folder, "q.json", QUESTIONS), annotations, folder)
+
+
+# --- the registry ----------------------------------------------------------------------------------------------------
+
+
+def test_readers_are_tasks_of_the_registry_and_of_evaluations(folder: Path) -> None:
+    captions = write_file(folder, "captions.json", CAPTIONS)
+    questions, annotations = write_file(folder, "q.json", QUESTIONS), write_file(folder, "a.json", ANNOTATIONS)
+    task = load("coco-captions", annotations=captions, images=folder, size=8, limit=1)
+    assert [example.image.shape for example in task.examples] == [(3, 8, 8)]
+    assert len(load("vqav2", questions=questions, annotations=annotations, images=folder).examples) == 2
+    assert len(load("textvqa", data=write_file(folder, "t.json", TEXT), images=folder).examples) == 2
+    config = EvalConfig(tasks=(f"coco-captions:annotations={captions}", f"images={folder}", "size=8", "vqa"))
+    first, second = config.cases.values()
+    assert load(first.task, **first.options).examples[0].image.shape == (3, 8, 8)
+    assert second == ("vqa", "pocket", {})
+
+
+@pytest.mark.parametrize(
+    ("options", "split", "problem"),
+    [
+        ({"images": "x"}, "test", "'annotations' is not given; give annotations=PATH, images=PATH"),
+        ({"annotations": "x", "images": "y", "sise": "8"}, "test", "no option 'sise'"),
+        ({"annotations": "x", "images": "y", "size": "big"}, "test", "size must be a whole number of pixels"),
+        ({"annotations": "x", "images": "y"}, "val", "no split 'val'; leave split out"),
+    ],
+)
+def test_wrong_options_of_a_reader_are_errors(options: dict[str, str], split: str, problem: str) -> None:
+    with pytest.raises(CodefendError, match=problem):
+        load("coco-captions", split=split, **options)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from codefend.core import images
-from codefend.tasks.training_images import OWN_SHARES, OWN_SIDE, own_photographs, training_pictures
+from codefend.tasks.training_images import OWN_SHARES, OWN_SIDE, draw_training_images, own_photographs
 from codefend.training.bridge import BridgeConfig
 from codefend.training.pairs import PairsConfig
 from codefend.types import CodefendError
@@ -31,20 +31,20 @@ def test_own_photographs_are_read_by_name_and_cut_down(tmp_path: Path) -> None:
 def test_a_folder_without_usable_photographs_is_told(tmp_path: Path, content: str) -> None:
     if content == "small":
         images.save(tmp_path / "small.png", torch.zeros(3, 127, 500))
-    with pytest.raises(CodefendError, match="no pictures" if content == "nothing" else "500 x 127"):
+    with pytest.raises(CodefendError, match="no images" if content == "nothing" else "500 x 127"):
         own_photographs(str(tmp_path))
 
 
 def test_own_photographs_make_their_share_of_the_pictures() -> None:
     flat = torch.tensor([0.9, 0.1, 0.5])[:, None, None].expand(3, 300, 400)  # no other picture is of one colour
-    pictures = training_pictures(np.random.default_rng(0), 200, first_scene=0, own=(flat,))
+    pictures = draw_training_images(np.random.default_rng(0), 200, first_scene=0, own=(flat,))
     share = (pictures.flatten(2).std(2).amax(1) < 1e-3).float().mean()
     assert float(share) == pytest.approx(0.75 * OWN_SHARES[1], abs=0.1)
 
 
 def test_shares_of_ones_own() -> None:
     flat = torch.tensor([0.9, 0.1, 0.5])[:, None, None].expand(3, 300, 400)
-    pictures = training_pictures(np.random.default_rng(0), 60, first_scene=0, own=(flat,), shares=(0, 1, 0))
+    pictures = draw_training_images(np.random.default_rng(0), 60, first_scene=0, own=(flat,), shares=(0, 1, 0))
     share = (pictures.flatten(2).std(2).amax(1) < 1e-3).float().mean()
     assert float(share) == pytest.approx(0.75, abs=0.15)
 

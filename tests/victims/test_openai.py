@@ -147,7 +147,7 @@ def test_busy_and_broken_servers_are_asked_again(server: Server, ask: Ask) -> No
 def test_answers_before_an_error_are_kept(server: Server, ask: Ask) -> None:
     fine: Callable[[dict[str, Any]], Reply | None] = lambda body: None  # noqa: E731
     server.script = [fine, fine, refusal(429, "quota")]
-    with pytest.raises(CodefendError, match=r"too many requests.*run the same command again"):
+    with pytest.raises(CodefendError, match=r"too many requests.*rerun the command"):
         ask("&concurrency=1&retries=0").generate(grey(1, 2, 3, 4), ["a"] * 4)
     asked = len(server.requests)
     assert asked == 3  # what was still waiting is not sent
@@ -183,7 +183,7 @@ def test_an_endpoint_that_is_not_there_or_too_slow(server: Server, ask: Ask, tmp
 
 def test_what_is_no_chat_completion(server: Server, ask: Ask) -> None:
     server.script = [lambda body: (200, {"hello": "world"})]
-    with pytest.raises(CodefendError, match="something else than a chat completion"):
+    with pytest.raises(CodefendError, match="did not answer with a chat completion"):
         ask("&retries=0").generate(grey(1), ["a"])
 
 

@@ -78,13 +78,20 @@ class EvalConfig:
     sample: Literal["first", "strata"] = "first"  # which examples: the first, or in proportion of kind and objects
 
     def __post_init__(self) -> None:
-        for name in ("defenses", "attacks", "adaptive", "seen"):  # `attacks=apgd:steps=9,restarts=2` arrives in pieces
+        for name in (
+            "tasks",
+            "defenses",
+            "attacks",
+            "adaptive",
+            "seen",
+        ):  # a spec with options arrives in pieces
             object.__setattr__(self, name, split_specs(getattr(self, name)))
 
     @property
     def cases(self) -> dict[str, Case]:
         """What is evaluated, by the label that rows have as their task."""
-        return {task: Case(task, self.victim, {}) for task in self.tasks}
+        specs = {task: parse_spec(task) for task in self.tasks}
+        return {task: Case(spec.name, self.victim, dict(spec.options)) for task, spec in specs.items()}
 
     def radius(self, eps: float) -> float:
         """``eps`` of the list in pixel units."""

@@ -22,7 +22,7 @@ from codefend.core.devices import default_device
 from codefend.core.files import write_atomic
 from codefend.core.runs import make_generator, save_checkpoint
 from codefend.encoders.base import Encoder
-from codefend.tasks.training_images import training_pictures
+from codefend.tasks.training_images import draw_training_images
 from codefend.training.card import write_card
 from codefend.training.fit import Losses, Training, cosine_schedule, fit
 from codefend.training.mining import sign_steps
@@ -118,7 +118,7 @@ def fare_loss(config: FareConfig, encoder: Encoder, original: Encoder, clean: Te
 
 def _images(config: FareConfig, step: int) -> Tensor:
     rng = np.random.default_rng([config.seed, 11, step])
-    return training_pictures(rng, config.batch, first_scene=4_000_000 + step * config.batch)
+    return draw_training_images(rng, config.batch, first_scene=4_000_000 + step * config.batch)
 
 
 def _read_pocket(name: str) -> tuple[dict[str, object], dict[str, Tensor]]:

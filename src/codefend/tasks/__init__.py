@@ -1,4 +1,4 @@
-"""Tasks: what the victim is asked, and who judges the answers.
+"""Tasks: examples with prompts, and the metrics of the answers.
 
 This module imports no torch, so that ``codefend list tasks`` is quick.
 """
@@ -50,6 +50,29 @@ def _photographs(split: str, limit: int | None, **options: Any) -> Task:
     return load_photographs(split, limit, **options)
 
 
+def _files(reader: str, *paths: str) -> Callable[..., Task]:
+    """A task from the user's files: ``paths`` are the options that name them, in the reader's order."""
+
+    def build(split: str, limit: int | None, **options: Any) -> Task:
+        from codefend.tasks import readers
+
+        usage = f"{', '.join(f'{path}=PATH' for path in paths)}, and size=PIXELS for batches of images of any size"
+        if split != "test":
+            raise CodefendError(f"a task from your files has no split {split!r}; leave split out")
+        if missing := [path for path in paths if path not in options]:
+            raise CodefendError(f"the task reads your files, and {missing[0]!r} is not given; give {usage}")
+        if unknown := sorted(set(options) - {*paths, "size"}):
+            raise CodefendError(f"the task has no option {unknown[0]!r}; give {usage}")
+        try:
+            size = int(options["size"]) if "size" in options else None
+        except ValueError as error:
+            raise CodefendError(f"size must be a whole number of pixels, not {options['size']!r}") from error
+        read: Callable[..., Task] = getattr(readers, reader)
+        return read(*(options[path] for path in paths), size=size, limit=limit)
+
+    return build
+
+
 TASKS: dict[str, TaskSpec] = {
     spec.name: spec
     for spec in (
@@ -59,18 +82,38 @@ TASKS: dict[str, TaskSpec] = {
         TaskSpec("vqa", "questions of six kinds on the same scenes", _scenes("vqa", "")),
         TaskSpec("caption-shift", "captioning in a second drawing style (256 images)", _scenes("caption", "shift")),
         TaskSpec("vqa-shift", "questions in a second drawing style", _scenes("vqa", "shift")),
-        TaskSpec("easy-vqa", "coloured shapes, made by others (Zhou 2019; the easy-vqa package)", _easyvqa),
+        TaskSpec("easy-vqa", "coloured shapes, an external task (Zhou 2019; the easy-vqa package)", _easyvqa),
         TaskSpec(
             "photographs", "crops of held-out photographs: how far features and answers are restored", _photographs
+        ),
+        TaskSpec(
+            "coco-captions",
+            "captions of your COCO files: coco-captions:annotations=FILE,images=FOLDER[,size=224]",
+            _files("read_coco_captions", "annotations", "images"),
+        ),
+        TaskSpec(
+            "vqav2",
+            "questions of your VQAv2 files: vqav2:questions=FILE,annotations=FILE,images=FOLDER[,size=224]",
+            _files("read_vqa", "questions", "annotations", "images"),
+        ),
+        TaskSpec(
+            "textvqa",
+            "questions of your TextVQA-style file: textvqa:data=FILE,images=FOLDER[,size=224]",
+            _files("read_textvqa", "data", "images"),
         ),
     )
 }
 
 
 def load(name: str, *, split: str = "test", limit: int | None = None, **options: Any) -> Task:
-    """The task ``name``. ``split`` is "test" (frozen, shipped), or "val"/"train" where the task has them.
+    """The task ``name``. ``split`` is "test" (frozen, in the package), or "val"/"train" where the task has them.
 
-    ``options`` are the task's own, such as ``side`` and ``folder`` of photographs. Raises CodefendError for an unknown name (the nearest are named), an unknown split, or a limit below 1.
+    ``options`` are the task's own, such as ``side`` and ``folder`` of photographs, or the files of ``coco-captions``.
+    Raises CodefendError for an unknown name (the nearest are named), split or option, or a limit below 1.
+
+    >>> from codefend import load_task
+    >>> load_task("vqa", limit=2).headline
+    'vqa_accuracy'
     """
     if limit is not None and limit < 1:
         raise CodefendError(f"limit must be 1 or more, not {limit}")

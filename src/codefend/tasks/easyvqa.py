@@ -1,7 +1,7 @@
-"""easy-vqa (Victor Zhou 2019, MIT): coloured shapes with questions, a VQA task that this project didn't make.
+"""easy-vqa (Victor Zhou 2019, MIT): questions about coloured shapes, an external VQA task.
 
-The data lie inside the ``easy-vqa`` package, which is located without being imported: 64x64 pictures, 13 answers,
-4,000 pictures with 38,575 questions to train on and 1,000 with 9,673 to test.
+The data lie inside the ``easy-vqa`` package, which is located without being imported: 64x64 images, 13 answers,
+4,000 images with 38,575 questions to train on and 1,000 with 9,673 to test.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SHAPES = frozenset({"circle", "rectangle", "triangle"})
 def load_easyvqa(split: str = "test", *, limit: int | None = None, size: int | None = 128) -> Task:
     """The easy-vqa task: prompts are the questions, one reference each, ``kind`` is existence, shape or colour.
 
-    ``limit`` takes a fixed subset (see ``readers.subset``). ``size`` in pixels scales the 64x64 pictures up (bilinear,
+    ``limit`` takes a fixed subset (see ``readers.subset``). ``size`` in pixels scales the 64x64 images up (bilinear,
     antialiased); None leaves them. Raises CodefendError when the split is unknown or the package isn't installed.
     """
     if split not in SPLITS:
@@ -47,7 +47,7 @@ def load_easyvqa(split: str = "test", *, limit: int | None = None, size: int | N
         metrics=VQA_METRICS,
         headline="vqa_accuracy",
         target=VQA_TARGET,
-        description="questions about coloured shapes, made by others",
+        description="questions about coloured shapes, an external task",
         licence="MIT (easy-vqa, Victor Zhou)",
     )
 

@@ -1,4 +1,4 @@
-"""Means with honest counts, and bootstrap intervals (Efron 1979, percentile method) over per-example scores."""
+"""Means of per-example scores with their number, and bootstrap intervals (Efron 1979, percentile method)."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def bootstrap_interval(
 ) -> Interval:
     """Percentile bootstrap interval of the mean of ``scores`` ``[N]``, nan left out.
 
-    ``groups`` (one key per example, say the image id) resamples whole groups: questions on one picture aren't
-    independent. Without ``generator`` a fresh one seeded with 0 is used, so that a report says the same twice.
+    ``groups`` (one key per example, say the image id) resamples whole groups: questions on one image aren't
+    independent. Without ``generator`` a fresh one seeded with 0 is used, so that reports are reproducible.
     The ends are nan with fewer than two groups. Scores that are all equal give an interval of no width, which
     understates what a small sample can hide.
     """

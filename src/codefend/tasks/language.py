@@ -1,4 +1,4 @@
-"""What is said about a scene: captions, questions and answers, in varied words.
+"""Captions, questions and answers about a scene, in varied words.
 
 Question kinds: existence, count, colour, position, object, relation. Yes/no questions are balanced, and half of the
 "no" ones are hard: an absent object of a category that is present, or a present object in another colour.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from codefend.tasks.objects import COLOURS, THINGS
-from codefend.tasks.scenes import Placed, Scene
+from codefend.tasks.scenes import PlacedObject, Scene
 
 CAPTION_PROMPT = "Describe the picture."
 CAPTION_PROMPTS = (
@@ -40,7 +40,7 @@ PREFIXES = (
     "Please answer the question about the picture.",
 )
 KINDS = ("existence", "count", "colour", "position", "object", "relation")
-# How often each kind is asked in training: placing things takes the longest to learn.
+# Relative frequency of each kind in training: positions and relations take the longest to learn.
 MIX = ("existence", "count", "colour", "position", "position", "object", "relation", "relation", "relation")
 NUMBERS = ("zero", "one", "two", "three", "four")
 CATEGORIES = {"animal": "animals", "food": "things to eat", "vehicle": "vehicles"}
@@ -72,7 +72,7 @@ def where(place: str) -> str:
 
 
 def captions(scene: Scene) -> tuple[str, ...]:
-    """Four captions; the first is the one that the pocket is taught."""
+    """Four captions; the pocket is trained on the first."""
     parts = [a(o.phrase) for o in scene.objects]
     placed = [f"{p} {where(o.place)}" for p, o in zip(parts, scene.objects, strict=True)]
     beside = parts[0] if len(parts) == 1 else f"{listing(parts[:-1])} next to {parts[-1]}"
@@ -100,7 +100,7 @@ def existence(scene: Scene, rng: np.random.Generator) -> Dialogue:
     return Dialogue("existence", question, _yes(truth), f"there is {'' if truth else 'not '}{a(phrase)} in the picture")
 
 
-def _absent(scene: Scene, present: Placed, rng: np.random.Generator) -> str:
+def _absent(scene: Scene, present: PlacedObject, rng: np.random.Generator) -> str:
     names = {o.thing.name for o in scene.objects}
     if present.colour and rng.random() < 0.4:
         return f"{rng.choice([c for c in COLOURS if c != present.colour])} {present.thing.name}"
@@ -172,7 +172,7 @@ def relation(scene: Scene, rng: np.random.Generator) -> Dialogue | None:
     )
 
 
-def _straight(first: Placed, second: Placed, way: str) -> bool:
+def _straight(first: PlacedObject, second: PlacedObject, way: str) -> bool:
     return first.row == second.row if "to the" in way else first.column == second.column
 
 

@@ -1,4 +1,4 @@
-"""Judging answers: every metric maps ``(answers, examples)`` to one score per example, ``[N]``; nan = not scored.
+"""Metrics of answers: each maps ``(answers, examples)`` to one score per example, ``[N]``; nan = not scored.
 
 Captions: ``cider_d`` (headline), ``bleu4``, ``rouge_l``. Questions: ``vqa_accuracy`` (headline), ``exact_match``.
 Scenes: ``tag_recall``, ``all_tags``, ``exact_tags``. Attacks: ``untargeted_success``, ``targeted_success`` (higher is
@@ -130,7 +130,7 @@ def tag_recall(answers: Sequence[str], examples: Sequence[Example]) -> Tensor:
     """Fraction of ``example.tags`` that the answer holds as whole words or phrases, ``[N]``; nan without tags.
 
     Case and punctuation don't count; "cat" isn't in "cats" or "category". Recall only: naming more objects than the
-    picture has isn't punished.
+    image has isn't punished.
     """
     recalls = [
         sum(_holds(answer, tag) for tag in example.tags) / len(example.tags) if example.tags else math.nan
@@ -160,26 +160,26 @@ def exact_tags(things: Iterable[str], colours: Iterable[str]) -> Metric:
     def exact(answers: Sequence[str], examples: Sequence[Example]) -> Tensor:
         scores = []
         for answer, example in zip(answers, examples, strict=True):
-            wanted = _mentions(example.references[0], known, shades) if example.references else frozenset()
-            scores.append(float(_mentions(answer, known, shades) == wanted) if wanted else math.nan)
+            expected = _mentions(example.references[0], known, shades) if example.references else frozenset()
+            scores.append(float(_mentions(answer, known, shades) == expected) if expected else math.nan)
         return torch.tensor(scores)
 
     return exact
 
 
 def _mentions(text: str, things: frozenset[str], colours: frozenset[str]) -> frozenset[tuple[str, str]]:
-    """What ``text`` names, as (colour, thing); one of them is empty where it stands alone."""
-    found, shade = set(), ""
+    """The objects that ``text`` mentions, as (colour, thing); one of the two is empty where it is missing."""
+    mentions, shade = set(), ""
     for word in caption_tokens(text):
         if word in things:
-            found.add((shade, word))
+            mentions.add((shade, word))
             shade = ""
         else:
-            found |= {(shade, "")} if shade else set()
+            mentions |= {(shade, "")} if shade else set()
             shade = word if word in colours else ""
-    found |= {(shade, "")} if shade else set()
-    coloured = {thing for colour, thing in found if colour and thing}
-    return frozenset((colour, thing) for colour, thing in found if colour or thing not in coloured)
+    mentions |= {(shade, "")} if shade else set()
+    coloured = {thing for colour, thing in mentions if colour and thing}
+    return frozenset((colour, thing) for colour, thing in mentions if colour or thing not in coloured)
 
 
 def attack_success(clean: Tensor, attacked: Tensor, *, threshold: float = 0.5) -> Tensor:

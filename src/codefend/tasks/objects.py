@@ -1,4 +1,4 @@
-"""The world of the composed scenes: 64 drawn objects, their names, categories, colours and drawings.
+"""The objects of the composed scenes: 64 of them, with names, categories, colours and drawings.
 
 Drawings are Fluent Emoji 3D (MIT) and, for the shift set, Noto Emoji (Apache-2.0), 96 pixels, in
 ``data/sprites_*.npz``; ``tools/build_sprites.py`` makes those files from the named packages.
@@ -18,13 +18,13 @@ from torch import Tensor
 Style = Literal["fluent", "noto"]
 DATA = Path(__file__).resolve().parents[1] / "data"
 
-# Hue in turns. Six names that people do not confuse; "orange" and "pink" are left out for that reason.
+# Hue in turns. Names that people do not confuse: "orange" and "pink" are left out for that reason.
 COLOURS: dict[str, float] = {"red": 0.0, "yellow": 0.14, "green": 0.36, "blue": 0.60, "purple": 0.78}
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A class of object. ``tinted`` ones are drawn in a random colour of COLOURS: their colour must be looked at."""
+    """A class of object. ``tinted`` ones are drawn in a random colour of COLOURS: so that questions can ask for it."""
 
     name: str
     code: str  # Unicode code point, hexadecimal: names the drawing in both emoji sets
@@ -55,13 +55,13 @@ def _table() -> tuple[Thing, ...]:
         for item in text.split(","):
             name, code = item.split(" ")
             things.append(Thing(name, code, category, tinted))
-    # A butterfly is an animal whose colour varies: it keeps "tinted" and "animal" from being the same thing.
+    # A butterfly is an animal of any colour, so that "tinted" does not imply "no animal".
     return tuple(Thing(t.name, t.code, "animal", True) if t.name == "butterfly" else t for t in things)
 
 
 THINGS: tuple[Thing, ...] = _table()
 BY_NAME: dict[str, int] = {thing.name: index for index, thing in enumerate(THINGS)}
-GROUPS = 8  # two objects of one group meet only in test scenes, two of different groups only in training scenes
+GROUPS = 8  # objects of one group occur together in test scenes only, those of different groups in training scenes
 
 
 def group(index: int) -> int:

@@ -1,11 +1,12 @@
-"""Tasks from a user's own files: COCO captions, VQAv2 and TextVQA-style JSON beside a folder of pictures.
+"""Tasks from a user's own files: COCO captions, VQAv2 and TextVQA-style JSON with a folder of images.
 
-Nothing is decoded while reading; ``LazyExamples`` loads a picture when it is asked for. Every reader takes
+Images are decoded on access only, by ``LazyExamples``. Every reader takes
 
-- ``size``: pixels; see ``resize_and_crop``. Without it pictures keep their own sizes, and batches must hold one each.
+- ``size``: pixels; see ``resize_and_crop``. Without it images keep their own sizes, and batches must hold one each.
 - ``limit``: at most so many examples, the fixed subset that ``subset`` picks.
 
-and raises CodefendError for a file that is missing or malformed (with the place in it) and for pictures that are missing.
+and raises CodefendError for missing or malformed files (naming the place in it) and for missing images.
+The tasks ``coco-captions``, ``vqav2`` and ``textvqa`` of the registry call them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ VQA_TARGET = "maybe"  # as in the evaluation of RobustVLM (Schlarmann et al. 202
 
 @dataclass(frozen=True)
 class Record:
-    """An ``Example`` whose picture is still a file."""
+    """An ``Example`` with the path of its image."""
 
     id: str
     path: Path
@@ -42,9 +43,9 @@ class Record:
 
 
 class LazyExamples(Sequence[Example]):
-    """Examples whose pictures are decoded on access, every time; slices are lazy too.
+    """Examples whose images are decoded on access, every time; slices are lazy too.
 
-    Raises CodefendError when a picture cannot be read.
+    Raises CodefendError when an image cannot be read.
     """
 
     def __init__(self, records: Sequence[Record], *, size: int | None = None) -> None:
@@ -73,7 +74,7 @@ class LazyExamples(Sequence[Example]):
 def resize_and_crop(image: Tensor, size: int) -> Tensor:
     """``[3,H,W]`` -> ``[3,size,size]``: the shorter side becomes ``size`` pixels, the longer is cropped to its centre.
 
-    Bilinear with antialiasing, then rounded to 8 bits, so that the result is a picture that a PNG holds unchanged.
+    Bilinear with antialiasing, then rounded to 8 bits, so that the result is an image that a PNG holds unchanged.
     """
     height, width = image.shape[-2:]
     scale = size / min(height, width)
@@ -120,7 +121,7 @@ def read_coco_captions(
             f"{source.path}: no image has a caption; is 'image_id' of the annotations 'id' of the images?"
         )
     folder = Path(image_dir)
-    paths = _found(folder, ((name, folder / name) for _, name in captioned))
+    paths = _existing(folder, ((name, folder / name) for _, name in captioned))
     records = [
         Record(str(key), path, prompt, tuple(captions[key])) for (key, _), path in zip(captioned, paths, strict=True)
     ]
@@ -144,13 +145,13 @@ def read_vqa(
     a single word or phrase.". Questions without annotation are left out. An image id is looked for as a file name
     without its ending, else as the number that a file name ends with (``COCO_val2014_000000262148.jpg``).
     """
-    source, judged = _Json(questions_json), _Json(annotations_json)
-    answers = {row.get("question_id", int, str): row for row in judged.rows("annotations")}
-    asked = [(row, row.get("question_id", int, str)) for row in source.rows("questions")]
-    kept = subset([(row, answers[key]) for row, key in asked if key in answers], limit)
-    if not kept:
-        raise CodefendError(f"{judged.path}: annotates none of the questions in {source.path}; are they of one split?")
-    paths = _numbered(Path(image_dir), [question.get("image_id", int, str) for question, _ in kept])
+    source, annotations = _Json(questions_json), _Json(annotations_json)
+    answers = {row.get("question_id", int, str): row for row in annotations.rows("annotations")}
+    questions = [(row, row.get("question_id", int, str)) for row in source.rows("questions")]
+    pairs = subset([(row, answers[key]) for row, key in questions if key in answers], limit)
+    if not pairs:
+        raise CodefendError(f"{annotations.path}: no question of {source.path} is annotated; are they of one split?")
+    paths = _numbered(Path(image_dir), [question.get("image_id", int, str) for question, _ in pairs])
     records = [
         Record(
             id=str(question.get("question_id", int, str)),
@@ -159,7 +160,7 @@ def read_vqa(
             references=annotation.answers(),
             kind=str(annotation.value.get("answer_type", "")),
         )
-        for (question, annotation), path in zip(kept, paths, strict=True)
+        for (question, annotation), path in zip(pairs, paths, strict=True)
     ]
     return Task(source.path.stem, LazyExamples(records, size=size), VQA_METRICS, headline="vqa_accuracy", target=target)
 
@@ -178,10 +179,10 @@ def read_textvqa(
     ``answers`` are strings, or objects with ``answer``. ``prompt`` and the search for an image id as in ``read_vqa``.
     """
     source = _Json(data_json)
-    kept = subset(list(enumerate(source.rows("data"))), limit)
-    if not kept:
+    rows = subset(list(enumerate(source.rows("data"))), limit)
+    if not rows:
         raise CodefendError(f"{source.path}: the list 'data' is empty")
-    paths = _numbered(Path(image_dir), [row.get("image_id", int, str) for _, row in kept])
+    paths = _numbered(Path(image_dir), [row.get("image_id", int, str) for _, row in rows])
     records = [
         Record(
             id=str(row.value.get("question_id", number)),
@@ -189,17 +190,17 @@ def read_textvqa(
             prompt=prompt.replace("{question}", row.get("question", str)),
             references=row.answers(),
         )
-        for (number, row), path in zip(kept, paths, strict=True)
+        for (number, row), path in zip(rows, paths, strict=True)
     ]
     return Task(source.path.stem, LazyExamples(records, size=size), VQA_METRICS, headline="vqa_accuracy", target=target)
 
 
-# --- JSON, with the place of every mistake ---------------------------------------------------------------------------
+# --- JSON, with the place of every error -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One object of a list, which knows where it stands."""
+    """One object of a list, with its place for error messages."""
 
     value: dict[str, Any]
     place: str
@@ -209,8 +210,8 @@ class _Row:
         if key not in self.value:
             raise CodefendError(f"{self.place} has no {key!r}")
         if not isinstance(self.value[key], types) or isinstance(self.value[key], bool):
-            wanted = " or ".join({str: "text", int: "a number", list: "a list"}[t] for t in types)
-            raise CodefendError(f"{self.place}: {key!r} must be {wanted}, not {type(self.value[key]).__name__}")
+            expected = " or ".join({str: "text", int: "a number", list: "a list"}[t] for t in types)
+            raise CodefendError(f"{self.place}: {key!r} must be {expected}, not {type(self.value[key]).__name__}")
         return self.value[key]
 
     def answers(self) -> tuple[str, ...]:
@@ -251,40 +252,40 @@ def _row(value: object, place: str) -> _Row:
     return _Row(value, place)
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images --------------------------------------------------------------------------------------------------------
 
 
 def _numbered(folder: Path, ids: Sequence[int | str]) -> list[Path]:
     """The file of each image id: by its stem, else by the number that its stem ends with."""
     stems: dict[str, Path] = {}
     numbers: dict[int, Path] = {}
-    for path in _listed(folder):
+    for path in _image_files(folder):
         stems.setdefault(path.stem, path)
         if digits := re.search(r"[0-9]+$", path.stem):
             numbers.setdefault(int(digits.group()), path)
-    found = ((key, stems.get(str(key)) or (numbers.get(key) if isinstance(key, int) else None)) for key in ids)
-    return _found(folder, ((f"image id {key}", path) for key, path in found))
+    matches = ((key, stems.get(str(key)) or (numbers.get(key) if isinstance(key, int) else None)) for key in ids)
+    return _existing(folder, ((f"image id {key}", path) for key, path in matches))
 
 
-def _listed(folder: Path) -> list[Path]:
+def _image_files(folder: Path) -> list[Path]:
     try:
         return sorted(p for p in folder.iterdir() if p.suffix.lower() in images.READABLE)
     except OSError as error:
         raise CodefendError(f"cannot read the image folder {folder}: {error.strerror}") from error
 
 
-def _found(folder: Path, wanted: Iterable[tuple[str, Path | None]]) -> list[Path]:
-    """The paths, all of which must be files."""
+def _existing(folder: Path, named_paths: Iterable[tuple[str, Path | None]]) -> list[Path]:
+    """The paths; raises CodefendError with the number of those that are no files and the first one's name."""
     if not folder.is_dir():
         raise CodefendError(f"the image folder {folder} is not a folder")
     paths: list[Path] = []
     missing: list[str] = []
-    for name, path in wanted:
+    for name, path in named_paths:
         if path is not None and path.is_file():
             paths.append(path)
         else:
             missing.append(name)
     if missing:
         total = len(paths) + len(missing)
-        raise CodefendError(f"{len(missing)} of {total} pictures are missing from {folder}, the first is {missing[0]}")
+        raise CodefendError(f"{len(missing)} of {total} images are missing from {folder}, the first is {missing[0]}")
     return paths

@@ -1,6 +1,6 @@
-"""Captioning and VQA on composed scenes, as tasks: the frozen sets that ship, and scenes drawn on demand.
+"""Captioning and VQA on composed scenes, as tasks: the frozen sets in the package, and scenes generated on demand.
 
-A frozen set is one zip of lossless pictures and ``examples.jsonl``; ``tools/build_scenes.py`` made it once.
+A frozen set is one zip of lossless images and ``examples.jsonl``; written by ``tools/build_scenes.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from codefend.tasks.readers import CAPTION_TARGET, VQA_TARGET
 from codefend.tasks.scenes import Scene, Split, compose, load_photographs, scene_rng
 from codefend.types import CodefendError, Example, Task
 
-DRAWN = ("train", "val")  # made on demand from a seed; needs scikit-image
+GENERATED = ("train", "val")  # on demand, from a seed; needs scikit-image
 FROZEN = {"test": 512, "shift": 256}
 LICENCE = "drawings: Fluent Emoji (MIT), Noto Emoji (Apache-2.0); backgrounds: public domain or CC0; see NOTICE"
 
@@ -28,8 +28,8 @@ def load_scenes(kind: str, split: str, *, limit: int | None = None) -> Task:
     """``kind`` caption or vqa; ``split`` test, shift, val or train; the first ``limit`` examples (None: 512 or all)."""
     if split in FROZEN:
         examples = _frozen(split)[kind][:limit]
-    elif split in DRAWN:
-        examples = drawn(kind, cast(Split, split), limit or 512)
+    elif split in GENERATED:
+        examples = generate(kind, cast(Split, split), limit or 512)
     else:
         raise CodefendError(f"the scenes have no split {split!r}; known: test, val, train")
     suffix = "-shift" if split == "shift" else ""
@@ -40,8 +40,8 @@ def load_scenes(kind: str, split: str, *, limit: int | None = None) -> Task:
     return Task(f"vqa{suffix}", examples, dict(VQA_METRICS), "vqa_accuracy", VQA_TARGET, "composed scenes", LICENCE)
 
 
-def drawn(kind: str, split: Split, count: int) -> tuple[Example, ...]:
-    """Scenes ``0 .. count-1`` of a split, drawn now. Raises CodefendError when scikit-image is missing."""
+def generate(kind: str, split: Split, count: int) -> tuple[Example, ...]:
+    """Examples of the scenes ``0 .. count-1`` of a split. Raises CodefendError when scikit-image is missing."""
     return tuple(describe(compose(split, i, photographs=load_photographs()), split, i)[kind] for i in range(count))
 
 
@@ -50,7 +50,7 @@ def describe(scene: Scene, split: Split, number: int) -> dict[str, Example]:
     image = images.quantize8(scene.image)
     name = f"{split}-{number:04d}"
     tags = tuple(o.thing.name for o in scene.objects)
-    rng = scene_rng(split, 10_000_000 + number)  # apart from the stream that drew the scene
+    rng = scene_rng(split, 10_000_000 + number)  # not the stream that the scene is drawn from
     kinds = [KINDS[(number + turn) % len(KINDS)] for turn in range(len(KINDS))]
     dialogue = next(d for kind in kinds if (d := ask(scene, kind, rng)) is not None)
     return {
@@ -69,20 +69,20 @@ def _frozen(split: str) -> dict[str, tuple[Example, ...]]:
             for kind, fields in row["examples"].items():
                 texts = {key: tuple(fields[key]) for key in ("references", "tags")}
                 examples[kind].append(Example(fields["id"], image, fields["prompt"], kind=fields["kind"], **texts))
-    return {kind: tuple(found) for kind, found in examples.items()}
+    return {kind: tuple(items) for kind, items in examples.items()}
 
 
 def freeze(split: Split, count: int) -> bytes:
     """The zip of a frozen set."""
     buffer, rows = io.BytesIO(), []
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # the pictures are compressed already
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # the images are compressed already
         for number in range(count):
-            made = describe(compose(split, number, photographs=load_photographs()), split, number)
+            pair = describe(compose(split, number, photographs=load_photographs()), split, number)
             name = f"{number:04d}.webp"
-            archive.writestr(_entry(name), images.encode(made["caption"].image, "WEBP"))
+            archive.writestr(_entry(name), images.encode(pair["caption"].image, "WEBP"))
             fields = {
                 kind: {"id": e.id, "prompt": e.prompt, "references": e.references, "kind": e.kind, "tags": e.tags}
-                for kind, e in made.items()
+                for kind, e in pair.items()
             }
             rows.append(json.dumps({"image": name, "examples": fields}))
         archive.writestr(_entry("examples.jsonl"), "\n".join(rows) + "\n")

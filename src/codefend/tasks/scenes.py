@@ -1,7 +1,7 @@
-"""Composed scenes: one to four objects on plain, drawn or photographic backgrounds, from a seed.
+"""Composed scenes: one to four objects on plain, procedural or photographic backgrounds, from a seed.
 
 A scene is a pure function of ``(split, seed)``. Any two objects of a training scene come from different groups
-(`objects.group`) and any two of a test scene from one group, so no pair of objects is ever seen in both.
+(`objects.group`) and any two of a test scene from one group, so no pair of objects occurs in both.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ PHOTOGRAPHS = ("brick", "grass", "gravel", "hubble_deep_field", "moon", "retina"
 
 
 @dataclass(frozen=True)
-class Placed:
-    """An object in a scene: which, in what colour (tinted things only), where. Pixels from the top left corner."""
+class PlacedObject:
+    """An object in a scene: kind, colour (tinted ones only) and place. Pixels from the top left corner."""
 
     thing: Thing
     colour: str | None
@@ -57,7 +57,7 @@ class Scene:
     """``objects`` in reading order (top row first, then from the left), ``image`` ``[3, 128, 128]`` in [0, 1]."""
 
     image: Tensor
-    objects: tuple[Placed, ...]
+    objects: tuple[PlacedObject, ...]
 
 
 def scene_rng(split: Split, seed: int) -> np.random.Generator:
@@ -68,7 +68,7 @@ def scene_rng(split: Split, seed: int) -> np.random.Generator:
 def compose(split: Split, seed: int, *, photographs: Sequence[Tensor] = ()) -> Scene:
     """Draw the scene ``(split, seed)``. ``shift`` is ``test`` in the second drawing style.
 
-    ``photographs``: float32 ``[3, H, W]`` pictures, at least 160 pixels a side, for a third of the backgrounds.
+    ``photographs``: float32 ``[3, H, W]`` images, at least 160 pixels a side, for a third of the backgrounds.
     """
     rng = scene_rng(split, seed)
     style: Style = "noto" if split == "shift" else "fluent"
@@ -91,13 +91,13 @@ def _choose(rng: np.random.Generator, *, within_group: bool) -> list[Thing]:
     return [THINGS[int(i)] for i in picks]
 
 
-def _arrange(rng: np.random.Generator, things: Sequence[Thing]) -> tuple[Placed, ...]:
-    """One object a quadrant, jittered inside it, so that every place and relation is beyond doubt."""
+def _arrange(rng: np.random.Generator, things: Sequence[Thing]) -> tuple[PlacedObject, ...]:
+    """One object a quadrant, jittered inside it, so that places and relations are unambiguous."""
     if len(things) == 1 and rng.random() < 0.5:
         places = [4]
     else:
         places = sorted(int(p) for p in rng.choice(4, size=len(things), replace=False))
-    placed = []
+    objects = []
     for thing, place in zip(things, places, strict=True):
         low, high = (60, 100) if place == 4 else (46, 60)
         size = int(rng.integers(low, high))
@@ -106,11 +106,11 @@ def _arrange(rng: np.random.Generator, things: Sequence[Thing]) -> tuple[Placed,
         origin = np.array([0, 0]) if place == 4 else np.array([place // 2, place % 2]) * (SIZE // 2)
         top, left = (int(v) for v in origin + jitter)
         colour = str(rng.choice(list(COLOURS))) if thing.tinted else None
-        placed.append(Placed(thing, colour, PLACES[place], left, top, size))
-    return tuple(placed)
+        objects.append(PlacedObject(thing, colour, PLACES[place], left, top, size))
+    return tuple(objects)
 
 
-def _paste(image: Tensor, item: Placed, style: Style, *, flip: bool) -> Tensor:
+def _paste(image: Tensor, item: PlacedObject, style: Style, *, flip: bool) -> Tensor:
     sprite = sprites(style)[THINGS.index(item.thing)]
     if item.colour:
         sprite = tint(sprite, COLOURS[item.colour])
@@ -160,7 +160,7 @@ def _photographic(rng: np.random.Generator, photograph: Tensor) -> Tensor:
     left = int(rng.integers(photograph.shape[2] - side + 1))
     crop = photograph[None, :, top : top + side, left : left + side]
     crop = F.interpolate(crop, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)[0]
-    contrast = float(rng.uniform(0.35, 0.8))  # strong textures would hide objects from people too
+    contrast = float(rng.uniform(0.35, 0.8))  # strong textures would hide objects from people, too
     return (crop - crop.mean()) * contrast + float(rng.uniform(0.4, 0.65))
 
 
@@ -171,9 +171,9 @@ def load_photographs() -> tuple[Tensor, ...]:
         from skimage import data
     except ModuleNotFoundError as error:
         raise CodefendError("drawing scenes needs scikit-image: pip install 'codefend[train]'") from error
-    pictures = []
+    photographs = []
     for name in PHOTOGRAPHS:
         array = np.asarray(getattr(data, name)())
         array = np.repeat(array[..., None], 3, axis=2) if array.ndim == 2 else array[..., :3]
-        pictures.append(torch.from_numpy(array.copy()).permute(2, 0, 1).float().div(255))
-    return tuple(pictures)
+        photographs.append(torch.from_numpy(array.copy()).permute(2, 0, 1).float().div(255))
+    return tuple(photographs)

@@ -1,7 +1,7 @@
-"""Clean training pictures for the purifiers: composed scenes, photographs, and drawn "dead leaves".
+"""Clean training images for the purifiers: composed scenes, photographs and procedural "dead leaves".
 
 Dead leaves (Lee, Mumford & Huang 2001; for training restorers: Achddou et al. 2021) have the scale statistics and edges
-of natural images and no licence: they make up for the few free photographs that packages carry.
+of natural images and no licence. They supplement the few free photographs that packages carry.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from codefend.types import CodefendError
 HELD_OUT = ("astronaut", "chelsea", "coffee", "rocket")
 SHARES = (0.5, 0.2, 0.3)  # scenes, photographs, dead leaves
 OWN_SHARES = (0.35, 0.5, 0.15)  # the same where the user has photographs of their own
-OWN_SIDE = 1024  # their shorter side at most: what a crop at full size would add is mostly blur
+OWN_SIDE = 1024  # their shorter side at most, in pixels: full-size crops of large photographs are mostly blur
 
 
 @cache
 def training_photographs() -> tuple[Tensor, ...]:
-    """Pictures ``[3, H, W]``: scikit-image's (public domain, CC0) and scikit-learn's two photographs (CC-BY).
+    """Images ``[3, H, W]``: scikit-image's (public domain, CC0) and scikit-learn's two photographs (CC-BY).
 
     Raises CodefendError when either package is missing.
     """
@@ -46,7 +46,7 @@ def training_photographs() -> tuple[Tensor, ...]:
 def own_photographs(folder: str) -> tuple[Tensor, ...]:
     """The user's photographs ``[3, H, W]`` in [0, 1] of a folder and the folders in it, by name; "": none.
 
-    Raises CodefendError when the folder holds no pictures, or one that cannot be read or is under 128 pixels a side.
+    Raises CodefendError when the folder holds no images, or one that cannot be read or is under 128 pixels a side.
     """
     if not folder:
         return ()
@@ -57,12 +57,12 @@ def own_paths(folder: str) -> list[Path]:
     """The files of `own_photographs`, in its order. Raises CodefendError when there is none."""
     paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in images.READABLE and p.name[0] != ".")
     if not paths:
-        raise CodefendError(f"{folder} holds no pictures; looked for {' '.join(sorted(images.READABLE))}")
+        raise CodefendError(f"{folder} holds no images; looked for {' '.join(sorted(images.READABLE))}")
     return paths
 
 
 def _at_most(pixels: Tensor, path: Path) -> Tensor:
-    """The picture with its shorter side cut down to OWN_SIDE."""
+    """The image, downscaled to a shorter side of OWN_SIDE if that is longer."""
     height, width = pixels.shape[1:]
     if min(height, width) < SIZE:
         raise CodefendError(f"{path} is {width} x {height} pixels; photographs to train on need {SIZE} or more a side")
@@ -72,7 +72,7 @@ def _at_most(pixels: Tensor, path: Path) -> Tensor:
     return F.interpolate(pixels[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
-def training_pictures(
+def draw_training_images(
     rng: np.random.Generator,
     count: int,
     *,
@@ -82,32 +82,32 @@ def training_pictures(
 ) -> Tensor:
     """``[count, 3, 128, 128]`` in [0, 1]. Scenes are numbered from ``first_scene`` of "train".
 
-    Mixed by ``shares``; without them by SHARES, with the user's ``own`` photographs by OWN_SHARES. Three photographs of
-    four are theirs then.
+    Mixed by ``shares``; by default SHARES, or OWN_SHARES with the user's ``own`` photographs, which are then three
+    photographs of four.
     """
-    pictures = []
+    drawn = []
     for i in range(count):
         kind = rng.choice(3, p=shares or (OWN_SHARES if own else SHARES))
         if kind == 0:
-            pictures.append(compose("train", first_scene + i, photographs=load_photographs()).image)
+            drawn.append(compose("train", first_scene + i, photographs=load_photographs()).image)
         elif kind == 1 and own and rng.random() < 0.75:
-            pictures.append(_own_crop(rng, own))
+            drawn.append(_own_crop(rng, own))
         elif kind == 1:
-            pictures.append(_crop(rng, training_photographs()))
+            drawn.append(_crop(rng, training_photographs()))
         else:
-            pictures.append(dead_leaves(rng))
-    return torch.stack(pictures)
+            drawn.append(dead_leaves(rng))
+    return torch.stack(drawn)
 
 
 def _crop(rng: np.random.Generator, photographs: Sequence[Tensor]) -> Tensor:
-    """A random crop at a random scale, mirrored and turned, with its contrast and colours moved a little."""
+    """A random crop at a random scale, flipped and rotated, with a little colour jitter."""
     photograph = photographs[int(rng.integers(len(photographs)))]
     side = int(rng.integers(SIZE, max(SIZE + 1, min(3 * SIZE, *photograph.shape[1:]))))
     return _view(rng, photograph, side)
 
 
 def _own_crop(rng: np.random.Generator, photographs: Sequence[Tensor]) -> Tensor:
-    """As `_crop`, at scales from the photograph's own to the whole picture, evenly in their logarithm."""
+    """As `_crop`, at scales from the photograph's own to the whole image, evenly in their logarithm."""
     photograph = photographs[int(rng.integers(len(photographs)))]
     return _view(rng, photograph, int(SIZE * (min(photograph.shape[1:]) / SIZE) ** rng.random()))
 
@@ -129,7 +129,7 @@ def dead_leaves(rng: np.random.Generator, *, leaves: int = 120) -> Tensor:
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
     image = np.broadcast_to(rng.uniform(0, 1, (3, 1, 1)).astype(np.float32), (3, SIZE, SIZE)).copy()
     palette = _palette(rng)
-    # Radii from a density ~ r^-3 between 3 and 60 pixels make the picture scale invariant; large leaves first.
+    # Radii from a density ~ r^-3 between 3 and 60 pixels make the image scale invariant; large leaves first.
     radii = np.sort((rng.uniform(1 / 60**2, 1 / 3**2, leaves)) ** -0.5)[::-1]
     for radius in radii:
         cy, cx = rng.uniform(0, SIZE, 2)
@@ -142,7 +142,7 @@ def dead_leaves(rng: np.random.Generator, *, leaves: int = 120) -> Tensor:
             angle = rng.uniform(0, np.pi)
             u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
             inside = np.minimum(radius * 0.7 - np.abs(u), radius * rng.uniform(0.2, 0.7) - np.abs(v))
-        alpha = np.clip(inside + 0.5, 0, 1)  # soft over one pixel, as a lens draws it
+        alpha = np.clip(inside + 0.5, 0, 1)  # antialiased over one pixel
         colour = np.clip(palette[rng.integers(6)] + rng.normal(0, 0.08, 3), 0, 1)[:, None, None]
         slope = rng.normal(0, 0.15, 2) / radius
         leaf = colour + slope[0] * dy + slope[1] * dx

@@ -24,7 +24,7 @@ from codefend.purifiers.diffusion import bridge_state, charbonnier, sample_bridg
 from codefend.purifiers.nets import NetConfig, PurifierNet, load_net, save_net
 from codefend.tasks.language import training_texts
 from codefend.tasks.scenes import compose, load_photographs
-from codefend.tasks.training_images import own_photographs, training_pictures
+from codefend.tasks.training_images import draw_training_images, own_photographs
 from codefend.training.banks import Bank, StreamedBank
 from codefend.training.camera import jpeg_file
 from codefend.training.card import write_card
@@ -304,7 +304,7 @@ def _drawn(config: BridgeConfig, bank: Bank | StreamedBank, number: int) -> Pair
         texts = [choice[int(rng.integers(len(choice)))] for choice in choices]
         return Pairs(torch.stack([scene.image for scene in scenes]), None, texts)
     own = own_photographs(config.photographs)
-    return Pairs(training_pictures(rng, config.batch, first_scene=first, own=own), None)
+    return Pairs(draw_training_images(rng, config.batch, first_scene=first, own=own), None)
 
 
 def compress_clean(clean: Tensor, attacked: Tensor, rng: np.random.Generator, *, share: float) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from codefend.core.runs import make_generator, progress, read_config, read_rows
 from codefend.purifiers.base import NetPurifier
 from codefend.purifiers.detection import TEXTURE_FLOOR, Detector, features, threshold_at
 from codefend.purifiers.nets import CONFIG_FILE
-from codefend.tasks.training_images import own_photographs, training_pictures
+from codefend.tasks.training_images import draw_training_images, own_photographs
 from codefend.training.camera import AUGMENTATIONS, augment_camera
 from codefend.training.pairs import read_pairs
 from codefend.types import CodefendError
@@ -137,7 +137,7 @@ def _clean_features(purifier: NetPurifier, config: CalibrateConfig) -> Tensor:
         for start in range(0, config.clean, BATCH):
             rng = np.random.default_rng([config.seed, 12, start])
             count = min(BATCH, config.clean - start)
-            images = augment_camera(training_pictures(rng, count, first_scene=9_000_000 + start, own=own), rng)
+            images = augment_camera(draw_training_images(rng, count, first_scene=9_000_000 + start, own=own), rng)
             parts.append(_features(purifier, images, config.seed, "clean", start))
             advance(count)
     return torch.cat(parts)

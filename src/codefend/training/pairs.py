@@ -35,7 +35,7 @@ from codefend.encoders import ENCODERS
 from codefend.encoders.views import View, draw_view
 from codefend.tasks.language import CAPTION_PROMPT, captions, training_texts
 from codefend.tasks.scenes import compose, load_photographs
-from codefend.tasks.training_images import own_photographs, training_pictures
+from codefend.tasks.training_images import draw_training_images, own_photographs
 from codefend.training.frozen import OWN, Encoder, FrozenEncoder, check_encoders, load_encoders, word_objective
 from codefend.types import Budget, CodefendError, Objective, WhiteBox
 from codefend.victims.pocket import Pocket
@@ -175,7 +175,7 @@ class _ShardSource:
 
     def _images(self, rng: np.random.Generator, first: int) -> Tensor:
         own = own_photographs(self.config.photographs)
-        return training_pictures(rng, self.config.shard, first_scene=first, own=own, shares=self.config.shares)
+        return draw_training_images(rng, self.config.shard, first_scene=first, own=own, shares=self.config.shares)
 
     def _attack_words(self, rng: np.random.Generator, first: int) -> tuple[Tensor, Build]:
         """Word scores away from the clean image's words, or, for half of the shards, towards another image's."""

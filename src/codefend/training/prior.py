@@ -14,7 +14,7 @@ from codefend.core.devices import default_device
 from codefend.core.runs import make_generator
 from codefend.purifiers.diffusion import prior_loss, sample_sigmas
 from codefend.purifiers.nets import NetConfig, PurifierNet, save_net
-from codefend.tasks.training_images import training_pictures
+from codefend.tasks.training_images import draw_training_images
 from codefend.training.card import write_card
 from codefend.training.fit import Losses, MovingAverage, Training, cosine_schedule, fit
 
@@ -76,7 +76,7 @@ def _training(config: PriorConfig, folder: Path) -> Training[Tensor]:
 
 def _images(config: PriorConfig, step: int) -> Tensor:
     rng = np.random.default_rng([config.seed, 3, step])
-    return crops(training_pictures(rng, config.batch, first_scene=step * config.batch), config.side, rng)
+    return crops(draw_training_images(rng, config.batch, first_scene=step * config.batch), config.side, rng)
 
 
 def crops(images: Tensor, side: int, rng: np.random.Generator) -> Tensor:

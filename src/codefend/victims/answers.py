@@ -1,4 +1,7 @@
-"""Answers on disk, keyed by content, in one SQLite file: what was paid for once survives a crash."""
+"""Answers on disk, keyed by content, in one SQLite file.
+
+Own code instead of diskcache: that reads none of the caches that users already have, and unpickles stored values.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def content_key(*parts: object) -> str:
 
 
 class AnswerCache:
-    """Texts by key. Every ``put`` is on disk before it returns; threads and processes may share the file.
+    """Texts by key. Every ``put`` is on disk when it returns; threads and processes may share the file.
 
     Raises CodefendError when the file cannot be used.
     """

@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible endpoint as a black-box victim: ``openai:URL#model``, it answers text and nothing else.
+"""Any OpenAI-compatible endpoint as a black-box victim, ``openai:URL#model``: it answers text only.
 
 Options follow the model as in an address: ``openai:http://localhost:8000/v1#llava?rpm=60&concurrency=2``.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from codefend.core import images as pictures
+from codefend.core.images import encode_data_url
 from codefend.core.settings import override
 from codefend.core.specs import parse_endpoint
 from codefend.types import CodefendError
@@ -66,9 +66,9 @@ class Pace:
 
 
 class OpenAIVictim:
-    """A black box behind an OpenAI-compatible endpoint; pictures travel as PNG, so nothing is lost.
+    """A black box behind an OpenAI-compatible endpoint; images are sent as PNG, without loss.
 
-    Answers come from the cache where the same model was asked the same before. Temperature 0 unless the model refuses.
+    Repeated questions are answered from a cache on disk. Temperature 0 unless the model refuses it.
     ``generate`` raises CodefendError when the endpoint cannot be reached, refuses the key, lacks the model or gives up.
     """
 
@@ -81,12 +81,12 @@ class OpenAIVictim:
         self._limits: dict[str, Any] = {"max_tokens": self.options.max_tokens, "temperature": 0}
 
     def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
-        """Answers ``[B]`` to ``images`` ``[B, 3, H, W]``; those that came before an error are kept in the cache."""
-        urls = [pictures.encode_data_url(image, "PNG") for image in images.detach().cpu()]
+        """Answers ``[B]`` to ``images`` ``[B, 3, H, W]``; those before an error stay in the cache."""
+        urls = [encode_data_url(image, "PNG") for image in images.detach().cpu()]
         failed = threading.Event()
 
         def answer(url: str, prompt: str) -> str:
-            if failed.is_set():  # what was still waiting is not sent
+            if failed.is_set():  # requests that still wait are not sent
                 return ""
             try:
                 return self._answer(client, url, prompt)
@@ -105,25 +105,25 @@ class OpenAIVictim:
         openai = _library()
         return openai.OpenAI(
             base_url=self.url,
-            api_key=os.environ.get(self.options.key) or "none",  # servers of one's own mostly want none
+            api_key=os.environ.get(self.options.key) or "none",  # local servers mostly need none
             max_retries=self.options.retries,
             timeout=self.options.timeout,
             http_client=openai.DefaultHttpxClient(event_hooks={"request": [self._pace.wait]}),
         )
 
-    def _answer(self, client: Any, picture: str, prompt: str) -> str:
-        key = content_key(self.url, self.model, self.options.max_tokens, prompt, picture)
+    def _answer(self, client: Any, url: str, prompt: str) -> str:
+        key = content_key(self.url, self.model, self.options.max_tokens, prompt, url)
         known = self._cache.get(key)
         if known is not None:
             return known
-        answer = self._ask(client, picture, prompt)
+        answer = self._ask(client, url, prompt)
         self._cache.put(key, answer)
         return answer
 
-    def _ask(self, client: Any, picture: str, prompt: str) -> str:
+    def _ask(self, client: Any, url: str, prompt: str) -> str:
         import openai
 
-        content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": prompt}]
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
         message: Any = {"role": "user", "content": content}
         for _ in range(3):
             limits = dict(self._limits)
@@ -132,20 +132,20 @@ class OpenAIVictim:
                 return self._text(reply)
             except openai.BadRequestError as error:
                 if not self._adapt(limits, str(error)):
-                    raise self._explained(error) from error
+                    raise self._user_error(error) from error
             except openai.OpenAIError as error:
-                raise self._explained(error) from error
+                raise self._user_error(error) from error
         raise CodefendError(f"{self.url} refuses every way to limit the answer's length")
 
     def _adapt(self, limits: dict[str, Any], message: str) -> bool:
-        """Some models take another name for the limit, or no temperature: whether the next try may fare better."""
-        wanted = dict(limits)
-        if "max_completion_tokens" in message and "max_tokens" in wanted:
-            wanted["max_completion_tokens"] = wanted.pop("max_tokens")
+        """Adapt to a model with another name for the limit, or without a temperature; returns whether to try again."""
+        adapted = dict(limits)
+        if "max_completion_tokens" in message and "max_tokens" in adapted:
+            adapted["max_completion_tokens"] = adapted.pop("max_tokens")
         elif "temperature" in message:
-            wanted.pop("temperature", None)
-        self._limits = wanted
-        return wanted != limits
+            adapted.pop("temperature", None)
+        self._limits = adapted
+        return adapted != limits
 
     def _text(self, reply: Any) -> str:
         try:
@@ -153,14 +153,14 @@ class OpenAIVictim:
             return str(message.content or getattr(message, "refusal", None) or "").strip()
         except (AttributeError, IndexError, TypeError) as error:
             raise CodefendError(
-                f"{self.url} answered something else than a chat completion; does it end in /v1?"
+                f"{self.url} did not answer with a chat completion; does the address end in /v1?"
             ) from error
 
-    def _explained(self, error: Exception) -> CodefendError:
-        """One line that says what to do."""
+    def _user_error(self, error: Exception) -> CodefendError:
+        """The error for the user: one line, cause then remedy."""
         import openai
 
-        kept = "answers so far are kept, so run the same command again to go on"
+        resume = "answers so far are kept: rerun the command to resume"
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
             return CodefendError(
                 f"{self.url} refused the key; set {self.options.key} to one that may use {self.model!r}"
@@ -170,14 +170,14 @@ class OpenAIVictim:
                 f"{self.url} knows no model {self.model!r}, or isn't the API's address (most end in /v1)"
             )
         if isinstance(error, openai.RateLimitError):
-            return CodefendError(f"{self.url} kept refusing: too many requests, or no quota; lower ?rpm=; {kept}")
+            return CodefendError(f"{self.url} kept refusing: too many requests, or no quota; lower ?rpm=; {resume}")
         if isinstance(error, openai.APITimeoutError):
             return CodefendError(
-                f"{self.url} did not answer within {self.options.timeout:g} s; raise ?timeout=; {kept}"
+                f"{self.url} did not answer within {self.options.timeout:g} s; raise ?timeout=; {resume}"
             )
         if isinstance(error, openai.APIConnectionError):
-            return CodefendError(f"cannot reach {self.url} ({error.__cause__ or error}); is it running? {kept}")
-        return CodefendError(f"{self.url} failed: {str(error)[:300]}; {kept}")
+            return CodefendError(f"cannot reach {self.url} ({error.__cause__ or error}); is it running? {resume}")
+        return CodefendError(f"{self.url} failed: {str(error)[:300]}; {resume}")
 
 
 def _library() -> Any:

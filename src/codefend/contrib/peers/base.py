@@ -21,7 +21,7 @@ from codefend import victims
 from codefend.core.devices import default_device
 from codefend.core.runs import make_generator
 from codefend.purifiers.nets import PurifierNet, load_net, save_net
-from codefend.tasks.training_images import training_pictures
+from codefend.tasks.training_images import draw_training_images
 from codefend.training.banks import Bank
 from codefend.training.card import write_card
 from codefend.training.fit import Losses, MovingAverage, Training, cosine_schedule, fit
@@ -126,7 +126,7 @@ def load_pocket(victim: str, method: str) -> Pocket:
 def _batch(config: PeerConfig, bank: Bank | None, number: int) -> Batch:
     rng = np.random.default_rng([config.seed, 9, number])
     if bank is None or not isinstance(config, PairsPeerConfig):
-        return training_pictures(rng, config.batch, first_scene=3_000_000 + number * config.batch), None
+        return draw_training_images(rng, config.batch, first_scene=3_000_000 + number * config.batch), None
     clean, attacked = bank.draw(rng, config.batch)
     untouched = round(config.clean * config.batch)
     return clean, torch.cat([clean[:untouched], attacked[untouched:]])

@@ -19,10 +19,10 @@ from codefend.victims.hf.victim import HFVictim
 @dataclass(frozen=True)
 class HFOptions:
     """``device``: "cpu", "cuda:1", or "auto": the device that ``CODEFEND_DEVICE`` names, a launched process's own GPU,
-    else spread over all that is there (accelerate).
+    else spread over all devices (accelerate).
 
-    Layers that fit on no accelerator wait elsewhere: slow, with the same gradients. Spreading and both quantizations
-    are tested on tiny models on a CPU (the latter where bitsandbytes is installed), none of it on several GPUs.
+    Layers that fit on no accelerator are kept in memory or on disk: slow, with the same gradients. Both this and the
+    quantizations are tested on tiny models on a CPU (the latter where bitsandbytes is installed), not on several GPUs.
     """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as saved; float32 on a CPU
@@ -36,7 +36,7 @@ class HFOptions:
 def load_victim(name: str, options: HFOptions | None = None) -> HFVictim:
     """The victim of a hub id or a folder. Only safetensors are read and no code of the repository is run.
 
-    Raises CodefendError when it cannot be had or is no image-text-to-text model.
+    Raises CodefendError when it cannot be loaded or is not an image-text-to-text model.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -48,7 +48,7 @@ def load_victim(name: str, options: HFOptions | None = None) -> HFVictim:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **extra)
         processor = load_processor(source, config, **extra)
-        family(processor.image_processor)  # an unknown one fails before gigabytes are read
+        family(processor.image_processor)  # an unknown one fails before the weights are read
         model = AutoModelForImageTextToText.from_pretrained(
             source, config=config, use_safetensors=True, trust_remote_code=False, **_placement(options), **extra
         )
@@ -66,8 +66,8 @@ def _placement(options: HFOptions) -> dict[str, Any]:
     gpu = torch.cuda.is_available() and device != "cpu"
     dtype: Any = getattr(torch, options.dtype) if options.dtype != "auto" else ("auto" if gpu else torch.float32)
     placement: dict[str, Any] = {"dtype": dtype}
-    at_home = device == "cpu" and options.quantize == "none"  # where models are read to without accelerate
-    if gpu or (device != "auto" and not at_home):
+    plain_cpu = device == "cpu" and options.quantize == "none"  # needs no accelerate
+    if gpu or (device != "auto" and not plain_cpu):
         placement["device_map"] = device
     if options.quantize != "none":
         if find_spec("bitsandbytes") is None:
@@ -86,11 +86,11 @@ def _placement(options: HFOptions) -> dict[str, Any]:
     return placement
 
 
-def _device(asked: str) -> str:
-    """What "auto" stands for here: one device where it is named or other processes have the rest, else "auto"."""
+def _device(name: str) -> str:
+    """Resolve "auto": one device where it is configured or other processes use the others, else "auto"."""
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if asked != "auto" or not (launched or os.environ.get(VARIABLE)):
-        return asked
+    if name != "auto" or not (launched or os.environ.get(VARIABLE)):
+        return name
     device = default_device()
     if launched and device == torch.device("cuda"):
         return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"  # as accelerate chooses
@@ -100,8 +100,8 @@ def _device(asked: str) -> str:
 def load_processor(source: str, config: Any, **extra: Any) -> Any:
     """The model's processor around its Pillow image processor, with or without torchvision.
 
-    Processors that also read videos insist on a video processor, and those on torchvision. Victims read pictures, so
-    one that reads nothing takes its place.
+    Processors that also read videos require a video processor, and that requires torchvision. Victims read images, so
+    a video processor that reads nothing takes its place.
     """
     from transformers import AutoImageProcessor, AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -114,7 +114,7 @@ def load_processor(source: str, config: Any, **extra: Any) -> Any:
         return processor
     saved, _ = kind.get_processor_dict(source, **extra)
     parts = [_part(kind, name, source, **extra) for name in kind.get_attributes()]
-    return pictures_only(kind).from_args_and_dict(parts, saved)
+    return images_only(kind).from_args_and_dict(parts, saved)
 
 
 def _part(kind: Any, name: str, source: str, **extra: Any) -> Any:
@@ -126,11 +126,11 @@ def _part(kind: Any, name: str, source: str, **extra: Any) -> Any:
         return AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False, **extra)
     if name == "video_processor":
         return no_videos()
-    raise CodefendError(f"{kind.__name__} needs a {name}, which pictures do not have")
+    raise CodefendError(f"{kind.__name__} needs a {name}, which victims of images do not have")
 
 
-def pictures_only(kind: Any) -> Any:
-    """The processor class ``kind``, content with `no_videos` where it demands a video processor."""
+def images_only(kind: Any) -> Any:
+    """The processor class ``kind``, which accepts `no_videos` as its video processor."""
 
     def check(self: Any, name: str, part: Any) -> Any:
         return type(part) if name == "video_processor" else kind.check_argument_for_proper_class(self, name, part)

@@ -3,7 +3,7 @@
 Each repeats the geometry of one of the library's Pillow image processors (their own helper functions choose the
 sizes, so that both always agree) on tensors. Parity is tested against the processor itself for every family.
 
-B pictures of one size become ``pixel_values`` in exactly the layout that the processor gives for B single pictures.
+B images of one size become ``pixel_values`` in exactly the layout that the processor gives for B single images.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def pixel_values(processor: Any, images: Tensor, *, exact: bool = False) -> Tens
     """What ``processor`` (an image processor) makes of images ``[B, 3, H, W]`` in [0, 1], in float32.
 
     ``exact`` repeats its 8-bit rounding to the level; without it the function is smooth, for attacks.
-    Raises CodefendError for a processor whose geometry is not known here.
+    Raises CodefendError for an unknown family of processors.
     """
     ops = Levels(exact)
     with torch.autocast(images.device.type, enabled=False):  # in bfloat16 products of levels are off by two and more
@@ -61,26 +61,26 @@ def _normalize(processor: Any, levels: Tensor) -> Tensor:
 
 
 def _sides(size: Any, height: int, width: int) -> tuple[int, int]:
-    """The size that the library's plain ``resize`` would give a picture of height x width."""
+    """The size that the library's plain ``resize`` would give an image of height x width."""
     from transformers.image_transforms import get_resize_output_image_size, get_size_with_aspect_ratio
     from transformers.image_utils import ChannelDimension, get_image_size_for_max_height_width
 
-    wanted: dict[str, int] = {key: value for key, value in dict(size).items() if value}
-    if {"shortest_edge", "longest_edge"} <= wanted.keys():
-        sides = get_size_with_aspect_ratio((height, width), wanted["shortest_edge"], wanted["longest_edge"])
-    elif "shortest_edge" in wanted:
-        edge, way = wanted["shortest_edge"], ChannelDimension.FIRST
-        picture = _blank(height, width)
-        sides = get_resize_output_image_size(picture, edge, default_to_square=False, input_data_format=way)
-    elif "max_height" in wanted:
-        sides = get_image_size_for_max_height_width((height, width), wanted["max_height"], wanted["max_width"])
+    sizes: dict[str, int] = {key: value for key, value in dict(size).items() if value}
+    if {"shortest_edge", "longest_edge"} <= sizes.keys():
+        sides = get_size_with_aspect_ratio((height, width), sizes["shortest_edge"], sizes["longest_edge"])
+    elif "shortest_edge" in sizes:
+        edge, way = sizes["shortest_edge"], ChannelDimension.FIRST
+        blank = _blank(height, width)
+        sides = get_resize_output_image_size(blank, edge, default_to_square=False, input_data_format=way)
+    elif "max_height" in sizes:
+        sides = get_image_size_for_max_height_width((height, width), sizes["max_height"], sizes["max_width"])
     else:
-        sides = (wanted["height"], wanted["width"])
+        sides = (sizes["height"], sizes["width"])
     return int(sides[0]), int(sides[1])
 
 
 def _blank(height: int, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """A picture that takes no memory, for functions of the library that only read its shape."""
+    """An image that takes no memory, for functions of the library that only read its shape."""
     return np.broadcast_to(np.uint8(0), (3, height, width))
 
 
@@ -105,7 +105,7 @@ def _center_crop(levels: Tensor, height: int, width: int) -> Tensor:
 
 
 def _plain(processor: Any, ops: Levels, levels: Tensor) -> Tensor:
-    """CLIP, SigLIP, BLIP and their kin -> ``[B, 3, h, w]``."""
+    """CLIP, SigLIP, BLIP and similar -> ``[B, 3, h, w]``."""
     return _fit(processor, ops, levels)
 
 
@@ -121,7 +121,7 @@ def _llava(processor: Any, ops: Levels, levels: Tensor) -> Tensor:
 
 
 def _anyres(processor: Any, ops: Levels, levels: Tensor) -> Tensor:
-    """LLaVA-NeXT and -OneVision: the whole picture, then tiles of the best grid -> ``[B, 1 + tiles, 3, h, w]``."""
+    """LLaVA-NeXT and -OneVision: the whole image, then tiles of the best grid -> ``[B, 1 + tiles, 3, h, w]``."""
     from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
     from transformers.image_utils import ChannelDimension
 
@@ -143,7 +143,7 @@ def _tiles(levels: Tensor, height: int, width: int) -> list[Tensor]:
 
 
 def _idefics3(processor: Any, ops: Levels, levels: Tensor) -> Tensor:
-    """Idefics3 and SmolVLM: tiles of the enlarged picture, then the whole -> ``[B, tiles + 1, 3, m, m]``."""
+    """Idefics3 and SmolVLM: tiles of the enlarged image, then the whole -> ``[B, tiles + 1, 3, m, m]``."""
     from transformers.models.idefics3 import image_processing_pil_idefics3 as home
 
     filter_, side = processor.resample, processor.max_image_size["longest_edge"]
@@ -211,13 +211,13 @@ def _qwen(processor: Any, ops: Levels, levels: Tensor) -> Tensor:
 
 
 def _gemma3(processor: Any, ops: Levels, levels: Tensor) -> Tensor:
-    """Gemma 3: the whole picture, then the crops of pan and scan -> ``[B * (1 + crops), 3, h, w]``."""
+    """Gemma 3: the whole image, then the crops of pan and scan -> ``[B * (1 + crops), 3, h, w]``."""
     crops = []
     if processor.do_pan_and_scan:
         height, width = levels.shape[-2:]
         names = ("min_crop_size", "max_num_crops", "min_ratio_to_activate")
         settings = {f"pan_and_scan_{name}": getattr(processor, f"pan_and_scan_{name}") for name in names}
-        # The processor's own method crops a picture of indices, so the boxes are its own.
+        # The processor's own method crops an image of indices, so the boxes are its own.
         crops = processor.pan_and_scan(np.arange(height * width).reshape(1, height, width), **settings)
     parts = [levels]
     for crop in crops:

@@ -1,4 +1,4 @@
-"""How a question about one picture is written for a model: its own chat template, or its family's plain form."""
+"""The text of a question about one image: the model's own chat template, or its family's plain form."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLAIN = {
 def question(processor: Any, kind: str, prompt: str) -> str:
     """The text for the processor, up to where the answer begins. ``kind`` is the config's ``model_type``."""
     if _template(processor):
-        return _render(processor, [_asking(prompt)], open_answer=True)
+        return _render(processor, [_user_turn(prompt)], open_answer=True)
     image = getattr(processor, "image_token", "")
     return PLAIN.get(kind, "{image}\n{prompt}\n").format(image=getattr(image, "content", image), prompt=prompt)
 
@@ -26,11 +26,11 @@ def question(processor: Any, kind: str, prompt: str) -> str:
 def answer_lead(processor: Any, kind: str, prompt: str, answer: str) -> str | None:
     """What the chat template writes between `question` and ``answer``: nothing or a space, as behind "Assistant:".
 
-    None where it shows no such place: no template, none that takes answers, or an answer that opens in another way.
+    None without such a place: no template, none that takes answers, or an answer that opens in another way.
     """
     if not _template(processor):
         return None
-    opening, whole = question(processor, kind, prompt), _answered(processor, prompt, answer)
+    opening, whole = question(processor, kind, prompt), _render_answer(processor, prompt, answer)
     end = whole.find(answer, len(opening)) if whole.startswith(opening) else -1
     lead = whole[len(opening) : end]
     return None if end < 0 or lead.strip() else lead
@@ -40,7 +40,7 @@ def answer_end(processor: Any) -> list[int]:
     """The token that closes an answer: the one that ends a turn in the chat template, else the end of text."""
     tokenizer = processor.tokenizer
     if _template(processor):
-        closing = _answered(processor, "a", "qzx").rpartition("qzx")[2]
+        closing = _render_answer(processor, "a", "qzx").rpartition("qzx")[2]
         added = set(tokenizer.get_added_vocab().values())
         marks = [i for i in tokenizer(closing, add_special_tokens=False)["input_ids"] if i in added]
         if marks:
@@ -53,16 +53,16 @@ def _template(processor: Any) -> str | None:
     return template.get("default") if isinstance(template, dict) else template
 
 
-def _asking(prompt: str) -> dict[str, Any]:
+def _user_turn(prompt: str) -> dict[str, Any]:
     return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
 
 
-def _answered(processor: Any, prompt: str, answer: str) -> str:
+def _render_answer(processor: Any, prompt: str, answer: str) -> str:
     """Question and answer as the chat template writes them; empty where it takes no answers."""
     parts = [{"type": "text", "text": answer}]
-    for content in (parts, answer):  # some templates want an answer's parts, some plain text
+    for content in (parts, answer):  # some templates take an answer's parts, some plain text
         with suppress(Exception):  # jinja's errors or Python's own, as the template has it
-            turns = [_asking(prompt), {"role": "assistant", "content": content}]
+            turns = [_user_turn(prompt), {"role": "assistant", "content": content}]
             whole = _render(processor, turns, open_answer=False)
             if repr(parts) not in whole:
                 return whole

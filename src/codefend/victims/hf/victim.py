@@ -1,8 +1,8 @@
 """A Transformers image-text-to-text model as a white-box victim: loss, features and answers from [0, 1] pixels.
 
-The processor lays out the text (how many image tokens, grids, masks) from a blank picture of the same size; the pixels
-go past it through `pixels.pixel_values`, so that gradients reach them. Answers are generated from the processor's own
-8-bit arithmetic, which is what a user's upload would meet.
+The processor lays out the text (how many image tokens, grids, masks) from a blank image of the same size; the pixels
+bypass it through `pixels.pixel_values`, so that gradients reach them. Answers are generated with the processor's own
+8-bit arithmetic, as for a user's upload.
 
 Shape legend: B batch, T vision tokens, D their width, L text positions, A answer tokens, V vocabulary.
 """
@@ -28,7 +28,7 @@ from codefend.victims.hf.pixels import pixel_values
 from codefend.victims.hf.prompts import answer_end, answer_lead, question
 
 NEUTRAL = "Describe the picture."  # the question that `features` asks of encoders that read it (InstructBLIP)
-LAYOUTS = 4096  # texts whose layout is kept; an attack asks for the same few hundreds of times
+LAYOUTS = 4096  # cached layouts of texts; an attack needs the same few hundreds of times
 TEXT_ROWS = ("input_ids", "attention_mask", "type_ids")  # endings of the keys whose rows are as long as the text
 Layout = Mapping[str, Tensor]  # what the processor gives for one example, without its pixels
 
@@ -43,21 +43,21 @@ class HFVictim:
         model.requires_grad_(False).eval()
         self.kind: str = model.config.model_type
         self._end = answer_end(processor)
-        # Some processors overrule their image processor (InternVL's always cuts tiles): what counts is what they ask.
+        # Some processors override options of their image processor (InternVL's always cuts tiles).
         self._reader = copy.copy(processor.image_processor)
         for key, value in getattr(processor, "images_kwargs", {}).items():
             if hasattr(self._reader, key):
                 setattr(self._reader, key, value)
         self._layouts: dict[tuple[int, int, str], Layout] = {}
         self._encoder_decoder = _text_config(model).is_encoder_decoder
-        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._selects_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    # What attacks and evaluation ask for
+    # Capabilities
 
     def loss(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
-        """Mean negative log-likelihood of each target and its end mark, ``[B]`` float32, differentiable in the images.
+        """Mean negative log-likelihood of each target and its end token, ``[B]`` float32, differentiable in the images.
 
-        Pixels are resampled without the processor's rounding: smooth, and within about a level of what it gives.
+        Pixels are resampled without the processor's rounding: smooth, and within about one of 255 levels of it.
         """
         logits, answers = self._read(images, prompts, targets)
         flat = torch.tensor([token for answer in answers for token in answer], device=logits.device)
@@ -83,9 +83,9 @@ class HFVictim:
         accepted = inspect.signature(self.model.get_image_features).parameters
         batch = {key: value for key, value in batch.items() if key in accepted}
         with self._recompute():
-            found = self.model.get_image_features(self._pixels(images), **batch, return_dict=True)
-        tokens: Any = found.pooler_output
-        if not isinstance(tokens, Tensor):  # one tensor for each picture
+            output = self.model.get_image_features(self._pixels(images), **batch, return_dict=True)
+        tokens: Any = output.pooler_output
+        if not isinstance(tokens, Tensor):  # one tensor for each image
             tokens = torch.cat([part.flatten(0, -2) for part in tokens])
         merged: Tensor = tokens.reshape(len(images), -1, tokens.shape[-1])
         return merged.float().to(images.device)
@@ -96,10 +96,15 @@ class HFVictim:
         batch = self._collate(self._lay_out(images, prompts), left=True)
         batch["pixel_values"] = self._pixels(images, exact=True)
         out = self.model.generate(**batch, max_new_tokens=self.max_new_tokens, do_sample=False)
-        asked = batch["input_ids"]
-        if out.shape[1] >= asked.shape[1] and torch.equal(out[:, : asked.shape[1]], asked):
-            out = out[:, asked.shape[1] :]  # some families give the question back, others only the answer
+        question_ids = batch["input_ids"]
+        length = question_ids.shape[1]
+        if out.shape[1] >= length and torch.equal(out[:, :length], question_ids):
+            out = out[:, length:]  # some families return the question, too, others only the answer
         return [text.strip() for text in self.processor.tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+        return [self.processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
     def save(self, folder: str | Path) -> None:
         """Write model and processor so that ``hf:folder`` loads them again."""
@@ -107,7 +112,7 @@ class HFVictim:
 
         save_victim(self, Path(folder))
 
-    # Inside
+    # Implementation
 
     def _read(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> tuple[Tensor, list[list[int]]]:
         """Logits ``[sum of A, V]`` float32 where the answers' tokens are predicted, and those tokens."""
@@ -124,24 +129,20 @@ class HFVictim:
         return pixels.to(self.model.device, self.model.dtype)
 
     def _answer(self, prompt: str, target: str) -> list[int]:
-        """The target's ids as they follow those of the question, and its end mark.
+        """The target's ids as they follow those of the question, and the end token.
 
         Behind "Assistant:" an answer begins with a space, which most tokenizers have in its first word's token.
         """
         lead = None if self._encoder_decoder else answer_lead(self.processor, self.kind, prompt, target)
         if lead is not None:
             opening = question(self.processor, self.kind, prompt)
-            asked, whole = self._ids(opening), self._ids(opening + lead + target)
-            if whole[: len(asked)] == asked:
-                return [*whole[len(asked) :], *self._end]
-        return [*self._ids(target), *self._end]
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+            start, whole = self.encode([opening, opening + lead + target])
+            if whole[: len(start)] == start:
+                return [*whole[len(start) :], *self._end]
+        return [*self.encode([target])[0], *self._end]
 
     def _lay_out(self, images: Tensor, prompts: Sequence[str]) -> list[Layout]:
-        """The processor's view of each example, made once for each size and question."""
+        """The processor's output for each example without its pixels, cached by size and question."""
         if len(prompts) != len(images):
             raise CodefendError(f"{len(images)} images but {len(prompts)} prompts")
         height, width = images.shape[-2:]
@@ -153,8 +154,8 @@ class HFVictim:
                     self._layouts.clear()
                 blank = np.zeros((height, width, 3), dtype=np.uint8)
                 text = question(self.processor, self.kind, prompt)
-                given = self.processor(images=[blank], text=[text], return_tensors="pt")
-                self._layouts[key] = {k: _light(v) for k, v in given.items() if k not in ("pixel_values", "labels")}
+                output = self.processor(images=[blank], text=[text], return_tensors="pt")
+                self._layouts[key] = {k: _compact(v) for k, v in output.items() if k not in ("pixel_values", "labels")}
             layouts.append(self._layouts[key])
         return layouts
 
@@ -179,13 +180,13 @@ class HFVictim:
 
     def _with_answer(self, layout: Layout, answer: Sequence[int]) -> dict[str, Tensor]:
         """The layout with the answer, less its last token, behind the question."""
-        given = torch.tensor([answer[:-1]], dtype=torch.long)
-        # PaliGemma's type 1 is the answer, which attends causally; elsewhere 0 is text and 1 a picture.
+        ids = torch.tensor([answer[:-1]], dtype=torch.long)
+        # PaliGemma's type 1 is the answer, which attends causally; elsewhere 0 is text and 1 an image.
         tails = {
-            "input_ids": given,
-            "attention_mask": torch.ones_like(given),
-            "token_type_ids": torch.full_like(given, int(self.kind == "paligemma")),
-            "mm_token_type_ids": torch.zeros_like(given),
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "token_type_ids": torch.full_like(ids, int(self.kind == "paligemma")),
+            "mm_token_type_ids": torch.zeros_like(ids),
         }
         return {key: torch.cat([value, tails[key]], 1) if key in tails else value for key, value in layout.items()}
 
@@ -195,11 +196,11 @@ class HFVictim:
         batch = self._collate([self._with_answer(*pair) for pair in zip(layouts, answers, strict=True)], left=False)
         starts = [layout["input_ids"].shape[1] - 1 for layout in layouts]
         places = [torch.arange(s, s + len(a)) for s, a in zip(starts, answers, strict=True)]
-        kept = torch.cat(places).unique()  # sorted; the head over the vocabulary is a large part of the memory
-        extra = {"logits_to_keep": kept.to(self.model.device)} if self._keeps else {}
+        positions = torch.cat(places).unique()  # sorted; the head over the vocabulary is a large part of the memory
+        extra = {"logits_to_keep": positions.to(self.model.device)} if self._selects_logits else {}
         out = self.model(**batch, pixel_values=self._pixels(images), use_cache=False, **extra)
-        if self._keeps:
-            places = [torch.searchsorted(kept, place) for place in places]
+        if self._selects_logits:
+            places = [torch.searchsorted(positions, place) for place in places]
         return torch.cat([row[place.to(row.device)] for row, place in zip(out.logits, places, strict=True)])
 
     def _read_decoder(self, images: Tensor, layouts: Sequence[Layout], answers: Sequence[list[int]]) -> Tensor:
@@ -212,7 +213,7 @@ class HFVictim:
 
     @contextmanager
     def _recompute(self) -> Iterator[None]:
-        """Checkpoint the layers inside, when asked to. Only they are told that they train: dropout stays off."""
+        """Checkpoint the layers inside if ``checkpointing`` is set. Only they are in training mode: no dropout."""
         if not self.checkpointing or not torch.is_grad_enabled():
             yield
             return
@@ -231,8 +232,8 @@ class HFVictim:
                 layer.gradient_checkpointing = layer.training = False
 
 
-def _light(value: Tensor) -> Tensor:
-    """The same in the memory of one number where all are equal: a mask of pixels (SmolVLM's) has four million."""
+def _compact(value: Tensor) -> Tensor:
+    """``value`` in the memory of one number where all are equal: SmolVLM's pixel mask has four million."""
     first = value.flatten()[:1]
     return first.clone().expand(value.shape) if bool((value == first).all()) else value
 
