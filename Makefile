@@ -4,12 +4,12 @@ BIN := .venv/bin
 # Two cores: a library that spins more threads than that slows everything down.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint types unit test-slow clean
+.PHONY: demo test lint types unit docs test-slow clean
 
 demo: .venv/.ready
 	$(BIN)/codefend demo --run runs/demo
 
-test: lint types unit
+test: lint types docs unit
 
 lint: .venv/.ready
 	$(BIN)/ruff check src tests tools benchmarks
@@ -21,6 +21,10 @@ types: .venv/.ready
 # Two processes of one thread each; a file's tests share a process, and with it the models that they load.
 unit: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not bench"
+
+docs: .venv/.ready
+	$(BIN)/python tools/docs_reference.py
+	$(BIN)/zensical build --clean --strict
 
 test-slow: .venv/.ready
 	$(BIN)/pytest -m "slow or bench"
@@ -34,4 +38,4 @@ test-slow: .venv/.ready
 	touch $@
 
 clean:
-	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv runs site .mypy_cache .ruff_cache .pytest_cache

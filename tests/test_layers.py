@@ -30,7 +30,13 @@ PEERS = {"purifiers", "victims", "attacks", "tasks"}  # none of these may know a
 GATEWAY_NEVER = {"attacks", "tasks", "training", "bench", "contrib"}  # serving stays light
 VICTIMS_DOOR = {"gateway/pocket.py"}  # the one module through which the gateway reaches models
 # Registries name entries of `contrib` and `integrations` as strings and import them only when one is asked for.
-REGISTRIES = {"encoders/__init__.py", "purifiers/__init__.py", "attacks/table.py", "victims/__init__.py", "training/__init__.py"}
+REGISTRIES = {
+    "encoders/__init__.py",
+    "purifiers/__init__.py",
+    "attacks/table.py",
+    "victims/__init__.py",
+    "training/__init__.py",
+}
 OWNERS = {  # library -> where it may be imported
     "PIL": {"core"},
     "transformers": {"victims", "prompts", "contrib"},
