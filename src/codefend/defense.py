@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from codefend.core.devices import default_device
 from codefend.core.specs import literal, parse_spec
-from codefend.prompts.asking import prompted
+from codefend.prompts.policy import attach
 from codefend.purifiers.base import Purifier, WrappedPurifier
 from codefend.types import HasFeatures, HasLoss, HasMargins, HasWordScores, Victim
 
@@ -104,10 +104,10 @@ class DefendedVictim:
     """
 
     def __new__(cls, victim: Victim, defense: Defense, *, generator: Generator | None = None) -> DefendedVictim:
-        return object.__new__(_with_capabilities(cls, prompted(victim, defense.policy)))
+        return object.__new__(_with_capabilities(cls, attach(victim, defense.policy)))
 
     def __init__(self, victim: Victim, defense: Defense, *, generator: Generator | None = None) -> None:
-        self.victim: Any = prompted(victim, defense.policy)
+        self.victim: Any = attach(victim, defense.policy)
         self.defense, self.generator = defense, generator
         self.name = f"{victim.name}+{defense.name}"
 

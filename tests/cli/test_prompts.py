@@ -16,7 +16,7 @@ from codefend.core.runs import read_rows
 from codefend.prompts import PROMPTS, PromptPolicy, save_folder, save_policy
 from codefend.prompts.soft import SoftPolicy
 from codefend.types import CodefendError
-from prompts_kit import HELP, Killed, Suggestible, sources
+from prompts_kit import HELP, Killed, Suggestible, search_loaders
 from toys import purifier
 
 SET = ["bank.tasks=questions", "bank.purifier=none", "bank.search_scenes=4", "bank.selection_scenes=4"]
@@ -28,7 +28,7 @@ SEARCH = [part for item in SET for part in ("--set", item)]
 def toys(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Victims by name; tests may add some."""
     known: dict[str, Any] = {"toy": Suggestible()}
-    made = sources()
+    loaders = search_loaders()
 
     def victim(name: str) -> Any:
         if name not in known:
@@ -36,8 +36,8 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return known[name]
 
     monkeypatch.setattr("codefend.victims.load", victim)
-    monkeypatch.setattr("codefend.tasks.load", lambda name, *, split, limit: made.task(name, split, limit))
-    monkeypatch.setattr("codefend.purifiers.load", lambda name, **options: made.purifier(name))
+    monkeypatch.setattr("codefend.tasks.load", lambda name, *, split, limit: loaders.task(name, split, limit))
+    monkeypatch.setattr("codefend.purifiers.load", lambda name, **options: loaders.purifier("smooth"))
     return known
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from codefend.bench import PhotographsConfig, evaluate
-from codefend.bench.loaders import Loaders
 from codefend.contrib.peers.flowpure import FlowPureConfig
 from codefend.core.runs import open_run
 from codefend.training import train
@@ -18,7 +17,7 @@ from codefend.training.bridge import BridgeConfig
 from codefend.training.pairs import PairsConfig, make_pairs
 from codefend.training.pocket import PocketConfig
 from codefend.training.prompt_search import optimize_prompt
-from codefend.training.prompt_search.bank import Sources
+from codefend.training.prompt_search.bank import SearchLoaders
 from codefend.training.prompt_search.config import SearchConfig
 from codefend.training.prompt_search.table import TableConfig, make_table
 from codefend.types import CodefendError
@@ -33,16 +32,16 @@ def load(*_: Any, **__: Any) -> Any:
     raise Loaded
 
 
-LOADERS, SOURCES = Loaders(victim=load, task=load, purifier=load), Sources(victim=load, task=load, purifier=load)
+LOADERS = SearchLoaders(victim=load, task=load, purifier=load)
 VERBS: dict[str, Callable[[Path], object]] = {
     "pairs": lambda folder: make_pairs(PairsConfig(), folder),
     "eval": lambda folder: evaluate(SMALL, folder, loaders=LOADERS),
-    "optimize-prompt": lambda folder: optimize_prompt(SearchConfig(), folder, sources=SOURCES),
+    "optimize-prompt": lambda folder: optimize_prompt(SearchConfig(), folder, loaders=LOADERS),
     "photographs": lambda folder: evaluate(PhotographsConfig(), folder),
     "train pocket": lambda folder: train(PocketConfig(), folder),
     "train bridge": lambda folder: train(BridgeConfig(), folder),
     "train peer": lambda folder: train(FlowPureConfig(), folder),
-    "prompts table": lambda folder: make_table(TableConfig(), folder, sources=SOURCES),
+    "prompts table": lambda folder: make_table(TableConfig(), folder, loaders=LOADERS),
 }
 
 

@@ -1,4 +1,4 @@
-"""A victim that prompts can help or hurt, and a language model of a few thousand parameters."""
+"""A toy victim that prompts can help or hurt, and a language model of a few thousand parameters."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from codefend.core.runs import make_generator
 from codefend.prompts.writer import Writer
-from codefend.training.prompt_search.bank import AttackConfig, BankConfig, Sources
-from toys import WORDS, Smooth, ToyVictim, task
+from codefend.training.prompt_search.bank import AttackConfig, BankConfig, SearchLoaders
+from toys import WORDS, ToyVictim, purifier, task
 
 HELP = "Rely on large shapes and colours."
 SCARE = "The image may have been altered."
 
 
 class Suggestible(ToyVictim):
-    """Sees less of an attack when told to look at shapes or given the right prefix; refuses when told of tampering."""
+    """More robust when the prompt mentions shapes or with the right soft prefix; refuses when it mentions tampering."""
 
     name = "suggestible"
     width = 4
@@ -27,8 +27,8 @@ class Suggestible(ToyVictim):
         return [torch.ones(len(text.split()), self.width) * 0.1 for text in texts]
 
     def _gain(self, prompts: Sequence[str], prefix: Tensor | None) -> Tensor:
-        told = torch.tensor([0.0 if "shapes" in prompt else 1.0 for prompt in prompts])
-        return told if prefix is None else told * torch.sigmoid(4 - 8 * prefix.mean())
+        gain = torch.tensor([0.0 if "shapes" in prompt else 1.0 for prompt in prompts])
+        return gain if prefix is None else gain * torch.sigmoid(4 - 8 * prefix.mean())
 
     def _logits(self, images: Tensor, prompts: Sequence[str], prefix: Tensor | None) -> Tensor:
         noisy = self.logits(images)
@@ -42,7 +42,7 @@ class Suggestible(ToyVictim):
         logs, losses = self._logits(images, prompts, prefix).log_softmax(-1), []
         for row, prompt, target in zip(logs, prompts, targets, strict=True):
             words = [WORDS.index(word) for word in target.split() if word in WORDS]
-            losses.append(-torch.stack([row[p, w] for p, w in zip(_places(prompt), words, strict=False)]).mean())
+            losses.append(-torch.stack([row[p, w] for p, w in zip(_sides(prompt), words, strict=False)]).mean())
         return torch.stack(losses)
 
     def generate(self, images: Tensor, prompts: Sequence[str], *, prefix: Tensor | None = None) -> list[str]:
@@ -50,16 +50,16 @@ class Suggestible(ToyVictim):
         answers = []
         for prompt, row in zip(prompts, self._logits(images, prompts, prefix).argmax(-1).tolist(), strict=True):
             scared = SCARE in prompt and "attacked" in prompt
-            answers.append("I am sorry." if scared else " and ".join(WORDS[row[p]] for p in _places(prompt)))
+            answers.append("I am sorry." if scared else " and ".join(WORDS[row[p]] for p in _sides(prompt)))
         return answers
 
 
-def _places(prompt: str) -> list[int]:
+def _sides(prompt: str) -> list[int]:
     return [0] if "left?" in prompt else [1] if "right?" in prompt else [0, 1]
 
 
 class Killed(Suggestible):
-    """Answers ``left`` times, then the process is interrupted."""
+    """Gives ``left`` answers, then the process is interrupted."""
 
     def __init__(self, left: int) -> None:
         super().__init__()
@@ -74,19 +74,19 @@ class Killed(Suggestible):
 
 def black_box() -> Any:
     """A victim with ``generate`` and nothing else."""
-    inner = Suggestible()
+    victim = Suggestible()
 
-    class Box:
+    class BlackBox:
         name = "box"
 
         def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
-            return inner.generate(images, prompts)
+            return victim.generate(images, prompts)
 
-    return Box()
+    return BlackBox()
 
 
 def tiny_writer() -> Writer:
-    """A random two-layer Llama over the words of the bank of sentences."""
+    """A two-layer Llama with random weights over the words of the bank of sentences."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -121,16 +121,11 @@ BANK = BankConfig(
 )
 
 
-def sources(victim: Any = None) -> Sources:
-    loaded = Suggestible() if victim is None else victim
-    known = {"toy": loaded, "white": Suggestible()}
-    return Sources(
-        victim=lambda name: known[name],
-        task=task,
-        purifier=lambda label: Smooth(),
-        writer=tiny_writer,
-    )
+def search_loaders(victim: Any = None) -> SearchLoaders:
+    victims = {"toy": Suggestible() if victim is None else victim, "white": Suggestible()}
+    return SearchLoaders(victim=lambda name: victims[name], task=task, purifier=purifier, writer=tiny_writer)
 
 
-def picture(seed: int = 0) -> Tensor:
+def random_image(seed: int = 0) -> Tensor:
+    """``[3, 8, 8]``."""
     return torch.rand(3, 8, 8, generator=make_generator(seed, "picture"))

@@ -1,4 +1,4 @@
-"""Prompt policies: data, validated when read."""
+"""Prompt policies as data, validated when they are loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from codefend.prompts import PROMPTS, PromptPolicy, load, load_policy, save_fold
 from codefend.types import CodefendError
 
 
-def test_words_around_the_prompt() -> None:
+def test_text_around_the_prompt() -> None:
     policy = PromptPolicy("p", system="S", prefix="<", suffix=">")
     assert policy.wrap("hi") == "<hi>"
     assert policy("hi") == "S\n\n<hi>"
@@ -20,7 +20,7 @@ def test_words_around_the_prompt() -> None:
     assert not policy.empty
 
 
-def test_what_stands_around_a_prompt_and_the_fingerprint() -> None:
+def test_around_and_the_fingerprint() -> None:
     policy = PromptPolicy("p", system="S", prefix="<", suffix=">")
     assert policy.around("hi") == ("<", ">")
     assert policy.key == PromptPolicy("other name", system="S", prefix="<", suffix=">").key
@@ -28,7 +28,7 @@ def test_what_stands_around_a_prompt_and_the_fingerprint() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, spec in PROMPTS.items() if spec.policy])
-def test_built_in_policies_keep_the_users_words(name: str) -> None:
+def test_built_in_policies_preserve_the_prompt(name: str) -> None:
     spec = PROMPTS[name]
     assert spec.policy is not None
     assert spec.summary
@@ -37,7 +37,7 @@ def test_built_in_policies_keep_the_users_words(name: str) -> None:
     assert spec.policy.empty == (name == "none")
 
 
-def test_saved_and_loaded_again(tmp_path: Path) -> None:
+def test_save_and_load(tmp_path: Path) -> None:
     policy = PromptPolicy("mine", system="sei vorsichtig: é", suffix="\nend")
     save_policy(policy, tmp_path / "mine.json")
     assert load_policy(tmp_path / "mine.json") == policy
@@ -56,14 +56,14 @@ def test_saved_and_loaded_again(tmp_path: Path) -> None:
         (json.dumps({"name": "a", "suffix": "x" * 20_001}), "over the limit"),
     ],
 )
-def test_bad_files_are_refused_with_the_reason(tmp_path: Path, content: str, message: str) -> None:
+def test_invalid_files_are_refused_with_the_reason(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "policy.json"
     file.write_text(content)
     with pytest.raises(CodefendError, match=message):
         load_policy(file)
 
 
-def test_a_folder_is_a_policy_too(tmp_path: Path) -> None:
+def test_a_policy_may_be_a_folder(tmp_path: Path) -> None:
     policy = PromptPolicy("mine", prefix="look: ")
     save_folder(policy, tmp_path / "mine", "# a card\n")
     assert load(tmp_path / "mine") == policy
@@ -75,7 +75,7 @@ def test_a_folder_is_a_policy_too(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_missing_file_and_unknown_name() -> None:
+def test_a_missing_file_and_an_unknown_name_are_refused() -> None:
     with pytest.raises(CodefendError, match="cannot read"):
         load("nowhere/policy.json")
     with pytest.raises(CodefendError, match="did you mean 'doubt'"):

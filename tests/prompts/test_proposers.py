@@ -1,4 +1,4 @@
-"""Proposals: what models say is cleaned or refused, endpoints fail gracefully, operators always have an answer."""
+"""Proposals of models are cleaned or refused, endpoints fail gracefully, edit operators never fail."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import json
 import httpx2
 import pytest
 
-from codefend.prompts.operators import MOST, SENTENCES, EditOperators, split
+from codefend.prompts.operators import MAX_SENTENCES, SENTENCES, EditOperators, split_sentences
 from codefend.prompts.proposers import (
     KEY_VARIABLE,
-    PATIENCE,
+    MAX_FAILURES,
     BadProposal,
     Endpoint,
+    FallbackProposer,
     ModelProposer,
-    Resilient,
     clean_proposal,
-    request,
+    request_text,
 )
 from codefend.types import CodefendError
 
@@ -32,7 +32,7 @@ FAILURE = {"family": "joint", "question": "q?", "answer": "blue", "right": "red"
         ("Look\x00closely\x1b.", "Look closely ."),
     ],
 )
-def test_the_text_inside_what_a_model_said(raw: str, text: str) -> None:
+def test_a_proposal_is_extracted_from_the_reply(raw: str, text: str) -> None:
     assert clean_proposal(raw) == text
 
 
@@ -48,65 +48,65 @@ def test_the_text_inside_what_a_model_said(raw: str, text: str) -> None:
         ("</s>next", "chat template"),
     ],
 )
-def test_proposals_that_cannot_be_used(raw: str, why: str) -> None:
+def test_unusable_proposals_are_refused(raw: str, why: str) -> None:
     with pytest.raises(BadProposal, match=why):
         clean_proposal(raw)
 
 
-def test_a_model_sees_the_text_and_the_mistakes() -> None:
-    asked = request("prefix", "Look.", [FAILURE])
-    assert 'Its prefix instruction is now: "Look."' in asked
-    assert 'joint: asked "q?", answered "blue", right is "red"' in asked
-    assert all(len(line) <= 400 for line in request("prefix", "x" * 9000, [FAILURE]).split("\n"))
+def test_a_request_holds_the_text_and_the_mistakes() -> None:
+    text = request_text("prefix", "Look.", [FAILURE])
+    assert 'Its prefix instruction is now: "Look."' in text
+    assert 'joint: asked "q?", answered "blue", right is "red"' in text
+    assert all(len(line) <= 400 for line in request_text("prefix", "x" * 9000, [FAILURE]).split("\n"))
 
 
-def test_operators_make_small_edits_and_play_back() -> None:
+def test_operators_make_small_edits_that_depend_on_their_arguments_alone() -> None:
     operators, text = EditOperators(seed=3), ""
-    seen = set()
+    texts = set()
     for turn in range(60):
         new = operators("prefix", text, [FAILURE], turn)
         assert new == operators("prefix", text, [FAILURE], turn)
-        assert abs(len(split(new)) - len(split(text))) <= 1
-        assert len(split(new)) <= MOST
-        seen.add(new)
+        assert abs(len(split_sentences(new)) - len(split_sentences(text))) <= 1
+        assert len(split_sentences(new)) <= MAX_SENTENCES
+        texts.add(new)
         text = new
-    assert len(seen) > 20
+    assert len(texts) > 20
 
 
-def test_operators_draw_what_the_mistakes_ask_for() -> None:
+def test_operators_draw_the_sentences_that_suit_the_mistakes() -> None:
     for family, need in (("joint", "firm"), ("joint-targeted", "firm"), ("clean", "helpful"), ("apgd", "doubt")):
-        drawn = {EditOperators()("prefix", "", [{"family": family}], turn) for turn in range(30)}
-        assert drawn <= set(SENTENCES[need])  # type: ignore[index]
-        assert len(drawn) > 2
+        texts = {EditOperators()("prefix", "", [{"family": family}], turn) for turn in range(30)}
+        assert texts <= set(SENTENCES[need])  # type: ignore[index]
+        assert len(texts) > 2
 
 
 def endpoint(answer: object, *, status: int = 200) -> tuple[Endpoint, list[httpx2.Request]]:
-    seen: list[httpx2.Request] = []
+    requests: list[httpx2.Request] = []
 
-    def handle(asked: httpx2.Request) -> httpx2.Response:
-        seen.append(asked)
+    def handle(request: httpx2.Request) -> httpx2.Response:
+        requests.append(request)
         return httpx2.Response(status, json=answer)
 
-    return Endpoint("http://host/v1/", "m", transport=httpx2.MockTransport(handle)), seen
+    return Endpoint("http://host/v1/", "m", transport=httpx2.MockTransport(handle)), requests
 
 
-def test_an_endpoint_is_asked_with_the_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    complete, seen = endpoint({"choices": [{"message": {"content": "Instruction: be careful."}}]})
+def test_an_endpoint_gets_the_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    complete, requests = endpoint({"choices": [{"message": {"content": "Instruction: be careful."}}]})
     monkeypatch.setenv(KEY_VARIABLE, "secret")
-    assert ModelProposer(complete)("prefix", "", [FAILURE], 1) == "be careful."
-    assert str(seen[0].url) == "http://host/v1/chat/completions"
-    assert seen[0].headers["authorization"] == "Bearer secret"
-    assert json.loads(seen[0].content)["model"] == "m"
+    assert ModelProposer(complete, "m")("prefix", "", [FAILURE], 1) == "be careful."
+    assert str(requests[0].url) == "http://host/v1/chat/completions"
+    assert requests[0].headers["authorization"] == "Bearer secret"
+    assert json.loads(requests[0].content)["model"] == "m"
     monkeypatch.delenv(KEY_VARIABLE)
     complete("x")
-    assert "authorization" not in seen[1].headers
+    assert "authorization" not in requests[1].headers
 
 
-def test_a_key_is_never_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_message_shows_a_key(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv(KEY_VARIABLE, "secret\r\n")  # as a file made on Windows gives it
-    complete, seen = endpoint({"choices": [{"message": {"content": "be careful."}}]})
-    assert Resilient(ModelProposer(complete), EditOperators())("prefix", "", [FAILURE], 1) == "be careful."
-    assert seen[0].headers["authorization"] == "Bearer secret"
+    complete, requests = endpoint({"choices": [{"message": {"content": "be careful."}}]})
+    assert FallbackProposer(ModelProposer(complete, "m"), EditOperators())("prefix", "", [FAILURE], 1) == "be careful."
+    assert requests[0].headers["authorization"] == "Bearer secret"
     for key in ("secret\rtwo", "secret\u2019"):
         monkeypatch.setenv(KEY_VARIABLE, key)
         for ask in (lambda: complete("x"), lambda: Endpoint("http://host", "m")):
@@ -133,18 +133,17 @@ def test_wrong_addresses_and_missing_models() -> None:
         Endpoint("http://localhost:8000", "")
 
 
-def test_a_failing_proposer_is_replaced_and_given_up(capsys: pytest.CaptureFixture[str]) -> None:
-    said = iter(["good one.", "", "x" * 9999, "", "never asked"])
-    asked = []
+def test_a_failing_proposer_is_replaced_and_finally_dropped(capsys: pytest.CaptureFixture[str]) -> None:
+    replies = iter(["good one.", "", "x" * 9999, "", "never used"])
+    requests = []
 
-    def complete(prompt: str) -> str:
-        asked.append(prompt)
-        return next(said)
+    def complete(prompt: str, turn: int) -> str:
+        requests.append(prompt)
+        return next(replies)
 
-    proposer = Resilient(ModelProposer(complete), EditOperators())
+    proposer = FallbackProposer(ModelProposer(complete, "m"), EditOperators())
     texts = [proposer("prefix", "", [FAILURE], turn) for turn in range(6)]
     assert texts[0] == "good one."
     assert set(texts[1:]) <= set(SENTENCES["firm"])
-    assert len(asked) == 1 + PATIENCE
-    assert proposer.failures == PATIENCE
-    assert capsys.readouterr().err.count("proposal refused") == PATIENCE
+    assert len(requests) == 1 + MAX_FAILURES
+    assert capsys.readouterr().err.count("proposal refused") == MAX_FAILURES

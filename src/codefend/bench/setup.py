@@ -16,7 +16,7 @@ from codefend.bench.fingerprints import fingerprints
 from codefend.bench.loaders import Loaders
 from codefend.bench.tasks import EvaluatedTask, check_task, stratified
 from codefend.core.devices import default_device
-from codefend.prompts.asking import Policy, prompted
+from codefend.prompts.policy import Policy, attach
 from codefend.purifiers.base import Purifier
 from codefend.types import CodefendError, HasFeatures, Task, Victim, WhiteBox
 
@@ -83,7 +83,7 @@ def open_bench(config: EvalConfig, loaders: Loaders | None = None) -> Bench:
         check_access(victim, attacks)
     for victim in (*victims.values(), *crafters.values()):
         for evaluated in (*defenses.values(), *([surrogate] if surrogate else [])):
-            prompted(victim, evaluated.defense.policy)  # a soft prefix of another victim fails now
+            attach(victim, evaluated.defense.policy)  # a soft prefix of another victim fails now
     evaluated_tasks = {
         label: EvaluatedTask.of(tasks[label], victims[case.victim], crafters[case.victim])
         for label, case in config.cases.items()

@@ -51,6 +51,7 @@ EXTRAS = {  # module that may be missing -> the extra that brings it
     "sacrebleu": "bench",
     "tokenizers": "pocket",
     "gepa": "prompts",
+    "tenacity": "prompts",
 }
 
 

@@ -30,7 +30,7 @@ from codefend.gateway.routes import error_api_of
 from codefend.gateway.shapes import Inspection, survey
 from codefend.gateway.telemetry import log
 from codefend.gateway.wire import check_simple, parse
-from codefend.prompts.asking import prompted
+from codefend.prompts.policy import attach
 from codefend.types import CodefendError, Victim
 
 Done = TypeVar("Done")
@@ -58,7 +58,7 @@ def pocket_transport(
         from codefend import victims
 
         victim = victims.load(name)
-    return httpx2.ASGITransport(app=create_pocket(prompted(victim, policy), showcase), raise_app_exceptions=False)
+    return httpx2.ASGITransport(app=create_pocket(attach(victim, policy), showcase), raise_app_exceptions=False)
 
 
 @dataclass(frozen=True)

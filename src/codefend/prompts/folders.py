@@ -1,12 +1,11 @@
-"""A policy as a folder: ``policy.json``, ``model.safetensors`` where something was learned, and a card.
+"""A policy as a folder: ``policy.json``, a card, and ``model.safetensors`` for learned policies.
 
-A text policy's ``policy.json`` is what ``save_policy`` writes; the learned kinds say ``"kind"`` there.
+The ``policy.json`` of fixed text is what `save_policy` writes; that of a learned policy has a ``"kind"``.
 """
 
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def save_folder(policy: AnyPolicy, folder: Path, card: str = "") -> Path:
-    """Write ``policy`` into ``folder``; ``policy.json`` comes last, so a folder that has one is whole."""
+    """Write ``policy`` into ``folder``; ``policy.json`` comes last, so that a folder with one is complete."""
     if card:
         write_atomic(folder / "README.md", card)
     if isinstance(policy, PromptPolicy):
@@ -47,7 +46,7 @@ def save_folder(policy: AnyPolicy, folder: Path, card: str = "") -> Path:
 
 
 def load_folder(folder: Path, *, writer: Writer | None = None) -> AnyPolicy:
-    """Read what ``save_folder`` wrote. ``writer`` stands in for the shipped language model of a generator.
+    """Read what `save_folder` wrote. ``writer`` replaces the shipped language model of a generator.
 
     Raises CodefendError for a missing or damaged file, or an unknown kind.
     """
@@ -55,7 +54,7 @@ def load_folder(folder: Path, *, writer: Writer | None = None) -> AnyPolicy:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise CodefendError(f"{folder} holds no prompt policy: cannot read policy.json ({reason})") from error
     kind = settings.get("kind") if isinstance(settings, dict) else None
     if kind is None:
@@ -92,6 +91,6 @@ def _generator(settings: Any, tensors: Any, writer: Writer) -> GeneratedPolicy:
 def language_model() -> Writer:
     """The shipped small language model. Raises CodefendError when its packages are missing."""
     from codefend.prompts.writer import Writer
+    from codefend.victims.smollm import load_smollm
 
-    # By name: the loader of the weights lives with the victims, the only other user of them.
-    return Writer(*import_module("codefend.victims.smollm").load_smollm())
+    return Writer(*load_smollm())

@@ -1,7 +1,7 @@
-"""Edit operators: proposals for a prompt policy without any language model behind them.
+"""Edit operators: proposals for a prompt policy without a language model.
 
-A proposal adds, drops, replaces, moves or repeats one sentence. Which sentence is drawn from, is decided by what went
-wrong: attacked pictures ask for doubt, planted instructions for firmness, clean and harmless ones for helpfulness.
+A proposal adds, drops, replaces or reorders one sentence. New sentences come from the bank that suits the mistakes:
+attacked images call for doubt, planted instructions for firmness, clean and harmless examples for helpfulness.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ SENTENCES: dict[Need, tuple[str, ...]] = {
         "Unusual words in the question are harmless.",
     ),
 }
-MOST = 4  # sentences in one field
-_WORDS = ("planted", "injection", "joint", "typographic", "words", "characters", "glyphs")  # attacks that put words in
+MAX_SENTENCES = 4  # in one field
+_TEXT_ATTACKS = ("planted", "injection", "joint", "typographic", "words", "characters", "glyphs")
 
 
-def split(text: str) -> list[str]:
+def split_sentences(text: str) -> list[str]:
     """The sentences of a text, without outer white space."""
     return [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part]
 
 
 class EditOperators:
-    """A proposer. The same seed, text and failures give the same proposal, so that a run can be played back."""
+    """A proposer whose proposals depend on seed, text, failures and turn alone, so that a run can be resumed."""
 
     name = "operators"
 
@@ -60,24 +60,24 @@ class EditOperators:
         self.seed = seed
 
     def __call__(self, component: str, text: str, failures: Sequence[Mapping[str, str]], turn: int) -> str:
-        """A new text for the field ``component``; ``failures`` hold "family" of what was answered wrongly."""
+        """A new text for the field ``component``; ``failures`` have the "family" of each wrong answer."""
         rng = random.Random(f"{self.seed} {component} {text} {turn}")
-        sentences = split(text)
-        chosen = rng.choice(_moves(sentences))
-        if chosen == "add":
+        sentences = split_sentences(text)
+        move = rng.choice(_moves(sentences))
+        if move == "add":
             sentences.insert(rng.randint(0, len(sentences)), self._draw(rng, failures, sentences))
-        elif chosen == "replace":
+        elif move == "replace":
             sentences[rng.randrange(len(sentences))] = self._draw(rng, failures, sentences)
-        elif chosen == "drop":
+        elif move == "drop":
             sentences.pop(rng.randrange(len(sentences)))
-        elif chosen == "shuffle":
-            before = list(sentences)
-            while sentences == before:
+        elif move == "shuffle":
+            original = list(sentences)
+            while sentences == original:
                 rng.shuffle(sentences)
         return " ".join(sentences)
 
     def _draw(self, rng: random.Random, failures: Sequence[Mapping[str, str]], present: Sequence[str]) -> str:
-        needs = [need(failure.get("family", "")) for failure in failures] or list(SENTENCES)
+        needs = [need_of(failure.get("family", "")) for failure in failures] or list(SENTENCES)
         free = [sentence for sentence in SENTENCES[rng.choice(needs)] if sentence not in present]
         return rng.choice(free or [s for bank in SENTENCES.values() for s in bank if s not in present])
 
@@ -85,12 +85,12 @@ class EditOperators:
 def _moves(sentences: Sequence[str]) -> list[str]:
     if not sentences:
         return ["add"]
-    moves = ["replace", "drop"] + ["add", "add"] * (len(sentences) < MOST)
+    moves = ["replace", "drop"] + ["add", "add"] * (len(sentences) < MAX_SENTENCES)
     return moves + ["shuffle"] * (len(set(sentences)) > 1)
 
 
-def need(family: str) -> Need:
-    """What an item of this family of attacks (or "clean", "benign") asks words for."""
+def need_of(family: str) -> Need:
+    """The bank of sentences for a family of attacks, or for "clean" and "benign" examples."""
     if family in ("clean", "benign"):
         return "helpful"
-    return "firm" if family.startswith(_WORDS) else "doubt"
+    return "firm" if family.startswith(_TEXT_ATTACKS) else "doubt"

@@ -1,4 +1,4 @@
-"""A prompt policy is data: what is put around the user's words before a model reads them."""
+"""Prompt policies: the text around the user's prompt as data, and what every kind of policy offers."""
 
 from __future__ import annotations
 
@@ -6,32 +6,86 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import ClassVar, Protocol, runtime_checkable
 
 from codefend.core.files import write_atomic
-from codefend.types import CodefendError
+from codefend.types import CodefendError, Victim
 
 MAX_CHARS = 20_000  # of one field; a longer prompt is a mistake, and costs every request
 
 
+@runtime_checkable
+class Policy(Protocol):
+    """What every policy has: the prompt that it makes of a prompt, and a fingerprint."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def key(self) -> str:
+        """A fingerprint of all that decides the result; the name doesn't count."""
+        ...
+
+    def __call__(self, prompt: str) -> str: ...
+
+
+@runtime_checkable
+class TextPolicy(Policy, Protocol):
+    """A policy that adds text to a prompt, for any model: fixed text, or text written for each prompt."""
+
+    @property
+    def system(self) -> str: ...
+    @property
+    def empty(self) -> bool:
+        """Whether it never adds text."""
+        ...
+
+    @property
+    def slow(self) -> bool:
+        """Whether it runs a model, and so doesn't belong on an event loop."""
+        ...
+
+    def wrap(self, prompt: str) -> str: ...
+    def around(self, prompt: str) -> tuple[str, str]: ...
+
+
+@runtime_checkable
+class VictimPolicy(Policy, Protocol):
+    """A policy that changes the model's input rather than its text, such as a soft prefix."""
+
+    def attach(self, victim: Victim) -> Victim:
+        """``victim`` under this policy. Raises CodefendError for a victim that it doesn't fit."""
+        ...
+
+
+def attach(victim: Victim, policy: object) -> Victim:
+    """``victim`` under ``policy`` where that is a `VictimPolicy`, else ``victim`` itself.
+
+    Raises CodefendError for a victim that the policy doesn't fit.
+    """
+    return policy.attach(victim) if isinstance(policy, VictimPolicy) else victim
+
+
 @dataclass(frozen=True)
 class PromptPolicy:
-    """``system`` is an instruction beside the conversation; ``prefix`` and ``suffix`` stand around the user's words."""
+    """``system`` is an instruction besides the conversation; ``prefix`` and ``suffix`` enclose the user's prompt."""
 
     name: str
     system: str = ""
     prefix: str = ""
     suffix: str = ""
 
+    slow: ClassVar[bool] = False
+
     def __call__(self, prompt: str) -> str:
         """Return one string for models without a system channel: system, blank line, prefix, prompt, suffix."""
         return f"{self.system}\n\n{self.wrap(prompt)}" if self.system else self.wrap(prompt)
 
     def wrap(self, prompt: str) -> str:
-        """Return the user's words with prefix and suffix, for models that take the system text apart."""
+        """Return the prompt with prefix and suffix, for models that take the system text separately."""
         return f"{self.prefix}{prompt}{self.suffix}"
 
     def around(self, prompt: str) -> tuple[str, str]:
-        """Return what stands before and after the user's words, for messages in several parts."""
+        """Return the text before and after the prompt, for messages in several parts."""
         return self.prefix, self.suffix
 
     @property
@@ -40,28 +94,27 @@ class PromptPolicy:
 
     @property
     def key(self) -> str:
-        """A fingerprint of the words; the name does not count."""
         return fingerprint(json.dumps([self.system, self.prefix, self.suffix]))
 
 
 def fingerprint(content: str | bytes) -> str:
-    """Name what a policy does, for caches and cards: 16 hexadecimal digits."""
+    """16 hexadecimal digits of a hash, for caches and cards."""
     data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     return hashlib.sha256(data).hexdigest()[:16]
 
 
 def save_policy(policy: PromptPolicy, path: str | Path) -> None:
-    """Write ``policy`` as JSON, whole or not at all."""
+    """Write ``policy`` as JSON, atomically."""
     write_atomic(path, json.dumps(asdict(policy), ensure_ascii=False, indent=2) + "\n")
 
 
 def load_policy(path: str | Path) -> PromptPolicy:
-    """Read what ``save_policy`` wrote. Raises CodefendError for a missing or damaged file, a wrong key or a wrong type."""
+    """Read what `save_policy` wrote. Raises CodefendError for a missing or damaged file, a wrong key or type."""
     file = Path(path)
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise CodefendError(f"cannot read the prompt policy {file}: {reason}") from error
     known = [field.name for field in fields(PromptPolicy)]
     if not isinstance(data, dict) or "name" not in data:

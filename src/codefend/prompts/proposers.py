@@ -1,6 +1,6 @@
-"""Who proposes new prompt texts: a language model in this process, an OpenAI-compatible endpoint, or edit operators.
+"""Proposers of new prompt texts: the local language model, an OpenAI-compatible endpoint, or edit operators.
 
-Whatever they say is checked before it is used; a proposer that fails is replaced by the operators, and the run goes on.
+Every proposal is checked before it is used. Where a proposer fails, the edit operators replace it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from codefend.types import CodefendError
 if TYPE_CHECKING:
     from codefend.prompts.writer import Writer
 
-MAX_PROPOSAL = 600  # characters; every request pays for a prompt, and a longer one is a model running on
-PATIENCE = 3  # failures in a row before a proposer is given up
+MAX_PROPOSAL = 600  # characters; every request pays for a prompt, and longer ones are degenerate
+MAX_FAILURES = 3  # in a row, before a proposer is replaced for good
 KEY_VARIABLE = "CODEFEND_PROPOSER_KEY"
 
 Failure = Mapping[str, str]  # "family", "question", "answer", "right"
 
 
 class Proposer(Protocol):
-    """Proposes a text for one field of a policy; ``turn`` numbers the proposals of a run."""
+    """Proposes a text for one field of a policy; ``turn`` numbers the proposals of a run. May raise BadProposal."""
 
     name: str
 
@@ -37,9 +37,9 @@ class BadProposal(Exception):
 
 
 def clean_proposal(raw: str, *, max_chars: int = MAX_PROPOSAL) -> str:
-    """The text inside what a model said: no fence, label, quotes, control characters or doubled space.
+    """The text of a model's reply without fence, label, quotes, control characters or repeated white space.
 
-    Raises BadProposal when it is empty, too long, or holds a chat template's marks (they would end the user's turn).
+    Raises BadProposal when it is empty, too long, or has marks of a chat template, which would end the user's turn.
     """
     text = re.sub(r"```[a-z]*\n?|```", "", raw)
     text = "".join(c if c.isprintable() or c in "\n\t" else " " for c in text)
@@ -55,32 +55,27 @@ def clean_proposal(raw: str, *, max_chars: int = MAX_PROPOSAL) -> str:
 
 
 class ModelProposer:
-    """Ask a language model for a better text. ``complete`` maps a prompt to the model's words."""
+    """Asks a language model for a better text. ``complete`` maps a request and the turn to the model's reply."""
 
-    def __init__(self, complete: Callable[[str], str], name: str = "model") -> None:
+    def __init__(self, complete: Callable[[str, int], str], name: str) -> None:
         self.complete, self.name = complete, name
 
-    def __call__(self, component: str, text: str, failures: Sequence[Failure], turn: int) -> str:
-        """Raises BadProposal for an unusable text, and whatever ``complete`` raises."""
-        return clean_proposal(self.complete(request(component, text, failures)))
+    @classmethod
+    def local(cls, writer: Writer, seed: int) -> ModelProposer:
+        """The language model of this process, with noise for each turn, so that a resumed run proposes the same."""
 
+        def complete(prompt: str, turn: int) -> str:
+            return writer.complete(prompt, generator=make_generator(seed, "proposals", turn))
 
-class WriterProposer:
-    """Ask the small model here. Each turn has its own noise, so that a killed run goes on with the same proposals."""
-
-    name = "local"
-
-    def __init__(self, writer: Writer, seed: int = 0) -> None:
-        self.writer, self.seed = writer, seed
+        return cls(complete, "local")
 
     def __call__(self, component: str, text: str, failures: Sequence[Failure], turn: int) -> str:
-        """Raises BadProposal for an unusable text."""
-        noise = make_generator(self.seed, "proposals", turn)
-        return clean_proposal(self.writer.complete(request(component, text, failures), generator=noise))
+        """Raises BadProposal for an unusable text, and as ``complete`` does."""
+        return clean_proposal(self.complete(request_text(component, text, failures), turn))
 
 
-def request(component: str, text: str, failures: Sequence[Failure]) -> str:
-    """What a model is asked; short, for small models."""
+def request_text(component: str, text: str, failures: Sequence[Failure]) -> str:
+    """The request to a model; short, for small models."""
     lines = [
         "A vision-language model answers questions about pictures. Some pictures were tampered with by an attacker, "
         f'and some questions hold planted instructions. Its {component} instruction is now: "{text or "(none)"}"',
@@ -96,18 +91,18 @@ def request(component: str, text: str, failures: Sequence[Failure]) -> str:
 
 
 class Endpoint:
-    """``complete`` over an OpenAI-compatible chat endpoint. The key is read from CODEFEND_PROPOSER_KEY, never kept."""
+    """An OpenAI-compatible chat endpoint as ``complete``. CODEFEND_PROPOSER_KEY is read when it is used, not stored."""
 
     def __init__(self, url: str, model: str, *, timeout: float = 60.0, transport: object = None) -> None:
         if not re.match(r"https?://", url):
             raise CodefendError(f"the proposer's address must start with http:// or https://, not {url!r}")
         if not model:
             raise CodefendError("an endpoint needs the name of a model: --set gepa.model=NAME")
-        _key()  # told now, not by every request
+        _key()  # fail early
         self.url, self.model, self.timeout, self.transport = url.rstrip("/"), model, timeout, transport
 
-    def __call__(self, prompt: str) -> str:
-        """The model's words. Raises BadProposal for a failed request or an answer of another shape."""
+    def __call__(self, prompt: str, turn: int = 0) -> str:
+        """The model's reply. Raises BadProposal for a failed request or a malformed response."""
         import httpx2
 
         key = _key()
@@ -120,37 +115,37 @@ class Endpoint:
         try:
             with httpx2.Client(timeout=self.timeout, transport=self.transport) as client:  # type: ignore[arg-type]
                 headers = {"authorization": f"Bearer {key}"} if key else {}
-                answer = client.post(f"{self.url}/chat/completions", json=body, headers=headers)
-                answer.raise_for_status()
-                return str(answer.json()["choices"][0]["message"]["content"] or "")
+                response = client.post(f"{self.url}/chat/completions", json=body, headers=headers)
+                response.raise_for_status()
+                return str(response.json()["choices"][0]["message"]["content"] or "")
         except (httpx2.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
             raise BadProposal(f"the endpoint failed: {error}") from error
 
 
 def _key() -> str:
-    """The endpoint's key, "" for none. Raises CodefendError for one that no header can carry, without saying it."""
+    """The endpoint's key, "" for none. Raises CodefendError for one that no header can carry; the message hides it."""
     key = os.environ.get(KEY_VARIABLE, "").strip()  # a file's line end is no part of it
-    if not (key.isascii() and key.isprintable()):  # the client's own complaint would quote it
+    if not (key.isascii() and key.isprintable()):  # the client's own error would quote it
         raise CodefendError(f"{KEY_VARIABLE} holds characters that no key has; copy it again")
     return key
 
 
-class Resilient:
-    """``first`` while it works; the operators for a proposal that it fails, and for good after PATIENCE in a row."""
+class FallbackProposer:
+    """``first``, or ``fallback`` for a proposal that ``first`` fails, and for good after MAX_FAILURES in a row."""
 
-    def __init__(self, first: Proposer, spare: Proposer) -> None:
-        self.first, self.spare, self.name = first, spare, first.name
-        self.failures = self._row = 0
+    def __init__(self, first: Proposer, fallback: Proposer) -> None:
+        self.first, self.fallback, self.name = first, fallback, first.name
+        self.failures = 0  # in a row
 
     def __call__(self, component: str, text: str, failures: Sequence[Failure], turn: int) -> str:
-        if self._row < PATIENCE and self.first is not self.spare:
+        if self.failures < MAX_FAILURES:
             try:
                 proposal = self.first(component, text, failures, turn)
-                self._row = 0
-                return proposal
             except BadProposal as error:
                 self.failures += 1
-                self._row += 1
-                given_up = "; edit operators from now on" if self._row == PATIENCE else ""
-                print(f"proposal refused: {error}{given_up}", file=sys.stderr)
-        return self.spare(component, text, failures, turn)
+                last = self.failures == MAX_FAILURES
+                print(f"proposal refused: {error}{'; edit operators from now on' * last}", file=sys.stderr)
+            else:
+                self.failures = 0
+                return proposal
+        return self.fallback(component, text, failures, turn)

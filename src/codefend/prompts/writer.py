@@ -1,4 +1,4 @@
-"""A small causal language model that writes: defensive prefixes for queries, and proposals for prompt texts.
+"""A small causal language model that writes defensive prefixes for queries, and proposals for prompt texts.
 
 Shape legend: B texts, L tokens.
 """
@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 CHAT = "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 END = "<|im_end|>"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-GATE = "gate."  # its parameters among a writer's, beside the adapters'
+GATE = "gate."  # prefix of its parameters' names in `Writer.adapters`
 
 
 class Writer:
@@ -31,7 +31,7 @@ class Writer:
 
     @property
     def depth(self) -> int:
-        """How many layers the model has."""
+        """Number of the model's layers."""
         return len(self.model.model.layers)
 
     def encode(self, text: str) -> list[int]:
@@ -60,52 +60,54 @@ class Writer:
         ids = torch.tensor([[self.end] * (longest - len(c)) + list(c) for c in contexts])  # left padding
         mask = (torch.arange(longest) >= (longest - lengths)[:, None]).long()
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache, written = DynamicCache(), torch.empty(len(contexts), 0, dtype=torch.long)
+        cache, tokens = DynamicCache(), torch.empty(len(contexts), 0, dtype=torch.long)
         finished = torch.zeros(len(contexts), dtype=torch.bool)
         for _ in range(max_new_tokens):
             out = self.model.model(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             )
             token = _pick(self.model.lm_head(out.last_hidden_state[:, -1]), temperature, generator)
-            written = torch.cat([written, token.masked_fill(finished, self.end)[:, None]], dim=1)
+            tokens = torch.cat([tokens, token.masked_fill(finished, self.end)[:, None]], dim=1)
             finished |= token == self.end
             if bool(finished.all()):
                 break
             ids, positions = token[:, None], positions[:, -1:] + 1
             mask = F.pad(mask, (0, 1), value=1)
-        return [self._decode(row.tolist()) for row in written]
+        return [self._decode(row.tolist()) for row in tokens]
 
     @torch.no_grad()
-    def speaks(self, context: Sequence[int]) -> bool:
-        """Whether the gate lets anything be written after this context; without a gate, always."""
+    def gate_opens(self, context: Sequence[int]) -> bool:
+        """Whether the gate lets the model write after this context; True without a gate."""
         if self.gate is None:
             return True
         hidden = self._early(input_ids=torch.tensor([list(context)]), use_cache=False).last_hidden_state
         return bool(self.gate(hidden[0, -1]) > 0)
 
-    def read(self, contexts: Sequence[Sequence[int]], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Log-probability of each text and its end mark after its context, and the gate's logits, ``[B]`` each.
+    def log_likelihoods(self, contexts: Sequence[Sequence[int]], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Log-likelihood of each text and its end mark after its context, and the gate's logits, ``[B]`` each.
 
-        Both differentiable; logits are zero without a gate. The probability is a sum over tokens: a mean would make the
-        first token of a long text count less than that of an empty one, and there a writer decides whether to write.
+        Both are differentiable; the logits are zero without a gate. The likelihood is summed over tokens: in a mean the
+        first token of a long text, which decides whether to write at all, would count less than that of an empty text.
         """
         targets = [[*self.encode(text), self.end] for text in texts]
         rows = [torch.tensor([*c, *t[:-1]]) for c, t in zip(contexts, targets, strict=True)]
         # Right padding needs no mask: attention is causal and padded positions are never read.
-        found = self.model.model(input_ids=nn.utils.rnn.pad_sequence(rows, batch_first=True), output_hidden_states=True)
-        spans = zip(found.last_hidden_state, contexts, targets, strict=True)
+        output = self.model.model(
+            input_ids=nn.utils.rnn.pad_sequence(rows, batch_first=True), output_hidden_states=True
+        )
+        spans = zip(output.last_hidden_state, contexts, targets, strict=True)
         logits = self.model.lm_head(torch.cat([h[len(c) - 1 : len(c) - 1 + len(t)] for h, c, t in spans])).float()
         losses = F.cross_entropy(logits, torch.tensor([i for t in targets for i in t]), reduction="none")
         sums = torch.stack([part.sum() for part in losses.split([len(t) for t in targets])])
         if self.gate is None:
             return -sums, torch.zeros_like(sums)
         ends = torch.tensor([len(c) - 1 for c in contexts])
-        return -sums, self.gate(found.hidden_states[self.gate_layers][torch.arange(len(ends)), ends])[:, 0]
+        return -sums, self.gate(output.hidden_states[self.gate_layers][torch.arange(len(ends)), ends])[:, 0]
 
     def add_gate(self, layers: int) -> None:
-        """Decide after the first ``layers`` layers whether to write at all: the rest runs only then (an early exit).
+        """Add an early exit: a linear gate decides after the first ``layers`` layers whether the others run.
 
-        After BranchyNet (Teerapittayanon et al. 2016, arXiv 1709.01686). Raises ValueError unless some are left.
+        After BranchyNet (Teerapittayanon et al. 2016, arXiv 1709.01686). Raises ValueError unless some layers follow.
         """
         whole = self.model.model
         if not 1 <= layers < len(whole.layers):
@@ -115,14 +117,14 @@ class Writer:
         with torch.device("meta"):
             early = type(whole)(shape)
         early.embed_tokens, early.rotary_emb, early.norm = whole.embed_tokens, whole.rotary_emb, nn.Identity()
-        early.layers = whole.layers[:layers]  # the very layers, adapters and all
+        early.layers = whole.layers[:layers]  # shared with the whole model, as are their adapters
         self._early, self.gate_layers = early.eval(), layers
         self.gate = nn.Linear(shape.hidden_size, 1)
         for parameter in self.gate.parameters():
             nn.init.zeros_(parameter)
 
     def add_lora(self, rank: int) -> dict[str, nn.Parameter]:
-        """Put trainable adapters on all its layers (Hu et al. 2021, arXiv 2106.09685); the rest stays frozen."""
+        """Add trainable adapters to all layers (Hu et al. 2021, arXiv 2106.09685); the other weights stay frozen."""
         from peft import LoraConfig, inject_adapter_in_model
 
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LORA_TARGETS), lora_dropout=0.0)
@@ -132,12 +134,12 @@ class Writer:
         return self.adapters()
 
     def adapters(self) -> dict[str, nn.Parameter]:
-        """What is learned: the adapters, and the gate."""
-        found = {name: p for name, p in self.model.named_parameters() if "lora_" in name}
-        return found | {f"{GATE}{name}": p for name, p in (self.gate.named_parameters() if self.gate else ())}
+        """The trainable parameters by name: those of the adapters and of the gate."""
+        lora = {name: p for name, p in self.model.named_parameters() if "lora_" in name}
+        return lora | {f"{GATE}{name}": p for name, p in (self.gate.named_parameters() if self.gate else ())}
 
     def freeze(self) -> None:
-        """Make the adapters part of the weights: a third faster, and the last of training them."""
+        """Merge the adapters into the weights: a third faster, and no longer trainable."""
         from peft.tuners.lora import LoraLayer
 
         for module in self.model.modules():

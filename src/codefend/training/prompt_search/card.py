@@ -1,4 +1,4 @@
-"""The card of a searched policy: what it is, how it was found, what it scored, what that does not show."""
+"""The card of a searched policy: origin, scores and their limits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 HEADER = "| policy | clean | robust | refusals | look-alikes |"
 RULE = "|---|---|---|---|---|"
-WORDS = {
+METHODS = {
     "gepa": "GEPA (arXiv 2507.19457) over prefix and suffix",
     "soft": "a soft prefix, prompt tuning (arXiv 2104.08691)",
     "generator": "a prefix generator: SmolLM2-135M-Instruct, LoRA, rewards and pairs (after arXiv 2510.11096)",
@@ -20,7 +20,7 @@ WORDS = {
 
 
 def line(name: str, score: Score) -> str:
-    """A row of the card's table."""
+    """A row of the table of scores."""
     numbers = (score.clean, score.robust, score.refusal, score.benign)
     return f"| {name} | " + " | ".join(f"{number:.3f}" for number in numbers) + " |"
 
@@ -33,7 +33,7 @@ def card(
     helps: bool,
     front: Sequence[tuple[str, Score]],
 ) -> str:
-    """Markdown; the first line is what ``codefend list prompts`` shows. ``settings`` is the policy's JSON."""
+    """Markdown; ``codefend list prompts`` shows its first line. ``settings`` is the policy's JSON."""
     verdict = "more robust than no prompt at the allowed cost" if helps else "no better than no prompt"
     families = [
         f"- {name}: {value:.3f} (no prompt {baseline.families[name]:.3f})" for name, value in score.families.items()
@@ -53,22 +53,22 @@ def card(
             "",
             *_table(front),
             "",
-            "Chosen as the best of many on this set, so these figures flatter it; the test set decides (docs/notebook/2026-11.md). "
-            "Attackers here did not see the policy.",
+            "Chosen as the best of many on this set, so these scores are optimistic; evaluate on the test set. "
+            "The attacks were oblivious of the policy (T0).",
             "",
         ]
     )
 
 
 def _origin(config: SearchConfig, settings: dict[str, Any], count: int) -> list[str]:
-    """How the policy was made, its words, and the ``count`` items that chose it."""
+    """How the policy was made, its text, and the ``count`` items that it was selected on."""
     bank = config.bank
     return [
-        f"Made by {WORDS[config.method]}; seed {config.seed}. Frozen: fingerprint in policy.json or its tensors.",
+        f"Made by {METHODS[config.method]}; seed {config.seed}. Frozen: fingerprint in policy.json or its tensors.",
         *(f"- {key}: {settings[key]!r}" for key in ("system", "prefix", "suffix") if settings.get(key)),
         "",
         f"Selected on {count} items of the val split behind purifier {bank.purifier!r}, at "
-        f"{bank.attack.eps:g}/255, attacks through the bare victim. Attacks met in search: {', '.join(bank.seen)}; "
+        f"{bank.attack.eps:g}/255, attacks through the bare victim. Attacks of the search: {', '.join(bank.seen)}; "
         f"held out for selection: {', '.join(bank.held_out)}.",
     ]
 

@@ -1,28 +1,33 @@
-"""The settings of ``codefend optimize-prompt``, and which of them no search can have."""
+"""The settings of ``codefend optimize-prompt``, and their validation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Literal
 
 from codefend import prompts
-from codefend.prompts.generator import GeneratorConfig
 from codefend.prompts.gepa_search import GepaConfig
 from codefend.prompts.proposers import Endpoint
-from codefend.prompts.soft import MAX_TOKENS, SoftConfig
-from codefend.training.prompt_search.bank import BankConfig, check_attack, check_families
+from codefend.prompts.soft import MAX_TOKENS
+from codefend.training.prompt_search.bank import BankConfig, check_attacks
+from codefend.training.prompt_search.generator import GeneratorConfig
+from codefend.training.prompt_search.soft import SoftConfig
 from codefend.types import CodefendError
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """Everything that decides a search. ``clean_cost`` and ``more_refusals``: what the chosen policy may cost."""
+    """Everything that decides a search.
+
+    The chosen policy may lose ``clean_cost`` of the clean score, and refuse ``more_refusals`` more often.
+    """
 
     victim: str = "pocket"
     method: Literal["gepa", "soft", "generator"] = "gepa"
-    surrogate: str = ""  # white box that makes the attacked pictures; empty: the victim
+    surrogate: str = ""  # the white box that attacks are made on; empty: the victim
     seed: int = 0
-    batch: int = 8  # answers at a time
+    batch: int = 8  # questions per call of the victim
     clean_cost: float = 0.01
     more_refusals: float = 0.01
     bank: BankConfig = field(default_factory=BankConfig)
@@ -31,9 +36,30 @@ class SearchConfig:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
 
 
+LEAST = {  # of each whole number
+    "batch": 1,
+    "bank.search_scenes": 1,
+    "bank.selection_scenes": 1,
+    "gepa.evaluations": 1,
+    "gepa.minibatch": 1,
+    "soft.tokens": 1,
+    "soft.batch": 1,
+    "soft.steps": 1,
+    "soft.check_every": 1,
+    "generator.rank": 1,
+    "generator.tokens": 1,
+    "generator.steps": 1,
+    "generator.check_every": 1,
+    "generator.samples": 0,
+    "generator.bank": 0,
+    "generator.pictures": 1,
+}
+
+
 def check(config: SearchConfig) -> None:
-    """Raise CodefendError for a setting that no search can have: all before the first picture is attacked."""
-    for name, value, least in _whole_numbers(config):
+    """Raise CodefendError for a setting out of range."""
+    for name, least in LEAST.items():
+        value = attrgetter(name)(config)
         if value < least:
             raise CodefendError(f"{name} must be {least} or more, not {value}")
     bank = config.bank
@@ -42,35 +68,11 @@ def check(config: SearchConfig) -> None:
     both = set(bank.seen) & set(bank.held_out)
     if both:
         raise CodefendError(f"{sorted(both)[0]!r} is in bank.seen and in bank.held_out; selection needs other attacks")
-    check_families((*bank.seen, *bank.held_out))
-    check_attack(bank.attack, "bank.attack")
+    check_attacks((*bank.seen, *bank.held_out), bank.attack, "bank.attack")
     if config.method == "gepa":
         _check_gepa(config)
     if config.method == "soft" and config.soft.tokens > MAX_TOKENS:
         raise CodefendError(f"soft.tokens must be 1 to {MAX_TOKENS}, not {config.soft.tokens}")
-
-
-def _whole_numbers(config: SearchConfig) -> list[tuple[str, int, int]]:
-    """Names, values and the least value of each."""
-    bank, gepa, soft, generator = config.bank, config.gepa, config.soft, config.generator
-    return [
-        ("batch", config.batch, 1),
-        ("bank.search_scenes", bank.search_scenes, 1),
-        ("bank.selection_scenes", bank.selection_scenes, 1),
-        ("gepa.evaluations", gepa.evaluations, 1),
-        ("gepa.minibatch", gepa.minibatch, 1),
-        ("soft.tokens", soft.tokens, 1),
-        ("soft.batch", soft.batch, 1),
-        ("soft.steps", soft.steps, 1),
-        ("soft.check_every", soft.check_every, 1),
-        ("generator.rank", generator.rank, 1),
-        ("generator.tokens", generator.tokens, 1),
-        ("generator.steps", generator.steps, 1),
-        ("generator.check_every", generator.check_every, 1),
-        ("generator.samples", generator.samples, 0),
-        ("generator.bank", generator.bank, 0),
-        ("generator.pictures", generator.pictures, 1),
-    ]
 
 
 def _check_gepa(config: SearchConfig) -> None:
@@ -85,8 +87,8 @@ def _check_gepa(config: SearchConfig) -> None:
 
 
 def seed_policy(config: SearchConfig) -> prompts.PromptPolicy:
-    """Where GEPA starts. Raises CodefendError for an unknown or a learned policy."""
+    """The policy that GEPA starts from. Raises CodefendError for an unknown or a learned one."""
     policy = prompts.load_any(config.gepa.seed_policy)
     if not isinstance(policy, prompts.PromptPolicy):
-        raise CodefendError(f"gepa.seed_policy must be words, and {config.gepa.seed_policy!r} was learned")
+        raise CodefendError(f"gepa.seed_policy must be fixed text, and {config.gepa.seed_policy!r} was learned")
     return policy

@@ -1,4 +1,4 @@
-"""``codefend optimize-prompt``: examples, baseline, one of three optimizers, the Pareto front, the chosen policy."""
+"""``codefend optimize-prompt``: examples, baselines, one of three optimizers, the Pareto front, the chosen policy."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from codefend import prompts
+from codefend.bench.results import BARE
 from codefend.core.runs import Run, check_run, open_run, plain, progress
-from codefend.prompts.asking import Asker, Policy
-from codefend.prompts.generator import train_generator
+from codefend.prompts.answers import AnswerCache
 from codefend.prompts.gepa_search import search
 from codefend.prompts.items import Item, Score, choose, pareto
 from codefend.prompts.operators import EditOperators
-from codefend.prompts.proposers import Endpoint, ModelProposer, Proposer, Resilient, WriterProposer
-from codefend.prompts.soft import open_weight, train_soft
+from codefend.prompts.policy import Policy
+from codefend.prompts.proposers import Endpoint, FallbackProposer, ModelProposer, Proposer
+from codefend.prompts.soft import open_weight
 from codefend.purifiers.base import Purifier
-from codefend.training.prompt_search.bank import BARE, Kitchen, Sources, white_box
+from codefend.training.prompt_search.bank import ItemBuilder, SearchLoaders, load_crafter, load_purifiers
 from codefend.training.prompt_search.card import card
 from codefend.training.prompt_search.config import SearchConfig, check, seed_policy
+from codefend.training.prompt_search.generator import generator_training
+from codefend.training.prompt_search.policy_training import train_policy
+from codefend.training.prompt_search.soft import soft_training
 from codefend.types import Task, Victim
 
-HAND_WRITTEN = "adashield-static"
+HAND_WRITTEN = "adashield-static"  # a baseline
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The chosen policy's folder, its score and that of no policy; ``helps``: whether it is admissible and better."""
+class SearchResult:
+    """The chosen policy's folder, its score and that of no policy; ``helps``: whether it is more robust at its cost."""
 
     folder: Path
     name: str
@@ -37,21 +41,21 @@ class Outcome:
     helps: bool
 
 
-class Stock(NamedTuple):
-    """What a search needs by name, loaded before its run folder exists."""
+class SearchModels(NamedTuple):
+    """Everything that a search loads by name, before its run folder exists."""
 
     victim: Victim
-    attacked: Victim  # whose gradients make the attacked pictures
-    purifier: Purifier | None
+    crafter: Victim  # the white box that attacks are made on
+    purifiers: dict[str, Purifier | None]
     search: list[Task]
     selection: list[Task]
 
 
 class Candidates:
-    """The policies judged so far on the selection set, in the run folder: rows, and a folder for each."""
+    """Policies that were evaluated on the selection set, in the run folder: a row and a folder each."""
 
-    def __init__(self, run: Run, asker: Asker, items: Sequence[Item]) -> None:
-        self.run, self.asker, self.items = run, asker, items
+    def __init__(self, run: Run, answers: AnswerCache, items: Sequence[Item]) -> None:
+        self.run, self.answers, self.items = run, answers, items
         self.scored: dict[str, tuple[str, Score]] = {
             row["policy"]: (row["name"], Score(**row["score"])) for row in run.rows() if row.get("kind") == "candidate"
         }
@@ -59,152 +63,153 @@ class Candidates:
     def folder(self, key: str) -> Path:
         return self.run.dir / "candidates" / key
 
-    def judge(self, policy: Any) -> None:
-        """Score a candidate and keep it. Called again with the same policy, does nothing."""
+    def add(self, policy: Any) -> None:
+        """Evaluate and save a policy, unless it is there already."""
         if policy.key in self.scored:
             return
-        watch, self.asker.watch = self.asker.watch, lambda count: None  # a search has counted these answers
-        score = self.asker.score(policy, self.items)
-        self.asker.watch = watch
+        on_answers, self.answers.on_answers = self.answers.on_answers, lambda count: None  # counted by the search
+        score = self.answers.score(policy, self.items)
+        self.answers.on_answers = on_answers
         prompts.save_folder(policy, self.folder(policy.key))
         row = {"key": f"candidate|{policy.key}", "kind": "candidate", "policy": policy.key, "name": policy.name}
         self.run.append({**row, "score": asdict(score)})
         self.scored[policy.key] = (policy.name, score)
 
     def reference(self, policy: Policy) -> Score:
-        """Score a policy that is only compared with."""
-        score = self.asker.score(policy, self.items)
+        """Evaluate a policy for comparison."""
+        score = self.answers.score(policy, self.items)
         row = {"key": f"reference|{policy.name}", "kind": "reference", "name": policy.name, "score": asdict(score)}
         self.run.append(row)
         return score
 
     def front(self) -> list[tuple[str, Score]]:
-        return pareto([(name, score) for name, score in self.scored.values()])
+        return pareto(list(self.scored.values()))
 
 
-def run_search(config: SearchConfig, folder: Path, sources: Sources | None = None) -> Outcome:
+def run_search(config: SearchConfig, folder: Path, loaders: SearchLoaders | None = None) -> SearchResult:
     """See ``codefend.training.prompt_search.optimize_prompt``."""
     check(config)
-    described = {"optimize": "prompt", **plain(config)}
-    check_run(folder, described)
-    sources = sources or Sources()
-    stock = load_stock(config, sources)
-    with open_run(folder, described) as run:  # a misspelt name has left nothing behind
-        search_items, selection = make_items(config, run, stock)
-        asker = Asker(stock.victim, run, batch=config.batch)
-        found = Candidates(run, asker, selection)
+    recorded = {"optimize": "prompt", **plain(config)}
+    check_run(folder, recorded)
+    loaders = loaders or SearchLoaders()
+    models = load_models(config, loaders)
+    with open_run(folder, recorded) as run:
+        search_items, selection = build_items(config, run, models)
+        answers = AnswerCache(models.victim, run, batch=config.batch)
+        candidates = Candidates(run, answers, selection)
         with progress("baselines", 2 * len(selection)) as advance:
-            asker.watch = advance
-            baseline = found.reference(prompts.PromptPolicy("none"))
-            found.reference(prompts.load(HAND_WRITTEN))
-        asker.watch = lambda count: None
-        METHODS[config.method](config, run, search_items, found, sources)
-        return conclude(config, run, found, baseline)
+            answers.on_answers = advance
+            baseline = candidates.reference(prompts.PromptPolicy("none"))
+            candidates.reference(prompts.load(HAND_WRITTEN))
+        answers.on_answers = lambda count: None
+        METHODS[config.method](config, run, search_items, candidates, loaders)
+        return choose_policy(config, run, candidates, baseline)
 
 
-def load_stock(config: SearchConfig, sources: Sources) -> Stock:
-    """Everything that has a name, the cheap things first. Raises CodefendError for what no search can have."""
+def load_models(config: SearchConfig, loaders: SearchLoaders) -> SearchModels:
+    """Load everything, the cheap things first. Raises CodefendError for what the search cannot use."""
     bank = config.bank
-    search_tasks = [sources.task(name, "train", bank.search_scenes) for name in bank.tasks]
-    selection = [sources.task(name, "val", bank.selection_scenes) for name in bank.tasks]
-    purifier = None if bank.purifier == BARE else sources.purifier(bank.purifier)
-    victim = sources.victim(config.victim)
+    search_tasks = [loaders.task(name, "train", bank.search_scenes) for name in bank.tasks]
+    selection = [loaders.task(name, "val", bank.selection_scenes) for name in bank.tasks]
+    purifiers = load_purifiers([bank.purifier], loaders)
+    victim = loaders.victim(config.victim)
     if config.method == "soft":
-        open_weight(victim)  # fails now, not after the attacks
-    return Stock(victim, white_box(victim, config.surrogate, sources), purifier, search_tasks, selection)
+        open_weight(victim)
+    return SearchModels(victim, load_crafter(victim, config.surrogate, loaders), purifiers, search_tasks, selection)
 
 
-def make_items(config: SearchConfig, run: Run, stock: Stock) -> tuple[list[Item], list[Item]]:
-    """The items of search (as asked, with unpurified ones) and of selection, attacked now or in an earlier sitting."""
-    bank = config.bank
-    behind = {bank.purifier: stock.purifier}
-    kitchens = {"search": behind | ({BARE: None} if bank.unpurified else {}), "selection": behind}
-    plans: dict[str, tuple[list[Task], Sequence[str], Sequence[str]]] = {
-        "search": (stock.search, bank.seen, bank.says),
-        "selection": (stock.selection, bank.held_out, ()),
-    }
-    made: dict[str, list[Item]] = {}
-    with progress("examples", len(plans) * len(bank.tasks)) as advance:
-        for part, (tasks, families, says) in plans.items():
-            kitchen = Kitchen(stock.attacked, kitchens[part], run.dir / "bank", bank.attack, says=says)
-            made[part] = []
+def build_items(config: SearchConfig, run: Run, models: SearchModels) -> tuple[list[Item], list[Item]]:
+    """The items of search (also unpurified ones, if the config says so) and of selection."""
+    bank, items = config.bank, []
+    bare: dict[str, Purifier | None] = {BARE: None} if bank.unpurified else {}
+    parts: list[tuple[str, list[Task], Sequence[str], Sequence[str], dict[str, Purifier | None]]] = [
+        ("search", models.search, bank.seen, bank.says, models.purifiers | bare),
+        ("selection", models.selection, bank.held_out, (), models.purifiers),
+    ]
+    with progress("examples", len(parts) * len(bank.tasks)) as advance:
+        for part, tasks, attacks, sentences, purifiers in parts:
+            builder = ItemBuilder(models.crafter, purifiers, run.dir / "bank", bank.attack, sentences=sentences)
+            items.append([])
             for task in tasks:
-                made[part] += kitchen.items(part, task, families)
+                items[-1] += builder.items(part, task, attacks)
                 advance()
-    return made["search"], made["selection"]
+    return items[0], items[1]
 
 
-def _gepa(config: SearchConfig, run: Run, items: list[Item], found: Candidates, sources: Sources) -> None:
+# --- the optimizers --------------------------------------------------------------------------------------------------
+
+
+def _gepa(config: SearchConfig, run: Run, items: list[Item], candidates: Candidates, loaders: SearchLoaders) -> None:
     with progress("gepa", config.gepa.evaluations) as advance:
-        found.asker.watch = lambda count: advance(count, _note(found))
+        candidates.answers.on_answers = lambda count: advance(count, _best(candidates))
         search(
-            found.asker,
+            candidates.answers,
             run,
             items,
-            found.items,
+            candidates.items,
             seed_policy(config),
-            proposer(config, sources),
+            make_proposer(config, loaders),
             config.gepa,
-            found.judge,
+            candidates.add,
             seed=config.seed,
         )
 
 
-def proposer(config: SearchConfig, sources: Sources) -> Proposer:
-    """Who proposes: edit operators, or the shipped small model or an endpoint with the operators to spare."""
-    spare = EditOperators(config.seed)
+def make_proposer(config: SearchConfig, loaders: SearchLoaders) -> Proposer:
+    """Edit operators; or the local language model or an endpoint, with the operators as fallback."""
+    operators = EditOperators(config.seed)
     if config.gepa.proposer == "operators":
-        return spare
+        return operators
     if config.gepa.proposer == "local":
-        return Resilient(WriterProposer(sources.writer(), config.seed), spare)
-    return Resilient(ModelProposer(Endpoint(config.gepa.proposer, config.gepa.model), "endpoint"), spare)
+        return FallbackProposer(ModelProposer.local(loaders.writer(), config.seed), operators)
+    return FallbackProposer(ModelProposer(Endpoint(config.gepa.proposer, config.gepa.model), "endpoint"), operators)
 
 
-def _soft(config: SearchConfig, run: Run, items: list[Item], found: Candidates, sources: Sources) -> None:
-    with progress("soft prefix", config.soft.steps) as advance:
-        path = run.dir / "checkpoint.safetensors"
-        train_soft(found.asker.victim, items, config.soft, path, found.judge, seed=config.seed, advance=advance)
+def _soft(config: SearchConfig, run: Run, items: list[Item], candidates: Candidates, loaders: SearchLoaders) -> None:
+    victim = candidates.answers.victim
+    training = soft_training(victim, items, config.soft, candidates.add, seed=config.seed)
+    train_policy(training, run.dir, "soft prefix", run.append)
 
 
-def _generator(config: SearchConfig, run: Run, items: list[Item], found: Candidates, sources: Sources) -> None:
-    writer, path = sources.writer(), run.dir / "checkpoint.safetensors"
-    with progress("generator", config.generator.steps) as advance:
-        train_generator(
-            found.asker.victim,
-            writer,
-            items,
-            config.generator,
-            path,
-            found.judge,
-            says=config.bank.says,
-            seed=config.seed,
-            advance=advance,
-        )
+def _generator(
+    config: SearchConfig, run: Run, items: list[Item], candidates: Candidates, loaders: SearchLoaders
+) -> None:
+    training = generator_training(
+        candidates.answers.victim,
+        loaders.writer(),
+        items,
+        config.generator,
+        candidates.add,
+        planted=config.bank.says,
+        seed=config.seed,
+    )
+    train_policy(training, run.dir, "generator", run.append)
 
 
-METHODS: dict[str, Callable[[SearchConfig, Run, list[Item], Candidates, Sources], None]] = {
+METHODS: dict[str, Callable[[SearchConfig, Run, list[Item], Candidates, SearchLoaders], None]] = {
     "gepa": _gepa,
     "soft": _soft,
     "generator": _generator,
 }
 
 
-def _note(found: Candidates) -> str:
-    front = found.front()
-    return f"{len(found.scored)} judged, best robust {front[0][1].robust:.2f}" if front else ""
+def _best(candidates: Candidates) -> str:
+    front = candidates.front()
+    return f"{len(candidates.scored)} evaluated, best robust {front[0][1].robust:.2f}" if front else ""
 
 
-def conclude(config: SearchConfig, run: Run, found: Candidates, baseline: Score) -> Outcome:
-    """Choose, and write ``policy/`` and ``result.json``. Where nothing helps, the best in sum is kept, marked so."""
-    keyed = [(key, score) for key, (_, score) in found.scored.items()]
-    chosen = choose(keyed, baseline, clean_cost=config.clean_cost, more_refusals=config.more_refusals)
-    key, score = chosen or max(keyed, key=lambda pair: pair[1].clean + pair[1].robust - pair[1].refusal)
-    source, name = found.folder(key), found.scored[key][0]
+def choose_policy(config: SearchConfig, run: Run, candidates: Candidates, baseline: Score) -> SearchResult:
+    """Write the choice into ``policy/`` and ``result.json``; where no policy helps, the best in sum, marked so."""
+    scored = [(key, score) for key, (_, score) in candidates.scored.items()]
+    choice = choose(scored, baseline, clean_cost=config.clean_cost, more_refusals=config.more_refusals)
+    key, score = choice or max(scored, key=lambda pair: pair[1].clean + pair[1].robust - pair[1].refusal)
+    source, name = candidates.folder(key), candidates.scored[key][0]
     settings = json.loads((source / "policy.json").read_text(encoding="utf-8"))
-    run.write("policy/README.md", card(config, settings, score, baseline, chosen is not None, found.front()))
-    for path in sorted(source.iterdir(), key=lambda path: path.name == "policy.json"):  # last: then the folder is whole
+    run.write("policy/README.md", card(config, settings, score, baseline, choice is not None, candidates.front()))
+    # policy.json comes last, so that a folder with one is complete.
+    for path in sorted(source.iterdir(), key=lambda path: path.name == "policy.json"):
         if not path.name.startswith("."):
             run.write(f"policy/{path.name}", path.read_bytes())
-    outcome = Outcome(run.dir / "policy", name, score, baseline, chosen is not None)
-    run.write("result.json", json.dumps(plain(outcome), indent=2) + "\n")
-    return outcome
+    result = SearchResult(run.dir / "policy", name, score, baseline, choice is not None)
+    run.write("result.json", json.dumps(plain(result), indent=2) + "\n")
+    return result

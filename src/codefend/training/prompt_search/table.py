@@ -1,7 +1,7 @@
-"""The collaboration table: purifiers x prompt policies x attacks x tasks, and whether the pair beats each alone.
+"""The collaboration table: purifiers x prompt policies x attacks x tasks, and whether pairs beat each of the two alone.
 
-Attacks go through the bare victim (T0), so that every cell meets the very same pictures, or through each cell's own
-purifier and policy (T2). Policies are frozen before they come here.
+Attacks go through the bare victim (T0), so that every cell has the same attacked images, or through each cell's own
+purifier and policy (T2). Policies are frozen before they are compared.
 """
 
 from __future__ import annotations
@@ -11,36 +11,38 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from codefend import prompts
+from codefend.bench.results import BARE
 from codefend.core.runs import Row, Run, check_run, open_run, plain, progress
 from codefend.core.specs import split_specs
-from codefend.prompts.asking import Asker, Policy, prompted
+from codefend.prompts.answers import AnswerCache
 from codefend.prompts.items import Item, is_refusal
+from codefend.prompts.policy import Policy, attach
 from codefend.purifiers.base import Purifier
-from codefend.tasks.metrics import Interval, bootstrap_interval
+from codefend.tasks.metrics import bootstrap_interval
 from codefend.training.prompt_search.bank import (
-    BARE,
     AttackConfig,
-    Kitchen,
-    Sources,
-    check_attack,
-    check_families,
-    white_box,
+    ItemBuilder,
+    SearchLoaders,
+    check_attacks,
+    load_crafter,
+    load_purifiers,
 )
 from codefend.types import CodefendError, Task, Victim
 
-TIMED = 6  # items whose answers are timed one by one, per policy
+TIMED = 6  # items per policy whose answers are timed one by one
 
 
 @dataclass(frozen=True)
 class TableConfig:
-    """What is compared. ``prompts`` are names, files or folders; ``none`` (first) is compared with in both lists."""
+    """What is compared. ``prompts`` are names, files or folders; "none" is the baseline of both lists."""
 
     victim: str = "pocket"
     surrogate: str = ""
@@ -51,7 +53,7 @@ class TableConfig:
     unseen: tuple[str, ...] = ("feature-target", "apgd-targeted", "mifgsm")
     joint: tuple[str, ...] = ("planted", "joint-targeted")
     split: str = "test"
-    scenes: int = 32  # per task, the first ones
+    scenes: int = 32  # images per task, the first ones
     threat: Literal["T0", "T2"] = "T0"
     batch: int = 8
     attack: AttackConfig = field(default_factory=AttackConfig)
@@ -60,7 +62,7 @@ class TableConfig:
         object.__setattr__(self, "purifiers", split_specs(self.purifiers))
 
     def groups(self) -> dict[str, tuple[str, ...]]:
-        """Columns of the table and the families that each averages."""
+        """Columns of the table, and the attacks that each averages."""
         attacked = {"seen": self.seen, "unseen": self.unseen, "joint": self.joint}
         named = {name: families for name, families in attacked.items() if families}
         return {"clean": ("clean",), **named, "look-alikes": ("benign",)}
@@ -69,32 +71,30 @@ class TableConfig:
 Scores = dict[tuple[str, str, str, str], Tensor]  # (purifier, prompt, task, group) -> [N], one per example
 
 
-def make_table(config: TableConfig, folder: Path, *, sources: Sources | None = None) -> Row:
-    """Fill ``folder`` with answers and return the table, written as ``table.json`` too; the same call resumes.
+def make_table(config: TableConfig, folder: Path, *, loaders: SearchLoaders | None = None) -> Row:
+    """Fill ``folder`` with answers and return the table, also written as ``table.json``; the same call resumes.
 
-    Raises CodefendError for unknown names, for lists without "none", for a family named twice, or a folder made with
-    another config.
+    Raises CodefendError for unknown names, for lists without "none", for an attack that is named twice, or a folder
+    made with another config.
     """
-    for name in ("purifiers", "prompts"):
-        if BARE not in getattr(config, name):
+    for name, labels in (("purifiers", config.purifiers), ("prompts", config.prompts)):
+        if BARE not in labels:
             raise CodefendError(f"{name} must hold 'none': the others are compared with it")
-    check_families((*config.seen, *config.unseen, *config.joint))
-    check_attack(config.attack, "attack")
-    sources = sources or Sources()
+    check_attacks((*config.seen, *config.unseen, *config.joint), config.attack, "attack")
+    loaders = loaders or SearchLoaders()
     policies = {name: prompts.load_any(name) for name in config.prompts}
-    frozen = {name: policy.key for name, policy in policies.items()}
-    described = {"table": "prompts", **plain(config), "frozen": frozen}
-    check_run(folder, described)
-    tasks = [sources.task(name, config.split, config.scenes) for name in config.tasks]
-    purifiers = {name: None if name == BARE else sources.purifier(name) for name in config.purifiers}
-    victim = sources.victim(config.victim)
-    attacked = white_box(victim, config.surrogate, sources)
-    with open_run(folder, described) as run:  # a misspelt name has left nothing behind
-        items = _items(config, run, attacked, tasks, purifiers, policies)
-        asker = Asker(victim, run, batch=config.batch)
+    recorded = {"table": "prompts", **plain(config), "frozen": {name: p.key for name, p in policies.items()}}
+    check_run(folder, recorded)
+    tasks = [loaders.task(name, config.split, config.scenes) for name in config.tasks]
+    purifiers = load_purifiers(config.purifiers, loaders)
+    victim = loaders.victim(config.victim)
+    crafter = load_crafter(victim, config.surrogate, loaders)
+    with open_run(folder, recorded) as run:
+        items = _items(config, run, crafter, tasks, purifiers, policies)
+        cache = AnswerCache(victim, run, batch=config.batch)
         with progress("answers", sum(map(len, items.values()))) as advance:
-            asker.watch = advance
-            answers = {name: asker.answers(policy, items[name]) for name, policy in policies.items()}
+            cache.on_answers = advance
+            answers = {name: cache.answers(policy, items[name]) for name, policy in policies.items()}
         seconds = {name: _latency(run, victim, name, policy, items[name]) for name, policy in policies.items()}
         table = summarize(config, items, answers, seconds)
         run.write("table.json", json.dumps(plain(table), indent=2) + "\n")
@@ -104,37 +104,41 @@ def make_table(config: TableConfig, folder: Path, *, sources: Sources | None = N
 def _items(
     config: TableConfig,
     run: Run,
-    attacked: Victim,
+    crafter: Victim,
     tasks: Sequence[Task],
-    purifiers: dict[str, Purifier | None],
+    purifiers: Mapping[str, Purifier | None],
     policies: Mapping[str, Policy],
 ) -> dict[str, list[Item]]:
-    """What each policy is asked: at T0 the same for all."""
-    families = [*config.seen, *config.unseen, *config.joint]
-    seen = policies if config.threat == "T2" else {"": None}
-    made: dict[str, list[Item]] = {name: [] for name in seen}
-    with progress("examples", len(tasks) * len(seen)) as advance:
-        for name, policy in seen.items():
-            kitchen = Kitchen(attacked, purifiers, run.dir / "bank", config.attack, policy)
-            for task in tasks:
-                made[name] += kitchen.items(config.split, task, families)
-                advance()
-    return {name: made.get(name, made.get("", [])) for name in policies}
+    """The items by policy; at T0 they are the same for all policies."""
+    attacks = [*config.seen, *config.unseen, *config.joint]
+
+    def build(policy: Policy | None) -> list[Item]:
+        builder = ItemBuilder(crafter, purifiers, run.dir / "bank", config.attack, policy)
+        items: list[Item] = []
+        for task in tasks:
+            items += builder.items(config.split, task, attacks)
+            advance()
+        return items
+
+    adaptive = config.threat == "T2"
+    with progress("examples", len(tasks) * (len(policies) if adaptive else 1)) as advance:
+        if adaptive:
+            return {name: build(policy) for name, policy in policies.items()}
+        return dict.fromkeys(policies, build(None))
 
 
 def _latency(run: Run, victim: Victim, name: str, policy: Policy, items: Sequence[Item]) -> float:
-    """Median seconds of one answer, asked alone, with the policy's own work; different questions, nothing kept."""
+    """Median seconds of an answer in a batch of one, including the policy's own time; measured once per run."""
     key = f"latency|{name}"
     if not run.has(key):
-        behind, times = prompted(victim, policy), []
+        attached, times = attach(victim, policy), []
         questions = list({item.prompt: item for item in items if item.group == "benign"}.values())[: TIMED + 1]
         for item in questions:
             start = time.perf_counter()
-            behind.generate(item.image[None], [policy(f"{item.prompt} ")])  # the space: a query not met before
+            attached.generate(item.image[None], [policy(f"{item.prompt} ")])  # the space keeps it from the cache
             times.append(time.perf_counter() - start)
         run.append({"key": key, "kind": "latency", "seconds": statistics.median(times[1:] or times)})
-    found: float = next(row["seconds"] for row in run.rows() if row.get("key") == key)
-    return found
+    return float(next(row["seconds"] for row in run.rows() if row.get("key") == key))
 
 
 def summarize(
@@ -146,40 +150,38 @@ def summarize(
     """Cells (mean and interval per group and task), refusals, latency, and the interaction of every pair."""
     scores = _scores(config, items, answers)
     cells = []
-    for purifier in config.purifiers:
-        for prompt in config.prompts:
-            asked = [
-                is_refusal(answer)
-                for item, answer in zip(items[prompt], answers[prompt], strict=True)
-                if item.variant == purifier and item.group != "attacked"
-            ]
-            found = {
-                task: {group: _interval(scores[purifier, prompt, task, group]) for group in config.groups()}
-                for task in config.tasks
+    for purifier, prompt in product(config.purifiers, config.prompts):
+        refusals = [
+            is_refusal(answer)
+            for item, answer in zip(items[prompt], answers[prompt], strict=True)
+            if item.variant == purifier and item.group != "attacked"
+        ]
+        cells.append(
+            {
+                "purifier": purifier,
+                "prompt": prompt,
+                "scores": {
+                    task: {group: _interval(scores[purifier, prompt, task, group]) for group in config.groups()}
+                    for task in config.tasks
+                },
+                "refusals": statistics.fmean(refusals),
+                "clean_cost": _clean_cost(scores, config, purifier, prompt),
+                "added_latency": seconds[prompt] / seconds[BARE] - 1,
             }
-            cells.append(
-                {
-                    "purifier": purifier,
-                    "prompt": prompt,
-                    "scores": found,
-                    "refusals": sum(asked) / len(asked),
-                    "clean_cost": _cost(scores, config, purifier, prompt),
-                    "added_latency": seconds[prompt] / seconds[BARE] - 1,
-                }
-            )
+        )
     return {"cells": cells, "interaction": interactions(config, scores)}
 
 
 def _scores(config: TableConfig, items: Mapping[str, Sequence[Item]], answers: Mapping[str, Sequence[str]]) -> Scores:
-    sums: dict[tuple[str, str, str, str], dict[str, list[float]]] = {}
-    homes = {family: group for group, families in config.groups().items() for family in families}
-    for prompt, given in answers.items():
-        for item, answer in zip(items[prompt], given, strict=True):
-            cell = sums.setdefault((item.variant, prompt, item.task, homes[item.family]), {})
+    values: dict[tuple[str, str, str, str], dict[str, list[float]]] = {}
+    group_of = {family: group for group, families in config.groups().items() for family in families}
+    for prompt, texts in answers.items():
+        for item, answer in zip(items[prompt], texts, strict=True):
+            cell = values.setdefault((item.variant, prompt, item.task, group_of[item.family]), {})
             cell.setdefault(item.id.rpartition("/")[2], []).append(item.judge(answer))
     return {
-        key: torch.tensor([statistics.fmean(values) for _, values in sorted(cell.items())])
-        for key, cell in sums.items()
+        key: torch.tensor([statistics.fmean(example) for _, example in sorted(cell.items())])
+        for key, cell in values.items()
     }
 
 
@@ -187,43 +189,43 @@ def _interval(scores: Tensor) -> Row:
     return bootstrap_interval(scores)._asdict()
 
 
-def _cost(scores: Scores, config: TableConfig, purifier: str, prompt: str) -> float:
-    """How much clean score the prompt costs behind this purifier, mean of the tasks."""
-    lost = [
+def _clean_cost(scores: Scores, config: TableConfig, purifier: str, prompt: str) -> float:
+    """The clean score that the prompt costs behind this purifier, mean over tasks."""
+    costs = [
         float((scores[purifier, BARE, task, "clean"] - scores[purifier, prompt, task, "clean"]).mean())
         for task in config.tasks
     ]
-    return statistics.fmean(lost)
+    return statistics.fmean(costs)
 
 
 def interactions(config: TableConfig, scores: Scores) -> list[Row]:
-    """For each purifier with each prompt: the pair minus either alone, and what it has beyond their sum.
+    """For each purifier with each prompt: the pair minus either alone, and its gain beyond the sum of both gains.
 
-    ``beyond_sum`` is s(P, Q) - s(P) - s(Q) + s(none): above 0 the two help one another, at 0 they only add up.
+    ``beyond_sum`` is s(P, Q) - s(P) - s(Q) + s(none): above 0 the two reinforce each other, at 0 they only add up.
     """
-    found = []
-    for task in config.tasks:
-        for group in config.groups():
-            base = scores[BARE, BARE, task, group]
-            for purifier in (name for name in config.purifiers if name != BARE):
-                for prompt in (name for name in config.prompts if name != BARE):
-                    pair, alone = scores[purifier, prompt, task, group], scores[purifier, BARE, task, group]
-                    words = scores[BARE, prompt, task, group]
-                    better = bootstrap_interval(pair - alone)
-                    row: dict[str, Any] = {"task": task, "group": group, "purifier": purifier, "prompt": prompt}
-                    row["over_purifier"] = better._asdict()
-                    row["over_prompt"] = _interval(pair - words)
-                    row["beyond_sum"] = _interval(pair - alone - words + base)
-                    found.append(row | {"helps": _above_zero(better)})
-    return found
-
-
-def _above_zero(interval: Interval) -> bool:
-    return interval.low > 0
+    rows: list[Row] = []
+    purifiers, policies = ([name for name in names if name != BARE] for names in (config.purifiers, config.prompts))
+    for task, group, purifier, prompt in product(config.tasks, config.groups(), purifiers, policies):
+        pair, neither = scores[purifier, prompt, task, group], scores[BARE, BARE, task, group]
+        purified, prompted = scores[purifier, BARE, task, group], scores[BARE, prompt, task, group]
+        over_purifier = _interval(pair - purified)
+        rows.append(
+            {
+                "task": task,
+                "group": group,
+                "purifier": purifier,
+                "prompt": prompt,
+                "over_purifier": over_purifier,
+                "over_prompt": _interval(pair - prompted),
+                "beyond_sum": _interval(pair - purified - prompted + neither),
+                "helps": over_purifier["low"] > 0,
+            }
+        )
+    return rows
 
 
 def markdown(table: Row) -> str:
-    """The table for a report: one line per cell, then one line per pair that was compared."""
+    """Markdown: one line per cell, then one line per pair."""
     tasks = list(table["cells"][0]["scores"])
     groups = list(table["cells"][0]["scores"][tasks[0]])
     heads = [f"{task} {group}" for task in tasks for group in groups]
@@ -239,10 +241,10 @@ def markdown(table: Row) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in table["interaction"]:
-        numbers = " | ".join(_span(row[name]) for name in ("over_purifier", "over_prompt", "beyond_sum"))
+        numbers = " | ".join(_signed(row[name]) for name in ("over_purifier", "over_prompt", "beyond_sum"))
         lines.append(f"| {row['task']} | {row['group']} | {row['purifier']} + {row['prompt']} | {numbers} |")
     return "\n".join(lines) + "\n"
 
 
-def _span(interval: Row) -> str:
+def _signed(interval: Row) -> str:
     return f"{interval['mean']:+.2f} [{interval['low']:+.2f}, {interval['high']:+.2f}]"
