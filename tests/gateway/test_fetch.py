@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import shutil
+import ssl
+import subprocess
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -11,7 +16,8 @@ import pytest
 
 from codefend.gateway.app import create_app
 from codefend.gateway.errors import Refused
-from codefend.gateway.fetch import Fetcher, FetchOptions, is_public
+from codefend.gateway.fetch import Fetcher, is_public, unpooled_transport
+from codefend.gateway.options import FetchOptions
 from gateway_kit import Upstream, gateway, image, png, run, settings
 
 PUBLIC = "93.184.215.14"
@@ -190,5 +196,91 @@ def test_through_the_gateway() -> None:
         assert answer.status_code == 200, answer.text
         assert b"a.test" not in upstream.requests[0].content
         assert (upstream.images()[0] - (1 - image(1))).abs().max() < 1e-6
+
+    run(work())
+
+
+# --- budgets and connections ------------------------------------------------------------------------------------------
+
+
+def test_fetches_at_a_time_are_bounded_for_all_and_for_each_client() -> None:
+    async def work() -> None:
+        running, most = 0, 0
+
+        async def handler(request: httpx2.Request) -> httpx2.Response:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0.02)
+            running -= 1
+            return httpx2.Response(200, content=b"image")
+
+        fetch = fetcher(handler, again=True, concurrent=4)
+        await asyncio.gather(*(fetch(f"https://a.test/{i}", "one client") for i in range(12)))
+        assert most == 2
+        await asyncio.gather(*(fetch(f"https://a.test/{i}", f"client {i}") for i in range(12)))
+        assert most == 4
+        assert fetch.in_flight == 0
+
+    run(work())
+
+
+def test_waiting_for_a_fetch_ends() -> None:
+    async def work() -> None:
+        async def handler(request: httpx2.Request) -> httpx2.Response:
+            await asyncio.sleep(5)
+            raise AssertionError
+
+        fetch = fetcher(handler, again=True, concurrent=1, timeout_s=0.2)
+        results = await asyncio.gather(*(fetch("https://a.test/", str(i)) for i in range(2)), return_exceptions=True)
+        assert sorted(result.code for result in results if isinstance(result, Refused)) == [
+            "remote_image_failed",
+            "too_many_fetches",
+        ]
+
+    run(work())
+
+
+def test_fetched_bytes_count_in_the_requests_memory() -> None:
+    sizes: list[int] = []
+    assert run(fetcher()("https://a.test/", "", sizes.append)) == b"image"
+    assert sizes == [5]
+
+
+def test_every_connection_checks_the_name_it_is_for(tmp_path: Path) -> None:
+    """Two names at one address: the certificate of the first is no proof for the second."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl here")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    names = ["-subj", "/CN=a.test", "-addext", "subjectAltName=DNS:a.test"]
+    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names]
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_context.load_cert_chain(certificate, key)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while await reader.readuntil(b"\r\n\r\n"):
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+
+    async def ask(transport: httpx2.AsyncBaseTransport, port: int, name: str) -> int:
+        request = httpx2.Request(
+            "GET", f"https://127.0.0.1:{port}/", headers={"host": name}, extensions={"sni_hostname": name}
+        )
+        response = await transport.handle_async_request(request)
+        await response.aread()
+        await response.aclose()
+        return response.status_code
+
+    async def work() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=server_context)
+        transport = unpooled_transport(verify=ssl.create_default_context(cafile=str(certificate)))
+        port = server.sockets[0].getsockname()[1]
+        assert await ask(transport, port, "a.test") == 200
+        with pytest.raises(httpx2.ConnectError, match="certificate"):
+            await ask(transport, port, "b.test")
+        await transport.aclose()
+        server.close()
 
     run(work())

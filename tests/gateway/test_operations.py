@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import subprocess
 import sys
+import time
 
 import httpx2
 import pytest
@@ -159,6 +161,33 @@ def test_the_page_needs_no_outside_assets() -> None:
         assert page.headers["content-security-policy"].startswith("default-src 'none'")
         assert "http://" not in page.text
         assert "https://" not in page.text
+
+    run(work())
+
+
+def test_a_hostile_body_does_not_hold_the_event_loop() -> None:
+    """By the CPU time of the loop's own thread between two of its steps, which a busy machine does not change."""
+    body = b'{"image": [' + b"{}," * 5_000_000 + b"{}]}"
+
+    async def work() -> None:
+        longest, done = 0.0, False
+
+        async def watch() -> None:
+            nonlocal longest
+            while not done:
+                start = time.thread_time()
+                await asyncio.sleep(0)
+                longest = max(longest, time.thread_time() - start)
+
+        async with gateway(Upstream(), demo=True) as client:
+            watching = asyncio.create_task(watch())
+            kind = {"content-type": "application/json"}
+            for path in ("/page/purify", "/page/undefended"):
+                answer = await client.post(path, content=body, headers=kind)
+                assert answer.status_code == 413, answer.text
+            done = True
+            await watching
+        assert longest < 0.05
 
     run(work())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -18,7 +19,7 @@ from codefend.cli.showcase import Showcase
 from codefend.core import images
 from codefend.gateway.app import create_app
 from codefend.gateway.pocket import pocket_transport
-from gateway_kit import Invert, b64, chat, gateway, image, png, run, served, settings, url, wait_for
+from gateway_kit import Driver, Invert, b64, chat, gateway, image, png, run, served, settings, url, wait_for
 
 openai = pytest.importorskip("openai")
 anthropic = pytest.importorskip("anthropic")
@@ -184,6 +185,53 @@ def test_samples_and_attacks_are_the_pages_and_need_the_embedded_model() -> None
                 assert (await client.get("/page/info")).json()["attack"] is False
                 for path in ("sample", "attack"):
                     assert (await client.post(f"/page/{path}", json=ask)).json()["error"]["code"] == "demo_off"
+
+    run(work())
+
+
+def test_nobody_waits_for_an_abandoned_attack() -> None:
+    steps: list[float] = []
+    released = threading.Event()
+
+    class Endless(Showcase):
+        def attack(self, victim: Any, image: Tensor, question: str, check: Any = lambda: None) -> dict[str, Any]:
+            try:
+                for _ in range(3000):
+                    check()
+                    steps.append(time.monotonic())
+                    time.sleep(0.01)
+            finally:
+                released.set()
+            return {}
+
+    async def work() -> None:
+        transport = pocket_transport(Painter(), showcase=Endless())
+        app = create_app(settings(upstream="pocket"), purifier=Invert(), transport=transport, showcase=Endless())
+        async with app.router.lifespan_context(app):
+            attack = Driver(app, json.dumps({"image": url(BRIGHT), "question": "What?"}).encode(), "/page/attack")
+            attacking = asyncio.create_task(attack.run())
+            while not steps:
+                await asyncio.sleep(0.01)
+            second = Driver(app, attack.body, "/page/attack")
+            await second.run()
+            assert second.sent[0]["status"] == 503, "one at a time"
+            chatting = Driver(app, json.dumps(chat(BRIGHT)).encode())
+            await asyncio.wait_for(chatting.run(), 5)
+            assert chatting.sent[0]["status"] == 200, "chats do not wait for attacks"
+            attack.gone.set()
+            await asyncio.wait_for(attacking, 5)
+            assert await asyncio.to_thread(released.wait, 5), "the attack ends with its request"
+
+    run(work())
+
+
+@pytest.mark.parametrize("options", [[1], "x", 1])
+def test_malformed_options_are_a_clear_refusal(options: Any) -> None:
+    async def work() -> None:
+        async with gateway(None, app=pocket_app(Painter())) as client:  # type: ignore[arg-type]
+            body = chat(BRIGHT, stream=True, stream_options=options)
+            answer = await client.post("/v1/chat/completions", json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "stream_options")
 
     run(work())
 

@@ -18,7 +18,7 @@ from codefend.gateway.errors import Refused
 from codefend.gateway.pool import Pool, PoolOptions
 from codefend.gateway.worker import Job, Purified, PurifyFailed, Worker
 from codefend.types import CodefendError
-from gateway_kit import CHAT, Invert, Upstream, chat, gateway, image, png, run, settings
+from gateway_kit import CHAT, Invert, Upstream, chat, gateway, image, png, run, settings, wait_for
 
 BLACK, WHITE, GREY = (images.encode(torch.full((3, 9, 9), shade)) for shade in (0.0, 1.0, 0.5))
 
@@ -78,6 +78,44 @@ def test_a_process_that_hangs_is_ended_and_replaced(pool: Pool, monkeypatch: pyt
     assert isinstance(pool.run([Job(GREY)])[0], Purified)
 
 
+def test_a_hanging_image_fails_itself_and_not_its_batch(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(pool._children[0], "options", replace(pool.options, timeout_s=1.0))
+        results = pool.run([Job(png(1)), Job(WHITE), Job(png(2, width=20))])
+    assert [type(result) for result in results] == [Purified, PurifyFailed, Purified]
+    assert results[1].reason == "timeout"  # type: ignore[union-attr]
+
+
+def test_a_frozen_process_that_works_is_replaced(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even while a large image is being written to its pipe, which nobody reads."""
+    child = pool._children[0]
+    pool.run([Job(GREY)])
+    os.kill(child._process.pid, signal.SIGSTOP)
+    with monkeypatch.context() as patch:
+        patch.setattr(child, "options", replace(pool.options, timeout_s=0.5))
+        start = time.monotonic()
+        (result,) = pool.run([Job(png(1) + bytes(2_000_000))])
+    assert isinstance(result, PurifyFailed)
+    assert result.reason == "timeout"
+    assert time.monotonic() - start < 10
+    assert isinstance(pool.run([Job(GREY)])[0], Purified)
+
+
+def test_idle_processes_that_are_frozen_or_dead_are_replaced(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from codefend.gateway import pool as module
+
+    child, reasons = pool._children[0], list[str]()
+    monkeypatch.setattr(pool, "on_restart", reasons.append)
+    monkeypatch.setattr(module, "_PING_S", 0.3)
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        pool.run([Job(GREY)])
+        process = child._process
+        os.kill(process.pid, number)
+        wait_for(lambda process=process: child._process not in (None, process) and child.answering, 30)
+    assert reasons == ["frozen", "dead"]
+    assert pool.answering == 1
+
+
 def test_signals_to_the_group_do_not_end_a_worker(pool: Pool) -> None:
     process = pool._children[0]._process
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -92,11 +130,12 @@ def test_what_cannot_start_says_why() -> None:
         broken.warm_up()
 
 
-def test_the_gateway_purifies_in_processes() -> None:
+def test_the_gateway_purifies_in_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         from codefend.gateway.app import create_app
 
         upstream = Upstream()
+        monkeypatch.setattr(images, "probe", lambda *_, **__: pytest.fail("decoders run in workers only"))
         app = create_app(settings(purifier="blur", workers=1), transport=upstream.transport)
         async with gateway(upstream, app=app) as client:
             assert isinstance(app.state.engine.worker, Pool)
@@ -105,7 +144,13 @@ def test_the_gateway_purifies_in_processes() -> None:
             process.kill()
             process.join()
             again = await client.post(CHAT, json=chat(png(2)))
+            metrics = (await client.get("/metrics")).text
+            app.state.engine.worker._children[0].answering = False
+            unready = await client.get("/readyz")
         assert answer.status_code == again.status_code == 200, "a process that was killed is replaced at once"
+        assert 'codefend_worker_restarts_total{reason="dead"} 1.0' in metrics
+        assert "codefend_workers_answering 1.0" in metrics
+        assert (unready.status_code, unready.json()["status"]) == (503, "no worker answers")
         assert not upstream.received(png(1), png(2))
         assert upstream.images()[0].shape == image(2).shape
         assert app.state.engine.worker._children[0]._process is None, "nothing is left running"

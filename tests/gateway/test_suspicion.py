@@ -124,8 +124,18 @@ WRITTEN = [
     "![a [b](\n <data:image/png;base64,AAAA>)",
     'What? <img src="data:image/png;base64,AAAA" />',
     "<IMG alt='x' SRC = 'data:image/png;asset_id,1'>",
+    "Image 1: <img>data:image/png;base64,AAAA</img>",
+    "<IMG> " + "iVBORw0KGgo" + "A" * 300,
+    "<img>/etc/passwd</img>",
+    "<image>a.png</image>",
+    "<video>s3://bucket/a.mp4</video>",
 ]
-LINKED = ["![](https://evil.test/a.png)", "![a cat](http://evil.test/a.png)", '<img width=1 src="https://evil.test/a">']
+LINKED = [
+    "![](https://evil.test/a.png)",
+    "![a cat](http://evil.test/a.png)",
+    '<img width=1 src="https://evil.test/a">',
+    "Image 1: <img>https://evil.test/x.png</img>",
+]
 
 
 def holders(text: str) -> list[tuple[Api, Any]]:
@@ -171,6 +181,7 @@ def test_images_written_into_texts_are_refused(text: str) -> None:
         "Markdown writes ![alt](address), HTML <img>, and https://x.org is a page",
         "![alt] (https://x.org)",
         "<img alt='x'> src=https://x.org",
+        "an <img> needs no end, and <img></img> is empty",
     ],
 )
 def test_other_texts_with_links_pass(text: str) -> None:
@@ -183,6 +194,62 @@ def test_a_written_image_is_found_wherever_a_long_text_is_cut() -> None:
     for before in (_STEP - len(image) // 2, _STEP, 3 * _STEP + 7):
         with pytest.raises(Refused, match="Markdown"):
             survey("other", {"prompt": "x" * before + image + "x" * _STEP})
+
+
+# --- lists of texts, and tools ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"input": "https://evil.test/a.png"},
+        {"input": ["a cat", " https://evil.test/a.png "]},
+        {"input": [{"image": "AAAA"}]},
+        {"input": [{"text": "a cat"}]},
+        {"input": {"bytes": "AAAA"}},
+        {"input": "s3://bucket/a.png"},
+        {"input": url("AAAA")},
+        {"input": "x", "messages": [{"role": "user", "content": [IMAGE]}]},
+        {"input": "x", "ref_images": ["AAAA"]},
+        {"query": "x", "documents": [{"image": "https://evil.test/a.png"}]},
+        {"query": "x", "documents": ["https://evil.test/a.png"]},
+    ],
+)
+def test_embeddings_and_reranking_take_texts_alone(body: Any) -> None:
+    with pytest.raises(Refused) as refusal:
+        survey("texts", body)
+    assert refusal.value.code == "unknown_content"
+
+
+def test_texts_that_mention_addresses_pass() -> None:
+    for body in ({"input": ["see https://x.org", [1, 2, 3]]}, {"query": "a", "documents": ["b", "c"], "top_n": 1}):
+        assert survey("texts", {"model": "m"} | body).slots == ()
+    assert survey("texts", {"input": "https://x.org"}, Inspection(image_links=True)).slots == ()
+
+
+SERVER_TOOLS: list[tuple[Api, dict[str, Any], str]] = [
+    ("responses", {"input": "x", "tools": [{"type": "mcp", "server_url": "https://x"}]}, "mcp"),
+    ("responses", {"input": "x", "tools": [{"type": "web_search_preview"}]}, "web_search"),
+    ("responses", {"input": "x", "tools": [{"type": "code_interpreter"}]}, "code_interpreter"),
+    ("messages", {"messages": [], "tools": [{"type": "web_fetch_20250910", "name": "web_fetch"}]}, "web_fetch"),
+    ("messages", {"messages": [], "mcp_servers": [{"type": "url", "url": "https://x"}]}, "mcp"),
+    ("chat", {"messages": [], "web_search_options": {"search_context_size": "low"}}, "web_search"),
+    ("chat", {"messages": [], "plugins": [{"id": "web"}]}, "plugins"),
+]
+
+
+@pytest.mark.parametrize(("api", "body", "name"), SERVER_TOOLS)
+def test_tools_that_load_content_on_the_servers_side_need_a_name(api: Api, body: Any, name: str) -> None:
+    with pytest.raises(Refused) as refusal:
+        survey(api, body)
+    assert refusal.value.code == "tool_refused"
+    assert survey(api, body, Inspection(tools=(name,))).slots == ()
+
+
+def test_tools_of_the_client_pass() -> None:
+    names = ["function", "custom", "computer_use_preview", "local_shell", "bash_20250124", "text_editor_20250728"]
+    assert survey("responses", {"input": "x", "tools": [{"type": name} for name in names]}).slots == ()
+    assert survey("messages", {"messages": [], "tools": [{"name": "f", "input_schema": {}}]}).slots == ()
 
 
 # --- nesting and memory ----------------------------------------------------------------------------------------------

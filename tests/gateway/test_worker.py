@@ -257,6 +257,45 @@ def test_animations() -> None:
     torch.testing.assert_close(shown[:, 0, 0], torch.tensor([0.0, 1.0, 1.0]), atol=0.01, rtol=0)
 
 
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+class Noisy(Invert):
+    stochastic = True
+
+    def forward(self, images: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
+        super().forward(images)
+        return torch.rand(images.shape, generator=generator)
+
+
+def test_noise_is_a_function_of_the_pixels_and_the_secret() -> None:
+    """Sending an image again, in whatever file, is no new draw: not even in another worker."""
+    pixels_of_one = image(1)
+    files = [png(1), png(1) + b"x", images.encode(pixels_of_one, "BMP"), images.encode(pixels_of_one, "WEBP")]
+    secret = WorkerOptions(secret=b"s" * 32, encoding="png")
+    first, *others = Worker(Noisy(), secret).run([Job(data) for data in files])
+    (alone,) = Worker(Noisy(), secret).run([Job(png(1))])
+    assert isinstance(first, Purified)
+    for other in (*others, alone):
+        assert isinstance(other, Purified)
+        assert (other.image, other.digest) == (first.image, first.digest)
+    unlike = [Worker(Noisy(), secret).run([Job(png(2))])[0], Worker(Noisy()).run([Job(png(1))])[0]]
+    assert all(isinstance(other, Purified) and other.image != first.image for other in unlike)
+    assert "ssss" not in repr(secret)
+
+
+def test_neighbours_in_a_batch_do_not_change_the_noise() -> None:
+    options = WorkerOptions(secret=b"s" * 32)
+    together = Worker(Noisy(), options).run([Job(png(i)) for i in range(3)])
+    alone = [Worker(Noisy(), options).run([Job(png(i))])[0] for i in range(3)]
+    torch.testing.assert_close([pixels(a) for a in together], [pixels(a) for a in alone], rtol=0, atol=0)
+
+
+def test_photographs_are_shrunk_by_default() -> None:
+    (result,) = Worker(Invert()).run([Job(images.encode(torch.zeros(3, 576, 2304)))])
+    assert pixels(result).shape == (3, 512, 2048)
+
+
 def test_digests_name_content() -> None:
     assert digest_of(b"a") != digest_of(b"b")
     assert len(digest_of(b"")) == 64

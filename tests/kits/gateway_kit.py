@@ -191,7 +191,9 @@ def served(app: Starlette) -> Iterator[str]:
     """The app behind a real server in a thread."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none"))
+    from codefend.gateway.serve import HTTP
+
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", **HTTP))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_for(lambda: server.started)

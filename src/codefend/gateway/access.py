@@ -93,6 +93,7 @@ class Access:
         address = scope["client"][0] if scope.get("client") else ""
         scope["codefend.address"] = visible_address(address, self.options.log_client)
         scope["codefend.key"], scope["codefend.key_headers"] = "", frozenset()
+        _check_framing(scope)
         if path not in _PROBES:
             self._check_host(scope)
         if path.startswith("/page/"):
@@ -157,6 +158,13 @@ async def send_refusal(refusal: Refused, body: bytes, send: Send, extra: Sequenc
         headers.append((b"retry-after", str(refusal.retry_seconds).encode()))
     await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _check_framing(scope: Scope) -> None:
+    """Refuse two lengths of one body (RFC 9112, 6.3): a proxy in front may have believed the other one."""
+    names = {name for name, _ in scope["headers"]}
+    if {b"content-length", b"transfer-encoding"} <= names:
+        raise Refused(400, "invalid_header", "content-length and transfer-encoding exclude each other")
 
 
 def _check_same_site(scope: Scope) -> None:
