@@ -17,11 +17,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from codefend import __version__
-from codefend.cli import evaluation, images, prompts, serve, training
+from codefend.cli import doctor, evaluation, images, prompts, serve, training
+from codefend.cli.help import GroupedVerbs
 from codefend.types import CodefendError
 
 app = typer.Typer(
-    add_completion=False,
+    cls=GroupedVerbs,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -141,5 +142,5 @@ def summary(entry: Any) -> str:
     return str(text).strip().partition("\n")[0]
 
 
-for verbs in (images, training, evaluation, prompts, serve):
+for verbs in (images, training, evaluation, prompts, serve, doctor):
     app.add_typer(verbs.app)  # without a name: their verbs stand at the top level

