@@ -242,7 +242,7 @@ def test_purifiers_of_a_table_keep_their_options_and_unknown_ones_leave_nothing(
     [
         ("tasks=questoins", "unknown task 'questoins'"),
         ("surrogate=nobody", "unknown victim 'nobody'"),
-        ("purifiers=none,smooth+prompt=doubt", "names a prompt policy, too"),
+        ("purifiers=none,smooth+prompt=doubt", "names a prompt policy: set policies apart"),
         ("unseen=apgd,pgd", "attack 'pgd' is named twice"),
         ("joint=planted,planted", "attack 'planted' is named twice"),
         ("attack.eps=nan", "not a finite number"),
