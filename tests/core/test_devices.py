@@ -20,7 +20,7 @@ from codefend.defense import Defense, StraightThrough
 from codefend.purifiers.nets import NetConfig, PurifierNet
 from codefend.training.bridge import BridgeConfig, BridgeLoss
 from codefend.training.fit import MovingAverage
-from codefend.training.frozen import FrozenEncoder
+from codefend.training.frozen import ViewedEncoder
 from codefend.training.guides import PocketGuide
 from codefend.training.replay import Replays
 from codefend.types import CodefendError
@@ -57,7 +57,7 @@ def test_a_pocket_moves_images_to_itself(distant: Pocket) -> None:
 
 
 def test_the_terms_of_a_bridge_stay_on_the_images_device(distant: Pocket, monkeypatch: pytest.MonkeyPatch) -> None:
-    tower = FrozenEncoder("lite0")
+    tower = ViewedEncoder("lite0")
     tower.encoder.to("meta")
     net = PurifierNet(NetConfig(channels=(8, 8), blocks=(1, 1))).to("meta")
     images = IMAGES.to("meta")

@@ -41,9 +41,9 @@ def test_views_are_drawn_from_all_sizes_and_turns() -> None:
 
 @pytest.mark.weights
 def test_a_tower_through_a_view_sees_that_view() -> None:
-    from codefend.training.frozen import FrozenEncoder
+    from codefend.training.frozen import ViewedEncoder
 
-    tower, images = FrozenEncoder("lite0"), torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+    tower, images = ViewedEncoder("lite0"), torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))
     turned = tower.through(View(160, quarters=1))
     assert turned.encoder is tower.encoder
     assert tower.view == View()

@@ -19,7 +19,7 @@ from codefend.purifiers.nets import NetConfig, PurifierNet, load_net, save_net
 from codefend.training import bridge, guides, mining
 from codefend.training.bridge import BridgeConfig, BridgeLoss, Pairs
 from codefend.training.fit import MovingAverage
-from codefend.training.frozen import FrozenEncoder
+from codefend.training.frozen import ViewedEncoder
 from codefend.training.replay import Replays
 from codefend.types import CodefendError
 
@@ -206,12 +206,12 @@ def test_no_term_that_looks_through_the_encoder_no_encoding() -> None:
 
 
 def test_some_steps_are_guided_by_another_view() -> None:
-    class Towered(FrozenEncoder):
+    class Towered(ViewedEncoder):
         def __init__(self) -> None:
             self.name, self.view = "toy", View()
 
     encoders = [guides.viewed(Towered(), np.random.default_rng([n, 11]), share=0.3) for n in range(100)]
-    views = [encoder.view for encoder in encoders if isinstance(encoder, FrozenEncoder)]
+    views = [encoder.view for encoder in encoders if isinstance(encoder, ViewedEncoder)]
     assert 20 <= sum(view != View() for view in views) <= 40
     assert len(set(views)) > 8
     assert all(guides.viewed(encoder, np.random.default_rng(0), share=0.0) is encoder for encoder in encoders)

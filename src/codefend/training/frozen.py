@@ -23,14 +23,14 @@ WORDS = tuple(f" {c} {t.name}" for t in THINGS if t.tinted for c in COLOURS) + t
 )
 
 
-class FrozenEncoder:
+class ViewedEncoder:
     """An image encoder by name, seen through a `View`."""
 
     def __init__(self, name: str, view: View | None = None) -> None:
         self.name, self.encoder = name, encoders.load(name).to(default_device())
         self.view = view or View()
 
-    def through(self, view: View) -> FrozenEncoder:
+    def through(self, view: View) -> ViewedEncoder:
         """The same encoder through another view."""
         other = copy(self)
         other.view = view
@@ -42,7 +42,7 @@ class FrozenEncoder:
         return tokens.to(images.device)
 
 
-Encoder = FrozenEncoder | WhiteBox  # by name, or the victim's own
+AnyEncoder = ViewedEncoder | WhiteBox  # by name, or the victim's own
 
 
 def check_encoders(names: Sequence[str]) -> None:
@@ -53,10 +53,10 @@ def check_encoders(names: Sequence[str]) -> None:
             raise CodefendError(f"unknown encoder {name!r}; known: {', '.join(known)}")
 
 
-def load_encoders(names: Sequence[str], victim: WhiteBox) -> list[Encoder]:
+def load_encoders(names: Sequence[str], victim: WhiteBox) -> list[AnyEncoder]:
     """The encoders by name; `OWN` is the victim itself. Raises CodefendError for an unknown name."""
     check_encoders(names)
-    return [victim if name == OWN else FrozenEncoder(name) for name in names]
+    return [victim if name == OWN else ViewedEncoder(name) for name in names]
 
 
 def word_objective(pocket: Pocket, clean: Tensor, target: Tensor | None = None) -> Objective:

@@ -17,7 +17,7 @@ from codefend import victims
 from codefend.attacks import objectives
 from codefend.encoders.views import draw_view
 from codefend.tasks.language import CAPTION_PROMPT
-from codefend.training.frozen import OWN, WORDS, Encoder, FrozenEncoder, load_encoders, word_objective
+from codefend.training.frozen import OWN, WORDS, AnyEncoder, ViewedEncoder, load_encoders, word_objective
 from codefend.types import CodefendError, HasAnswerLogits, Objective, WhiteBox
 from codefend.victims.pocket import Pocket
 
@@ -32,7 +32,7 @@ class Guide(Protocol):
         """The victim whose answers are protected."""
         ...
 
-    def encoder(self, number: int) -> Encoder:
+    def encoder(self, number: int) -> AnyEncoder:
         """The encoder whose features guide micro-batch ``number``; they take turns."""
         ...
 
@@ -48,10 +48,10 @@ class Guide(Protocol):
 class PocketGuide:
     """Guides by a pocket's word scores."""
 
-    def __init__(self, pocket: Pocket, encoders: Sequence[Encoder]) -> None:
+    def __init__(self, pocket: Pocket, encoders: Sequence[AnyEncoder]) -> None:
         self.victim, self.encoders = pocket, list(encoders)
 
-    def encoder(self, number: int) -> Encoder:
+    def encoder(self, number: int) -> AnyEncoder:
         return self.encoders[number % len(self.encoders)]
 
     def objective(self, clean: Tensor) -> Objective:
@@ -73,10 +73,10 @@ class AnswerGuide:
     (`HasAnswerLogits`); else its loss on the answer is used.
     """
 
-    def __init__(self, victim: WhiteBox, encoders: Sequence[Encoder], *, prompt: str = CAPTION_PROMPT) -> None:
+    def __init__(self, victim: WhiteBox, encoders: Sequence[AnyEncoder], *, prompt: str = CAPTION_PROMPT) -> None:
         self.victim, self.encoders, self.prompt = victim, list(encoders), prompt
 
-    def encoder(self, number: int) -> Encoder:
+    def encoder(self, number: int) -> AnyEncoder:
         return self.encoders[number % len(self.encoders)]
 
     def objective(self, clean: Tensor) -> Objective:
@@ -134,11 +134,11 @@ def directional_hinge(tokens: Tensor, clean: Tensor, attacked: Tensor, *, margin
     return F.relu(gap + margin) * moved
 
 
-def viewed(encoder: Encoder, rng: np.random.Generator, *, share: float) -> Encoder:
+def viewed(encoder: AnyEncoder, rng: np.random.Generator, *, share: float) -> AnyEncoder:
     """The encoder, with probability ``share`` on another view of its images, so that none depends on one pixel grid.
 
     A victim of your own prepares its images itself and has no other view.
     """
-    if isinstance(encoder, FrozenEncoder) and rng.random() < share:
+    if isinstance(encoder, ViewedEncoder) and rng.random() < share:
         return encoder.through(draw_view(rng))
     return encoder

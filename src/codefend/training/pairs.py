@@ -36,7 +36,7 @@ from codefend.encoders.views import View, draw_view
 from codefend.tasks.language import CAPTION_PROMPT, captions, training_texts
 from codefend.tasks.scenes import compose, load_photographs
 from codefend.tasks.training_images import draw_training_images, own_photographs
-from codefend.training.frozen import OWN, Encoder, FrozenEncoder, check_encoders, load_encoders, word_objective
+from codefend.training.frozen import OWN, AnyEncoder, ViewedEncoder, check_encoders, load_encoders, word_objective
 from codefend.types import Budget, CodefendError, Objective, WhiteBox
 from codefend.victims.pocket import Pocket
 
@@ -73,7 +73,9 @@ class PairsConfig:
         if not 0 <= self.views <= 1:
             raise CodefendError(f"views is a share from 0 to 1, got {self.views}")
         if self.views and set(self.encoders) <= {OWN}:
-            raise CodefendError(f"views need encoders by name, {', '.join(ENCODERS)}: a victim of your own has one view")
+            raise CodefendError(
+                f"views need encoders by name, {', '.join(ENCODERS)}: a victim of your own has one view"
+            )
         if self.shares and (len(self.shares) != 3 or min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6):
             raise CodefendError(f"shares are three that sum to 1 (scenes, photographs, dead leaves), got {self.shares}")
 
@@ -116,7 +118,7 @@ class _ShardSource:
 
     config: PairsConfig
     victim: WhiteBox
-    encoders: Sequence[Encoder]
+    encoders: Sequence[AnyEncoder]
 
     def make(self, run: Run, shard: int) -> None:
         """Write the file and the row of a shard."""
@@ -125,7 +127,7 @@ class _ShardSource:
         if kind == "answers" and shard // len(config.kinds) >= config.answer_shards:
             kind = "features"
         encoder = self.encoders[int(rng.integers(len(self.encoders)))]
-        if config.views and rng.random() < config.views and isinstance(encoder, FrozenEncoder):
+        if config.views and rng.random() < config.views and isinstance(encoder, ViewedEncoder):
             encoder = encoder.through(draw_view(rng))
         clean, build = self._attack(kind, encoder, rng, shard)
         clean = quantize8(clean).to(default_device())
@@ -135,7 +137,7 @@ class _ShardSource:
         save_checkpoint(path, {"clean": _to_bytes(clean), "attacked": _to_bytes(attacked)}, {"kind": kind})
         on_features = kind in ("features", "towards")
         row = {"kind": kind, "target": (encoder if on_features else self.victim).name, "steps": steps, "pairs": pairs}
-        if on_features and isinstance(encoder, FrozenEncoder) and encoder.view != View():
+        if on_features and isinstance(encoder, ViewedEncoder) and encoder.view != View():
             row["view"] = asdict(encoder.view)
         run.append({"key": f"shard-{shard}", **row})
 
@@ -158,7 +160,7 @@ class _ShardSource:
             attacked.append(adversarial)
         return torch.cat(attacked), pairs
 
-    def _attack(self, kind: str, encoder: Encoder, rng: np.random.Generator, shard: int) -> tuple[Tensor, Build]:
+    def _attack(self, kind: str, encoder: AnyEncoder, rng: np.random.Generator, shard: int) -> tuple[Tensor, Build]:
         """The clean images of a shard and their attack."""
         first = first_scene(self.config.seed, shard, self.config.shard)
         match kind:

@@ -29,7 +29,7 @@ from codefend.purifiers.diffusion import bridge_predict, charbonnier, noise_like
 from codefend.training.banks import StreamedBank
 from codefend.training.card import write_card
 from codefend.training.fit import Losses, MovingAverage, Training, cosine_schedule, fit
-from codefend.training.frozen import FrozenEncoder
+from codefend.training.frozen import ViewedEncoder
 from codefend.types import CodefendError
 
 Batch = tuple[Tensor, Tensor]  # clean and adversarial images [B,3,H,W]
@@ -158,7 +158,7 @@ def train_backbone(
 
     def build() -> Training[Batch]:
         bank, device = StreamedBank(config.pairs), default_device()
-        tuner, encoders = load(device), [FrozenEncoder(name) for name in config.encoders]
+        tuner, encoders = load(device), [ViewedEncoder(name) for name in config.encoders]
         optimizer = torch.optim.AdamW(tuner.parameters.values(), lr=config.lr, betas=(0.9, 0.99))
         average = MovingAverage(nn.ParameterList(tuner.parameters.values()))
 
@@ -190,7 +190,7 @@ def _batch(config: BackboneConfig, bank: StreamedBank, number: int) -> Batch:
     return clean, torch.cat([clean[:untouched], attacked[untouched:]])
 
 
-def _loss(config: BackboneConfig, tuner: Tuner, encoders: Sequence[FrozenEncoder], batch: Batch, number: int) -> Losses:
+def _loss(config: BackboneConfig, tuner: Tuner, encoders: Sequence[ViewedEncoder], batch: Batch, number: int) -> Losses:
     clean, attacked = (side.to(default_device()) for side in batch)
     loss, purified = tuner.loss(clean, attacked, make_generator(config.seed, "backbone", number))
     if not encoders:

@@ -14,7 +14,7 @@ from codefend.purifiers.base import NetPurifier, clip
 from codefend.purifiers.diffusion import per_image
 from codefend.purifiers.nets import PurifierNet
 from codefend.training.fit import Losses
-from codefend.training.frozen import FrozenEncoder
+from codefend.training.frozen import ViewedEncoder
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class HgdConfig(PairsPeerConfig):
 
     def train(self, folder: str | Path) -> Path:
         """As `train_peer`."""
-        return train_peer(self, folder, lambda: hgd_loss([FrozenEncoder(name) for name in self.encoders]))
+        return train_peer(self, folder, lambda: hgd_loss([ViewedEncoder(name) for name in self.encoders]))
 
 
-def hgd_loss(encoders: list[FrozenEncoder]) -> PeerLoss:
+def hgd_loss(encoders: list[ViewedEncoder]) -> PeerLoss:
     """HGD's loss, guided by each of the frozen encoders in turn."""
 
     def loss(net: PurifierNet, clean: Tensor, attacked: Tensor, number: int, generator: Generator) -> Losses:
