@@ -1,4 +1,4 @@
-"""Adaptive means and text attacks through the whole evaluation, on toys with known faults."""
+"""Adaptive options and attacks on words through the whole evaluation, on toys with known faults."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Repeated(toys.Leaky):
 
 
 class Watchful(PlainPurifier):
-    """Takes half of a checkerboard out of each half of the picture, which shows; stripes it doesn't see."""
+    """Removes half of a checkerboard from each half of the image, which is detectable; leaves stripes."""
 
     def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         halves = []
@@ -73,7 +73,7 @@ def mean(rows: list[Row], **where: object) -> float:
     return float(sum(chosen) / len(chosen))
 
 
-def test_identity_gradient_breaks_what_shatters(tmp_path: Path) -> None:
+def test_bpda_breaks_a_shattered_gradient(tmp_path: Path) -> None:
     config = replace(
         SMALL, defenses=("none", "shatter", "rounded"), attacks=("apgd", "apgd:bpda=true"), threats=("T2",)
     )
@@ -84,7 +84,7 @@ def test_identity_gradient_breaks_what_shatters(tmp_path: Path) -> None:
     assert cells == {("shatter", "T2")}
 
 
-def test_shorter_process_breaks_what_the_whole_one_hides(tmp_path: Path) -> None:
+def test_a_shorter_process_breaks_a_masked_gradient(tmp_path: Path) -> None:
     attacks = ("apgd", "apgd:process=1")
     rows = run(tmp_path, replace(SMALL, defenses=("none", "repeated", "smooth"), attacks=attacks, threats=("T2",)))
     short = "apgd:process=1"
@@ -109,17 +109,17 @@ def test_margins_go_through_a_defense(tmp_path: Path) -> None:
     assert mean(rows, defense="leaky", threat="T2") == 0
 
 
-def test_text_attacks_change_what_is_asked_and_rows_say_so(tmp_path: Path) -> None:
+def test_attacks_on_words_record_their_prompts(tmp_path: Path) -> None:
     config = replace(SMALL, attacks=("characters", "typographic", "joint"), threats=("T0",))
     rows = run(tmp_path, config)
-    asked = {attack: [row for row in rows if row["attack"] == attack] for attack in config.attacks}
-    assert any(row["prompt"] not in ("left?", "right?") for row in asked["characters"])
+    by_attack = {attack: [row for row in rows if row["attack"] == attack] for attack in config.attacks}
+    assert any(row["prompt"] not in ("left?", "right?") for row in by_attack["characters"])
     assert all(row["prompt"] == row["asked"] for row in rows)
-    assert all(row["perturbation"]["linf"] == 0 for row in asked["characters"])
-    assert all(row["perturbation"]["linf"] > 0.05 for row in asked["typographic"] if row["objective"]["bare"] < -1)
-    assert all(row["perturbation"]["linf"] <= 8 / 255 + 1e-6 for row in asked["joint"])
+    assert all(row["perturbation"]["linf"] == 0 for row in by_attack["characters"])
+    assert all(row["perturbation"]["linf"] > 0.05 for row in by_attack["typographic"] if row["objective"]["bare"] < -1)
+    assert all(row["perturbation"]["linf"] <= 8 / 255 + 1e-6 for row in by_attack["joint"])
     assert not any(row["violation"] for row in rows)
-    assert {row["eps"] for row in asked["characters"]} == {0.0}
+    assert {row["eps"] for row in by_attack["characters"]} == {0.0}
     assert run(tmp_path, config) == rows
 
 
@@ -134,7 +134,7 @@ def test_a_planted_instruction_reaches_a_victim_that_only_answers(tmp_path: Path
     assert all(row["success"]["targeted"] == 1 for row in rows)
 
 
-def test_mistaken_means(tmp_path: Path) -> None:
+def test_malformed_adaptive_options_are_named(tmp_path: Path) -> None:
     for attack in ("apgd:process=many", "apgd:bpda=perhaps", "apgd:evade=much"):
         with pytest.raises(CodefendError, match=r"process|bpda|much"):
             run(tmp_path, replace(SMALL, attacks=(attack,)))
@@ -166,14 +166,14 @@ def test_evasion_has_a_gradient_where_the_purifier_has_none() -> None:
     from codefend.bench.adaptive import evasive_objective
 
     images = torch.full((2, 3, 4, 4), 0.498).requires_grad_()
-    seen = StraightThrough(StraightThrough(toys.Rounded()))
-    fined = evasive_objective(lambda x: torch.zeros(len(x)), seen, torch.zeros(2, 3, 4, 4), 1.0, None)
+    wrapped = StraightThrough(StraightThrough(toys.Rounded()))
+    fined = evasive_objective(lambda x: torch.zeros(len(x)), wrapped, torch.zeros(2, 3, 4, 4), 1.0, None)
     fined(images).sum().backward()
     assert images.grad is not None
     assert float(images.grad.abs().min()) > 0  # towards what rounding leaves as it is
 
 
-def test_behind_a_gate_the_doubt_is_about_what_it_judged() -> None:
+def test_behind_a_gate_the_detection_score_is_that_of_the_gate() -> None:
     class Gated(PlainPurifier):
         """Its noise says whether it is drawn as the judge's first submission drew it."""
 
@@ -192,8 +192,8 @@ def test_behind_a_gate_the_doubt_is_about_what_it_judged() -> None:
 
     images = torch.zeros(2, 3, 4, 4)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(7))
-    found = judge.first_detection(Gated(), images, images, 7)
-    assert torch.allclose(found, -noise.flatten(1).mean(1))
+    scores = judge.first_detection(Gated(), images, images, 7)
+    assert torch.allclose(scores, -noise.flatten(1).mean(1))
 
 
 def test_rows_of_a_loss_that_is_not_finite_can_be_judged_again(tmp_path: Path) -> None:
@@ -203,24 +203,6 @@ def test_rows_of_a_loss_that_is_not_finite_can_be_judged_again(tmp_path: Path) -
 
     config = replace(SMALL, defenses=("none",), threats=("T0",))
     whole = evaluate(config, tmp_path, loaders=toys.loaders(Lost()))
-    kept = [row for row in whole if row["attack"] == CLEAN]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    clean = [row for row in whole if row["attack"] == CLEAN]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in clean))
     assert untimed(evaluate(config, tmp_path, loaders=toys.loaders(Lost()))) == untimed(whole)
-
-
-@pytest.mark.parametrize("name", ["quick", "standard", "full", "seen-unseen", "transfer"])
-def test_presets_name_attacks_that_there_are(name: str) -> None:
-    from codefend.bench.config import AttackChoice, check
-    from codefend.bench.transfer import check_matrix
-    from codefend.cli.presets import PRESETS
-
-    config = PRESETS[name].build({"judges": "another"} if name == "transfer" else {})
-    if name == "transfer":
-        check_matrix(config)
-    check(config)
-    choices = [AttackChoice.parse(label, config) for label in config.attacks]
-    if name == "full":
-        families = {type(choice.build()).__name__ for choice in choices}
-        assert len(families) >= 15
-        means = {(c.adaptive.bpda, c.adaptive.process > 0, c.adaptive.evade > 0) for c in choices}
-        assert len(means) == 4  # each alone, and none

@@ -21,7 +21,7 @@ def weights(folder: Path, content: bytes = b"weights") -> Path:
     return folder
 
 
-def test_a_folder_is_known_by_what_is_in_it(tmp_path: Path) -> None:
+def test_a_fingerprint_is_that_of_the_contents(tmp_path: Path) -> None:
     one, twin = weights(tmp_path / "one"), weights(tmp_path / "twin")
     (one / "README.md").write_text("a card is no weight")
     first, same = fingerprints([str(one), str(twin)]).values()
@@ -34,7 +34,7 @@ def test_a_folder_is_known_by_what_is_in_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", [0, MUCH * 3 - 1])
-def test_both_ends_of_a_large_file_are_looked_at(tmp_path: Path, place: int) -> None:
+def test_both_ends_of_a_large_file_count(tmp_path: Path, place: int) -> None:
     content = bytearray(MUCH * 3)
     before = fingerprints([str(weights(tmp_path / "w", bytes(content)))])
     content[place] = 1
@@ -44,9 +44,9 @@ def test_both_ends_of_a_large_file_are_looked_at(tmp_path: Path, place: int) -> 
 def test_names_lead_to_their_folders(tmp_path: Path) -> None:
     folder = str(weights(tmp_path / "w"))
     spelled = [folder, f"{folder}:sigma=0.1", f"hf:{folder}", f"hf-latent:{folder}:t=0.1,steps=1"]
-    found = fingerprints([*spelled, "none", "jpeg:quality=75", "openai:http://localhost:1/v1#m", "bridge"])
-    assert list(found) == [*spelled, "bridge"]  # and one that ships
-    assert len({found[name] for name in spelled}) == 1
+    keys = fingerprints([*spelled, "none", "jpeg:quality=75", "openai:http://localhost:1/v1#m", "bridge"])
+    assert list(keys) == [*spelled, "bridge"]  # and one that ships
+    assert len({keys[name] for name in spelled}) == 1
 
 
 def test_an_evaluation_refuses_other_weights_under_the_same_name(

@@ -64,7 +64,7 @@ def test_a_task_without_references_is_judged_by_agreement(tmp_path: Path) -> Non
 
 
 @pytest.mark.weights
-def test_rows_show_the_attack_and_the_repair(
+def test_rows_hold_the_attack_and_the_restoration(
     tmp_path: Path, run: Callable[..., tuple[int, str, str]], few_samples: None
 ) -> None:
     rows = evaluate(PhotographsConfig(**TINY, defenses=("none", "jpeg", "blur:sigma=2")), tmp_path)

@@ -1,4 +1,4 @@
-"""Attacked images of an earlier run: the same rows without the attack, and nothing taken on trust."""
+"""Attacked images of an earlier run: the same rows without the attack, and every image verified."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def altered(donor: Path, to: Path, where: str, change: Any) -> Path:
 
 
 def test_a_defense_added_later_costs_no_attack(donor: Path, tmp_path: Path, no_attack: None) -> None:
-    found = run(tmp_path / "new", replace(MORE, attacked=str(donor)))
-    attacked = [row for row in found if row["attack"] != "none"]
+    rows = run(tmp_path / "new", replace(MORE, attacked=str(donor)))
+    attacked = [row for row in rows if row["attack"] != "none"]
     assert {(row["defense"], row["threat"]) for row in attacked} >= {("smooth", "T0"), ("leaky", "T2")}
     assert all(row["reused"] for row in attacked)
 
@@ -85,45 +85,45 @@ def test_rows_are_those_of_a_run_that_attacked_itself(donor: Path, tmp_path: Pat
     assert bare(again) == bare(shared)
 
 
-def test_what_the_other_run_lacks_is_attacked(donor: Path, tmp_path: Path) -> None:
-    found = run(tmp_path, replace(MORE, adaptive=("smooth",), attacked=str(donor)))
-    reused = {row["threat"]: bool(row.get("reused")) for row in found if row["attack"] != "none"}
+def test_missing_images_are_made(donor: Path, tmp_path: Path) -> None:
+    rows = run(tmp_path, replace(MORE, adaptive=("smooth",), attacked=str(donor)))
+    reused = {row["threat"]: bool(row.get("reused")) for row in rows if row["attack"] != "none"}
     assert reused == {"T0": True, "T2": False}
 
 
 @pytest.mark.parametrize("change", [{"steps": 7}, {"restarts": 2}, {"limit": 7}])
-def test_another_budget_or_batch_is_attacked_anew(donor: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+def test_images_of_another_budget_or_batch_are_made_again(donor: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     config = replace(FIRST, **change)
-    found = run(tmp_path / "new", replace(config, attacked=str(donor)))
-    attacked = [row for row in found if row["attack"] != "none"]
+    rows = run(tmp_path / "new", replace(config, attacked=str(donor)))
+    attacked = [row for row in rows if row["attack"] != "none"]
     whole_batches = "limit" in change  # the first batch of five is the same, the last one isn't
     assert [bool(row.get("reused")) for row in attacked] == [whole_batches and row["batch"] == 0 for row in attacked]
-    assert bare(found) == bare(run(tmp_path / "alone", config))
+    assert bare(rows) == bare(run(tmp_path / "alone", config))
 
 
 @pytest.mark.parametrize(
     "change", [{"victim": "other"}, {"seed": 1}, {"batch": 4}, {"split": "val"}, {"norm": "l2", "eps": (1.0,)}]
 )
-def test_a_run_of_which_nothing_fits_is_refused_by_name(donor: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+def test_a_run_with_other_settings_is_refused_by_name(donor: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     key = next(iter(change))
     with pytest.raises(CodefendError, match=f"made with {key}="):
         run(tmp_path / "new", replace(MORE, attacked=str(donor), **change))
     assert not (tmp_path / "new").exists()
 
 
-def test_folders_that_cannot_lend(donor: Path, tmp_path: Path) -> None:
+def test_folders_without_usable_images(donor: Path, tmp_path: Path) -> None:
     with pytest.raises(CodefendError, match="not a run folder"):
         run(tmp_path / "new", replace(MORE, attacked=str(tmp_path / "nowhere")))
     with pytest.raises(CodefendError, match="own folder"):
         run(donor, replace(FIRST, attacked=str(donor)))
 
 
-def test_a_victim_changed_under_its_name_is_noticed(donor: Path, tmp_path: Path) -> None:
+def test_a_victim_that_changed_under_its_name_is_detected(donor: Path, tmp_path: Path) -> None:
     with pytest.raises(CodefendError, match="another model, prompt or defense"):
         run(tmp_path / "new", replace(MORE, attacked=str(donor)), toys.ToyVictim(checker=150.0))
 
 
-def test_a_defense_changed_under_its_name_is_noticed(
+def test_a_defense_that_changed_under_its_name_is_detected(
     donor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Retrained(toys.Leaky):
@@ -148,13 +148,13 @@ def reseeded(images: Tensor, notes: list[Row]) -> tuple[Tensor, list[Row]]:
 
 
 @pytest.mark.parametrize(("change", "words"), [(further, "budget is"), (weaker, "budget is"), (reseeded, "seed")])
-def test_images_are_checked_and_not_trusted(donor: Path, tmp_path: Path, change: Any, words: str) -> None:
+def test_images_are_verified(donor: Path, tmp_path: Path, change: Any, words: str) -> None:
     other = altered(donor, tmp_path / "other", "T0-none", change)
     with pytest.raises(CodefendError, match=f"cannot be used here.*{words}"):
         run(tmp_path / "new", replace(MORE, attacked=str(other)))
 
 
-def test_clean_pictures_passed_off_as_attacked_are_noticed(donor: Path, tmp_path: Path) -> None:
+def test_clean_images_declared_as_attacked_are_detected(donor: Path, tmp_path: Path) -> None:
     clean = torch.stack([toys.task("questions").examples[i].image for i in range(8)])
     levels = (clean * 255).round().to(torch.uint8)
 
@@ -166,7 +166,7 @@ def test_clean_pictures_passed_off_as_attacked_are_noticed(donor: Path, tmp_path
         run(tmp_path / "new", replace(MORE, attacked=str(other)))
 
 
-def test_taken_over_images_survive_a_kill_like_own_ones(donor: Path, tmp_path: Path) -> None:
+def test_reused_images_survive_a_kill(donor: Path, tmp_path: Path) -> None:
     class Killed(BaseException):
         pass
 

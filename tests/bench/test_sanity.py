@@ -40,7 +40,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
 # Defenses that fool an attack
 
 
-def test_quantizing_defense_has_no_gradient(rows: list[Row]) -> None:
+def test_a_quantizing_defense_has_no_gradient(rows: list[Row]) -> None:
     assert {"zero gradient", "noise as strong"} <= names(rows, defense="quantize", threat="T2")
 
 
@@ -48,24 +48,24 @@ def test_shattering_defense_is_weaker_where_it_is_attacked_directly(rows: list[R
     assert {"adaptive weaker", "noise as strong"} <= names(rows, defense="shatter", threat="T2")
 
 
-def test_randomized_defense_wants_averaging_and_resubmission(rows: list[Row]) -> None:
+def test_a_randomized_defense_needs_averaging_and_resubmission(rows: list[Row]) -> None:
     assert "random without EOT" in names(rows, defense="jitter", threat="T2", attack="apgd")
     assert "random without EOT" not in names(rows, defense="jitter", attack="noise")  # it follows no gradient
     assert "single submission" in names(rows, defense="jitter")
 
 
-def test_averaging_and_resubmission_satisfy(tmp_path: Path) -> None:
+def test_averaging_and_resubmission_raise_no_flag(tmp_path: Path) -> None:
     config = EvalConfig(
         tasks=("questions",), defenses=("jitter",), attacks=("apgd",), threats=("T2",), steps=4, eot=2, resubmissions=2
     )
     assert not {"random without EOT", "single submission"} & names(evaluate(config, tmp_path, loaders=toys.loaders()))
 
 
-@pytest.mark.parametrize(("eot", "chased"), [(1, True), (256, False)])
-def test_an_attack_that_follows_single_draws_of_the_noise_is_seen(tmp_path: Path, eot: int, chased: bool) -> None:
+@pytest.mark.parametrize(("eot", "flagged"), [(1, True), (256, False)])
+def test_an_attack_that_overfits_to_single_draws_is_flagged(tmp_path: Path, eot: int, chased: bool) -> None:
     fog = replace(toys.loaders(), purifier=lambda name, **o: toys.Jitter(0.3))
     config = replace(FOOLING, defenses=("fog",), attacks=("apgd",), threats=("T2",), eps=(4.0,), steps=10, eot=eot)
-    assert ("overfitted to noise" in names(evaluate(config, tmp_path, loaders=fog))) == chased
+    assert ("overfitted to noise" in names(evaluate(config, tmp_path, loaders=fog))) == flagged
 
 
 def test_honest_defenses_raise_nothing(rows: list[Row]) -> None:
@@ -73,7 +73,7 @@ def test_honest_defenses_raise_nothing(rows: list[Row]) -> None:
     assert not names(rows, defense="leaky", attack="apgd")
 
 
-def test_square_beats_a_gradient_that_lies(tmp_path: Path) -> None:
+def test_square_beats_a_masked_gradient(tmp_path: Path) -> None:
     config = EvalConfig(
         tasks=("questions",),
         defenses=("shatter",),
@@ -81,8 +81,8 @@ def test_square_beats_a_gradient_that_lies(tmp_path: Path) -> None:
         eps=(110.0,),  # enough to change the colours themselves
         threats=("T2",),
     )
-    found = evaluate(config, tmp_path, loaders=toys.loaders(toys.ToyVictim(checker=0.0)))
-    assert "black box beats white box" in names(found, defense="shatter", attack="square:steps=400")
+    rows = evaluate(config, tmp_path, loaders=toys.loaders(toys.ToyVictim(checker=0.0)))
+    assert "black box beats white box" in names(rows, defense="shatter", attack="square:steps=400")
 
 
 class Gate(PlainPurifier):
@@ -115,14 +115,14 @@ class Slow(PlainPurifier):
 
 
 class Snap(PlainPurifier):
-    """Paints each half in the nearest clean colour; its gradient is a ripple's, so nobody learns how to get there."""
+    """Paints each half in the nearest clean colour; its gradient is that of a ripple and leads nowhere."""
 
     def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
-        known = torch.tensor(list(toys.COLOURS.values())).to(images)
+        colours = torch.tensor(list(toys.COLOURS.values())).to(images)
         halves = []
         for half in images.detach().chunk(2, dim=-1):
-            nearest = torch.cdist(half.mean((-2, -1)), known).argmin(1)
-            halves.append(known[nearest][..., None, None].expand_as(half))
+            nearest = torch.cdist(half.mean((-2, -1)), colours).argmin(1)
+            halves.append(colours[nearest][..., None, None].expand_as(half))
         ripple = 1e-4 * torch.sin(1e6 * images)
         return torch.cat(halves, -1) + (ripple - ripple.detach())
 
@@ -136,38 +136,38 @@ def fool(folder: Path, victim: Any = None, **changes: Any) -> list[Row]:
     return evaluate(replace(config, **changes), folder, loaders=loaders)
 
 
-def test_gate_that_opens_for_faint_attacks_is_seen_by_eps(tmp_path: Path) -> None:
-    found = fool(tmp_path, defenses=("none", "gate"), eps=(4.0, 8.0), threats=("T0",))
-    assert "larger budget helps the defender" in names(found, defense="gate", threat="T0")
-    assert "larger budget helps the defender" not in names(found, defense="none")
+def test_a_gate_that_stops_only_strong_attacks_is_flagged_by_eps(tmp_path: Path) -> None:
+    rows = fool(tmp_path, defenses=("none", "gate"), eps=(4.0, 8.0), threats=("T0",))
+    assert "larger budget helps the defender" in names(rows, defense="gate", threat="T0")
+    assert "larger budget helps the defender" not in names(rows, defense="none")
 
 
-def test_gate_that_opens_for_faint_attacks_is_seen_by_steps(tmp_path: Path) -> None:
-    found = fool(tmp_path, defenses=("none", "gate"), attacks=("mifgsm:steps=1,rel_step=0.5", "mifgsm:steps=8"))
-    assert "larger budget helps the defender" in names(found, defense="gate", threat="T0")
+def test_a_gate_that_stops_only_strong_attacks_is_flagged_by_steps(tmp_path: Path) -> None:
+    rows = fool(tmp_path, defenses=("none", "gate"), attacks=("mifgsm:steps=1,rel_step=0.5", "mifgsm:steps=8"))
+    assert "larger budget helps the defender" in names(rows, defense="gate", threat="T0")
 
 
-def test_cliff_explodes(tmp_path: Path) -> None:
+def test_a_cliff_has_exploding_gradients(tmp_path: Path) -> None:
     assert "exploding gradient" in names(fool(tmp_path, defenses=("cliff",)), defense="cliff", threat="T2")
 
 
 def test_unbounded_attack_stopped_by_a_shattered_gradient(tmp_path: Path) -> None:
-    found = fool(
+    rows = fool(
         tmp_path, toys.ToyVictim(checker=0.0), defenses=("none", "snap"), attacks=("mifgsm:steps=1",), eps=(255.0,)
     )
-    assert "robust without bound" in names(found, defense="snap", threat="T2")
-    assert "robust without bound" not in names(found, defense="none")
+    assert "robust without bound" in names(rows, defense="snap", threat="T2")
+    assert "robust without bound" not in names(rows, defense="none")
 
 
 def test_shattering_defense_is_weaker_where_a_surrogate_was_attacked(tmp_path: Path) -> None:
-    found = fool(tmp_path, defenses=("shatter",), threats=("T1", "T2"), surrogate="jitter")
-    reasons = [f.reason for f in check(found) if f.check == "adaptive weaker" and f.defense == "shatter"]
+    rows = fool(tmp_path, defenses=("shatter",), threats=("T1", "T2"), surrogate="jitter")
+    reasons = [f.reason for f in check(rows) if f.check == "adaptive weaker" and f.defense == "shatter"]
     assert any("under T1" in reason or "T1 lowers" in reason for reason in reasons)
 
 
-def test_attack_that_ran_out_of_steps(tmp_path: Path) -> None:
-    found = fool(tmp_path, defenses=("slow",), threats=("T2",), attacks=("mifgsm:steps=6",))
-    assert "not converged" in names(found, defense="slow", threat="T2")
+def test_an_attack_with_too_few_steps_is_flagged(tmp_path: Path) -> None:
+    rows = fool(tmp_path, defenses=("slow",), threats=("T2",), attacks=("mifgsm:steps=6",))
+    assert "not converged" in names(rows, defense="slow", threat="T2")
 
 
 # The same checks on rows made by hand
@@ -217,11 +217,11 @@ def fired(rows: list[Row]) -> set[str]:
     return names(clean() + rows) - {"too few examples"}
 
 
-def test_nothing_fires_on_an_ordinary_figure() -> None:
+def test_an_ordinary_figure_raises_no_flag() -> None:
     assert fired(several(MIXED)) == set()
 
 
-def test_violation() -> None:
+def test_a_violated_budget_is_flagged() -> None:
     flags = check(several(MIXED, violation="far away") + several(MIXED, threat="T0", violation="far too"))
     assert [(f.check, f.threat) for f in flags if f.check == "budget violated"] == [
         ("budget violated", "T2"),
@@ -230,7 +230,7 @@ def test_violation() -> None:
     assert "10 of 10: far away" in flags[0].reason
 
 
-def test_oblivious_images_are_doubted_once_and_not_per_defense() -> None:
+def test_oblivious_images_are_flagged_once_and_not_per_defense() -> None:
     both = several(MIXED, threat="T0", violation="far") + several(MIXED, threat="T0", violation="far", defense="e")
     assert sum(flag.check == "budget violated" for flag in check(both)) == 1
 
@@ -246,14 +246,14 @@ def test_oblivious_images_are_doubted_once_and_not_per_defense() -> None:
         ({"max": None}, "exploding gradient"),
     ],
 )
-def test_sick_gradients(gradient: dict[str, Any], name: str) -> None:
+def test_abnormal_gradients_are_flagged(gradient: dict[str, Any], name: str) -> None:
     sick = row(0, 1)["gradient"] | gradient
     assert fired(several(ALL, gradient=sick)) == {name}
     assert fired(several(NOTHING, gradient=sick)) == set()  # a loss may be flat where the goal is reached
 
 
 @pytest.mark.parametrize("weaker", ["T0", "T1"])
-def test_adaptive_weaker_than_what_knows_less(weaker: str) -> None:
+def test_an_adaptive_attack_weaker_than_an_oblivious_one_is_flagged(weaker: str) -> None:
     assert fired(several(ALL) + several(MIXED, threat=weaker)) == {"adaptive weaker"}
     assert fired(several(MIXED) + several(ALL, threat=weaker)) == set()
     one_apart = [1.0, *MIXED[1:9], 1.0]  # 6 of 10 against 5 of 10: within the noise
@@ -262,8 +262,8 @@ def test_adaptive_weaker_than_what_knows_less(weaker: str) -> None:
 
 def test_adaptive_weaker_by_its_own_objective() -> None:
     oblivious = [row(i, s, threat="T0", objective={"defended": -3.0 - i / 10}) for i, s in enumerate(MIXED)]
-    found = check(clean() + several(MIXED) + oblivious)
-    assert [flag.reason for flag in found if flag.check == "adaptive weaker"] == [
+    flags = check(clean() + several(MIXED) + oblivious)
+    assert [flag.reason for flag in flags if flag.check == "adaptive weaker"] == [
         "on 100% of the images T0 lowers the attack's own objective further"
     ]
 
@@ -311,8 +311,8 @@ def test_loss_still_falling() -> None:
 
 
 def test_too_few_examples() -> None:
-    found = [flag for flag in check(clean(30) + several([1.0, 0.0] * 4)) if flag.check == "too few examples"]
-    assert [(flag.threat, flag.reason[:11]) for flag in found] == [("", "30 examples"), ("T2", "8 examples:")]
+    flags = [flag for flag in check(clean(30) + several([1.0, 0.0] * 4)) if flag.check == "too few examples"]
+    assert [(flag.threat, flag.reason[:11]) for flag in flags] == [("", "30 examples"), ("T2", "8 examples:")]
     assert not check(clean(100))
 
 

@@ -15,8 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 import toys
-from codefend.bench import DefenseChoice, EvalConfig, TransferConfig, evaluate
-from codefend.bench.defenses import evaluated_defense
+from codefend.bench import EvalConfig, TransferConfig, evaluate
 from codefend.bench.loaders import Loaders
 from codefend.bench.report import export_rows, print_summary, write_report
 from codefend.bench.report.plots import heat_map
@@ -26,9 +25,8 @@ from codefend.bench.setup import open_bench
 from codefend.bench.transfer import pairs
 from codefend.core import runs
 from codefend.core.runs import Row
-from codefend.core.settings import override
 from codefend.prompts import PromptPolicy
-from codefend.types import CodefendError, WhiteBox
+from codefend.types import CodefendError
 
 CONFIG = EvalConfig(
     victim="box", craft_victim="toy", tasks=("questions",), defenses=("none", "smooth"), attacks=("apgd",), steps=6
@@ -59,10 +57,10 @@ class Box:
 
 
 def striped() -> toys.ToyVictim:
-    """Hears another pattern than the toy."""
-    made = toys.ToyVictim(checker=0.0, striped=200.0)
-    made.name = "striped"
-    return made
+    """Reacts to another pattern than the toy."""
+    evaluated = toys.ToyVictim(checker=0.0, striped=200.0)
+    evaluated.name = "striped"
+    return evaluated
 
 
 VICTIMS: dict[str, Callable[[], Any]] = {"toy": toys.ToyVictim, "striped": striped, "box": Box}
@@ -96,13 +94,13 @@ def mean(rows: list[Row], **where: object) -> float:
 
 
 def test_attacks_made_on_another_victim_are_judged_on_a_black_box(tmp_path: Path) -> None:
-    found = run(tmp_path)
-    assert {(row["victim"], row["crafted_on"]) for row in found} == {("box", "toy")}
-    assert {row["threat"] for row in found} == {"clean", "T1"}  # nobody looked through the box
-    assert mean(found, attack=CLEAN) == 1
-    assert mean(found, attack="apgd", defense="none") == 0
-    assert mean(found, attack="apgd", defense="smooth") == 1
-    attacked = [row for row in found if row["attack"] == "apgd"]
+    rows = run(tmp_path)
+    assert {(row["victim"], row["crafted_on"]) for row in rows} == {("box", "toy")}
+    assert {row["threat"] for row in rows} == {"clean", "T1"}  # no gradients of the box
+    assert mean(rows, attack=CLEAN) == 1
+    assert mean(rows, attack="apgd", defense="none") == 0
+    assert mean(rows, attack="apgd", defense="smooth") == 1
+    attacked = [row for row in rows if row["attack"] == "apgd"]
     assert all(row["objective"]["defended"] is None and row["gradient_kind"] == "exact" for row in attacked)
 
 
@@ -116,8 +114,8 @@ def test_transferred_images_are_those_of_the_crafters_own_run(tmp_path: Path) ->
 
 
 def test_a_transfer_may_go_through_a_surrogate_defense(tmp_path: Path) -> None:
-    found = run(tmp_path, replace(CONFIG, surrogate="leaky", defenses=("leaky",)))
-    assert mean(found, attack="apgd", threat="T1") == 0  # as if it had been looked through
+    rows = run(tmp_path, replace(CONFIG, surrogate="leaky", defenses=("leaky",)))
+    assert mean(rows, attack="apgd", threat="T1") == 0  # as if it had been looked through
 
 
 def test_a_black_box_alone_names_the_attacks_that_need_more() -> None:
@@ -130,8 +128,8 @@ def test_a_black_box_alone_names_the_attacks_that_need_more() -> None:
 
 def test_a_black_box_can_be_queried(tmp_path: Path) -> None:
     config = replace(CONFIG, craft_victim="", attacks=("square-text",), steps=3, limit=2)
-    found = run(tmp_path, config)
-    attacked = [row for row in found if row["attack"] != CLEAN]
+    rows = run(tmp_path, config)
+    attacked = [row for row in rows if row["attack"] != CLEAN]
     assert {(row["defense"], row["threat"]) for row in attacked} == {("none", "T0"), ("smooth", "T0"), ("smooth", "T2")}
     assert {row["access"] for row in attacked} == {"score"}
 
@@ -157,7 +155,7 @@ def test_matrix_has_every_pair(matrix: tuple[Path, list[Row]]) -> None:
     assert attacked == {(a, b): "T0" if a == b else "T1" for a in own for b in (*own, *transfer)}
     assert mean(rows, crafted_on="toy", victim="toy", attack="apgd", defense="none") == 0
     assert mean(rows, crafted_on="toy", victim="box", attack="apgd", defense="none") == 0
-    assert mean(rows, crafted_on="striped", victim="box", attack="apgd", defense="none") == 1  # it hears no stripes
+    assert mean(rows, crafted_on="striped", victim="box", attack="apgd", defense="none") == 1  # it ignores stripes
     assert mean(rows, crafted_on="toy", victim="striped", attack="apgd", defense="none") == 1
 
 
@@ -189,12 +187,12 @@ def test_matrix_resumes(matrix: tuple[Path, list[Row]], monkeypatch: pytest.Monk
         ({"crafters": ("toy", "box"), "judges": ()}, "only answers text"),
     ],
 )
-def test_mistaken_matrices(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+def test_malformed_matrices_are_named(tmp_path: Path, change: dict[str, Any], words: str) -> None:
     with pytest.raises(CodefendError, match=words):
         run(tmp_path / "run", replace(MATRIX, **change))
 
 
-def test_pairs_come_after_the_runs_they_take_images_from() -> None:
+def test_pairs_come_after_the_runs_whose_images_they_reuse() -> None:
     listed = [(config.craft_victim, config.victim) for _, config in pairs(MATRIX)]
     assert listed[0] == ("", "toy")
     assert listed.index(("", "striped")) < listed.index(("striped", "toy"))
@@ -203,25 +201,9 @@ def test_pairs_come_after_the_runs_they_take_images_from() -> None:
 # Prompts in defenses
 
 
-def test_spelling_of_a_defense_with_a_prompt() -> None:
-    text = "none,bridge+prompt=doubt,diffpure:t=0.1,steps=5+prompt=some/policy.json,none+prompt=doubt"
-    config = override(EvalConfig(), {"defenses": text})
-    assert config.defenses == (
-        "none",
-        "bridge+prompt=doubt",
-        "diffpure:t=0.1,steps=5+prompt=some/policy.json",
-        "none+prompt=doubt",
-    )
-    choice = DefenseChoice.parse(config.defenses[2])
-    assert (choice.name, choice.options, choice.prompt) == ("diffpure", {"t": 0.1, "steps": 5}, "some/policy.json")
-    for wrong in ("+prompt=doubt", "bridge+prompt="):
-        with pytest.raises(CodefendError, match="write PURIFIER"):
-            DefenseChoice.parse(wrong)
-
-
 def test_prompt_defenses_are_attacked_through_the_prompt(tmp_path: Path) -> None:
     class Listens(toys.ToyVictim):
-        """Notes what it is asked; asked calmly, it hears no patterns."""
+        """Records its prompts; prompted calmly, it ignores patterns."""
 
         asked: set[str] = set()  # noqa: RUF012
 
@@ -236,23 +218,15 @@ def test_prompt_defenses_are_attacked_through_the_prompt(tmp_path: Path) -> None
             return super().generate(images, [p.replace("LEFT", "left") for p in prompts])
 
     config = replace(CONFIG, victim="toy", craft_victim="", defenses=("none", "none+prompt=calm", "leaky+prompt=calm"))
-    found = evaluate(config, tmp_path, loaders=replace(loaders(), victim=lambda name: Listens()))
-    attacked = {(row["defense"], row["threat"]) for row in found if row["attack"] == "apgd"}
+    rows = evaluate(config, tmp_path, loaders=replace(loaders(), victim=lambda name: Listens()))
+    attacked = {(row["defense"], row["threat"]) for row in rows if row["attack"] == "apgd"}
     assert ("none+prompt=calm", "T2") in attacked  # a prompt is a defense, so it has rows of its own
-    assert mean(found, defense="none", threat="T0") == 0
-    assert mean(found, defense="none+prompt=calm", threat="T0") == 1
+    assert mean(rows, defense="none", threat="T0") == 0
+    assert mean(rows, defense="none+prompt=calm", threat="T0") == 1
     assert {"loss left?", "loss LEFT? calmly", "generate LEFT? calmly"} <= Listens.asked
-    kinds = {row["defense"]: row["gradient_kind"] for row in found if row["threat"] == "T2"}
+    kinds = {row["defense"]: row["gradient_kind"] for row in rows if row["threat"] == "T2"}
     assert kinds == {"none+prompt=calm": "exact", "leaky+prompt=calm": "exact"}
-    assert {row["prompt"] for row in found} == {"left?", "right?"}  # what the user asked
-
-
-def test_a_straight_through_defense_keeps_its_prompt() -> None:
-    picture = toys.scene(1)[0][None]
-    made = evaluated_defense("rounded+prompt=twice", loaders(), picture)
-    assert made.gradient == "straight-through"
-    assert made.differentiable.prompts(["a"]) == made.defense.prompts(["a"]) == ["a again"]
-    assert isinstance(toys.ToyVictim(), WhiteBox)
+    assert {row["prompt"] for row in rows} == {"left?", "right?"}  # what the user asked
 
 
 def test_unknown_prompts_are_found_before_a_folder_is_made(tmp_path: Path) -> None:

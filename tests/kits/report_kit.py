@@ -25,35 +25,35 @@ CONFIG = EvalConfig(
 )
 
 
-def texts(table: list[tuple[str, ...]] | tuple[tuple[str, ...], ...], column: int) -> list[str]:
-    return [line[column] for line in table]
+def column(table: list[tuple[str, ...]] | tuple[tuple[str, ...], ...], number: int) -> list[str]:
+    return [line[number] for line in table]
 
 
-def made(example: int, score: float | None, **changes: object) -> Row:
+def row_of(example: int, score: float | None, **changes: object) -> Row:
     row: Row = {"task": "t", "defense": "d", "threat": "T0", "attack": "a", "eps": 0.1, "norm": "l2", "headline": "m"}
     row |= {"example": str(example), "image": str(example), "resubmissions": 1, "success": {}, "success_any": {}}
     row |= {key: {"m": score} for key in ("scores", "mean_scores", "worst_scores", "vote_scores")}
     return row | changes
 
 
-def fell(example: int, untargeted: int | None, targeted: int | None = None, **changes: object) -> Row:
-    found = {"untargeted": untargeted} | ({} if targeted is None else {"targeted": targeted})
-    return made(example, 0.0, success_any=found, **changes)
+def row_with(example: int, untargeted: int | None, targeted: int | None = None, **changes: object) -> Row:
+    success = {"untargeted": untargeted} | ({} if targeted is None else {"targeted": targeted})
+    return row_of(example, 0.0, success_any=success, **changes)
 
 
-def copied(folder: Path, to: Path) -> Path:
+def copy_run(folder: Path, to: Path) -> Path:
     shutil.copytree(folder, to)
     return to
 
 
-def rewrite(folder: Path, change: dict[str, object]) -> None:
+def rewrite_rows(folder: Path, change: dict[str, object]) -> None:
     path = folder / "rows.jsonl"
     rows = [json.loads(line) | change for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 class Page(HTMLParser):
-    """Collects tags, addresses and text; complains about tags that aren't closed."""
+    """Collects tags, addresses and text; asserts that they are closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

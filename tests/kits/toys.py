@@ -1,8 +1,8 @@
 """A victim of a few parameters and purifiers with known faults, so that whole evaluations run in seconds.
 
-The victim reads the colour of the left and of the right half of a picture. Clean colours are far apart, but two
-patterns that no clean picture holds (a checkerboard and vertical stripes) also speak to it, loudly: what an attacker
-at 8/255 uses.
+The victim reads the colour of the left and of the right half of an image. Clean colours are far apart, but two
+patterns that no clean image holds (a checkerboard and vertical stripes) have a large effect on it, which an attacker
+at 8/255 exploits.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Smooth(PlainPurifier):
 
 
 class Leaky(Smooth):
-    """Stops the checkerboard but turns rows of stripes into one: falls to whoever looks through it."""
+    """Stops the checkerboard but turns rows of stripes into one: not robust to an adaptive attack."""
 
     evaluations = 1
 

@@ -207,6 +207,7 @@ PRESETS: dict[str, Preset] = {
                 adaptive=("bridge",),
                 adaptive_limit=24,
                 eot=12,
+                sample="strata",
             ),
         ),
         Preset(
@@ -234,6 +235,7 @@ PRESETS: dict[str, Preset] = {
                 seen=_SEEN,
                 threats=("T0",),
                 limit=32,
+                sample="strata",
             ),
         ),
         Preset(
@@ -246,6 +248,7 @@ PRESETS: dict[str, Preset] = {
                 attacks=("apgd", "mifgsm", "dim", "feature", "ssa-cwa:steps=50"),
                 eps=(16.0,),
                 limit=32,
+                sample="strata",
             ),
         ),
     )

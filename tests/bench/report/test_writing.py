@@ -30,7 +30,7 @@ from codefend.bench.report.tables import overview
 from codefend.bench.results import CLEAN
 from codefend.core import images
 from codefend.types import CodefendError
-from report_kit import Page, copied, rewrite
+from report_kit import Page, copy_run, rewrite_rows
 
 pytestmark = pytest.mark.usefixtures("few_samples")
 
@@ -40,7 +40,7 @@ def page(evaluated: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_report(evaluated, tmp_path_factory.mktemp("out") / "r.html").read_text()
 
 
-def test_page_is_whole_and_needs_no_network(page: str) -> None:
+def test_the_page_is_complete_and_needs_no_network(page: str) -> None:
     read = Page(page)
     assert read.open == []
     assert read.addresses
@@ -65,7 +65,7 @@ def test_same_rows_make_the_same_files(evaluated: Path, page: str, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.csv", "again.html", "again.md"]
 
 
-def test_report_lies_in_the_run_folder_unless_told(evaluated: Path, tmp_path: Path) -> None:
+def test_the_report_is_written_to_the_run_folder_by_default(evaluated: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(evaluated, copy)
     assert write_report(copy) == copy / "report.html"
@@ -107,10 +107,10 @@ def test_rows_go_to_known_endings_only(evaluated: Path, tmp_path: Path, monkeypa
 
 
 def test_leaderboard_page_ranks_several_runs_and_states_the_rules(evaluated: Path, tmp_path: Path) -> None:
-    other, unlike = copied(evaluated, tmp_path / "other"), copied(evaluated, tmp_path / "unlike")
+    other, unlike = copy_run(evaluated, tmp_path / "other"), copy_run(evaluated, tmp_path / "unlike")
     config = json.loads((unlike / "config.json").read_text())
     (unlike / "config.json").write_text(json.dumps(config | {"seed": 5}))
-    rewrite(other, {"defense": "newcomer"})
+    rewrite_rows(other, {"defense": "newcomer"})
     page = write_leaderboard([evaluated, evaluated, other, unlike], tmp_path / "board.html").read_text()
     text = (tmp_path / "board.md").read_text()
     read = Page(page)
@@ -133,7 +133,7 @@ def test_leaderboard_page_ranks_several_runs_and_states_the_rules(evaluated: Pat
 
 
 def test_runs_with_the_same_defense_keep_both(evaluated: Path, tmp_path: Path) -> None:
-    twin = copied(evaluated, tmp_path / "twin")
+    twin = copy_run(evaluated, tmp_path / "twin")
     merged = merge([read_report(evaluated), read_report(twin)])
     names = {row["defense"] for row in merged.rows}
     assert {"leaky", "leaky (twin)", "none"} <= names
@@ -141,8 +141,8 @@ def test_runs_with_the_same_defense_keep_both(evaluated: Path, tmp_path: Path) -
     assert len({(row["defense"], row["key"]) for row in merged.rows}) == len(merged.rows)
 
 
-def test_runs_whose_folders_share_a_name_are_told_apart(evaluated: Path, tmp_path: Path) -> None:
-    runs = [evaluated, *(copied(evaluated, tmp_path / parent / "eval") for parent in ("x", "y"))]
+def test_runs_whose_folders_share_a_name_have_distinct_names(evaluated: Path, tmp_path: Path) -> None:
+    runs = [evaluated, *(copy_run(evaluated, tmp_path / parent / "eval") for parent in ("x", "y"))]
     merged = merge([read_report(run) for run in runs])
     assert {"leaky", "leaky (eval)", "leaky (y/eval)"} <= {row["defense"] for row in merged.rows}
     assert len({(row["defense"], row["key"]) for row in merged.rows}) == len(merged.rows)
@@ -167,16 +167,16 @@ def printed(show: Callable[[Path, Console], None], run: Path, width: int) -> str
 
 
 def test_terminal_summary(evaluated: Path) -> None:
-    shown = printed(print_summary, evaluated, 200)
-    assert "questions: vqa_accuracy at 8/255" in shown
-    assert "worst case" in shown
-    assert "too few examples" in shown
+    text = printed(print_summary, evaluated, 200)
+    assert "questions: vqa_accuracy at 8/255" in text
+    assert "worst case" in text
+    assert "too few examples" in text
 
 
 def test_overview_fits_a_narrow_terminal(evaluated: Path) -> None:
-    shown = printed(print_overview, evaluated, 80)
-    assert "0.00 n=6" in shown
-    assert "T2: adaptive" in shown
+    text = printed(print_overview, evaluated, 80)
+    assert "0.00 n=6" in text
+    assert "T2: adaptive" in text
     assert overview(read_report(evaluated)).columns == (
         "defense",
         *("questions clean", "questions T0", "questions T2"),

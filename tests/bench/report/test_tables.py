@@ -19,20 +19,11 @@ from codefend.bench.results import (
     Group,
     Rate,
     eps_label,
-    gaps,
-    gate,
-    group_of,
-    group_rows,
     overall,
-    pair_rows,
-    scores,
-    strongest,
-    success_rates,
     summarize,
-    worst_rows,
 )
 from codefend.bench.sanity import Flag
-from report_kit import fell, made, texts
+from report_kit import column, row_of
 
 pytestmark = pytest.mark.usefixtures("few_samples")
 
@@ -48,8 +39,8 @@ def test_leaderboard_ranks_by_the_adaptive_worst_case(evaluated: Path) -> None:
         "of clean",
         "warnings",
     )
-    assert texts(table.lines, 1)[0] == "smooth"
-    assert set(texts(table.lines, 1)[1:3]) == {"leaky", "none"}
+    assert column(table.lines, 1)[0] == "smooth"
+    assert set(column(table.lines, 1)[1:3]) == {"leaky", "none"}
     last = table.lines[-1]  # T0 only: no rank, whatever its score
     assert (last[0], last[1], last[4], last[-1]) == ("–", "jitter", "–", "no adaptive attack")
 
@@ -72,34 +63,11 @@ def test_results_have_every_figure_with_denominators(evaluated: Path) -> None:
     assert len(results(report, "questions", brief=True).lines) < len(table.lines)
 
 
-def test_worst_case_takes_each_examples_lowest_score_and_every_weaker_threat(evaluated: Path) -> None:
-    groups = group_rows(read_report(evaluated).rows)
-    for group, rows in worst_rows(groups).items():
-        for row in rows:
-            rivals = [
-                float(other["worst_scores"][other["headline"]])
-                for key, members in groups.items()
-                for other in members
-                if key.attack != CLEAN
-                and (key.task, key.defense, key.eps) == (group.task, group.defense, group.eps)
-                and other["example"] == row["example"]
-                and (key.threat == "T0" or group.threat == "T2")
-            ]
-            assert row["worst_scores"][row["headline"]] == min(rivals)
-
-
-def test_worst_case_leaves_out_examples_that_not_every_attack_reached() -> None:
-    rows = [made(0, 1.0), made(1, 1.0), made(0, 0.0, attack="b")]
-    worst = worst_rows(group_rows(rows))
-    assert [(g.attack, [r["example"] for r in members]) for g, members in worst.items()] == [(WORST, ["0"])]
-    assert next(iter(worst.values()))[0]["attack"] == "b"
-
-
 def test_the_leaderboards_worst_case_has_attacks_with_a_bound_of_their_own() -> None:
-    clean = [made(i, 1.0, attack=CLEAN, threat="clean", eps=0.0) for i in range(2)]
-    weak = [made(i, 1.0, eps=0.05) for i in range(2)]
-    ball = [made(0, 0.5), made(1, 1.0), made(0, 0.4, threat="T2"), made(1, 1.0, threat="T2")]
-    words = [made(0, 1.0, attack="words", eps=0.0), made(1, 0.2, attack="words", eps=0.0)]
+    clean = [row_of(i, 1.0, attack=CLEAN, threat="clean", eps=0.0) for i in range(2)]
+    weak = [row_of(i, 1.0, eps=0.05) for i in range(2)]
+    ball = [row_of(0, 0.5), row_of(1, 1.0), row_of(0, 0.4, threat="T2"), row_of(1, 1.0, threat="T2")]
+    words = [row_of(0, 1.0, attack="words", eps=0.0), row_of(1, 0.2, attack="words", eps=0.0)]
     rows = [*clean, *weak, *ball, *words]
     assert [entry.score.mean for entry in overall(rows)] == pytest.approx([0.35, 0.3])
     assert {e.group.eps: e.score.mean for e in summarize(rows) if e.group[2:4] == ("T0", WORST)} == pytest.approx(
@@ -126,43 +94,13 @@ def test_the_leaderboard_inherits_warnings_about_every_attack_that_counts() -> N
 
 def test_unseen_attacks_count_with_their_own_bounds() -> None:
     kinds = {"access": "white-box"}
-    clean = [made(i, 1.0, attack=CLEAN, threat="clean", eps=0.0, **kinds) for i in range(2)]
-    ball = [made(i, 0.9, **kinds) for i in range(2)]
-    patch = [made(i, 0.3, attack="patch", eps=0.0, **kinds) for i in range(2)]
+    clean = [row_of(i, 1.0, attack=CLEAN, threat="clean", eps=0.0, **kinds) for i in range(2)]
+    ball = [row_of(i, 0.9, **kinds) for i in range(2)]
+    patch = [row_of(i, 0.3, attack="patch", eps=0.0, **kinds) for i in range(2)]
     rows = [*clean, *ball, *patch]
     report = Report(Path(), {"seen": ["a"]}, {"tasks": {"t": {}}}, rows, summarize(rows), [])
-    ((_, _, _, eps, seen, unseen, gap, n),) = seen_and_unseen(report).lines
-    assert (eps, seen[:4], unseen[:4], gap[:4], n) == ("0.1", "0.90", "0.30", "0.60", "2")
-
-
-def test_unscored_is_not_zero() -> None:
-    (entry, worst) = summarize([made(0, None), made(1, 1.0)])
-    assert entry.score.mean == worst.score.mean == 1.0
-    assert entry.score.n == 1
-
-
-def test_the_retained_share_is_of_the_undefended_clean_score() -> None:
-    clean = [made(i, 0.8, defense="none", threat="clean", attack=CLEAN, eps=0.0) for i in range(3)]
-    blunted = [made(i, 0.4, threat="clean", attack=CLEAN, eps=0.0) for i in range(3)]
-    attacked = [made(i, 0.2) for i in range(2)]
-    retained = {
-        entry.group.attack + entry.group.defense: entry.retained for entry in summarize(clean + blunted + attacked)
-    }
-    assert retained[f"{CLEAN}d"] == pytest.approx(0.5)
-    assert retained["ad"] == pytest.approx(0.25)
-
-
-def test_success_rate_is_the_worst_case_over_attacks_and_weaker_threats() -> None:
-    oblivious = [fell(0, 1), fell(1, 0), fell(2, 0), fell(3, None)]
-    other = [fell(0, 0, attack="b"), fell(1, 0, 1, attack="b"), fell(2, 0, attack="b"), fell(3, None, 1, attack="b")]
-    adaptive = [fell(i, int(i == 2), threat="T2") for i in range(3)]
-    rates = {group.threat: rate for group, rate in success_rates(oblivious + other + adaptive).items()}
-    assert rates == {"T0": Rate(2, 3), "T2": Rate(3, 3)}  # the third answer was wrong before
-    assert [group.threat for group in strongest(success_rates(oblivious + adaptive))] == ["T2"]
-    assert success_rates([fell(0, 1), fell(1, 0), fell(0, 0, threat="T2")]) == {
-        Group("t", "d", "T0", WORST, 0.1): Rate(1, 2),
-        Group("t", "d", "T2", WORST, 0.1): Rate(1, 1),  # only what T2 reached
-    }
+    ((_, _, _, eps, attacked, unseen, gap, n),) = seen_and_unseen(report).lines
+    assert (eps, attacked[:4], unseen[:4], gap[:4], n) == ("0.1", "0.90", "0.30", "0.60", "2")
 
 
 def test_success_table_names_what_max_asr_reads(evaluated: Path) -> None:
@@ -174,20 +112,10 @@ def test_success_table_names_what_max_asr_reads(evaluated: Path) -> None:
     assert cells["questions", "none", "T0", "8/255"][1] == "–"  # without a purifier there is no detection score
 
 
-def test_a_gate_refuses_images_above_the_scores_of_clean_ones() -> None:
-    clean = [made(i, 1.0, attack=CLEAN, threat="clean", suspicion=float(i)) for i in range(40)]
-    seen, unseen = (fell(i, 1, suspicion=value) for i, value in enumerate((37.5, 36.0)))
-    unknown = fell(2, 1)
-    rows = [*clean, seen, unseen, unknown]
-    assert [gate(rows)(row) for row in (seen, unseen, unknown)] == [True, False, False]  # 2 of 40 are above the limit
-    assert list(success_rates(rows, refused=gate(rows)).values()) == [Rate(2, 3)]
-    assert not gate([seen])(seen)
-
-
 def test_attacks_with_a_bound_of_their_own_are_no_point_of_the_curve() -> None:
-    rows = [made(0, 1.0, attack=CLEAN, threat="clean", eps=0.0), made(0, 0.0, attack="patch", eps=0.0)]
+    rows = [row_of(0, 1.0, attack=CLEAN, threat="clean", eps=0.0), row_of(0, 0.0, attack="patch", eps=0.0)]
     assert score_against_eps(summarize(rows), "t") == ""
-    rows += [made(0, 0.5, eps=0.1)]
+    rows += [row_of(0, 0.5, eps=0.1)]
     assert score_against_eps(summarize(rows), "t") != ""
 
 
@@ -200,8 +128,8 @@ def test_seen_and_unseen_attacks_are_compared_on_the_same_examples(evaluated: Pa
     assert line[5].startswith("0.00")
     assert line[7] == "6"
     assert "Seen in training: apgd-targeted; unseen: apgd" in table.notes[0]
-    rows = [made(0, 1.0, access="score"), made(1, 1.0, access="score")]
-    rows += [made(0, 0.0, attack="new", access="score"), made(2, 0.0, attack="new", access="score")]
+    rows = [row_of(0, 1.0, access="score"), row_of(1, 1.0, access="score")]
+    rows += [row_of(0, 0.0, attack="new", access="score"), row_of(2, 0.0, attack="new", access="score")]
     lines = seen_and_unseen(replace(report, config={"seen": ["a"]}, rows=rows)).lines
     assert [(line[4], line[5], line[6], line[7]) for line in lines] == [("1.00", "0.00", "1.00", "1")]
 
@@ -212,15 +140,6 @@ def test_resubmissions_are_shown_with_worst_case_and_vote(evaluated: Path) -> No
     jitter = next(line for line in table.lines if line[:4] == ("jitter", "T0", "apgd", "8/255"))
     assert all(cell.endswith(" n=6") for cell in jitter[7:9])
     assert next(line for line in table.lines if line[0] == "leaky")[7:9] == ("–", "–")
-
-
-def test_paired_gap_to_the_best() -> None:
-    rows = [made(i, 1.0, defense="good") for i in range(5)] + [made(i, float(i == 0)) for i in range(5)]
-    ((group, gap),) = gaps(group_rows(rows)).items()
-    assert group.defense == "d"
-    assert gap.mean == pytest.approx(0.8)
-    assert gap.low > 0
-    assert [a["example"] for a, _ in pair_rows(rows[:3], rows[5:7])] == ["0", "1"]
 
 
 def test_a_worst_case_inherits_the_warnings_about_its_attacks() -> None:
@@ -244,9 +163,3 @@ def test_numbers_as_text() -> None:
     assert eps_label(8 / 255, "linf") == "8/255"
     assert eps_label(0.5, "l2") == "0.5"
     assert eps_label(0.0, "linf") == ""
-
-
-def test_group_of_a_row_and_scores_of_many() -> None:
-    row = made(0, 0.5)
-    assert group_of(row) == Group("t", "d", "T0", "a", 0.1)
-    assert scores([row, made(1, None)]).isnan().tolist() == [False, True]

@@ -90,12 +90,12 @@ print(kills, len(sizes))
 """
 
 
-def test_kill_at_random_moments_loses_and_doubles_nothing(tmp_path: Path, grid: list[Row]) -> None:
+def test_kills_at_random_moments_lose_and_repeat_no_row(tmp_path: Path, grid: list[Row]) -> None:
     """The process dies wherever it happens to be: between grid, within a file, in an attack."""
     command = [sys.executable, "-c", KILLED_AT_RANDOM, str(Path(evaluate_kit.__file__).parent), str(tmp_path)]
-    done = subprocess.run([*command, "2"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    kills, moments = map(int, done.stdout.split())
+    process = subprocess.run([*command, "2"], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    kills, moments = map(int, process.stdout.split())
     assert kills >= 3
     assert moments >= 3  # some of them with part of the grid on disk
     assert untimed(run(tmp_path)) == untimed(grid)
