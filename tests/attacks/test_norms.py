@@ -8,14 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attacks_kit import BUDGETS, both_norms, pictures, seeded
+from attacks_kit import BUDGETS, both_norms, sample_images, seeded
 from codefend.attacks.norms import descend, direction, distance, length, project, quantize_in_budget, random_start
 from codefend.types import Budget
 
 
 @both_norms
 def test_projection_and_start_stay_in_the_ball(norm: str) -> None:
-    clean, budget = pictures(), BUDGETS[norm]
+    clean, budget = sample_images(), BUDGETS[norm]
     for images in (torch.randn(clean.shape, generator=seeded()), random_start(clean, budget, generator=seeded())):
         inside = project(images, clean, budget)
         assert (distance(inside, clean, budget.norm) <= budget.eps + 1e-6).all()
@@ -46,7 +46,7 @@ def test_descend_takes_a_step_per_example() -> None:
     reach=st.floats(0, 3),
 )
 def test_quantized_images_are_8_bit_and_in_budget(norm: Any, eps: float, seed: int, reach: float) -> None:
-    clean, budget = pictures(2, 8, seed), Budget(norm, eps)
+    clean, budget = sample_images(2, 8, seed), Budget(norm, eps)
     adv = project(clean + reach * eps * torch.randn(clean.shape, generator=seeded(seed)), clean, budget)
     rounded = quantize_in_budget(adv, clean, budget)
     levels = rounded * 255
@@ -62,7 +62,7 @@ def test_quantized_images_are_8_bit_and_in_budget(norm: Any, eps: float, seed: i
 
 
 def test_quantizing_keeps_most_of_an_l2_perturbation() -> None:
-    clean, budget = pictures(4, 16), Budget("l2", 0.5)
+    clean, budget = sample_images(4, 16), Budget("l2", 0.5)
     adv = random_start(clean, budget, generator=seeded())
     kept = distance(quantize_in_budget(adv, clean, budget), clean, "l2") / distance(adv, clean, "l2")
     assert kept.min() > 0.97

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attacks_kit import ANSWERS, PROMPTS, CallCounter, Dim, ToyVictim, pictures
+from attacks_kit import ANSWERS, PROMPTS, CallCounter, Dim, ToyVictim, sample_images
 from codefend.attacks import ATTACKS, AttackSpec, objective_for
 from codefend.attacks.objectives import (
     answers_scored,
@@ -25,7 +25,7 @@ from codefend.types import CodefendError, Victim, WhiteBox
 
 @pytest.fixture
 def images() -> Tensor:
-    return pictures()
+    return sample_images()
 
 
 def test_untargeted_is_minus_the_loss_of_the_answer(images: Tensor) -> None:
@@ -47,7 +47,7 @@ def test_features_away_is_one_at_the_clean_image_and_less_elsewhere(images: Tens
 
 
 def test_features_towards_is_lowest_at_the_target_image(images: Tensor) -> None:
-    target = pictures(1, seed=9)
+    target = sample_images(1, seed=9)
     objective = features_towards(ToyVictim(), target)  # one target for the batch
     at_target = objective(target.expand(3, -1, -1, -1))
     assert torch.allclose(at_target, -torch.ones(3), atol=1e-5)
@@ -65,7 +65,7 @@ def test_feature_reference_may_be_another_victim(images: Tensor) -> None:
 def test_every_objective_has_a_gradient_through_the_defense(images: Tensor) -> None:
     victim = DefendedVictim(ToyVictim(), Defense(purifier=Dim(), policy=lambda p: p + "!", name="dim"))
     for spec in (s for s in ATTACKS.values() if not s.goal.startswith("answer")):
-        objective = objective_for(spec, victim, PROMPTS, ANSWERS, "target", images, pictures(seed=2))
+        objective = objective_for(spec, victim, PROMPTS, ANSWERS, "target", images, sample_images(seed=2))
         x = (images + 0.01).clamp(0, 1).requires_grad_(True)
         losses = objective(x)
         assert losses.shape == (3,)
@@ -91,21 +91,21 @@ def test_objective_for_serves_every_goal(images: Tensor) -> None:
     victim: WhiteBox = ToyVictim()
 
     def value(name: str, target: str | Sequence[str] = "target") -> Tensor:
-        return objective_for(ATTACKS[name], victim, PROMPTS, ANSWERS, target, images, pictures(seed=2))(images)
+        return objective_for(ATTACKS[name], victim, PROMPTS, ANSWERS, target, images, sample_images(seed=2))(images)
 
     assert torch.equal(value("apgd"), -victim.loss(images, PROMPTS, ANSWERS))
     assert torch.equal(value("apgd-targeted"), victim.loss(images, PROMPTS, ["target"] * 3))
     assert torch.equal(value("apgd-targeted", ["x", "yy", "zzz"]), victim.loss(images, PROMPTS, ["x", "yy", "zzz"]))
     assert torch.equal(value("feature"), features_away(victim, images)(images))
-    assert torch.equal(value("feature-target"), features_towards(victim, pictures(seed=2))(images))
+    assert torch.equal(value("feature-target"), features_towards(victim, sample_images(seed=2))(images))
 
 
 @pytest.mark.parametrize(
-    ("name", "target", "said"),
+    ("name", "target", "missing"),
     [("feature-target", "t", "image"), *((n, "", "sentence") for n in ("pgd-targeted", "mf-it", "mf-tt"))],
 )
-def test_objective_for_says_what_is_missing(images: Tensor, name: str, target: str, said: str) -> None:
-    with pytest.raises(CodefendError, match=said):
+def test_a_missing_target_is_an_error(images: Tensor, name: str, target: str, missing: str) -> None:
+    with pytest.raises(CodefendError, match=missing):
         objective_for(ATTACKS[name], ToyVictim(), PROMPTS, ANSWERS, target, images)
 
 
@@ -160,14 +160,14 @@ def test_rows_must_match(images: Tensor) -> None:
         untargeted(ToyVictim(), PROMPTS, ["a"])
 
 
-def test_table_is_complete_and_torch_free() -> None:
+def test_the_table_imports_no_torch() -> None:
     code = "import sys, codefend.attacks as a; print(len(a.ATTACKS), 'torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == [str(len(ATTACKS)), "False"]
 
 
 @pytest.mark.parametrize("spec", ATTACKS.values(), ids=lambda s: s.name)
-def test_spec_is_filled_in(spec: AttackSpec) -> None:
+def test_every_row_is_complete(spec: AttackSpec) -> None:
     assert ATTACKS[spec.name] is spec
     assert spec.build().name == spec.name
     assert spec.summary

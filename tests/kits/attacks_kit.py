@@ -1,4 +1,4 @@
-"""A victim of a few numbers, what may stand before it, and pictures with saturated pixels."""
+"""A victim of a few numbers, what may stand before it, and images with saturated pixels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, cross_entropy, normalize
 
 from codefend.attacks import AttackSpec, objective_for
+from codefend.attacks.objectives import untargeted
 from codefend.defense import DefendedVictim, Defense
 from codefend.types import Budget, Objective, Victim
 from purifiers_kit import PlainPurifier
@@ -18,7 +19,7 @@ from purifiers_kit import PlainPurifier
 class ToyVictim:
     """A random conv net with one of eight letters in mind; a text stands for the letter its length points at.
 
-    What it says is longer: that letter, and for each of 48 features one of two signs of its own.
+    Its answers are longer: that letter, and for each of 48 features one of two signs of its own.
     """
 
     name = "toy"
@@ -92,7 +93,7 @@ PROMPTS = ["what?", "describe", "how many?"]
 ANSWERS = ["a", "bb", "ccc"]
 
 
-def pictures(batch: int = 3, size: int = 16, seed: int = 1) -> Tensor:
+def sample_images(batch: int = 3, size: int = 16, seed: int = 1) -> Tensor:
     """8-bit images with saturated pixels in them, as flat backgrounds have."""
     noise = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
     return ((noise * 1.4 - 0.2).clamp(0, 1) * 255).round() / 255
@@ -112,13 +113,37 @@ VICTIMS: dict[str, Callable[[], Victim]] = {
 }
 
 
-def made_for(spec: AttackSpec, victim: Victim, clean: Tensor) -> Objective:
+def make_objective(spec: AttackSpec, victim: Victim, clean: Tensor) -> Objective:
     answers, target = list(ANSWERS), ["target"] * 3
-    if spec.goal.startswith("answer"):  # what the victim says before, and what it says of other pictures
-        answers, target = victim.generate(clean, PROMPTS), victim.generate(pictures(seed=2), PROMPTS)
-    return objective_for(spec, victim, PROMPTS, answers, target, clean, pictures(seed=2))
+    if spec.goal.startswith("answer"):  # its answers before, and its answers to other images
+        answers, target = victim.generate(clean, PROMPTS), victim.generate(sample_images(seed=2), PROMPTS)
+    return objective_for(spec, victim, PROMPTS, answers, target, clean, sample_images(seed=2))
 
 
 def setup(spec: AttackSpec, victim: str = "bare", images: Tensor | None = None) -> tuple[Objective, Tensor]:
-    clean = pictures() if images is None else images
-    return made_for(spec, VICTIMS[victim](), clean), clean
+    clean = sample_images() if images is None else images
+    return make_objective(spec, VICTIMS[victim](), clean), clean
+
+
+def objective_of(victim: ToyVictim | None = None) -> Objective:
+    return untargeted(victim or ToyVictim(), PROMPTS, ANSWERS)
+
+
+QUESTIONS = ["What is left of the picture?", "Describe the image.", "How many red objects are there?"]
+
+
+class PromptReader(ToyVictim):
+    """Its logits shift with every character of the prompt and its place."""
+
+    def logits(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        shift = torch.tensor([[sum(ord(c) * (i + 1) for i, c in enumerate(p)) % 97 / 97.0] for p in prompts])
+        return torch.tanh(self.features(images).mean(1) * 4 + shift) @ self.head.to(images)
+
+
+def levenshtein(a: str, b: str) -> int:
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
+    return row[-1]

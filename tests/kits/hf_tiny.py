@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from codefend.victims.hf.loading import no_videos, images_only
+from codefend.victims.hf.loading import images_only, no_videos
 
 tf: Any = import_module("transformers")  # its classes are typed too narrowly for keyword dicts
 

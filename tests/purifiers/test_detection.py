@@ -115,7 +115,8 @@ def bank(folder: Path, seed: int) -> Path:
 @pytest.fixture
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(
-        "codefend.training.calibrate.draw_training_images", lambda rng, count, first_scene, own: smooth(first_scene, count)
+        "codefend.training.calibrate.draw_training_images",
+        lambda rng, count, first_scene, own: smooth(first_scene, count),
     )
     save_net(tmp_path / "mine", smoothing_net(), kind="bridge", options={"evaluations": 2})
     return tmp_path / "mine"
