@@ -41,7 +41,7 @@ OWNERS = {  # library -> where it may be imported
     "PIL": {"core"},
     "transformers": {"victims", "prompts", "contrib"},
     "gguf": {"victims"},
-    "diffusers": {"purifiers", "contrib"},
+    "diffusers": {"contrib"},
     "starlette": {"gateway"},
     "uvicorn": {"gateway"},
     "typer": {"cli"},

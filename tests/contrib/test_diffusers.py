@@ -18,7 +18,6 @@ from codefend.contrib.backbones.latent import boundary, load_latents
 from codefend.contrib.backbones.pixels import load_denoiser, save_denoiser
 from codefend.contrib.backbones.vp import VPDenoiser
 from codefend.purifiers.diffusion import denoise_from, vp_sigma
-from codefend.purifiers.nets import NetConfig, PurifierNet, save_net
 from codefend.types import CodefendError
 
 lib = diffusers_tiny.lib
@@ -239,53 +238,15 @@ def test_half_precision_stays_near(stable: Path, images: Tensor) -> None:
     assert float((first - second).abs().max()) < 0.05
 
 
-def test_our_network_is_a_diffusers_model(images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from codefend.purifiers import hub
-
-    net = PurifierNet(NetConfig(channels=(6, 8), blocks=(1, 1), embedding=16, residual_bound=0.2))
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.normal_(std=0.1)
-    save_net(tmp_path / "ours", net, kind="bridge", options={"evaluations": 2})
-    model = hub.PurifierModel.from_weights(tmp_path / "ours")
-    assert isinstance(model, lib.ModelMixin)
-    model.save_pretrained(tmp_path / "theirs")
-    names = {path.name for path in (tmp_path / "theirs").iterdir()}
-    assert names == {"config.json", "diffusion_pytorch_model.safetensors", "README.md"}
-    card = lib.utils.hub_utils.ModelCard.load(tmp_path / "theirs" / "README.md")
-    assert (card.data.library_name, card.data.license) == ("diffusers", "apache-2.0")
-    expected = purifiers.load(tmp_path / "ours")(images)
-    for spelling in (tmp_path / "theirs", f"hub:{tmp_path / 'theirs'}"):
-        again = purifiers.load(spelling)
-        assert again.evaluations == 2
-        assert torch.allclose(again(images), expected, atol=1e-6)
-    assert purifiers.load(f"hub:{tmp_path / 'theirs'}:evaluations=1").evaluations == 1
-
-    sent: dict[str, bytes] = {}
-    home = "diffusers.utils.hub_utils"
-    monkeypatch.setattr(f"{home}.create_repo", lambda repo, **_: MagicMock(repo_id=repo))
-    monkeypatch.setattr(f"{home}.load_or_create_model_card", lambda *_, **__: card)
-    monkeypatch.setattr(
-        f"{home}.upload_folder",
-        lambda folder_path, **_: sent.update({p.name: p.read_bytes() for p in Path(folder_path).iterdir()}),
-    )
-    model.push_to_hub("somebody/bridge")
-    assert set(sent) == names
-    assert b"CoDefend bridge" in sent["README.md"]
-
-
 @pytest.mark.parametrize(
     ("name", "words"),
     [
         ("hf-diffpure:", "name a model"),
         ("hf-latent:ID_OR_FOLDER", "name a model"),
-        ("hub:", "name a repository"),
         ("hf-diffpure:./nowhere", "no such model folder"),
         ("hf-latent:./nowhere", "no such model folder"),
-        ("hub:./nowhere", "no such model folder"),
         ("hf-diffpure:{empty}", "cannot load"),
         ("hf-latent:{empty}", "cannot load"),
-        ("hub:{empty}", "cannot load"),
         ("hf-latent:{ddpm}", "a Stable Diffusion text-to-image model is needed"),
         ("hf-diffpure:{ddpm}:t=0", "above 0"),
         ("hf-bridge:{ddpm}:gate=true", "no detection score"),

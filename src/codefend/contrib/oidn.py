@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,10 +75,11 @@ class Oidn(Purifier):
     """Add Gaussian noise that drowns the perturbation, then denoise once."""
 
     name, evaluations, multiple = "oidn", 1, 16
+    options_class = OidnOptions
     options: OidnOptions
 
-    def __init__(self, options: OidnOptions | None = None) -> None:
-        super().__init__(options or OidnOptions())
+    def __init__(self, options: OidnOptions | None = None, **names: Any) -> None:
+        super().__init__(options, **names)
         self.stochastic = self.options.sigma > 0
         self.net = OidnNet(load_tensors())
 

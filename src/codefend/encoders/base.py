@@ -28,7 +28,7 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def local_features(self, images: Tensor) -> Tensor:
-        """Features ``[B, T, D]`` of an early layer, each of the pixels around it; all of them unless a subclass says."""
+        """Features ``[B, T, D]`` of an early layer that see nearby pixels alone; `features` unless overridden."""
         return self.features(images)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
-"""What every purifier shares: any picture size, padding, tiles for large pictures, dtypes, and the PIL door."""
+"""The base class of purifiers: any image size, tiles for large images, dtypes, detection scores, PIL images."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,13 @@ class Purifier(nn.Module):
     A subclass writes `transform`, which receives float images whose sides are multiples of ``multiple``. It is
     differentiable in the images unless ``differentiable`` is False, and never switches gradients off itself. What
     callers need to know is declared in the attributes below; a subclass sets those that differ.
+
+    >>> class Invert(Purifier):
+    ...     name = "invert"
+    ...     def transform(self, images, generator):
+    ...         return 1 - images
+    >>> Invert()(torch.zeros(1, 3, 20, 30)).mean()
+    tensor(1.)
     """
 
     name: str = "purifier"
@@ -46,30 +54,67 @@ class Purifier(nn.Module):
     detector: Detector | None = None  # calibrated for these weights with these options
     gate: bool = False  # return images unchanged that the detector finds clean; needs a detector
     guidance: Guidance | None = None  # moves purified images away from the features of the attacked ones
+    options_class: type[Any] | None = None  # a frozen dataclass whose fields all have defaults
+    evaluations_option: str = "evaluations"  # the field of the options that sets ``evaluations``
 
     def __init__(self, options: Any = None, *, name: str | None = None, defaults: Any = None) -> None:
-        """``options`` is a frozen dataclass; the name spells those that differ from ``defaults`` (the class's own)."""
+        """``name`` is followed by the options that differ from ``defaults``, which are the class's own if not given."""
         super().__init__()
+        if options is None and self.options_class is not None:
+            options = self.options_class()
         self.options, self.defaults = options, type(options)() if defaults is None else defaults
         self.base_name = name or self.name
         self.name = self.base_name if options is None else format_spec(self.base_name, options, self.defaults)
 
-    if TYPE_CHECKING:  # what `nn.Module.__call__` passes on to `forward`
+    if TYPE_CHECKING:  # `nn.Module.__call__` passes its arguments on to `forward`
 
         def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor: ...
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
-        """Purify ``[B,3,H,W]`` whose sides are multiples of ``multiple``; the result is clipped to [0, 1] afterwards."""
+        """Purify ``[B,3,H,W]`` whose sides are multiples of ``multiple``; the caller clips the result to [0, 1]."""
         raise NotImplementedError
 
     def replace(self, **options: Any) -> Purifier:
-        """The same purifier with other options, as in ``purifier.replace(evaluations=1)``; networks are shared.
+        """A purifier with other options that shares the network, as in ``purifier.replace(evaluations=1)``.
 
-        Raises CodefendError for an unknown option or a value that doesn't fit.
+        ``evaluations`` stands for the option that sets their number, whatever its name. Raises CodefendError for an
+        unknown option and for a value out of range.
+
+        >>> from codefend.purifiers import load
+        >>> load("jpeg").replace(quality=30).name
+        'jpeg:quality=30'
         """
         if self.options is None:
             raise CodefendError(f"purifier {self.name} has no options")
-        return type(self)(configure(self.options, options))
+        settings = {self.evaluations_option if key == "evaluations" else key: value for key, value in options.items()}
+        return self._with_options(configure(self.options, settings))
+
+    def _with_options(self, options: Any) -> Purifier:
+        return type(self)(options, name=self.base_name, defaults=self.defaults)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load a repository of the Hugging Face Hub or a folder, in eval mode with frozen weights.
+
+        ``options`` override the saved ones. Raises CodefendError when it cannot be loaded or is of another class.
+        """
+        from codefend.purifiers import load_folder
+        from codefend.purifiers.hub import find_folder
+
+        places = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
+        purifier = load_folder(find_folder(name_or_folder, **places), options, name=str(name_or_folder))
+        if not isinstance(purifier, cls):
+            raise CodefendError(f"{name_or_folder} holds a {type(purifier).__name__}, not a {cls.__name__}")
+        return purifier
 
     def cost(self, height: int, width: int) -> int:
         """Multiply-adds of `transform` for one image of this size; 0 without a network, else counted by running it."""
@@ -96,7 +141,7 @@ class Purifier(nn.Module):
         return torch.lerp(images, purified, share.view(-1, 1, 1, 1))
 
     def transformed(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
-        """As a call, but without what comes after `transform`, guidance and gate: what detectors go by."""
+        """As a call, but before guidance and gate: the images that detectors compare, ``[B,3,H,W]``."""
         height, width = images.shape[-2:]
         work = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
         work = pad_to_multiple(work, self.multiple)
@@ -113,12 +158,11 @@ class Purifier(nn.Module):
         return self._judge(images, self.transformed(images, generator=generator))
 
     def judge(self, images: Tensor, purified: Tensor) -> Tensor:
-        """Detection score ``[B]`` of images whose purified form is at hand.
+        """Detection score ``[B]`` of images, from what the purifier returned for them; high is suspicious.
 
-        That costs another evaluation only where a gate or guidance has changed what the network made.
-
-        High is suspicious: the calibrated probability of an attack where the weights have a ``detector``; without one
-        the root mean square of what was removed, in [0, 1] pixels (FlowPure's ||v||^2, arXiv 2505.13280, at s = 1).
+        With a ``detector``, the calibrated probability of an attack; else the root mean square of the removed part, in
+        [0, 1] pixels (FlowPure's ||v||^2, arXiv 2505.13280, at s = 1). With a gate or guidance, which change the
+        purified image after the network, it costs another purification.
         """
         return self._judge(images, self.transformed(images) if self.gate or self.guidance else purified)
 
@@ -128,21 +172,21 @@ class Purifier(nn.Module):
         return (images - purified).square().flatten(1).mean(1).sqrt()
 
     def purify(self, image: Image, *, seed: int = 0, max_side: int | None = None) -> Image:
-        """Purify one PIL image of any mode; it comes back in its size and alpha, or shrunk to ``max_side`` pixels.
+        """Purify a PIL image of any mode; the result has its size and alpha channel. ``max_side`` shrinks larger images.
 
-        Raises CodefendError as images do.
+        ``seed`` fixes the noise. Raises CodefendError for an image that cannot be converted to RGB.
         """
-        from codefend.core import images as pictures
+        from codefend.core.images import from_pil, to_pil
 
-        loaded = pictures.from_pil(image)
+        loaded = from_pil(image)
         alpha = None if loaded.alpha is None else tiling.limit_side(loaded.alpha, max_side)
         loaded = replace(loaded, pixels=tiling.limit_side(loaded.pixels, max_side), alpha=alpha)
         with torch.no_grad():
             purified = self(loaded.pixels[None], generator=torch.Generator().manual_seed(seed))
-        return pictures.to_pil(loaded.recombine(purified[0]))
+        return to_pil(loaded.recombine(purified[0]))
 
     def multiply_adds(self, height: int, width: int) -> int:
-        """Multiply-adds for one picture of ``height`` x ``width``: padding, tiles and all evaluations included."""
+        """Multiply-adds for one image of ``height`` x ``width``: padding, tiles and all evaluations included."""
         height, width = (-(-side // self.multiple) * self.multiple for side in (height, width))
         boxes = [(0, height, 0, width)]
         if self.tiled and height * width > grid.TILED_ABOVE:
@@ -155,7 +199,7 @@ class Purifier(nn.Module):
 
 
 class WrappedPurifier(Purifier):
-    """Another purifier with something added to its calls; it declares what that one declares."""
+    """Base class of wrappers around the calls of another purifier; they declare what that purifier declares."""
 
     def __init__(self, purifier: Purifier) -> None:
         super().__init__()
@@ -179,47 +223,50 @@ class WrappedPurifier(Purifier):
 
 
 class NetPurifier(Purifier):
-    """A purifier around a network, which follows the images to their device.
+    """A purifier around a network, which moves to the images' device.
 
-    It purifies in mixed precision where the processor is quicker at that (see `devices`): on photographs a pixel
-    differs by half a level of 255 without noise, with it by about one, at most. While gradients are wanted it
-    computes in the network's own dtype.
+    It computes in mixed precision where the processor is faster at that (see `core.devices`): on photographs a pixel
+    differs by at most half an 8-bit level without noise, and by about one with it. With gradients it computes in the
+    network's own dtype.
     """
 
-    evaluations_option: str = "evaluations"  # the field of ``options`` that sets the number of evaluations
-    after_network: tuple[str, ...] = ()  # options that change nothing about what a detector sees
+    kind: str = ""  # of the weights, one of `purifiers.KINDS`
+    options_class: type[Any]
+    after_network: tuple[str, ...] = ()  # options that don't change `transformed`, and so keep the detector valid
 
-    def __init__(self, net: PurifierNet, options: Any, *, name: str | None = None, defaults: Any = None) -> None:
+    def __init__(
+        self,
+        net: PurifierNet,
+        options: Any = None,
+        *,
+        name: str | None = None,
+        defaults: Any = None,
+        kind: str | None = None,
+    ) -> None:
         super().__init__(options, name=name, defaults=defaults)
-        self.net = net
-        self.multiple = net.multiple
+        self.net, self.multiple, self.kind = net, net.multiple, kind or self.kind
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
         weight = next(self.net.parameters())
         if weight.device != images.device:
             self.net.to(images.device)
-        attacked = images.requires_grad and torch.is_grad_enabled()  # then in float32, as exact as its gradient
-        with nullcontext() if attacked else mixed_precision(images.device):
+        exact = images.requires_grad and torch.is_grad_enabled()  # an attack's images and gradients, in float32
+        with nullcontext() if exact else mixed_precision(images.device):
             return self.denoise(images.to(weight.dtype), generator)
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
+        """`transform` on the network's device and in its dtype."""
         raise NotImplementedError
 
-    def replace(self, **options: Any) -> NetPurifier:
-        """As `Purifier.replace`; the detector stays where it was calibrated for these options.
-
-        ``evaluations`` stands for whichever option sets their number. Raises CodefendError as `Purifier.replace`, and
-        for a gate that is left without a detector.
-        """
-        settings = {self.evaluations_option if key == "evaluations" else key: value for key, value in options.items()}
-        changed = type(self)(self.net, configure(self.options, settings), name=self.base_name, defaults=self.defaults)
-        changed.use_detector(self.detector, calibrated_for=self.options)
-        return changed
+    def _with_options(self, options: Any) -> NetPurifier:
+        purifier = type(self)(self.net, options, name=self.base_name, defaults=self.defaults, kind=self.kind)
+        purifier.use_detector(self.detector, calibrated_for=self.options)
+        return purifier.train(self.training)
 
     def use_detector(self, detector: Detector | None, *, calibrated_for: Any) -> None:
-        """Take ``detector`` if the network runs with the options it was calibrated for: others change its error rates.
+        """Set ``detector`` if `transformed` is the same as with the options it was calibrated for, else none.
 
-        Raises CodefendError for a gate that is left without one.
+        Raises CodefendError for a gate without a detector.
         """
         unchanged = {key: getattr(self.options, key) for key in self.after_network}
         if detector is not None and replace(calibrated_for, **unchanged) == self.options:
@@ -232,6 +279,34 @@ class NetPurifier(Purifier):
 
     def cost(self, height: int, width: int) -> int:
         return self.evaluations * self.net.multiply_adds(height, width)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors and README.md; `from_pretrained` and `purifiers.load` read them.
+
+        Raises CodefendError for a network of another library, and when the folder cannot be written.
+        """
+        from codefend.purifiers import hub
+
+        hub.save(self, folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload purifier",
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face Hub; returns the commit's address.
+
+        Raises CodefendError as `save_pretrained` and for a missing package, and the library's own errors.
+        """
+        from codefend.purifiers import hub
+
+        commit = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
+        return hub.push(self, repo_id, private=private, token=token, **commit)
 
 
 class _ClipFn(torch.autograd.Function):
@@ -247,15 +322,15 @@ class _ClipFn(torch.autograd.Function):
 def clip(images: Tensor) -> Tensor:
     """Clamp to [0, 1], with the gradient of the identity.
 
-    The true gradient is zero wherever a network overshoots white or black, by however little: it would blind an
-    attack there, and a defence must not profit from that (Athalye et al. 2018, arXiv 1802.00420).
+    The true gradient is zero wherever a network overshoots white or black, which would hide the gradient from an attack
+    (Athalye et al. 2018, arXiv 1802.00420).
     """
     clipped: Tensor = _ClipFn.apply(images)  # type: ignore[no-untyped-call]
     return clipped
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
-    """Pad right and bottom to multiples: mirrored, or the last row repeated where there is too little to mirror."""
+    """Pad ``[B,3,H,W]`` right and bottom to multiples: by reflection, or replication where the image is too small."""
     for dim in (-1, -2):
         side = images.shape[dim]
         missing = -side % multiple
@@ -266,9 +341,9 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
 
 
 def configure(defaults: Options, settings: Mapping[str, object]) -> Options:
-    """Lay settings over an options dataclass: texts as on the command line, anything else as it is.
+    """``defaults`` with the fields in ``settings`` replaced: text is converted as on the command line.
 
-    Raises CodefendError for an unknown name or a text that doesn't fit.
+    Raises CodefendError for an unknown field or a text of the wrong type.
     """
     texts = {key: value for key, value in settings.items() if isinstance(value, str)}
     check_keys(defaults, dict.fromkeys(settings, ""))

@@ -16,15 +16,17 @@ from codefend.types import CodefendError
 
 @dataclass(frozen=True)
 class BridgeOptions:
-    """Defaults are overlaid by those saved with the weights, which know what the network was trained for."""
+    """Options saved with the weights replace these defaults."""
 
     evaluations: int = 1
     sigma: float = 0.0  # noise added before the first evaluation, pixels in [0, 1]
     checkpoint: bool = False
-    strength: float = 1.0  # of the change that is made; under 1 keeps more of the picture, above 1 goes further
-    gate: bool = False  # let pictures pass as they are that the weights' detector finds clean
-    guided: float = 0.0  # how far to go on, away from the attacked picture's features, see `Guidance`; 0.2 is tried
-    guides: str = "lite0+lite2"  # the encoders whose features these are
+    strength: float = 1.0  # factor of the change; below 1 leaves more of the input, above 1 extrapolates
+    gate: bool = False  # return images unchanged that the weights' detector finds clean
+    guided: float = (
+        0.0  # share of further movement, away from the attacked image's features (`Guidance`); 0.2 is tested
+    )
+    guides: str = "lite0+lite2"  # the encoders of these features
 
     def __post_init__(self) -> None:
         if not 1 <= self.evaluations <= 4:
@@ -41,17 +43,16 @@ class BridgeOptions:
 class Bridge(NetPurifier):
     """One to four network evaluations along the bridge; deterministic unless ``sigma`` adds noise first."""
 
-    name = "bridge"
+    name, kind = "bridge", "bridge"
+    options_class = BridgeOptions
     after_network = ("gate", "guided", "guides")
     options: BridgeOptions
 
-    def __init__(self, net: PurifierNet, options: BridgeOptions | None = None, **naming: Any) -> None:
-        options = options or BridgeOptions()
-        super().__init__(net, options, **naming)
-        self.evaluations = options.evaluations
-        self.stochastic = options.sigma > 0
-        self.gate = options.gate
-        self.guidance = Guidance.by_encoders(options.guided, options.guides) if options.guided else None
+    def __init__(self, net: PurifierNet, options: BridgeOptions | None = None, **names: Any) -> None:
+        super().__init__(net, options, **names)
+        o = self.options
+        self.evaluations, self.stochastic, self.gate = o.evaluations, o.sigma > 0, o.gate
+        self.guidance = Guidance.by_encoders(o.guided, o.guides) if o.guided else None
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
         o = self.options

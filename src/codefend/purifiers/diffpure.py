@@ -15,7 +15,7 @@ from codefend.types import CodefendError
 
 @dataclass(frozen=True)
 class DiffPureOptions:
-    """``steps`` None is the paper's one step per 1/1000 of time; ``checkpoint`` trades time for attack memory."""
+    """``steps`` None is one step per 1/1000 of time, as in the paper; ``checkpoint`` saves an attack's memory, for time."""
 
     t: float = 0.1  # VP time; the paper's ImageNet setting is 0.15
     steps: int | None = None
@@ -34,16 +34,15 @@ class DiffPureOptions:
 
 
 class DiffPure(NetPurifier):
-    """The re-implemented baseline on our own prior; exact gradients through every evaluation."""
+    """Nie et al.'s purification with our prior, differentiable through every evaluation."""
 
-    name, stochastic = "diffpure", True
-    evaluations_option = "steps"
+    name, kind, stochastic = "diffpure", "prior", True
+    options_class, evaluations_option = DiffPureOptions, "steps"
     options: DiffPureOptions
 
-    def __init__(self, net: PurifierNet, options: DiffPureOptions | None = None, **naming: Any) -> None:
-        options = options or DiffPureOptions()
-        super().__init__(net, options, **naming)
-        self.evaluations = options.steps or max(1, round(1000 * options.t))
+    def __init__(self, net: PurifierNet, options: DiffPureOptions | None = None, **names: Any) -> None:
+        super().__init__(net, options, **names)
+        self.evaluations = self.options.steps or max(1, round(1000 * self.options.t))
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
         o = self.options

@@ -21,6 +21,7 @@ from codefend.purifiers.diffusion import SHIFT_DATA, SIGMA_DATA, preconditioning
 from codefend.types import CodefendError
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"  # weights in the old format of the hub
 
 
 @dataclass(frozen=True)
@@ -215,15 +216,18 @@ def save_net(
     *,
     kind: str,
     options: Mapping[str, Any] | None = None,
+    detector: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write ``config.json`` and ``model.safetensors`` into ``folder``, each whole or not at all.
+    """Write ``config.json`` and ``model.safetensors`` into ``folder``, each atomically.
 
-    ``kind`` is "prior" or "bridge"; ``options`` are the purifier's defaults (evaluations, sigma, t, steps, ...).
-    Raises CodefendError when the folder cannot be written.
+    ``kind`` is one of `purifiers.KINDS`; ``options`` are the purifier's defaults (evaluations, sigma, t, steps, ...),
+    ``detector`` is a `Detector` as a dictionary. Raises CodefendError when the folder cannot be written.
     """
     state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in net.state_dict().items()}
     meta = {"format": 1, "kind": kind, "net": asdict(net.config), "options": dict(options or {})}
+    if detector is not None:
+        meta["detector"] = dict(detector)
     write_atomic(Path(folder) / WEIGHTS_FILE, save(state))
     write_atomic(Path(folder) / CONFIG_FILE, json.dumps(meta, indent=2) + "\n")
 
@@ -231,17 +235,21 @@ def save_net(
 def load_net(folder: str | Path) -> tuple[PurifierNet, dict[str, Any]]:
     """Read what `save_net` wrote: the network (float32, eval mode) and the whole config.
 
-    Raises CodefendError when a file is missing, unreadable, or doesn't fit the other.
+    Folders in the format of diffusers, which older versions wrote for the hub, load as well. Raises CodefendError when
+    a file is missing, unreadable, or doesn't fit the other.
     """
     folder = Path(folder)
-    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
+    weights, prefix = WEIGHTS_FILE, ""
+    if not (folder / weights).is_file() and (folder / DIFFUSERS_FILE).is_file():
+        weights, prefix = DIFFUSERS_FILE, "network."
+    missing = [name for name in (CONFIG_FILE, weights) if not (folder / name).is_file()]
     if missing:
         raise CodefendError(f"{folder} holds no {' and no '.join(missing)}; a purifier folder has both")
     try:
         meta: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         net = PurifierNet(NetConfig.from_dict(meta["net"]))
-        state = load_file(folder / WEIGHTS_FILE)
-        net.load_state_dict({name: value.float() for name, value in state.items()})
+        state = load_file(folder / weights)
+        net.load_state_dict({name.removeprefix(prefix): value.float() for name, value in state.items()})
     except CodefendError:
         raise
     except Exception as error:  # JSON, safetensors and torch each raise their own

@@ -1,4 +1,4 @@
-"""Input transformations without a network: the cheap defences that a purifier has to beat."""
+"""Input transformations without a network: baselines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from codefend.types import CodefendError
 
 
 class Identity(Purifier):
-    """No defence: the control row of every table."""
+    """No defense: the control."""
 
     name = "identity"
 
@@ -23,7 +23,7 @@ class Identity(Purifier):
 
 @dataclass(frozen=True)
 class JpegOptions:
-    quality: int = 75  # 1 to 100, Das et al. 2018's usual choice
+    quality: int = 75  # 1 to 100; 75 as in Das et al. 2018
 
     def __post_init__(self) -> None:
         if not 1 <= self.quality <= 100:
@@ -31,29 +31,26 @@ class JpegOptions:
 
 
 class Jpeg(Purifier):
-    """Through a real JPEG codec and back, chroma not subsampled (Das et al. 2018, SHIELD, arXiv 1802.06816)."""
+    """JPEG compression without chroma subsampling (Das et al. 2018, SHIELD, arXiv 1802.06816)."""
 
     name = "jpeg"
     differentiable = False
-    tiled = False  # the codec's 8x8 grid starts at the picture's corner
-
+    tiled = False  # the codec's 8x8 grid starts at the image's corner
+    options_class = JpegOptions
     options: JpegOptions
 
-    def __init__(self, options: JpegOptions | None = None) -> None:
-        super().__init__(options or JpegOptions())
-
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
-        from codefend.core import images as pictures
+        from codefend.core.images import encode, load
 
-        coded = [pictures.encode(image, "JPEG", quality=self.options.quality) for image in images.detach()]
-        sides = images.shape[-2] * images.shape[-1]
-        return torch.stack([pictures.load(data, max_pixels=sides).pixels for data in coded]).to(images)
+        files = [encode(image, "JPEG", quality=self.options.quality) for image in images.detach()]
+        pixels = images.shape[-2] * images.shape[-1]
+        return torch.stack([load(file, max_pixels=pixels).pixels for file in files]).to(images)
 
 
 @dataclass(frozen=True)
 class BitDepthOptions:
-    bits: int = 5  # per colour, as Xu et al. use for ImageNet
-    median: int = 3  # side of the median filter afterwards, odd, pixels; 1 is none
+    bits: int = 5  # per colour; 5 as in Xu et al. for ImageNet
+    median: int = 3  # side of the median filter that follows, odd, pixels; 1 is none
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -66,11 +63,8 @@ class BitDepth(Purifier):
 
     name = "bitdepth"
     differentiable = False
-
+    options_class = BitDepthOptions
     options: BitDepthOptions
-
-    def __init__(self, options: BitDepthOptions | None = None) -> None:
-        super().__init__(options or BitDepthOptions())
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
         levels = 2**self.options.bits - 1
@@ -86,13 +80,11 @@ class MedianOptions:
 
 
 class Median(Purifier):
-    """Median filter over a square window, each colour by itself (Xu et al. 2018, arXiv 1704.01155)."""
+    """Median filter over a square window, per colour (Xu et al. 2018, arXiv 1704.01155)."""
 
     name = "median"
+    options_class = MedianOptions
     options: MedianOptions
-
-    def __init__(self, options: MedianOptions | None = None) -> None:
-        super().__init__(options or MedianOptions())
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
         return median_filter(images, self.options.size)
@@ -108,18 +100,16 @@ class BlurOptions:
 
 
 class Blur(Purifier):
-    """Gaussian blur, the kernel cut at four standard deviations."""
+    """Gaussian blur with the kernel truncated at four standard deviations."""
 
     name = "blur"
+    options_class = BlurOptions
     options: BlurOptions
-
-    def __init__(self, options: BlurOptions | None = None) -> None:
-        super().__init__(options or BlurOptions())
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
         radius = int(4 * self.options.sigma + 0.5)
-        place = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
-        kernel = torch.exp(-0.5 * (place / self.options.sigma) ** 2)
+        offset = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
+        kernel = torch.exp(-0.5 * (offset / self.options.sigma) ** 2)
         kernel = (kernel / kernel.sum()).expand(3, 1, -1)
         padded = F.pad(images, (radius,) * 4, mode="replicate")
         rows = F.conv2d(padded, kernel[:, :, None, :], groups=3)
@@ -127,7 +117,7 @@ class Blur(Purifier):
 
 
 def median_filter(images: Tensor, size: int) -> Tensor:
-    """Median over ``size`` x ``size`` windows of each colour, borders repeated; the gradient goes to the median."""
+    """Median over ``size`` x ``size`` windows of each colour, with replicated borders, ``[B,3,H,W]``; differentiable."""
     if size == 1:
         return images
     padded = F.pad(images, (size // 2,) * 4, mode="replicate")

@@ -74,21 +74,18 @@ class Latents(nn.Module):
 class LatentPurifier(Purifier):
     """Purify in the latents of Stable Diffusion; differentiable through both halves of the autoencoder."""
 
-    name = "hf-latent"
+    name, options_class, evaluations_option = "hf-latent", LatentOptions, "steps"
     options: LatentOptions
 
-    def __init__(self, latents: Latents, options: LatentOptions | None = None, **naming: Any) -> None:
-        super().__init__(options or LatentOptions(), **naming)
+    def __init__(self, latents: Latents, options: LatentOptions | None = None, **names: Any) -> None:
+        super().__init__(options, **names)
         self.latents = latents
         self.evaluations = self.options.steps if self.options.t > 0 else 0
         self.stochastic = self.options.t > 0
         self.multiple = latents.fold * latents.denoiser.multiple
 
-    def replace(self, **options: Any) -> LatentPurifier:
-        """As `Purifier.replace`; ``evaluations`` are its steps."""
-        settings = {"steps" if key == "evaluations" else key: value for key, value in options.items()}
-        changed = configure(self.options, settings)
-        return LatentPurifier(self.latents, changed, name=self.base_name, defaults=self.defaults)
+    def _with_options(self, options: LatentOptions) -> LatentPurifier:
+        return LatentPurifier(self.latents, options, name=self.base_name, defaults=self.defaults)
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
         weight = next(self.latents.parameters())

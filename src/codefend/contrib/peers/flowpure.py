@@ -107,14 +107,13 @@ class FlowOptions:
 class FlowPure(NetPurifier):
     """Euler steps along a learned flow; noise only in the Gaussian form."""
 
-    name, evaluations_option = "flowpure", "steps"
+    name, kind = "flowpure", "flowpure"
+    options_class, evaluations_option = FlowOptions, "steps"
     options: FlowOptions
 
-    def __init__(self, net: PurifierNet, options: FlowOptions | None = None, **naming: Any) -> None:
-        options = options or FlowOptions()
-        super().__init__(net, options, **naming)
-        self.evaluations = options.steps
-        self.stochastic = options.noise > 0
+    def __init__(self, net: PurifierNet, options: FlowOptions | None = None, **names: Any) -> None:
+        super().__init__(net, options, **names)
+        self.evaluations, self.stochastic = self.options.steps, self.options.noise > 0
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
         return flow_purify(self.net, images, self.options, generator=generator)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -61,10 +61,8 @@ class HgdOptions:
 class Hgd(NetPurifier):
     """x - d(x), one evaluation."""
 
-    name, evaluations = "hgd", 1
-
-    def __init__(self, net: PurifierNet, options: HgdOptions | None = None, **naming: Any) -> None:
-        super().__init__(net, options or HgdOptions(), **naming)
+    name, kind, evaluations = "hgd", "hgd", 1
+    options_class = HgdOptions
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
         denoised: Tensor = self.net(images, per_image(1.0, images), per_image(0.0, images))
