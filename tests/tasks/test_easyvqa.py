@@ -48,7 +48,7 @@ def test_a_limit_takes_the_same_questions_every_time() -> None:
 
 
 @installed
-def test_size_scales_the_pictures_up() -> None:
+def test_size_scales_the_images_up() -> None:
     small = load_easyvqa("test", limit=1, size=None).examples[0].image
     large = load_easyvqa("test", limit=1).examples[0].image
     assert small.shape == (3, 64, 64)

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from codefend.tasks.image_metrics import psnr, ssim
 
 
-def pictures(*shape: int, seed: int = 0) -> Tensor:
-    """Smooth random pictures: noise on a coarse grid, scaled up."""
+def random_images(*shape: int, seed: int = 0) -> Tensor:
+    """Smooth random images: noise on a coarse grid, scaled up."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(shape[0], 3, 6, 6, generator=generator)
     return F.interpolate(coarse, shape[1:], mode="bilinear", align_corners=True)
@@ -26,7 +26,7 @@ def noisy(images: Tensor, sigma: float) -> Tensor:
 @pytest.mark.parametrize("sigma", [0.01, 0.1, 0.5])
 def test_both_match_scikit_image(shape: tuple[int, int, int], sigma: float) -> None:
     skimage = pytest.importorskip("skimage.metrics")
-    a = pictures(*shape)
+    a = random_images(*shape)
     b = noisy(a, sigma)
     for i, (x, y) in enumerate(zip(a.double().numpy(), b.double().numpy(), strict=True)):
         expected = skimage.structural_similarity(
@@ -43,22 +43,22 @@ def test_psnr_of_a_constant_offset() -> None:
     torch.testing.assert_close(psnr(a, b), torch.tensor([20.0, 40.0]), atol=1e-3, rtol=0)
 
 
-def test_equal_pictures() -> None:
-    a = pictures(2, 16, 16)
+def test_equal_images_have_infinite_psnr_and_ssim_1() -> None:
+    a = random_images(2, 16, 16)
     assert psnr(a, a).tolist() == [math.inf, math.inf]
     torch.testing.assert_close(ssim(a, a), torch.ones(2))
 
 
 def test_scores_stay_per_image() -> None:
-    a = pictures(2, 24, 24)
+    a = random_images(2, 24, 24)
     b = torch.stack([a[0], noisy(a, 0.2)[1]])
     assert ssim(a, b)[0] > 0.9999 > 0.9 > ssim(a, b)[1]
     torch.testing.assert_close(ssim(a, b)[1:], ssim(a[1:], b[1:]))
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim])
-def test_the_gradient_points_to_the_clean_picture(metric) -> None:  # type: ignore[no-untyped-def]
-    clean = pictures(2, 16, 16).double()
+def test_the_gradient_points_to_the_clean_image(metric) -> None:  # type: ignore[no-untyped-def]
+    clean = random_images(2, 16, 16).double()
     images = noisy(clean.float(), 0.1).double().requires_grad_()
     score = metric(images, clean)
     (gradient,) = torch.autograd.grad(score.sum(), images)

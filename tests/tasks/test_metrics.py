@@ -222,7 +222,7 @@ def test_a_phrase_must_be_in_order_and_unbroken() -> None:
         ("", 0),
     ],
 )
-def test_exact_tags_want_each_thing_in_its_colour_and_nothing_else(answer: str, right: int) -> None:
+def test_exact_tags_require_each_thing_in_its_colour_and_nothing_else(answer: str, right: int) -> None:
     scene = examples([["a red car and a dog", "some other wording"]], [["car", "dog"]])
     assert m.exact_tags(["car", "dog", "cat"], ["red", "blue"])([answer], scene).tolist() == [right]
 
@@ -263,7 +263,7 @@ def test_attack_success_threshold_and_shapes() -> None:
         m.attack_success(clean, attacked[:1])
 
 
-def test_targeted_success_wants_the_sentence_word_for_word() -> None:
+def test_targeted_success_requires_the_sentence_word_for_word() -> None:
     four = examples([()] * 4)
     answers = ["It says: VISIT example.com now!", "visit the example.com", "revisit example.com", "visit example.com"]
     close(m.targeted_success("Visit example.com")(answers, four), [1.0, 0.0, 0.0, 1.0])
@@ -331,7 +331,7 @@ def test_bootstrap_resamples_the_same_way_whatever_fits_in_memory(monkeypatch: p
 
 
 def test_groups_widen_the_interval_of_repeated_examples() -> None:
-    scores = torch.tensor([0.0, 1.0] * 20).repeat_interleave(10)  # 40 pictures of 10 identical questions
+    scores = torch.tensor([0.0, 1.0] * 20).repeat_interleave(10)  # 40 images of 10 identical questions
     keys = [i // 10 for i in range(400)]
     alone, grouped = m.bootstrap_interval(scores), m.bootstrap_interval(scores, groups=keys)
     assert grouped.mean == alone.mean == 0.5
@@ -352,7 +352,7 @@ def test_too_few_scores_have_no_interval() -> None:
     assert m.bootstrap_interval(torch.tensor([1.0])).mean == 1.0
 
 
-def test_paired_difference_sees_what_separate_intervals_do_not() -> None:
+def test_a_paired_difference_is_narrower_than_separate_intervals() -> None:
     baseline = torch.randn(200, generator=torch.Generator().manual_seed(2))
     noise = torch.randn(200, generator=torch.Generator().manual_seed(3))
     better = baseline + 0.05 + 0.1 * noise
@@ -365,7 +365,7 @@ def test_paired_difference_sees_what_separate_intervals_do_not() -> None:
         m.paired_difference_interval(better, baseline[:1])
 
 
-def test_interval_arguments_are_checked() -> None:
+def test_invalid_interval_arguments_are_errors() -> None:
     scores = torch.tensor([0.0, 1.0])
     with pytest.raises(ValueError, match="confidence"):
         m.bootstrap_interval(scores, confidence=95)

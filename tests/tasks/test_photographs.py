@@ -49,7 +49,7 @@ def test_the_shipped_bridge_was_guided_by_two_encoders() -> None:
     assert {*record["config"]["encoders"], *banks} == set(GUIDES)
 
 
-def test_photographs_of_ones_own_are_named_by_their_path(tmp_path: Path) -> None:
+def test_own_photographs_are_named_by_their_path(tmp_path: Path) -> None:
     for name, level in (("b.png", 0.2), ("deep/a.png", 0.8)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         save(tmp_path / name, torch.full((3, 130, 140), level))

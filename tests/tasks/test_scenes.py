@@ -154,7 +154,7 @@ def test_captions_name_every_object(train: list[Scene]) -> None:
 @pytest.mark.parametrize(
     ("name", "count"), [("caption", 512), ("vqa", 512), ("caption-shift", 256), ("vqa-shift", 256)]
 )
-def test_the_frozen_sets_ship(name: str, count: int) -> None:
+def test_the_frozen_sets_are_in_the_package(name: str, count: int) -> None:
     task = codefend.load_task(name)
     assert len(task.examples) == count
     assert len({e.id for e in task.examples}) == count
@@ -180,7 +180,7 @@ def test_the_frozen_set_is_what_the_generator_draws() -> None:
         assert (drawn.image - example.image).abs().max() < 2 / 255  # another Pillow or torch may round otherwise
 
 
-def test_bad_names_and_limits_are_told() -> None:
+def test_wrong_names_and_limits_are_errors() -> None:
     with pytest.raises(CodefendError, match="did you mean 'caption'"):
         codefend.load_task("captoin")
     with pytest.raises(CodefendError, match="test, val, train"):

@@ -59,7 +59,7 @@ def test_contract_and_independence_of_the_batch(name: str, images: Tensor) -> No
 
 @every_family
 def test_loss_is_the_models_own(name: str) -> None:
-    """Against the library from end to end: its processor, its labels. The picture has the size that tiles keep."""
+    """Against the library from end to end: its processor, its labels. The image has the size that tiles keep."""
     draw = torch.Generator().manual_seed(3)
     v, pixels = victim(name), torch.randint(0, 256, (56, 56, 3), dtype=torch.uint8, generator=draw)
     text = question(v.processor, v.kind, PROMPTS[0])
@@ -94,7 +94,7 @@ def test_gradients_reach_every_image_and_agree_with_differences(name: str, image
 
 
 @every_family
-def test_its_own_eyes_guide_a_purifier(name: str, images: Tensor) -> None:
+def test_its_own_features_guide_a_purifier(name: str, images: Tensor) -> None:
     v = victim(name)
     attacked = (images + 8 / 255 * torch.randn(images.shape, generator=torch.Generator().manual_seed(2)).sign()).clamp(
         0, 1
@@ -161,7 +161,7 @@ def test_half_precision_keeps_gradients(images: Tensor, tmp_path: Path) -> None:
     assert (torch.autograd.grad(losses.sum(), x)[0].flatten(1).norm(dim=1) > 1e-3).all()
 
 
-def test_a_model_spread_over_places_keeps_its_gradients(images: Tensor, tmp_path: Path) -> None:
+def test_a_model_spread_over_devices_keeps_its_gradients(images: Tensor, tmp_path: Path) -> None:
     """As ``device=auto`` leaves a model that is too large: hooks on each part, the language model kept on disk."""
     accelerate = pytest.importorskip("accelerate")
     whole = victim("llava")
@@ -280,7 +280,7 @@ def test_an_answer_goes_on_where_the_question_ends(name: str) -> None:
     assert ids[1][: len(ids[0]) + len(said)] == ids[0] + said
 
 
-def test_layouts_of_pictures_that_fill_their_tiles_hold_no_masks(images: Tensor) -> None:
+def test_layouts_of_images_that_fill_their_tiles_hold_no_masks(images: Tensor) -> None:
     v = HFVictim(*hf_tiny.build("idefics3"), name="idefics3")
     text = question(v.processor, v.kind, PROMPTS[0])
     (layout,) = v._lay_out(images[:1], PROMPTS[:1])
@@ -324,7 +324,7 @@ def test_a_device_may_have_a_number(
         ("cpu", {"CODEFEND_DEVICE": "cuda"}, None),
     ],
 )
-def test_a_victim_stands_where_it_should(
+def test_a_victim_is_on_the_configured_device(
     asked: str, environment: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a machine with two GPUs."""
@@ -350,7 +350,7 @@ def test_a_victim_stands_where_it_should(
         ("hf:{folder}:dtype=int8", "choose one of auto, float32"),
     ],
 )
-def test_mistakes_are_named(spec: str, words: str, tmp_path: Path) -> None:
+def test_errors_name_the_cause(spec: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(CodefendError, match=words):
         load(spec.format(folder=tmp_path))
 

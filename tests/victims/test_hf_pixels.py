@@ -22,7 +22,7 @@ GRID = [[56, 56], [56, 112], [112, 56], [112, 112]]
 SCAN = {"min_crop_size": 16, "max_num_crops": 4, "min_ratio_to_activate": 1.2}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "CLIP": ("clip", "CLIP", {"size": {"shortest_edge": 56}, "crop_size": SMALL}),
-    "CLIP, crop larger than the picture": (
+    "CLIP, crop larger than the image": (
         "clip",
         "CLIP",
         {"do_resize": False, "crop_size": {"height": 51, "width": 77}},
@@ -65,7 +65,7 @@ def processor(case: str) -> Any:
     return getattr(home, f"{name}ImageProcessorPil")(**settings)
 
 
-def pictures(height: int, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def random_images(height: int, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Two hard ones: noise, and black and white blocks that make sharp filters overshoot."""
     rng = np.random.default_rng(0)
     blocks = np.kron(rng.integers(0, 2, (height // 8 + 1, width // 8 + 1, 3)), np.ones((8, 8, 1)))
@@ -79,9 +79,9 @@ def as_tensor(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_exact_pixels_are_the_processors(case: str, size: tuple[int, int]) -> None:
-    reader, pixels = processor(case), pictures(*size)
-    alone = [reader(images=[picture], return_tensors="pt")["pixel_values"] for picture in pixels]
+def test_exact_pixels_equal_the_processors(case: str, size: tuple[int, int]) -> None:
+    reader, pixels = processor(case), random_images(*size)
+    alone = [reader(images=[image], return_tensors="pt")["pixel_values"] for image in pixels]
     ours = pixel_values(reader, as_tensor(pixels), exact=True)
     assert ours.shape == torch.cat(alone).shape
     assert torch.allclose(ours, torch.cat(alone), atol=1e-5)
@@ -91,7 +91,7 @@ def test_exact_pixels_are_the_processors(case: str, size: tuple[int, int]) -> No
 def test_smooth_pixels_stay_within_the_processors_rounding(case: str) -> None:
     # Each resize rounds twice to whole levels, by half a level each: at most two in a row here, so two levels in all,
     # of 1 / 255 / 0.226 normalized at most. Overshoot can amplify the first rounding a little.
-    reader, pixels = processor(case), pictures(40, 71)
+    reader, pixels = processor(case), random_images(40, 71)
     exact, smooth = (pixel_values(reader, as_tensor(pixels), exact=exact) for exact in (True, False))
     level = 1 / 255 / min(reader.image_std)
     assert float((exact - smooth).abs().max()) < 2.5 * level
@@ -100,14 +100,14 @@ def test_smooth_pixels_stay_within_the_processors_rounding(case: str) -> None:
 
 def test_without_resampling_smooth_is_exact() -> None:
     reader = import_module("transformers.models.siglip.image_processing_pil_siglip").SiglipImageProcessorPil(size=SMALL)
-    pixels = pictures(56, 56)
+    pixels = random_images(56, 56)
     expected = reader(images=list(pixels), return_tensors="pt")["pixel_values"]
     assert torch.allclose(pixel_values(reader, as_tensor(pixels)), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_mixed_precision_does_not_reach_the_pixels(case: str) -> None:
-    reader, pixels = processor(case), as_tensor(pictures(40, 71))
+    reader, pixels = processor(case), as_tensor(random_images(40, 71))
     with torch.autocast("cpu", torch.bfloat16):  # in which trainings guide
         mixed = [pixel_values(reader, pixels, exact=exact) for exact in (False, True)]
     assert torch.equal(mixed[0], pixel_values(reader, pixels))
@@ -128,7 +128,7 @@ def test_every_pixel_that_is_read_has_the_right_gradient(case: str) -> None:
     assert torch.allclose(torch.autograd.grad((exact * weight).sum(), x)[0], grad, atol=1e-3)  # through the rounding
 
 
-def test_resampling_is_pillows_for_every_filter() -> None:
+def test_resampling_equals_pillow_for_every_filter() -> None:
     from transformers.image_transforms import resize
     from transformers.image_utils import ChannelDimension, PILImageResampling
 
@@ -144,7 +144,7 @@ def test_resampling_is_pillows_for_every_filter() -> None:
             assert np.array_equal(ours.numpy(), seen), (filter_, tall, wide, height, width)
 
 
-def test_unknown_geometry_is_refused_by_name() -> None:
+def test_an_unknown_processor_is_an_error_with_its_name() -> None:
     from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
     with pytest.raises(CodefendError, match=r"PixtralImageProcessor.*Qwen2VLImageProcessor"):

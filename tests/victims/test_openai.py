@@ -29,7 +29,7 @@ Reply = tuple[int, dict[str, Any]]
 
 
 class Server:
-    """Answers the mean grey level of the picture; ``script`` are replies to give first."""
+    """Answers the mean grey level of the image; ``script`` are replies to give first."""
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
@@ -108,7 +108,7 @@ def grey(*levels: int) -> torch.Tensor:
 Ask = Callable[..., endpoint.OpenAIVictim]
 
 
-def test_pictures_travel_without_loss_and_answers_keep_their_order(server: Server, ask: Ask) -> None:
+def test_images_are_sent_without_loss_and_answers_keep_their_order(server: Server, ask: Ask) -> None:
     levels = [7, 250, 31, 32, 33, 99]
     assert ask().generate(grey(*levels), ["grey?"] * 6) == [f"grey? {level}" for level in levels]
     body = server.requests[0]
@@ -128,7 +128,7 @@ def test_it_is_a_black_box_whose_name_holds_no_options(
         victims.load_white_box(victim.name)
 
 
-def test_nothing_is_asked_twice(server: Server, ask: Ask) -> None:
+def test_repeated_questions_are_answered_from_the_cache(server: Server, ask: Ask) -> None:
     first = ask().generate(grey(1, 2, 1), ["a", "a", "b"])
     assert ask().generate(grey(1, 2, 1), ["a", "a", "b"]) == first  # another victim on the same file
     assert len(server.requests) == 3
@@ -138,7 +138,7 @@ def test_nothing_is_asked_twice(server: Server, ask: Ask) -> None:
     assert len(server.requests) == 6
 
 
-def test_busy_and_broken_servers_are_asked_again(server: Server, ask: Ask) -> None:
+def test_requests_to_busy_and_failing_servers_are_retried(server: Server, ask: Ask) -> None:
     server.script = [refusal(429, "slow down"), refusal(503, "starting"), refusal(429, "slow down")]
     assert ask("&concurrency=1").generate(grey(9), ["a"]) == ["a 9"]
     assert len(server.requests) == 4
@@ -165,14 +165,14 @@ def test_answers_before_an_error_are_kept(server: Server, ask: Ask) -> None:
         (500, "failed: .*no images please"),
     ],
 )
-def test_refusals_say_what_to_do(server: Server, ask: Ask, status: int, words: str) -> None:
+def test_errors_name_the_remedy(server: Server, ask: Ask, status: int, words: str) -> None:
     server.script = [refusal(status, "no images please")]
     with pytest.raises(CodefendError, match=words):
         ask("&retries=0").generate(grey(1), ["a"])
     assert len(server.requests) == 1
 
 
-def test_an_endpoint_that_is_not_there_or_too_slow(server: Server, ask: Ask, tmp_path: Path) -> None:
+def test_an_unreachable_or_slow_endpoint_is_an_error(server: Server, ask: Ask, tmp_path: Path) -> None:
     gone = endpoint.OpenAIVictim(f"openai:http://127.0.0.1:9/v1#m?retries=0&cache={tmp_path / 'b.sqlite'}")
     with pytest.raises(CodefendError, match=r"cannot reach http://127.0.0.1:9/v1 .*is it running"):
         gone.generate(grey(1), ["a"])
@@ -181,7 +181,7 @@ def test_an_endpoint_that_is_not_there_or_too_slow(server: Server, ask: Ask, tmp
         ask("&timeout=1&retries=0").generate(grey(1), ["a"])
 
 
-def test_what_is_no_chat_completion(server: Server, ask: Ask) -> None:
+def test_a_reply_that_is_not_a_chat_completion_is_an_error(server: Server, ask: Ask) -> None:
     server.script = [lambda body: (200, {"hello": "world"})]
     with pytest.raises(CodefendError, match="did not answer with a chat completion"):
         ask("&retries=0").generate(grey(1), ["a"])
@@ -192,7 +192,7 @@ def test_empty_answers_and_refusals_are_answers(server: Server, ask: Ask) -> Non
     assert ask("&concurrency=1").generate(grey(1, 2), ["a", "a"]) == ["", "I won't."]
 
 
-def test_models_with_other_parameters_are_met(server: Server, ask: Ask) -> None:
+def test_parameters_are_adapted_to_the_model(server: Server, ask: Ask) -> None:
     def picky(body: dict[str, Any]) -> Reply | None:
         if "max_tokens" in body:
             return refusal(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")(body)
@@ -246,7 +246,7 @@ def test_the_key_comes_from_the_environment(server: Server, ask: Ask, monkeypatc
         ("openai:http://host/v1#m?concurrency=0", "concurrency=0 is too small"),
     ],
 )
-def test_misspelt_names(name: str, words: str) -> None:
+def test_malformed_specs_are_errors(name: str, words: str) -> None:
     with pytest.raises(CodefendError, match=words) as caught:
         victims.load(name)
     assert "secret" not in str(caught.value)
@@ -276,7 +276,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert [AnswerCache(path).get(str(i)) for i in range(21)] == [*(f"answer {i}" for i in range(20)), None]
 
 
-def test_cache_that_cannot_be_used(tmp_path: Path) -> None:
+def test_an_unusable_cache_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "no.sqlite").write_bytes(b"this is no database, and long enough to be seen as none" * 20)
     with pytest.raises(CodefendError, match="cannot use the answer cache"):
         AnswerCache(tmp_path / "no.sqlite")

@@ -56,7 +56,7 @@ def gradients(logits: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad((logits.log_softmax(-1) * weights).sum(), inputs)
 
 
-def test_logits_and_gradients_are_those_of_transformers(llm: Any, rows: list[Tensor]) -> None:
+def test_logits_and_gradients_equal_transformers(llm: Any, rows: list[Tensor]) -> None:
     expected, got = plainly(llm, rows), packed(llm, rows)
     assert expected.std() > 0.1
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)

@@ -65,7 +65,7 @@ def test_loss_does_not_depend_on_the_batch(bare_pocket: Pocket, images: torch.Te
 
 
 @pytest.mark.weights
-def test_margins_are_positive_where_the_model_says_so(bare_pocket: Pocket, images: torch.Tensor) -> None:
+def test_margins_are_positive_for_the_models_own_answer(bare_pocket: Pocket, images: torch.Tensor) -> None:
     said = bare_pocket.generate(images, PROMPTS, max_new_tokens=3)
     for answers, own in ((said, True), (TARGETS, False)):
         margins = bare_pocket.margins(images, PROMPTS, answers)
@@ -132,7 +132,7 @@ def test_weights_round_trip_and_merging_changes_nothing(
     assert torch.allclose(expected, got, atol=0.02)  # 16-bit weights
 
 
-def test_missing_weights_are_told(tmp_path: Path) -> None:
+def test_missing_weights_are_an_error(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     with pytest.raises(CodefendError, match="codefend train pocket"):
         load_pocket(tmp_path)

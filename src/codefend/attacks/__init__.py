@@ -5,26 +5,10 @@ Importing this module does not import torch: attacks and objectives load when on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
+from codefend.attacks.goals import objective_for, prompt_objective_for
 from codefend.attacks.single import attack, check_target
 from codefend.attacks.specs import NEEDS_SENTENCE, AttackSpec, Bound, Goal, TextAttackSpec, Threat
 from codefend.attacks.table import ATTACKS, EVERY_ATTACK, TEXT_ATTACKS
-from codefend.types import (
-    CodefendError,
-    HasFeatures,
-    HasLoss,
-    HasMargins,
-    HasWordScores,
-    Objective,
-    Victim,
-)
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from codefend.attacks.base import PromptObjective
 
 __all__ = [
     "ATTACKS",
@@ -41,97 +25,3 @@ __all__ = [
     "objective_for",
     "prompt_objective_for",
 ]
-
-BLACK_BOX = "only answers text: use square-text, mf-tt or a text attack"
-# What a goal needs of the victim, and the sentence's end where the victim lacks it.
-NEEDS: dict[Goal, tuple[type, str]] = {
-    "untargeted": (HasLoss, BLACK_BOX),
-    "targeted": (HasLoss, BLACK_BOX),
-    "margin": (HasMargins, "has no logits: use apgd"),
-    "margin-targeted": (HasMargins, "has no logits: use apgd-targeted"),
-    "feature": (HasFeatures, "has no vision tokens: use apgd"),
-    "feature-target": (HasFeatures, "has no vision tokens: use apgd-targeted"),
-    "feature-text": (HasWordScores, "has no space that vision tokens and words share: use feature-target"),
-    "feature-words": (HasWordScores, "has no space that vision tokens and words share: use feature"),
-}
-
-
-def objective_for(
-    spec: AttackSpec | TextAttackSpec,
-    victim: Victim,
-    prompts: Sequence[str],
-    answers: Sequence[str],
-    target: str | Sequence[str],
-    clean_images: Tensor,
-    target_images: Tensor | None = None,
-    *,
-    reference: Victim | None = None,
-) -> Objective:
-    """What ``spec`` lowers on this batch; ``target`` is one sentence for all images or one each.
-
-    ``reference`` is the undefended victim whose features ("feature") or words ("feature-words") of the clean images
-    the attack turns away from; by default ``victim``. Raises CodefendError when the attack needs a target sentence or
-    image that was not given, or a capability that the victim lacks.
-    """
-    from codefend.attacks import objectives
-
-    targets = _targets(spec, target, len(prompts)) if spec.goal in NEEDS_SENTENCE else []
-    model = _capable(spec, victim)
-    match spec.goal:
-        case "untargeted":
-            return objectives.untargeted(model, prompts, answers)
-        case "targeted":
-            return objectives.targeted(model, prompts, targets)
-        case "margin":
-            return objectives.margin(model, prompts, answers)
-        case "margin-targeted":
-            return objectives.margin_targeted(model, prompts, targets)
-        case "feature":
-            return objectives.features_away(model, clean_images, reference=_capable(spec, reference or victim))
-        case "feature-target":
-            if target_images is None:
-                raise CodefendError(f"attack {spec.name!r} needs target images: give one, or one per image")
-            return objectives.features_towards(model, target_images)
-        case "feature-text":
-            return objectives.features_towards_text(model, targets)
-        case "feature-words":
-            return objectives.words_away(model, clean_images, reference=_capable(spec, reference or victim))
-        case "answer":
-            return objectives.answers_away(victim, prompts, answers)
-        case "answer-target":
-            return objectives.answers_towards(victim, prompts, targets)
-
-
-def prompt_objective_for(
-    spec: TextAttackSpec, victim: Victim, answers: Sequence[str], target: str | Sequence[str]
-) -> PromptObjective:
-    """What ``spec`` lowers, as a function of the prompts: likelihoods, or similarity of a black box's answers.
-
-    Raises CodefendError when the attack needs a target sentence that was not given, or a gradient of a black box.
-    """
-    from codefend.attacks import objectives
-
-    targeted = spec.goal in NEEDS_SENTENCE
-    texts = _targets(spec, target, len(answers)) if targeted else list(answers)
-    if spec.threat == "score" and not isinstance(victim, HasLoss):
-        similarity = objectives.answers_towards if targeted else objectives.answers_away
-        return lambda prompts: similarity(victim, prompts, texts)
-    model, likelihood = _capable(spec, victim), objectives.targeted if targeted else objectives.untargeted
-    return lambda prompts: likelihood(model, prompts, texts)
-
-
-def _targets(spec: AttackSpec | TextAttackSpec, target: str | Sequence[str], count: int) -> list[str]:
-    targets = [target] * count if isinstance(target, str) else list(target)
-    if not all(targets):
-        raise CodefendError(f"attack {spec.name!r} needs a target sentence: the task has none, so give one")
-    return targets
-
-
-def _capable(spec: AttackSpec | TextAttackSpec, victim: Victim) -> Any:
-    """``victim``, which has what the goal needs. Raises CodefendError when it has not."""
-    capability, problem = NEEDS.get(spec.goal, (object, ""))
-    if not isinstance(victim, HasLoss | HasFeatures) and spec.goal in NEEDS:
-        problem = BLACK_BOX
-    if not isinstance(victim, capability):
-        raise CodefendError(f"attack {spec.name!r} cannot attack victim {victim.name!r}, which {problem}")
-    return victim

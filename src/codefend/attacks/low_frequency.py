@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Generator, Tensor
 
 from codefend.attacks.adam import Adam
@@ -44,7 +45,7 @@ class LowFrequency(ImageAttack):
         def perturbed(coefficients: Tensor) -> Tensor:
             u = rows.T @ coefficients @ columns / scale
             if budget.norm == "linf":
-                return (clean + budget.eps * u.tanh()).clamp(0, 1)
+                return torch.clamp(clean + budget.eps * u.tanh(), 0, 1)
             return project(clean + pixel_scale(clean, budget) * u, clean, budget)
 
         def of_coefficients(coefficients: Tensor) -> Tensor:

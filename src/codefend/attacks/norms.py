@@ -109,7 +109,7 @@ def quantize_in_budget(images: Tensor, clean: Tensor, budget: Budget) -> Tensor:
 
     l-inf: each value takes the nearest 8-bit value inside its interval. l2: the perturbation is shrunk until its
     rounded form fits. Where no 8-bit value fits because ``clean`` itself is off the 8-bit grid, the rounded clean
-    value is returned: the budget then counts from the clean picture as it would be uploaded.
+    value is returned: the budget then counts from the clean image as it would be uploaded.
     """
     rounded_clean = _snap(clean)
     if budget.norm == "linf":

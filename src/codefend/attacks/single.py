@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from codefend.attacks.goals import objective_for
 from codefend.attacks.specs import NEEDS_SENTENCE
 from codefend.attacks.table import ATTACKS
 from codefend.core.registry import lookup
@@ -46,7 +47,6 @@ def attack(
     >>> victim = codefend.load_victim("pocket")  # doctest: +SKIP
     >>> adversarial = codefend.attack(victim, images, ["Describe the image."], eps=4 / 255)  # doctest: +SKIP
     """
-    from codefend.attacks import objective_for
     from codefend.attacks.bounds import quantize_attacked
     from codefend.core.runs import make_generator
 

@@ -70,7 +70,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
     ),
     AttackSpec(
         "mifgsm",
-        "sign steps with momentum, made to transfer",
+        "sign steps with momentum, a transfer attack",
         "Dong et al. 2018, arXiv 1710.06081",
         "white-box",
         "codefend.attacks.mifgsm:MIFGSM",
@@ -134,7 +134,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
     ),
     AttackSpec(
         "noise",
-        "best of ten uniform draws from the ball: the control",
+        "best of ten uniform draws from the ball: a control",
         "uniform noise",
         "control",
         "codefend.attacks.noise:RandomNoise",
@@ -174,7 +174,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
     ),
     AttackSpec(
         "word-head",
-        "auto-PGD that turns every vision token from the word it is nearest to: cheap, and strong on a pocket",
+        "auto-PGD that turns every vision token away from its nearest word: fast, and strong on the pocket",
         "Croce & Hein 2020, arXiv 2003.01690, on a pocket's own head (victims.pocket.Pocket.word_scores)",
         "white-box",
         "codefend.attacks.apgd:APGD",
@@ -182,7 +182,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
     ),
     AttackSpec(
         "ssa-cwa",
-        "common weakness attack over simulated spectra, away from the clean tokens; made to transfer",
+        "common weakness attack over simulated spectra, away from the clean tokens; a transfer attack",
         "Dong et al. 2023, arXiv 2309.11751; SSA 2207.05382, CWA 2303.09105",
         "white-box",
         "codefend.attacks.ssa_cwa:SSACWA",
@@ -191,7 +191,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
     ),
     AttackSpec(
         "pureproof",
-        "towards another image through a surrogate denoiser at random strengths: made to survive purification",
+        "towards another image through a surrogate denoiser at random strengths, to survive purification",
         "PureProof, CVPR 2026 (reconstruction from a description)",
         "white-box",
         "codefend.contrib.attacks.pureproof:PureProof",
@@ -199,7 +199,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
     ),
     AttackSpec(
         "stadv",
-        "moves pixels by a smooth flow and adds nothing",
+        "moves pixels by a smooth flow",
         "Xiao et al. 2018, arXiv 1801.02612",
         "white-box",
         "codefend.attacks.stadv:StAdv",
@@ -230,7 +230,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
     ),
     AttackSpec(
         "patch-targeted",
-        "a square that makes the model say the attacker's sentence",
+        "any pixels inside one square, towards the attacker's sentence",
         "Brown et al. 2017, arXiv 1712.09665; LaVAN, Karmon et al. 2018, arXiv 1801.02608",
         "white-box",
         "codefend.attacks.patch:AdversarialPatch",
@@ -239,7 +239,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
     ),
     AttackSpec(
         "square-text",
-        "random search with squares against the text of the answer; for victims that only answer",
+        "random search with squares against the text of the answer; for black boxes",
         "Andriushchenko et al. 2020, arXiv 1912.00049",
         "score",
         "codefend.attacks.square:SquareAttack",

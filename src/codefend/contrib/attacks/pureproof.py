@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from codefend.attacks.base import ImageAttack
 from codefend.attacks.norms import descend, normal, uniform
 from codefend.purifiers.diffusion import Denoiser, vp_sigma
-from codefend.purifiers.nets import load_net
+from codefend.purifiers.nets import PurifierNet, load_net
 from codefend.types import Budget, Objective
 
 TIMES = 1000  # steps of the discrete diffusion that ``longest`` counts
@@ -86,7 +86,7 @@ def _denoised(net: Denoiser, images: Tensor, t: float, noise: Tensor) -> Tensor:
     """One-step prediction of the clean image from VP time ``t``, at any size."""
     sigma = float(vp_sigma(torch.tensor(t, dtype=torch.float64)))
     noisy = images + sigma * noise
-    multiple = getattr(net, "multiple", 1)
+    multiple = net.multiple if isinstance(net, PurifierNet) else 1
     height, width = images.shape[-2:]
     padded = pad(noisy, (0, -width % multiple, 0, -height % multiple), mode="replicate")
     # In the network's own precision, which need not be the images'.
