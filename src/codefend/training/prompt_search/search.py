@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,7 +102,7 @@ def run_search(config: SearchConfig, folder: Path, loaders: SearchLoaders | None
             baseline = candidates.reference(prompts.PromptPolicy("none"))
             candidates.reference(prompts.load(HAND_WRITTEN))
         answers.on_answers = lambda count: None
-        METHODS[config.method](config, run, search_items, candidates, loaders)
+        optimize(config, run, search_items, candidates, loaders)
         return choose_policy(config, run, candidates, baseline)
 
 
@@ -120,7 +120,8 @@ def load_models(config: SearchConfig, loaders: SearchLoaders) -> SearchModels:
 
 def build_items(config: SearchConfig, run: Run, models: SearchModels) -> tuple[list[Item], list[Item]]:
     """The items of search (also unpurified ones, if the config says so) and of selection."""
-    bank, items = config.bank, []
+    bank = config.bank
+    items: list[list[Item]] = []
     bare: dict[str, Purifier | None] = {BARE: None} if bank.unpurified else {}
     parts: list[tuple[str, list[Task], Sequence[str], Sequence[str], dict[str, Purifier | None]]] = [
         ("search", models.search, bank.seen, bank.says, models.purifiers | bare),
@@ -136,23 +137,25 @@ def build_items(config: SearchConfig, run: Run, models: SearchModels) -> tuple[l
     return items[0], items[1]
 
 
-# --- the optimizers --------------------------------------------------------------------------------------------------
-
-
-def _gepa(config: SearchConfig, run: Run, items: list[Item], candidates: Candidates, loaders: SearchLoaders) -> None:
-    with progress("gepa", config.gepa.evaluations) as advance:
-        candidates.answers.on_answers = lambda count: advance(count, _best(candidates))
-        search(
-            candidates.answers,
-            run,
-            items,
-            candidates.items,
-            seed_policy(config),
-            make_proposer(config, loaders),
-            config.gepa,
-            candidates.add,
-            seed=config.seed,
-        )
+def optimize(config: SearchConfig, run: Run, items: list[Item], candidates: Candidates, loaders: SearchLoaders) -> None:
+    """Run the config's method on the search items; it adds policies to ``candidates``."""
+    answers, seed = candidates.answers, config.seed
+    match config.method:
+        case "gepa":
+            start, proposer = seed_policy(config), make_proposer(config, loaders)
+            with progress("gepa", config.gepa.evaluations) as advance:
+                answers.on_answers = lambda count: advance(count, _best(candidates))
+                gepa, add = config.gepa, candidates.add
+                search(answers, run, items, candidates.items, start, proposer, gepa, add, seed=seed)
+        case "soft":
+            soft = soft_training(answers.victim, items, config.soft, candidates.add, seed=seed)
+            train_policy(soft, run.dir, "soft prefix", run.append)
+        case "generator":
+            writer, planted = loaders.writer(), config.bank.says
+            generator = generator_training(
+                answers.victim, writer, items, config.generator, candidates.add, planted=planted, seed=seed
+            )
+            train_policy(generator, run.dir, "generator", run.append)
 
 
 def make_proposer(config: SearchConfig, loaders: SearchLoaders) -> Proposer:
@@ -163,34 +166,6 @@ def make_proposer(config: SearchConfig, loaders: SearchLoaders) -> Proposer:
     if config.gepa.proposer == "local":
         return FallbackProposer(ModelProposer.local(loaders.writer(), config.seed), operators)
     return FallbackProposer(ModelProposer(Endpoint(config.gepa.proposer, config.gepa.model), "endpoint"), operators)
-
-
-def _soft(config: SearchConfig, run: Run, items: list[Item], candidates: Candidates, loaders: SearchLoaders) -> None:
-    victim = candidates.answers.victim
-    training = soft_training(victim, items, config.soft, candidates.add, seed=config.seed)
-    train_policy(training, run.dir, "soft prefix", run.append)
-
-
-def _generator(
-    config: SearchConfig, run: Run, items: list[Item], candidates: Candidates, loaders: SearchLoaders
-) -> None:
-    training = generator_training(
-        candidates.answers.victim,
-        loaders.writer(),
-        items,
-        config.generator,
-        candidates.add,
-        planted=config.bank.says,
-        seed=config.seed,
-    )
-    train_policy(training, run.dir, "generator", run.append)
-
-
-METHODS: dict[str, Callable[[SearchConfig, Run, list[Item], Candidates, SearchLoaders], None]] = {
-    "gepa": _gepa,
-    "soft": _soft,
-    "generator": _generator,
-}
 
 
 def _best(candidates: Candidates) -> str:
