@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason="optional: the extra diffusers")
 
 import diffusers_tiny
 from codefend import purifiers

@@ -23,8 +23,8 @@ from codefend.training.frozen import ViewedEncoder
 from codefend.training.replay import Replays
 from codefend.types import CodefendError
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
+pytest.importorskip("sklearn", reason="training images need the extra train")
+pytest.importorskip("skimage", reason="training images need the extra train")
 
 CONFIG = BridgeConfig(batch=4, clean=0.25, mining_steps=2, max_sigma=0.0)
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("transformers")
-pytest.importorskip("skimage")
-pytest.importorskip("sklearn")
-pytest.importorskip("sacrebleu")
+pytest.importorskip("transformers", reason="optional: the extra pocket")
+pytest.importorskip("skimage", reason="training images need the extra train")
+pytest.importorskip("sklearn", reason="training images need the extra train")
+pytest.importorskip("sacrebleu", reason="optional: the extra bench")
 
 import gateway_kit
 import hf_tiny
@@ -86,7 +86,7 @@ def test_parquet_is_the_same_bank(folders: dict[str, Path]) -> None:
     assert [kind for *_, kind in bank] == [kind for *_, kind in table]
     for first, second in zip(bank, table, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(first[:2], second[:2], strict=True))
-    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="optional: the extra parquet")
     file = parquet.ParquetFile(folders["table"] / "train-00000.parquet")
     notes = json.loads(file.schema_arrow.metadata[b"huggingface"])
     assert notes["info"]["features"]["clean"] == {"_type": "Image"}
@@ -98,7 +98,7 @@ def test_parquet_is_the_same_bank(folders: dict[str, Path]) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_datasets_streams_the_parquet(folders: dict[str, Path]) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="optional: reads the Parquet files")
     stream = datasets.load_dataset("parquet", data_dir=str(folders["table"]), split="train", streaming=True)
     shard = next(iter(read_pairs(folders["pairs"])))
     for index, row in zip(range(3), stream, strict=False):
@@ -126,7 +126,7 @@ def test_a_streamed_training_resumes_exactly(
 
 @pytest.mark.slow
 def test_two_processes_have_the_curve_of_one(folders: dict[str, Path], tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
+    pytest.importorskip("accelerate", reason="optional: trackers and several processes")
     config = bridge(folders, mined=0.5)
     one = train_bridge(config, tmp_path / "one")
     changes = [

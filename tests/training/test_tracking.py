@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-pytest.importorskip("accelerate")
+pytest.importorskip("accelerate", reason="optional: trackers and several processes")
 
 from accelerate import tracking
 
@@ -97,7 +97,7 @@ def test_one_that_cannot_be_had_is_one_error(
 
 
 def test_tensorboard_writes_into_the_run_folder(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboard", reason="optional: one of the trackers")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with tracked("tensorboard"):
