@@ -17,10 +17,10 @@ from codefend.prompts.items import Item
 
 MAX_TYPOS = 4  # per query
 
-DATA = json.loads((Path(__file__).parent / "query_pairs.json").read_text(encoding="utf-8"))
+DATA: dict[str, list[str]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 # Questions about images of all kinds, so that the generator isn't tied to those of its items; templates of questions
 # about many things, so that it learns to repeat a query and not the most frequent ones.
-QUESTIONS, TEMPLATES, THINGS = DATA["questions"], DATA["templates"], DATA["things"].split()
+QUESTIONS, TEMPLATES, THINGS = DATA["questions"], DATA["templates"], DATA["things"]
 # Planted instructions. Words and positions differ from those of the bench's attacks (`attacks/text.py`): the generator
 # should learn what an instruction is, not theirs.
 PLANTED, HARMLESS = DATA["planted"], DATA["harmless"]
