@@ -294,7 +294,7 @@ TEXT_ATTACKS: dict[str, TextAttackSpec] = _by_name(
     ),
     TextAttackSpec(
         "planted",
-        "an instruction planted beside the question",
+        "an instruction planted next to the question",
         "after Perez & Ribeiro 2022, arXiv 2211.09527",
         "score",
         "codefend.attacks.prompt_injection:PlantedInstruction",

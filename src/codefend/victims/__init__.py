@@ -90,7 +90,7 @@ def load(name: str) -> Victim:
 
 
 def load_white_box(name: str) -> WhiteBox:
-    """As ``load``, where gradients are needed. Raises CodefendError for a victim that only answers text, too."""
+    """As ``load``, where gradients are needed. Also raises CodefendError for a victim that only answers text."""
     from codefend.types import CodefendError, WhiteBox
 
     victim = load(name)

@@ -16,7 +16,7 @@ PREFIX = "encoder:"
 
 
 class EncoderVictim:
-    """The encoder of that name in `codefend.encoders`; with ``side`` each image is resized to that many pixels a side first."""
+    """The encoder of that name in `codefend.encoders`; with ``side``, images are resized to that side in pixels."""
 
     def __init__(self, encoder: str, side: int | None = None) -> None:
         self.name = encoder if side is None else f"{encoder}@{side}"

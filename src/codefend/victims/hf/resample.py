@@ -1,6 +1,6 @@
 """Pillow's resampling as a differentiable linear map, in floating point or with Pillow's own 8-bit arithmetic.
 
-Processors resize 8-bit pictures with Pillow: one side, then the other, each pass a weighted mean over a window that
+Processors resize 8-bit images with Pillow: one side, then the other, each pass a weighted mean over a window that
 grows with the shrinking factor, rounded to whole levels (Pillow's ``Resample.c``; filters after Turkowski 1990,
 Keys 1981 and Duchon 1979). Here one dense matrix per side does the same for every filter.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from codefend.types import CodefendError
 
-FIXED_POINT = 2.0**22  # Pillow's weights for 8-bit pictures are whole multiples of 1 / FIXED_POINT
+FIXED_POINT = 2.0**22  # Pillow's weights for 8-bit images are whole multiples of 1 / FIXED_POINT
 
 
 def _sinc(x: Tensor) -> Tensor:
@@ -69,10 +69,10 @@ def weights(old: int, new: int, filter_: int) -> Tensor:
 
 @lru_cache(maxsize=256)
 def vertical_first(tall: int, wide: int, height: int, width: int, filter_: int) -> bool:
-    """Whether the Pillow at hand resizes ``tall`` x ``wide`` to ``height`` x ``width`` vertically first.
+    """Whether the installed Pillow resizes ``tall`` x ``wide`` to ``height`` x ``width`` vertically first.
 
-    Pillow 13 began to, by a rule on the sizes that it may change again, and the rounding between the passes makes the
-    order visible. So Pillow is asked, once for each pair of sizes.
+    Pillow 13 does so for some sizes, by a rule that may change again, and the rounding between the passes makes the
+    order visible. So it is tested on random pixels, once for each pair of sizes.
     """
     from transformers.image_transforms import resize
     from transformers.image_utils import ChannelDimension, PILImageResampling
@@ -82,15 +82,15 @@ def vertical_first(tall: int, wide: int, height: int, width: int, filter_: int) 
     pixels = np.random.default_rng(0).integers(0, 256, (3, tall, wide), dtype=np.uint8)
     way = ChannelDimension.FIRST
     kind = PILImageResampling(filter_)
-    seen = resize(pixels, (height, width), resample=kind, data_format=way, input_data_format=way)
+    from_pillow = resize(pixels, (height, width), resample=kind, data_format=way, input_data_format=way)
     ops, levels = Levels(exact=True), torch.from_numpy(pixels).double()
-    usual = ops.side(ops.side(levels, -1, width, filter_), -2, height, filter_)
-    return not np.array_equal(usual.numpy(), seen)
+    horizontal_first = ops.side(ops.side(levels, -1, width, filter_), -2, height, filter_)
+    return not np.array_equal(horizontal_first.numpy(), from_pillow)
 
 
 @dataclass(frozen=True)
 class Levels:
-    """Operations on pictures ``[B, 3, H, W]`` in levels 0 to 255.
+    """Operations on images ``[B, 3, H, W]`` in levels 0 to 255.
 
     ``exact`` repeats Pillow's arithmetic on 8 bits: rounding after each pass, its gradient taken as the identity's.
     Otherwise nothing is rounded, which gives attacks a smooth function within about a level of the exact one.
@@ -125,7 +125,7 @@ class Levels:
         return table.to(levels)
 
     def _settle(self, levels: Tensor) -> Tensor:
-        # Overshoot of the sharper filters is clipped by Pillow as well. The gradient passes: a picture whose pixels
+        # Overshoot of the sharper filters is clipped by Pillow as well. The gradient passes: an image whose pixels
         # sit at black or white would otherwise look flat to an attacker (Athalye et al. 2018, arXiv 1802.00420).
         with torch.no_grad():
             settled = ((levels + 0.5).floor() if self.exact else levels).clamp(0, 255)
