@@ -62,7 +62,7 @@ def test_averaging_and_resubmission_raise_no_flag(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("eot", "flagged"), [(1, True), (256, False)])
-def test_an_attack_that_overfits_to_single_draws_is_flagged(tmp_path: Path, eot: int, chased: bool) -> None:
+def test_an_attack_that_overfits_to_single_draws_is_flagged(tmp_path: Path, eot: int, flagged: bool) -> None:
     fog = replace(toys.loaders(), purifier=lambda name, **o: toys.Jitter(0.3))
     config = replace(FOOLING, defenses=("fog",), attacks=("apgd",), threats=("T2",), eps=(4.0,), steps=10, eot=eot)
     assert ("overfitted to noise" in names(evaluate(config, tmp_path, loaders=fog))) == flagged
