@@ -3,10 +3,10 @@
     python benchmarks/attacks.py [ATTACK ...] --run DIR [--task caption] [--limit 64] [--steps 100] [--queries 1000]
         [--batch 16] [--minutes M]
 
-Every finished attack is kept in the run folder: the same command goes on where it stopped and prints the whole table.
-Noise is the best of ten draws inside the attack's bound by the attack's own objective. Against text attacks stand one
-random edit without a search, or another sentence than the attacker's. A row says no where the attack's mean objective
-is not below the noise's.
+Every finished attack is stored in the run folder: rerun the command to resume and to print the whole table. Noise is
+the best of ten draws inside the attack's bound by the attack's own objective. The control of attacks on words is one
+random edit without a search, or another sentence than the attacker's. A row says no if the attack's mean objective is
+not below that of the noise.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -23,13 +22,10 @@ from torch import Generator, Tensor
 
 from codefend import tasks, victims
 from codefend.attacks import (
-    ATTACKS,
+    EVERY_ATTACK,
     NEEDS_SENTENCE,
-    TEXT_ATTACKS,
     AttackSpec,
     TextAttackSpec,
-    objective_for,
-    prompt_objective_for,
 )
 from codefend.attacks.base import BestImages, PromptObjective
 from codefend.attacks.bounds import excess, quantize_attacked
@@ -37,11 +33,13 @@ from codefend.attacks.noise import RandomNoise
 from codefend.attacks.norms import random_signs, uniform
 from codefend.attacks.patch import AdversarialPatch
 from codefend.attacks.stadv import StAdv, warp
+from codefend.bench.attacking import AttackGoal, attack_batch, clean_images
+from codefend.bench.tasks import same_size_batches
 from codefend.contrib.attacks.perc_al import PerCAL, shrink
 from codefend.core.images import quantize8
 from codefend.core.runs import make_generator, open_run
 from codefend.tasks.metrics import targeted_success
-from codefend.types import Budget, CodefendError, Example, Objective, Task, WhiteBox
+from codefend.types import Budget, CodefendError, Objective, Task, WhiteBox
 
 DRAWS = 10
 
@@ -60,7 +58,7 @@ class Outcome:
 
 @dataclass
 class Row:
-    """What one attack did and what noise does there."""
+    """Outcome of one attack and of its control."""
 
     steps: int
     noise: Outcome = field(default_factory=Outcome)
@@ -71,7 +69,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the figures depend on: saved in the run folder, which takes no others."""
+    """What the figures depend on, saved in the run folder."""
 
     task: str
     limit: int
@@ -81,18 +79,12 @@ class Settings:
     eps: float
 
 
-def batches(task: Task, size: int) -> Iterator[tuple[Sequence[Example], Tensor]]:
-    for start in range(0, len(task.examples), size):
-        examples = task.examples[start : start + size]
-        yield examples, quantize8(torch.stack([example.image for example in examples]))
-
-
 def evaluated(objective: Objective, images: Tensor) -> Tensor:
     with torch.no_grad():
         return objective(images)
 
 
-def control(attack: object, objective: Objective, clean: Tensor, budget: Budget, generator: Generator) -> Tensor:
+def image_control(attack: object, objective: Objective, clean: Tensor, budget: Budget, generator: Generator) -> Tensor:
     """The best of ten random images inside the attack's bound, by its objective."""
     if not isinstance(attack, AdversarialPatch | StAdv | PerCAL):
         return RandomNoise(draws=DRAWS)(objective, clean, budget, generator=generator)
@@ -112,46 +104,45 @@ def control(attack: object, objective: Objective, clean: Tensor, budget: Budget,
     return best.images
 
 
-def run_image(spec: AttackSpec, victim: WhiteBox, task: Task, budget: Budget, size: int, known: Outcome | None) -> Row:
-    """One attack on every batch; ``known``: what noise does under the same goal and bound, where it was looked at."""
-    row, others = Row(budget.steps, known or Outcome()), tasks.load(task.name).examples
-    for number, (examples, clean) in enumerate(batches(task, size)):
-        prompts, answers = [e.prompt for e in examples], [e.references[0] for e in examples]
-        if spec.goal == "answer":  # a victim that only answers: the attacker knows what it says
-            answers = victim.generate(clean, prompts)
-        first = number * size + len(others) // 2  # half the whole set away
-        wanted = [quantize8(others[(first + i) % len(others)].image) for i in range(len(examples))]
-        objective = objective_for(spec, victim, prompts, answers, task.target, clean, torch.stack(wanted))
-        attack = spec.build()
-        start = time.perf_counter()
-        raw = attack(objective, clean, budget, generator=make_generator(0, spec.name, number))
-        row.seconds += time.perf_counter() - start
-        images = quantize_attacked(attack, raw, clean, budget)
-        row.broken += int((excess(attack, images, clean, budget) > 1e-5).sum())
-        row.attacked.add(evaluated(objective, images), victim.generate(images, prompts))
-        if known is None:
-            noise = control(attack, objective, clean, budget, make_generator(0, "noise", number))
-            noise = quantize_attacked(attack, noise, clean, budget)
-            row.noise.add(evaluated(objective, noise), victim.generate(noise, prompts))
+def run_attack(
+    spec: AttackSpec | TextAttackSpec, victim: WhiteBox, task: Task, budget: Budget, size: int, noise: Outcome | None
+) -> Row:
+    """One attack on every batch; ``noise``: the outcome of noise under the same goal and bound, if measured before."""
+    row, others = Row(budget.steps, noise or Outcome()), tasks.load(task.name).examples
+    for number, indices in enumerate(same_size_batches(task.examples, size)):
+        examples = [task.examples[index] for index in indices]
+        clean = clean_images(examples)
+        if spec.goal == "answer":  # a victim that only answers: the attacker knows its answer
+            answers = victim.generate(clean, [example.prompt for example in examples])
+            examples = [replace(e, references=(answer,)) for e, answer in zip(examples, answers, strict=True)]
+        half = len(others) // 2
+        targets = clean_images([others[(index + half) % len(others)] for index in indices])
+        goal = AttackGoal(spec, examples, clean, task.target, targets)
+        attack = spec.build(task.target) if isinstance(spec, TextAttackSpec) else spec.build()
+        result = attack_batch(attack, goal, victim, budget, generator=make_generator(0, spec.name, number))
+        row.seconds += result.seconds * len(examples)
+        row.attacked.add(*judge(goal, victim, result.images, result.prompts))
+        if isinstance(spec, AttackSpec):
+            row.broken += int((excess(attack, result.images, clean, budget) > 1e-5).sum())
+        if noise is None:
+            row.noise.add(*judge(goal, victim, *control(attack, goal, victim, budget, number)))
     return row
 
 
-def run_text(spec: TextAttackSpec, victim: WhiteBox, task: Task, budget: Budget, size: int) -> Row:
-    row = Row(budget.steps)
-    for number, (examples, clean) in enumerate(batches(task, size)):
-        prompts, answers = [e.prompt for e in examples], [e.references[0] for e in examples]
-        objective, generator = (
-            prompt_objective_for(spec, victim, answers, task.target),
-            make_generator(0, spec.name, number),
-        )
-        start = time.perf_counter()
-        images, changed = spec.build(task.target)(objective, clean, prompts, budget, generator=generator)
-        row.seconds += time.perf_counter() - start
-        images = quantize8(images)
-        row.attacked.add(evaluated(objective(changed), images), victim.generate(images, changed))
-        noise, edited = text_control(spec, objective, clean, prompts, budget, make_generator(0, "noise", number))
-        row.noise.add(evaluated(objective(edited), noise), victim.generate(noise, edited))
-    return row
+def judge(goal: AttackGoal, victim: WhiteBox, images: Tensor, prompts: list[str]) -> tuple[Tensor, list[str]]:
+    """The objective of each image and the victim's answers."""
+    examples = [replace(example, prompt=prompt) for example, prompt in zip(goal.examples, prompts, strict=True)]
+    objective = replace(goal, examples=examples).objective(victim)
+    return evaluated(objective, images), victim.generate(images, prompts)
+
+
+def control(attack: Any, goal: AttackGoal, victim: WhiteBox, budget: Budget, number: int) -> tuple[Tensor, list[str]]:
+    """Images and prompts of the control of one batch: noise, or one random edit of the prompts."""
+    generator = make_generator(0, "noise", number)
+    if isinstance(goal.spec, TextAttackSpec):
+        return text_control(goal.spec, goal.prompt_objective(victim), goal.clean, goal.prompts, budget, generator)
+    noise = image_control(attack, goal.objective(victim), goal.clean, budget, generator)
+    return quantize_attacked(attack, noise, goal.clean, budget), goal.prompts
 
 
 def text_control(
@@ -171,64 +162,61 @@ def text_control(
     return quantize8(images), edited
 
 
-def line(name: str, found: dict[str, Any], task: Task, clean: list[str]) -> str:
+def line(name: str, row: dict[str, Any], task: Task, clean: list[str]) -> str:
     """One attack of the table, from its row in the run folder."""
-    spec = EVERY[name]
-    if "error" in found:
-        return f"| {name} | | {spec.goal} | | | | | | | {found['error']} | |"
-    noise, attacked = found["noise"], found["attacked"]
+    spec = EVERY_ATTACK[name]
+    if "error" in row:
+        return f"| {name} | | {spec.goal} | | | | | | | {row['error']} | |"
+    noise, attacked = row["noise"], row["attacked"]
     headline = task.metrics[task.headline]
     before, after = (float(headline(part["answers"], task.examples).nanmean()) for part in (noise, attacked))
     target = "-"
     if spec.goal in NEEDS_SENTENCE:
         reached = targeted_success(task.target, clean)
         target = f"{float(reached(attacked['answers'], task.examples).nanmean()):.2f}"
-    there, here = (sum(part["objective"]) / len(part["objective"]) for part in (noise, attacked))
-    cost = 1000 * found["seconds"] / len(attacked["answers"]) / found["steps"]
-    bound = getattr(spec, "bound", getattr(spec, "changes", ""))
-    verdict = "**outside**" if found["broken"] else "yes" if here < there else "**no**"
+    of_noise, of_attack = (sum(part["objective"]) / len(part["objective"]) for part in (noise, attacked))
+    cost = 1000 * row["seconds"] / len(attacked["answers"]) / row["steps"]
+    bound = spec.changes if isinstance(spec, TextAttackSpec) else spec.bound
+    verdict = "**outside**" if row["broken"] else "yes" if of_attack < of_noise else "**no**"
     return (
-        f"| {name} | {bound} | {spec.goal} | {found['steps']} | {before:.2f} | {after:.2f} | {target} "
-        f"| {there:.3f} | {here:.3f} | {verdict} | {cost:.1f} |"
+        f"| {name} | {bound} | {spec.goal} | {row['steps']} | {before:.2f} | {after:.2f} | {target} "
+        f"| {of_noise:.3f} | {of_attack:.3f} | {verdict} | {cost:.1f} |"
     )
 
 
-def measure(name: str, victim: WhiteBox, task: Task, asked: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The row of one attack; ``rows`` are those that the run has."""
-    spec = EVERY[name]
-    wish = asked.steps if spec.threat == "white-box" else asked.queries if spec.threat == "score" else 0
-    # The templates and places of an attack that only plants a sentence are few, and all are tried.
-    steps = spec.steps if spec.threat == "score" and spec.steps < 10 else wish or spec.steps
-    budget = Budget("linf", asked.eps / 255, steps)
+def measure(name: str, victim: WhiteBox, task: Task, settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of one attack; ``rows`` are those in the run folder."""
+    spec = EVERY_ATTACK[name]
+    limit = settings.steps if spec.threat == "white-box" else settings.queries if spec.threat == "score" else 0
+    # The templates and places of an attack that only plants a sentence are few: all are tried.
+    steps = spec.steps if spec.threat == "score" and spec.steps < 10 else limit or spec.steps
+    budget = Budget("linf", settings.eps / 255, steps)
+    kind = None if isinstance(spec, TextAttackSpec) else [spec.goal, spec.bound]
+    same = (row["noise"] for row in rows if kind and row.get("alike") == kind and "noise" in row)
+    noise = next((Outcome(**outcome) for outcome in same), None)
     try:
-        if isinstance(spec, TextAttackSpec):
-            row = run_text(spec, victim, task, budget, asked.batch)
-        else:
-            alike = (r for r in rows if r.get("alike") == [spec.goal, spec.bound] and "noise" in r)
-            known = next((Outcome(**r["noise"]) for r in alike), None)
-            row = run_image(spec, victim, task, budget, asked.batch, known)
+        row = run_attack(spec, victim, task, budget, settings.batch, noise)
     except CodefendError as error:
         return {"key": name, "error": str(error)}
-    alike_key = None if isinstance(spec, TextAttackSpec) else [spec.goal, spec.bound]
-    return {"key": name, "alike": alike_key, **asdict(row)}
+    return {"key": name, "alike": kind, **asdict(row)}
 
 
-EVERY: dict[str, AttackSpec | TextAttackSpec] = {**ATTACKS, **TEXT_ATTACKS}
-
-
-def table(asked: Settings, task: Task, rows: list[dict[str, Any]]) -> None:
+def table(settings: Settings, task: Task, rows: list[dict[str, Any]]) -> None:
     """Print the whole table, and what it lacks."""
     clean = next(row["answers"] for row in rows if row["key"] == "no attack")
-    plain, done = float(task.metrics[task.headline](clean, task.examples).nanmean()), {row["key"]: row for row in rows}
-    print(f"{asked.task}, n = {len(clean)}, {task.headline} without attack {plain:.2f}, l-inf {asked.eps:g}/255\n")
+    score = float(task.metrics[task.headline](clean, task.examples).nanmean())
+    by_name = {row["key"]: row for row in rows}
+    print(
+        f"{settings.task}, n = {len(clean)}, {task.headline} without attack {score:.2f}, l-inf {settings.eps:g}/255\n"
+    )
     print(
         f"| attack | bound | goal | steps | {task.headline}, noise | attacked | target | objective, noise | attacked "
         "| beats noise | ms per image and step |\n" + "|---" * 11 + "|"
     )
-    for name in EVERY:
-        if name in done:
-            print(line(name, done[name], task, clean))
-    missing = [name for name in EVERY if name not in done]
+    for name in EVERY_ATTACK:
+        if name in by_name:
+            print(line(name, by_name[name], task, clean))
+    missing = [name for name in EVERY_ATTACK if name not in by_name]
     if missing:
         print(f"\nNot measured: {', '.join(missing)}.")
 
@@ -244,23 +232,26 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--eps", type=float, default=8.0, help="l-inf radius in 1/255")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further attack after this long")
-    given = vars(parser.parse_args())
-    names, folder, limit = given.pop("names") or list(EVERY), given.pop("run"), time.monotonic() + 60 * given["minutes"]
-    given.pop("minutes")
-    asked = Settings(**given)
-    task = tasks.load(asked.task, limit=asked.limit)
-    with open_run(folder, asked) as run:
-        todo = [name for name in names if not run.has(name)]
-        victim = victims.load("pocket") if todo or not run.has("no attack") else None
-        if not run.has("no attack"):
-            shown = [victim.generate(x, [e.prompt for e in part]) for part, x in batches(task, asked.batch)]
-            run.append({"key": "no attack", "answers": [answer for answers in shown for answer in answers]})
-        for name in todo:
-            if time.monotonic() > limit:
+    args = vars(parser.parse_args())
+    names, folder = args.pop("names") or list(EVERY_ATTACK), args.pop("run")
+    deadline = time.monotonic() + 60 * args.pop("minutes")
+    settings = Settings(**args)
+    task = tasks.load(settings.task, limit=settings.limit)
+    with open_run(folder, settings) as run:
+        missing = [name for name in names if not run.has(name)]
+        victim = victims.load_white_box("pocket") if missing or not run.has("no attack") else None
+        if victim is not None and not run.has("no attack"):
+            answers: list[str] = []
+            for indices in same_size_batches(task.examples, settings.batch):
+                examples = [task.examples[index] for index in indices]
+                answers += victim.generate(clean_images(examples), [example.prompt for example in examples])
+            run.append({"key": "no attack", "answers": answers})
+        for name in missing:
+            if victim is None or time.monotonic() > deadline:
                 break
-            run.append(measure(name, victim, task, asked, run.rows()))
+            run.append(measure(name, victim, task, settings, run.rows()))
             print(f"{name} done", file=sys.stderr, flush=True)
-        table(asked, task, run.rows())
+        table(settings, task, run.rows())
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What the full-size models of diffusers cost: parameters, work, memory and time, counted from shapes without weights.
+"""Cost of the full-size models of diffusers: parameters, work, memory and time, counted from shapes without weights.
 
     python benchmarks/backbones.py
 
-Nothing is computed and no weights are needed: the models run on fake tensors. Work: multiply-adds of convolutions,
-linear layers and attention for one picture. Memory: weights, and the most that lives beside them while one picture
-goes through, in float32 (half of it in 16 bits); training with one picture a micro-batch keeps what the backward pass
-needs, and for each trained weight its gradient, two moments and the average in float32 (adapters: rank 16 on every
-attention). Time is the work at a rate, not a measurement: 0.09 TFLOP/s (one core with AVX2 here) and 50 TFLOP/s (a
-data-centre GPU in 16 bits, far from its peak). Libraries' workspaces are not counted.
+No weights are needed: the models run on fake tensors. Work: multiply-adds of convolutions, linear layers and attention
+for one image. Memory: weights, and the peak of activations for one image in float32 (half of it in 16 bits); training
+with micro-batches of one image stores the activations for the backward pass, and for each trained weight its gradient,
+two moments and the average in float32 (adapters: rank 16 on every attention). Time is work divided by a rate, not a
+measurement: 0.09 TFLOP/s (one core with AVX2) and 50 TFLOP/s (a data-centre GPU in 16 bits, far from its peak).
+Workspaces of libraries are not counted.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ GUIDED = {  # guided-diffusion's 256 px: its widths, depth, attention at 32, 16 
 }
 
 
-class Live(TorchDispatchMode):
-    """Counts the bytes of tensors that operations have made and that are still alive; ``peak`` is the most so far."""
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of live tensors that operations created; ``peak`` is their maximum."""
 
-    def __init__(self, *known: nn.Module) -> None:
+    def __init__(self, *models: nn.Module) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.sizes = {p.untyped_storage()._cdata: 0 for model in known for p in model.parameters()}  # no result
+        self.sizes = {p.untyped_storage()._cdata: 0 for model in models for p in model.parameters()}  # no result
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -93,7 +93,7 @@ class Live(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one call: multiply-adds, bytes beside the weights without and with a backward pass."""
+    """Of one call: multiply-adds, and bytes of activations without and with a backward pass."""
 
     adds: float
     inference: int
@@ -101,10 +101,10 @@ class Cost:
 
 
 def measure(model: nn.Module, run: Callable[[], Tensor]) -> Cost:
-    """``run`` must need a gradient: that of what goes in, or of weights."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, Live(model) as inference:
+    """``run`` must need a gradient, of its input or of weights."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, LiveBytes(model) as inference:
         run()
-    with Live(model) as training:
+    with LiveBytes(model) as training:
         run().sum().backward()
     return Cost(counter.get_total_flops() / 2, inference.peak, training.peak)
 
@@ -138,8 +138,8 @@ def pixel_models() -> None:
 def latent_models() -> None:
     vae, words = AutoencoderKL(sample_size=512, **VAE).requires_grad_(False), torch.zeros
     for side, kinds in ((512, (("1.5", 768, 8), ("2.1, Turbo", 1024, (5, 10, 20, 20)))), (1024, (("XL", 2048, None),))):
-        picture = torch.zeros(1, 3, side, side, requires_grad=True)
-        line(f"autoencoder alone (t=0), {side} px", parameters(vae), 0, measure(vae, lambda p=picture: vae(p).sample))
+        image = torch.zeros(1, 3, side, side, requires_grad=True)
+        line(f"autoencoder alone (t=0), {side} px", parameters(vae), 0, measure(vae, lambda x=image: vae(x).sample))
         for name, width, heads in kinds:
             shape = XL if heads is None else {**SD, "cross_attention_dim": width, "attention_head_dim": heads}
             unet = UNet2DConditionModel(**shape).requires_grad_(False)
@@ -152,7 +152,7 @@ def latent_models() -> None:
 
 def main() -> None:
     heads = ("model, evaluations", "weights", "trained", "multiply-adds, 10^9", "weights in 16 bits, GB", "in 32, GB")
-    heads += ("beside them, GB", "training, GB", *(f"s at {rate / 1e12:g} TFLOP/s" for rate in RATES))
+    heads += ("activations, GB", "training, GB", *(f"s at {rate / 1e12:g} TFLOP/s" for rate in RATES))
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     with FakeTensorMode():
         pixel_models()

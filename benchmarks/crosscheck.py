@@ -3,9 +3,9 @@
     python benchmarks/crosscheck.py --run DIR [--task caption] [--limit 32] [--steps 50] [--norm linf] [--eps 8/255]
         [--objectives likelihood features] [--only apgd "ART auto-PGD"] [--minutes M]
 
-Every finished attack is kept in the run folder: the same command goes on where it stopped. Theirs get what ours have:
-of all images that they looked at inside the ball, the lowest objective counts. Exits 1 when one of theirs is below its
-counterpart, or below our APGD, by more than two standard errors of the paired difference. Needs `foolbox` and
+Every finished attack is stored in the run folder: rerun the command to resume. For all attacks the lowest objective
+counts among the images inside the ball that they evaluated. Exits 1 when one of theirs is below its counterpart, or
+below our APGD, by more than two standard errors of the paired difference. Needs `foolbox` and
 `adversarial-robustness-toolbox`.
 """
 
@@ -41,7 +41,7 @@ OBJECTIVES = {"likelihood": "apgd", "features": "feature"}  # name -> an attack 
 
 
 class Record:
-    """An objective that remembers, per image, the lowest value it gave inside the ball."""
+    """An objective that records, per image, its lowest value inside the ball."""
 
     def __init__(self, objective: Objective, clean: Tensor, budget: Budget) -> None:
         self.objective, self.clean, self.budget = objective, clean, budget
@@ -77,8 +77,8 @@ def foolbox_attack(name: str, **options: Any) -> Callable[[Record], Tensor]:
         model = foolbox.PyTorchModel(Always().eval(), bounds=(0, 1), device="cpu")
         labels = torch.zeros(len(record.clean), dtype=torch.long)
         criterion = foolbox.criteria.Misclassification(labels)
-        _, found, _ = Ours(**options)(model, record.clean, criterion, epsilons=record.budget.eps)
-        return record.finish(found)
+        _, adv, _ = Ours(**options)(model, record.clean, criterion, epsilons=record.budget.eps)
+        return record.finish(adv)
 
     return run
 
@@ -121,8 +121,8 @@ def art_attack(build: Callable[..., Any], *, rel_step: float, **options: Any) ->
             Estimator(record), norm=norm, eps=budget.eps, eps_step=rel_step * budget.eps, max_iter=budget.steps,
             batch_size=len(clean), verbose=False, **options,
         )  # fmt: skip
-        found = attack.generate(clean.numpy().copy(), np.eye(2, dtype=np.float32)[[0] * len(clean)])
-        return record.finish(torch.as_tensor(found))
+        adv = attack.generate(clean.numpy().copy(), np.eye(2, dtype=np.float32)[[0] * len(clean)])
+        return record.finish(torch.as_tensor(adv))
 
     return run
 
@@ -154,7 +154,7 @@ def beaten(their: Tensor, our: Tensor) -> tuple[str, bool]:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the figures depend on: saved in the run folder, which takes no others."""
+    """What the figures depend on, saved in the run folder."""
 
     task: str
     limit: int
@@ -175,13 +175,13 @@ def contestants(budget: Budget, only: Sequence[str] = ()) -> dict[str, Callable[
     return {name: attack for name, attack in both.items() if not only or name in (*only, "apgd")}
 
 
-def fill(run: Run, asked: Settings, goals: list[str], only: Sequence[str], deadline: float) -> None:
+def fill(run: Run, settings: Settings, goals: list[str], only: Sequence[str], deadline: float) -> None:
     """Attack whatever the run lacks, until the deadline: a row per objective, attack and batch."""
-    victim, task = None, tasks.load(asked.task, limit=asked.limit)
+    victim, task = None, tasks.load(settings.task, limit=settings.limit)
     for goal in goals:
-        for start in range(0, len(task.examples), asked.batch):
-            examples = task.examples[start : start + asked.batch]
-            for name, attack in contestants(asked.budget, only).items():
+        for start in range(0, len(task.examples), settings.batch):
+            examples = task.examples[start : start + settings.batch]
+            for name, attack in contestants(settings.budget, only).items():
                 key = f"{goal} | {name} | {start}"
                 if run.has(key):
                     continue
@@ -191,21 +191,21 @@ def fill(run: Run, asked: Settings, goals: list[str], only: Sequence[str], deadl
                 clean = quantize8(torch.stack([example.image for example in examples]))
                 prompts, answers = [e.prompt for e in examples], [e.references[0] for e in examples]
                 objective = objective_for(ATTACKS[OBJECTIVES[goal]], victim, prompts, answers, "", clean)
-                lowest = attack(Record(objective, clean, asked.budget))
+                lowest = attack(Record(objective, clean, settings.budget))
                 run.append({"key": key, "goal": goal, "attack": name, "start": start, "lowest": lowest.tolist()})
                 print(key, "done", file=sys.stderr, flush=True)
 
 
-def table(goal: str, rows: list[dict[str, Any]], asked: Settings, only: Sequence[str]) -> bool:
-    """Print the rows of one objective, on the batches that every attack has seen; whether ours were beaten."""
-    names, failed = list(contestants(asked.budget, only)), False
-    pairs = {name: pair for name, (pair, _) in theirs(asked.budget).items()}
-    found = {(row["attack"], row["start"]): row["lowest"] for row in rows if row["goal"] == goal}
-    starts = sorted({start for _, start in found if all((name, start) in found for name in names)})
+def table(goal: str, rows: list[dict[str, Any]], settings: Settings, only: Sequence[str]) -> bool:
+    """Print the rows of one objective, on the batches that every attack has finished; whether ours were beaten."""
+    names, failed = list(contestants(settings.budget, only)), False
+    pairs = {name: pair for name, (pair, _) in theirs(settings.budget).items()}
+    lowest = {(row["attack"], row["start"]): row["lowest"] for row in rows if row["goal"] == goal}
+    starts = sorted({start for _, start in lowest if all((name, start) in lowest for name in names)})
     if not starts:
         print(f"| {goal} | not all attacks measured yet | | | | |")
         return False
-    values = {name: torch.tensor([v for start in starts for v in found[name, start]]) for name in names}
+    values = {name: torch.tensor([v for start in starts for v in lowest[name, start]]) for name in names}
     for name, value in values.items():
         cells = ["", "", ""]
         if pairs.get(name) in values:
@@ -228,16 +228,16 @@ def main() -> int:
     parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
     parser.add_argument("--only", nargs="+", default=[], help="these attacks of both sides, and our APGD")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further attack after this long")
-    given = vars(parser.parse_args())
-    folder, goals, only, minutes = (given.pop(name) for name in ("run", "objectives", "only", "minutes"))
-    asked = Settings(**given)
-    with open_run(folder, asked) as run:
-        fill(run, asked, goals, only, time.monotonic() + 60 * minutes)
+    args = vars(parser.parse_args())
+    folder, goals, only, minutes = (args.pop(name) for name in ("run", "objectives", "only", "minutes"))
+    settings = Settings(**args)
+    with open_run(folder, settings) as run:
+        fill(run, settings, goals, only, time.monotonic() + 60 * minutes)
         rows = run.rows()
-    print(f"{asked.task}, {asked.norm} {asked.eps}, {asked.steps} steps; lower is better\n")
+    print(f"{settings.task}, {settings.norm} {settings.eps}, {settings.steps} steps; lower is better\n")
     print("| objective | attack | mean | our counterpart | theirs less it | theirs less our APGD |")
     print("|---" * 6 + "|")
-    beaten_somewhere = [table(goal, rows, asked, only) for goal in goals]
+    beaten_somewhere = [table(goal, rows, settings, only) for goal in goals]
     return int(any(beaten_somewhere))
 
 

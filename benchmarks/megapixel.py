@@ -1,9 +1,9 @@
-"""One megapixel through purifiers: seconds in float32 and in mixed precision, side by side, and how far they differ.
+"""One megapixel through purifiers: seconds in float32 and in mixed precision, side by side, and their difference.
 
     python benchmarks/megapixel.py [PURIFIER ...] [--repeats 5]
 
-Medians over repeats that take turns, without starting the process and without decoding; on an idle machine only, with
-torch's own choice of threads. Picture: scikit-image's astronaut at 1024 x 1024.
+Medians over alternating repeats, without process start and decoding; measure on an idle machine, with torch's default
+number of threads. Image: scikit-image's astronaut at 1024 x 1024.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from codefend.core.runs import make_generator
 MODES = {"float32": "float32", "mixed": ""}  # by name: the variable's value
 
 
-def picture() -> Tensor:
+def astronaut() -> Tensor:
     """``[1, 3, 1024, 1024]`` in [0, 1]."""
     small = torch.from_numpy(data.astronaut().copy()).permute(2, 0, 1)[None].float() / 255
     return F.interpolate(small, (1024, 1024), mode="bicubic", align_corners=False).clamp(0, 1)
@@ -35,27 +35,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("purifiers", nargs="*", default=["bridge", "bridge-detail"])
     parser.add_argument("--repeats", type=int, default=5)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     os.environ[PRECISION] = ""
     print(f"{torch.get_num_threads()} threads; mixed precision here is {precision(default_device())}")
-    images = picture()
-    for name in asked.purifiers:
+    images = astronaut()
+    for name in args.purifiers:
         purifier = purifiers.load(name)
         seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
         results: dict[str, Tensor] = {}
-        for turn in range(asked.repeats + 1):  # the first warms up
+        for turn in range(args.repeats + 1):  # the first warms up
             for mode, value in MODES.items():
                 os.environ[PRECISION] = value
-                started = time.perf_counter()
+                start = time.perf_counter()
                 with torch.no_grad():
                     results[mode] = purifier(images, generator=make_generator(0))
                 if turn:
-                    seconds[mode].append(time.perf_counter() - started)
+                    seconds[mode].append(time.perf_counter() - start)
         exact, mixed = (median(seconds[mode]) for mode in MODES)
         gap = 255 * (results["float32"] - results["mixed"]).abs()
         print(
             f"{name}: float32 {exact:.2f} s, mixed {mixed:.2f} s, {exact / mixed:.2f} times as fast; differs by "
-            f"{float(gap.max()):.2f} of a level at most, {float(gap.square().mean().sqrt()):.2f} root mean square"
+            f"at most {float(gap.max()):.2f} levels of 255, {float(gap.square().mean().sqrt()):.2f} root mean square"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a prompt policy adds to an answer of the pocket: harmless queries not met before, with and without, in turn."""
+"""Latency that a prompt policy adds to an answer of the pocket, on new harmless queries, with and without in turn."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def main() -> None:
     torch.set_num_threads(1)
     victim, policy = load_victim("pocket"), prompts.load(args.prompt)
     for name in ("caption", "vqa"):
-        bare, added, longer = [], [], 0
+        bare, added, changed = [], [], 0
         for number, example in enumerate(load_task(name, split="val", limit=args.queries + 1).examples):
-            query = f"{benign(example.prompt, number)}{' ' * (1 + number // 8)}"  # spaces: nothing kept helps
+            query = f"{benign(example.prompt, number)}{' ' * (1 + number // 8)}"  # spaces: no cached answer
             start = time.perf_counter()
             victim.generate(example.image[None], [query])
             middle = time.perf_counter()
@@ -33,11 +33,11 @@ def main() -> None:
             if number:  # the first is to warm up
                 bare.append(middle - start)
                 added.append(end - middle)
-                longer += words != query
+                changed += words != query
         print(
             f"{name}: an answer {1e3 * statistics.median(bare):.0f} ms, {args.prompt} "
             f"{1e3 * statistics.median(added):.1f} ms more, {sum(added) / sum(bare):+.1%} over {len(bare)} queries, "
-            f"{longer} of which got words"
+            f"{changed} of which it changed"
         )
 
 

@@ -4,7 +4,7 @@ A tile's outermost ``MARGIN`` pixels are context only: convolutions near a cut s
 Between the margins of two neighbours the weights change linearly, so a difference that is left becomes a slope, not an
 edge. The networks here see 160 to 300 pixels around, but little of that far off: measured on photographs, tiled and
 whole differ by 0.2 of a level of 255 at most, with noise of 8/255 by 1.2 at most and 0.2 at the 99.9th percentile (one
-evaluation; benchmarks/large_picture.py). Guidance, by encoders that see further, differs by 2.4 and 0.9.
+evaluation; benchmarks/large_image.py). Guidance, by encoders that see further, differs by 2.4 and 0.9.
 """
 
 from __future__ import annotations
