@@ -153,7 +153,7 @@ class Lane:
 
     def _check_room(self, task: _Task) -> None:
         options, work = self.options, task.cost * self.rate
-        if task.cost * (self.worker.seconds_per_pixel or 0.0) > options.timeout_s:
+        if task.cost * self.worker.seconds_per_pixel > options.timeout_s:
             message = (
                 f"an image of {task.job.pixels:,} pixels takes over {options.timeout_s:g} s here; send a smaller one"
             )
