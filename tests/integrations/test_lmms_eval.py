@@ -36,10 +36,10 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model"):
             monkeypatch.setitem(sys.modules, name, ModuleType(name))
         monkeypatch.setattr(sys.modules["lmms_eval.api.model"], "lmms", Interface, raising=False)
-    found = importlib.import_module("codefend.integrations.lmms_eval")
-    monkeypatch.setattr(found.victims, "load", lambda name: toys.ToyVictim() if name == "toy" else toys.BlackBox())
-    monkeypatch.setattr(found.purifiers, "load", lambda name: toys.PURIFIERS[name]())
-    yield found
+    module = importlib.import_module("codefend.integrations.lmms_eval")
+    monkeypatch.setattr(module.victims, "load", lambda name: toys.ToyVictim() if name == "toy" else toys.BlackBox())
+    monkeypatch.setattr(module.purifiers, "load", lambda name: toys.PURIFIERS[name]())
+    yield module
     sys.modules.pop("codefend.integrations.lmms_eval", None)
 
 
@@ -48,7 +48,7 @@ def photograph(index: int) -> Image.Image:
 
 
 def requests(contexts: Sequence[str], second: Any, documents: list[Any]) -> list[Any]:
-    args = [(text, second, lambda doc: doc["pictures"], i, "task", "test") for i, text in enumerate(contexts)]
+    args = [(text, second, lambda doc: doc["images"], i, "task", "test") for i, text in enumerate(contexts)]
     if REAL:
         from lmms_eval.api.instance import Instance
 
@@ -68,7 +68,7 @@ def attacked(index: int) -> dict[str, Any]:
     image = toys.scene(index)[0]
     wave = toys.checkerboard(image) * torch.tensor([-1.0, -1.0, 1.0])[:, None, None]
     moved = ((image + 8 / 255 * wave).clamp(0, 1) * 255).round().permute(1, 2, 0).numpy().astype(np.uint8)
-    return {"pictures": [Image.fromarray(moved)]}
+    return {"images": [Image.fromarray(moved)]}
 
 
 @pytest.mark.parametrize("batch", [1, 2, "auto"])
@@ -86,7 +86,7 @@ def test_answers_come_from_behind_the_defense_in_order(module: Any, batch: Any) 
 def test_images_are_read_a_batch_at_a_time(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = MagicMock(side_effect=module.images.from_pil)
     monkeypatch.setattr(module.images, "from_pil", reader)
-    documents = [{"pictures": [photograph(i)]} for i in range(6)]
+    documents = [{"images": [photograph(i)]} for i in range(6)]
     model, read = ready(module, documents, batch_size=2), list[int]()
 
     def generate(*asked: Any) -> list[str]:
@@ -103,7 +103,7 @@ def test_images_are_read_a_batch_at_a_time(module: Any, monkeypatch: pytest.Monk
 def test_images_that_a_camera_turned_are_asked_about_apart(module: Any) -> None:
     upright, turned = photograph(0).resize((20, 16)), photograph(4).resize((20, 16))
     turned.getexif()[0x0112] = 6  # orientation: shown 16 wide and 20 high
-    documents = [{"pictures": [upright]}, {"pictures": [turned]}]
+    documents = [{"images": [upright]}, {"images": [turned]}]
     answers = ready(module, documents, defense="none", batch_size=2).generate_until(
         requests(["left?", "both"], {}, documents)
     )
@@ -112,11 +112,11 @@ def test_images_that_a_camera_turned_are_asked_about_apart(module: Any) -> None:
 
 
 def test_several_images_are_set_side_by_side(module: Any) -> None:
-    found: Tensor = module._pictures(lambda doc: doc, [photograph(0), photograph(4).resize((10, 8))])
-    assert found.shape == (3, toys.SIDE, toys.SIDE + module.GAP + 10)
-    assert torch.allclose(found[..., : toys.SIDE], toys.scene(0)[0], atol=0.51 / 255)
-    assert (found[:, :, toys.SIDE : toys.SIDE + module.GAP] == 1).all()
-    assert (found[:, 8:, -10:] == 1).all()
+    joined: Tensor = module._side_by_side(lambda document: document, [photograph(0), photograph(4).resize((10, 8))])
+    assert joined.shape == (3, toys.SIDE, toys.SIDE + module.GAP + 10)
+    assert torch.allclose(joined[..., : toys.SIDE], toys.scene(0)[0], atol=0.51 / 255)
+    assert (joined[:, :, toys.SIDE : toys.SIDE + module.GAP] == 1).all()
+    assert (joined[:, 8:, -10:] == 1).all()
 
 
 def test_likelihood_is_the_defended_victims(module: Any) -> None:
@@ -131,9 +131,9 @@ def test_likelihood_is_the_defended_victims(module: Any) -> None:
 
 
 def test_what_cannot_be_run_is_refused(module: Any) -> None:
-    for content, words in (([], "without pictures"), (["film.mp4"], "a str is no picture")):
+    for content, words in (([], "without images"), (["film.mp4"], "a str is not an image")):
         with pytest.raises(CodefendError, match=words):
-            ready(module, [{"pictures": content}]).generate_until(requests(["a"], {}, []))
+            ready(module, [{"images": content}]).generate_until(requests(["a"], {}, []))
     with pytest.raises(CodefendError, match="several rounds"):
         ready(module, []).generate_until_multi_round([])
 

@@ -131,7 +131,7 @@ class Access:
 
 
 def client_fields(scope: Scope) -> dict[str, Any]:
-    """Who asked, for the logs: the key's short digest and, as the operator chose, the address."""
+    """The client, for the logs: the key's short digest and, as the operator chose, the address."""
     fields = {"key": scope.get("codefend.key"), "client": scope.get("codefend.address")}
     return {name: value for name, value in fields.items() if value}
 
@@ -176,5 +176,5 @@ def _check_same_site(scope: Scope) -> None:
     if origin is not None and urlsplit(origin).netloc != find(headers, b"host"):
         raise Refused(403, "cross_site", "the page's routes answer to the page alone")
     kind = (find(headers, b"content-type") or "").partition(";")[0].strip().lower()
-    if scope["method"] == "POST" and kind != "application/json":
+    if scope.get("method") != "GET" and kind != "application/json":
         raise Refused(415, "unknown_content", "only application/json is read here")

@@ -274,7 +274,7 @@ def _observe(
     meters.gauge("fetches_in_flight", "Remote images being fetched", lambda: fetcher.in_flight)
     if isinstance(worker, Pool):
         worker.on_restart = meters.restarted
-        meters.gauge("workers_answering", "Workers that answered when last asked", lambda: worker.answering)
+        meters.gauge("workers_answering", "Workers that answered the last ping", lambda: worker.answering)
 
 
 def _operations(meters: Meters, lane: Lane) -> list[BaseRoute]:

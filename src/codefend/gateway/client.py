@@ -75,7 +75,7 @@ class _NoAddress:
 def _without_websockets(client: Any) -> Any:
     """Leave its WebSockets without an address: each asks for it first, and the error then shows what it was given.
 
-    In a class of the client's own, because its copies (``with_options``) are made by that class.
+    In a class of the client's own, because that class makes its copies (``with_options``).
     """
     kind = type(client)
     address = property(lambda client: _NoAddress(), lambda client, address: None)

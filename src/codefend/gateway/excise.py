@@ -28,7 +28,7 @@ class Excised:
     def put_back(self, *, keep: Container[str]) -> Excised:
         """The same with only the marks in ``keep`` left, and what the others stand for in its place again."""
         raw = _MARK_BYTES.sub(
-            lambda found: found[0] if (mark := found[0].decode()) in keep else bytes(self.cuts.get(mark, found[0])),
+            lambda match: match[0] if (mark := match[0].decode()) in keep else bytes(self.cuts.get(mark, match[0])),
             self.raw,
         )
         return Excised(raw, {mark: cut for mark, cut in self.cuts.items() if mark in keep})
@@ -68,9 +68,9 @@ def marks(text: str) -> list[str]:
 def restored(text: str, cuts: Mapping[str, memoryview]) -> Iterator[bytes | memoryview]:
     """The string's bytes with each mark's content in its place. Raises ValueError (UnicodeEncodeError) beyond ASCII."""
     end = 0
-    for found in _MARK.finditer(text) if cuts else ():
-        if found[0] in cuts:
-            yield text[end : found.start()].encode("ascii")
-            yield cuts[found[0]]
-            end = found.end()
+    for match in _MARK.finditer(text) if cuts else ():
+        if match[0] in cuts:
+            yield text[end : match.start()].encode("ascii")
+            yield cuts[match[0]]
+            end = match.end()
     yield text[end:].encode("ascii")

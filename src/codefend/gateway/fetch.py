@@ -1,7 +1,7 @@
 """Remote images, when the operator allows them: https only, public addresses only, pinned, capped in size and number.
 
 The name is resolved once and the connection goes to that very address, so that a second answer of the name server
-(DNS rebinding) is never asked for. Every redirect is checked like the first address. No connection
+(DNS rebinding) never counts. Every redirect is checked like the first address. No connection
 is used twice: it is pooled by address, and the certificate was checked for the name it was opened for.
 """
 

@@ -48,7 +48,7 @@ def to_client(headers: Sequence[tuple[bytes, bytes]]) -> Headers:
     return [(key, value) for key, value in lowered if key not in drop and not key.startswith(_OURS)]
 
 
-def shown_score(score: float | None, scores: Scores) -> float | None:
+def visible_score(score: float | None, scores: Scores) -> float | None:
     """The score that a client may know: who sees it exactly can climb it until an image passes."""
     if score is None or scores == "hide":
         return None
@@ -68,7 +68,7 @@ def report(outcome: Outcome | None, *, purifier: str, request_id: str, scores: S
             "cache": ",".join("hit" if image.cached else "miss" for image in images),
             "ms": f"{outcome.seconds * 1000:.1f}",
         }
-        visible = [shown_score(image.score, scores) for image in images]
+        visible = [visible_score(image.score, scores) for image in images]
         if any(score is not None for score in visible):
             digits = 4 if scores == "exact" else 1
             lines["score"] = ",".join("-" if score is None else f"{score:.{digits}f}" for score in visible)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from codefend import prompts, purifiers
 from codefend.gateway.engine import Engine, Terms
 from codefend.gateway.errors import Api
@@ -43,7 +45,7 @@ def local_engine(
     worker, text_policy = Worker(loaded, options), prompts.load(prompt)
     return Engine(
         worker,
-        lane=None if lane is None else Lane(worker, lane),
+        lane=None if lane is None else Lane(worker, replace(lane, max_side=limits.max_side)),
         limits=limits,
         terms=Terms.choose(worker, policy, threshold),
         policy=None if text_policy.empty else text_policy,

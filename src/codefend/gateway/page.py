@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from codefend.gateway.budget import Lease
 from codefend.gateway.engine import Caller, Outcome
 from codefend.gateway.errors import Refused
-from codefend.gateway.headers import shown_score, to_upstream
+from codefend.gateway.headers import to_upstream, visible_score
 from codefend.gateway.proxy import ClientGone, Proxy, read_body
 from codefend.gateway.telemetry import log
 from codefend.gateway.wire import dump
@@ -48,7 +48,9 @@ class Page:
             body, outcome = await self.engine.rewrite_bytes("image", raw, caller=caller)
             scores = "exact" if self.demo else self.proxy.settings.scores
             return Response(
-                body[:-1] + b"," + dump(_facts(outcome) | {"score": shown_score(outcome.images[0].score, scores)})[1:],
+                body[:-1]
+                + b","
+                + dump(_facts(outcome) | {"score": visible_score(outcome.images[0].score, scores)})[1:],
                 media_type="application/json",
             )
 

@@ -50,7 +50,7 @@ class Pool:
 
     @property
     def answering(self) -> int:
-        """Processes that answered when they were last asked."""
+        """Processes that answered their last message."""
         return sum(child.answering for child in self._children)
 
     def warm_up(self) -> None:

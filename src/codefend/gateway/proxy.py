@@ -228,7 +228,7 @@ class Proxy:
                 del self._in_flight[client]
 
     async def _stream(self, exchange: Exchange, response: httpx2.Response) -> None:
-        """Pass the answer on piece by piece, as raw bytes. An upstream that dies halfway is not made to look whole."""
+        """Pass the answer on piece by piece, as raw bytes. An answer that breaks off stays incomplete."""
         headers = to_client(response.headers.raw)
         if "x-request-id" not in response.headers:
             headers.append((b"x-request-id", exchange.request_id.encode()))

@@ -64,8 +64,8 @@ def serve(load: Callable[[], Settings], *, showcase: Callable[[], Showcase] | No
             settings = settings.model_copy(update={"allowed_hosts": (*LOOPBACK, settings.host)})
         named = {"upstream": settings.upstream.partition("?")[0], "purifier": settings.purifier}
         log.info("starting", extra={"fields": named})  # loading a model can take its time
-        wanted = showcase if settings.upstream == "pocket" and settings.page else None
-        app = create_app(settings, showcase=None if wanted is None else wanted())
+        build = showcase if settings.upstream == "pocket" and settings.page else None
+        app = create_app(settings, showcase=None if build is None else build())
         keep_loop_free()
         config = uvicorn.Config(
             app,

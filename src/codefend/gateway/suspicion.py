@@ -14,7 +14,7 @@ Place = tuple[str | int, ...]  # keys and indices from the root of the body
 # What any part may hold besides what its type needs.
 _BESIDE = frozenset({"type", "cache_control", "citations", "annotations", "logprobs"})
 
-# Values of these keys describe tools or are kept as text; their own keys may be called anything.
+# Values of these keys describe tools or stay text; their own keys may have any name.
 _FREE = frozenset({"tools", "functions", "response_format", "text", "metadata", "tool_choice", "output_config"})
 _MEDIA_NAMES = (
     "image images image_url input_image image_file image_embeds video videos video_url input_video file input_file "

@@ -19,7 +19,7 @@ class OnnxPurifier:
     """``pixels [H, W, 3]`` of 8 bits in, the same out; large images in tiles, as in `codefend.purifiers.base`."""
 
     def __init__(self, path: str | Path, *, providers: tuple[str, ...] = ("CPUExecutionProvider",)) -> None:
-        """Raises CodefendError when onnxruntime is missing or the file is no exported purifier."""
+        """Raises CodefendError when onnxruntime is missing or the file is not an exported purifier."""
         try:
             import onnxruntime
         except ImportError as error:
@@ -29,13 +29,13 @@ class OnnxPurifier:
             settings = json.loads(self._session.get_modelmeta().custom_metadata_map["codefend"])
         except Exception as error:  # onnxruntime raises its own kinds
             raise CodefendError(
-                f"{path} is no model that `codefend export` wrote: {str(error).splitlines()[0]}"
+                f"{path} is not a model that `codefend export` wrote: {str(error).splitlines()[0]}"
             ) from error
         self.name: str = settings["name"]
         self.multiple: int = settings["multiple"]
 
     def __call__(self, pixels: Pixels) -> Pixels:
-        """Purify one picture. Raises ValueError on another shape or dtype."""
+        """Purify one image. Raises ValueError on another shape or dtype."""
         import numpy as np
 
         if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or pixels.size == 0:
