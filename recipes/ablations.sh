@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One switch of the bridge's training at a time, each variant for the same few steps, all in one table. Needs pairs.sh.
+# Ablations of the bridge's training: one setting each, at equal training budget, in one table. Needs pairs.sh.
 source "$(dirname "$0")/common.sh"
 names="full static replay no-features no-words no-direction no-noise one-encoder unseen-features unseen-language scratch"
 defenses=none

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The bridge for words alone, behind more noise, as it ships: one training from the bridge, then the detection score. Needs
-# bridge.sh.
+# The shipped bridge-coarse: guided by words alone, at larger noise. One training from the bridge, then the detection
+# score. Needs bridge.sh.
 source "$(dirname "$0")/common.sh"
 
 bridge="$RUNS/bridge-coarse"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The bridge without noise as it ships, by its model card: eight trainings from the bridge's second on, the last but
-# one in a wider network, the last through other sizes, then the detection score. Needs bridge.sh; PHOTOGRAPHS as in pairs.sh.
+# The shipped bridge-detail, without noise: eight trainings from the bridge's second, the seventh in a wider network and
+# the eighth with other views of the images, then the detection score. Needs bridge.sh; PHOTOGRAPHS as in pairs.sh.
 source "$(dirname "$0")/common.sh"
 
 bridge="$RUNS/bridge-detail"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The bridge in one training, with the peers' steps and bank: to compare methods, not to serve. Needs pairs.sh.
+# The bridge in one training, with the peers' steps and bank, for the comparison of methods. Needs pairs.sh.
 source "$(dirname "$0")/common.sh"
 stage codefend train bridge --run "$RUNS/bridge-plain" --set "pairs=$RUNS/pairs" --set "victim=$POCKET" \
   --set "prior=$PRIOR"

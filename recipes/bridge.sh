@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The bridge as it ships, by its model card: four trainings, each from the weights of the one before, then the detection
-# score. Needs pairs.sh. In one training, like the peers: bridge-plain.sh.
+# The shipped bridge: four trainings, each from the weights of the previous one, then the detection score. Needs pairs.sh.
+# In one training, like the peers: bridge-plain.sh.
 source "$(dirname "$0")/common.sh"
 
 bridge="$RUNS/bridge"

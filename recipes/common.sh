@@ -1,12 +1,12 @@
-# Sourced by every recipe. Each is the whole journey of one kind of weights, in commands that go on where they stopped:
-# run a recipe again until it says that it is done. From nothing, in this order:
+# Sourced by every recipe. A recipe trains one kind of weights in commands that resume: rerun it until it prints "done".
+# From scratch, in this order:
 #   recipes/pocket.sh && recipes/prior.sh
 #   export POCKET=runs/pocket-2/weights PRIOR=runs/prior/weights BRIDGE=runs/bridge/weights
 #   recipes/pairs.sh && recipes/bridge.sh && recipes/bridge-detail.sh && recipes/bridge-coarse.sh
 #   recipes/bridge-large.sh                        # on a GPU
-#   recipes/bridge-plain.sh                        # and peers: hgd, flowpure, flowpure-gauss, adbm, codefend-r, fare
+#   recipes/bridge-plain.sh                        # and the peers: hgd, flowpure, flowpure-gauss, adbm, codefend-r, fare
 #   recipes/compare.sh && recipes/ablations.sh     # tables
-#   recipes/prompts.sh                             # words around the question
+#   recipes/prompts.sh                             # prompt policies
 # Without POCKET, PRIOR and BRIDGE the shipped weights are used.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,29 +14,29 @@ command -v codefend > /dev/null || PATH="$PWD/.venv/bin:$PATH"  # where `make te
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 RUNS="${RUNS:-runs}" POCKET="${POCKET:-pocket}" PRIOR="${PRIOR:-}" BRIDGE="${BRIDGE:-bridge}" MINUTES="${MINUTES:-75}"
 
-# stage COMMAND...: run it for at most MINUTES; what it has done by then is on disk.
+# stage COMMAND...: run it for at most MINUTES; its results until then are on disk.
 stage() {
   local code=0
   timeout --foreground --signal=INT "${MINUTES}m" "$@" || code=$?
   if [ "$code" -eq 124 ]; then
-    echo "stage not finished after $MINUTES minutes: run this recipe again to go on" >&2
+    echo "stage not finished after $MINUTES minutes: run this recipe again to resume" >&2
   fi
   [ "$code" -eq 0 ] || exit "$code"
 }
 
-# settings KEY=VALUE...: as options of a command, in the array `options`.
+# settings KEY=VALUE...: write them as options of a command into the array `options`.
 settings() {
   options=()
   for setting in "$@"; do options+=(--set "$setting"); done
 }
 
-# bank RUN [KEY=VALUE...]: pairs.
+# bank RUN [KEY=VALUE...]: make a bank of pairs.
 bank() {
   settings "victim=$POCKET" "${@:2}"
   stage codefend pairs --run "$RUNS/$1" "${options[@]}"
 }
 
-# training PRESET RUN START BANKS KEY=VALUE...: one of the bridge's trainings, from the weights in START.
+# training PRESET RUN START BANKS KEY=VALUE...: train a bridge from the weights in START.
 training() {
   settings "prior=$3" "pairs=$4" "victim=$POCKET" "${@:5}"
   stage codefend train "$1" --run "$2" "${options[@]}"

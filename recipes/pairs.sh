@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The banks of pairs: one for the peers and the bridge's first training, A to J (the bridges' model cards) for the other
-# trainings, and one of other pictures to calibrate detection scores on.
+# The banks of pairs: one for the peers and the bridge's first training, A to J (see the bridges' model cards) for the
+# other trainings, and one held out to calibrate detection scores on.
 source "$(dirname "$0")/common.sh"
 
-# Not exactly the shipped bridge's: it had another first bank (1,600 pairs), and B and C were made on an earlier pocket.
+# The shipped bridge had another first bank (1,600 pairs), and its banks B and C were made on an earlier pocket.
 bank pairs
 bank pairs-a seed=11 count=2048 kinds=features,towards,words,words steps=10
 bank pairs-b seed=12 count=160 kinds=answers answer_shards=100 answer_steps=10 max_eps=12/255
 bank pairs-c seed=13 count=128 kinds=answers answer_shards=100 answer_steps=20 max_eps=0.04
 bank pairs-d seed=21 count=1536 kinds=words,words,features steps=10 max_eps=12/255
 bank pairs-e seed=22 count=192 kinds=answers answer_shards=100 answer_steps=8 max_eps=10/255
-# PHOTOGRAPHS: a folder of your own; for the shipped bridge ten of Debian's lomiri-wallpapers-16.04 (the model card).
+# PHOTOGRAPHS: a folder of your own; the shipped bridge used ten of Debian's lomiri-wallpapers-16.04 (model card).
 bank pairs-f seed=31 count=1536 kinds=features,features,towards steps=10 max_eps=12/255 "photographs=${PHOTOGRAPHS:-}"
 bank pairs-g seed=41 count=1024 kinds=features,towards,words,words steps=10 max_eps=12/255
 bank pairs-h seed=51 count=4096 kinds=features,features,towards steps=10 max_eps=12/255 "photographs=${PHOTOGRAPHS:-}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The pocket victim, in two trainings: words, captions and answers, then more questions on what was learned last.
+# The pocket victim, in two trainings; the second continues with another seed.
 source "$(dirname "$0")/common.sh"
 stage codefend train pocket --run "$RUNS/pocket"
 stage codefend train pocket --run "$RUNS/pocket-2" --set "init=$RUNS/pocket/weights" --set seed=1 \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A policy of each kind for the pocket, behind BRIDGE, then all of them side by side. generator-pocket came from this;
-# soft-pocket and gepa-pocket were searched behind an earlier bridge, as their cards say.
+# Search a prompt policy of each kind for the pocket behind BRIDGE, then compare them. generator-pocket is its result;
+# soft-pocket and gepa-pocket were searched behind an earlier bridge (see their cards).
 source "$(dirname "$0")/common.sh"
 
 # search METHOD KEY=VALUE...: one search; its policy is in prompt-METHOD/policy.

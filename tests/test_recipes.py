@@ -1,4 +1,4 @@
-"""Recipes say what they say: every command is one that the program takes, and a stage ends in time."""
+"""Recipes: every command is valid, they repeat the shipped trainings, and a stage has a time limit."""
 
 from __future__ import annotations
 
@@ -37,28 +37,26 @@ def run(name: str, stub: str, tmp_path: Path, **variables: str) -> subprocess.Co
 
 
 def calls(name: str, tmp_path: Path, **variables: str) -> list[list[str]]:
-    """The arguments of every command that a recipe gives."""
+    """The arguments of every command of a recipe."""
     log = tmp_path / f"calls-{name}"
-    done = run(name, f'printf "%s\\0" "$@" >> {log}; printf "\\n" >> {log}', tmp_path, **variables)
-    assert done.returncode == 0, done.stderr
-    made = [line.rstrip("\0").split("\0") for line in log.read_text().splitlines()]
-    assert made
-    return made
+    process = run(name, f'printf "%s\\0" "$@" >> {log}; printf "\\n" >> {log}', tmp_path, **variables)
+    assert process.returncode == 0, process.stderr
+    commands = [line.rstrip("\0").split("\0") for line in log.read_text().splitlines()]
+    assert commands
+    return commands
 
 
 def config(call: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """What a command would do, with its run folder."""
+    """The config of a command, with its run folder."""
     capsys.readouterr()
     assert main([*call, "--dry-run"]) == 0
     return {"run": call[call.index("--run") + 1], **json.loads(capsys.readouterr().out)}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_command_is_one_that_the_program_takes(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_is_valid(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for call in calls(name, tmp_path):
-        if call[0] in ("report", "card"):  # nothing to show before there are results
+        if call[0] in ("report", "card"):  # they need results
             assert main([call[0], "--help"]) == 0
             continue
         assert main([*call, "--dry-run"]) == 0, capsys.readouterr().err
@@ -68,37 +66,37 @@ def test_the_bridges_trainings_follow_one_another_on_banks_that_exist(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ("pairs.sh", "bridge.sh", "bridge-detail.sh", "bridge-large.sh")
-    made = [[(c[0], config(c, capsys)) for c in calls(n, tmp_path, PRIOR="P") if c[0] != "calibrate"] for n in names]
-    banks = {found["run"] for found_in in made for verb, found in found_in if verb == "pairs"}
-    ours, detail, large = ([found for verb, found in found_in if verb == "train"] for found_in in made[1:])
-    assert [made["prior"] for made in ours] == ["P", *(f"{made['run']}/weights" for made in ours[:-1])]
-    starts = [f"{ours[1]['run']}/weights", *(f"{made['run']}/weights" for made in detail[:-1])]
-    assert [made["prior"] for made in detail] == starts
-    assert [made["prior"] for made in large] == [f"{detail[-2]['run']}/weights"]
-    assert (len(ours), len(detail)) == (4, 8)
-    assert all(set(made["pairs"]) <= banks for made in (*ours, *detail, *large))
+    recipes = [[(c[0], config(c, capsys)) for c in calls(n, tmp_path, PRIOR="P") if c[0] != "calibrate"] for n in names]
+    banks = {values["run"] for recipe in recipes for verb, values in recipe if verb == "pairs"}
+    bridge, detail, large = ([values for verb, values in recipe if verb == "train"] for recipe in recipes[1:])
+    assert [values["prior"] for values in bridge] == ["P", *(f"{values['run']}/weights" for values in bridge[:-1])]
+    starts = [f"{bridge[1]['run']}/weights", *(f"{values['run']}/weights" for values in detail[:-1])]
+    assert [values["prior"] for values in detail] == starts
+    assert [values["prior"] for values in large] == [f"{detail[-2]['run']}/weights"]
+    assert (len(bridge), len(detail)) == (4, 8)
+    assert all(set(values["pairs"]) <= banks for values in (*bridge, *detail, *large))
 
 
 @pytest.mark.parametrize("name", ["bridge", "bridge-detail", "bridge-large", "bridge-coarse"])
-def test_recipe_repeats_what_the_shipped_weights_say_of_themselves(
+def test_a_recipe_repeats_the_training_of_the_shipped_weights(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = json.loads((WEIGHTS / name / "training.json").read_text())
+    training = json.loads((WEIGHTS / name / "training.json").read_text())
     last = config([call for call in calls(f"{name}.sh", tmp_path) if call[0] == "train"][-1], capsys)
     places = {"train", "prior", "pairs", "save_every", "photographs"}
-    places |= {"sigma", "strength"}  # the defaults of what is made: like the places they don't decide the weights
-    wanted = {key: value for key, value in told["config"].items() if key not in places}
-    assert {key: last[key] for key in wanted} == wanted
-    shipped = {f"{tmp_path}/runs/pairs-{BANKS[bank['config']['seed']]}": bank for bank in told["pairs"]}
+    places |= {"sigma", "strength"}  # defaults of the purifier, which don't decide the weights
+    expected = {key: value for key, value in training["config"].items() if key not in places}
+    assert {key: last[key] for key in expected} == expected
+    shipped = {f"{tmp_path}/runs/pairs-{BANKS[bank['config']['seed']]}": bank for bank in training["pairs"]}
     assert Counter(last["pairs"]) == {folder: bank["times"] for folder, bank in shipped.items()}
     banks = [call for script in ("pairs.sh", f"{name}.sh") for call in calls(script, tmp_path) if call[0] == "pairs"]
-    made = {bank["run"]: bank for bank in (config(call, capsys) for call in banks)}
+    runs = {bank["run"]: bank for bank in (config(call, capsys) for call in banks)}
     for folder, bank in shipped.items():
-        steps = "answer_steps" if made[folder]["kinds"] == ["answers"] else "steps"
+        steps = "answer_steps" if runs[folder]["kinds"] == ["answers"] else "steps"
         later = {"views", "shares"} & set(bank["config"])
         for key in ("seed", "kinds", "max_eps", steps, *later):
-            assert made[folder][key] == bank["config"][key]
-        assert made[folder]["count"] == sum(kind["pairs"] for kind in bank["made"])  # some were stopped short
+            assert runs[folder][key] == bank["config"][key]
+        assert runs[folder]["count"] == sum(kind["pairs"] for kind in bank["made"])  # some were interrupted
 
 
 def test_every_training_has_a_recipe() -> None:
@@ -109,15 +107,15 @@ def test_every_training_has_a_recipe() -> None:
     assert {f"ablation-{name}" for name in ablations} == {name for name in PRESETS if name.startswith("ablation-")}
 
 
-def test_a_stage_ends_in_time_and_says_how_to_go_on(tmp_path: Path) -> None:
-    done = run("prior.sh", "exec sleep 30", tmp_path, MINUTES="0.005")
-    assert done.returncode == 124
-    assert "run this recipe again" in done.stderr
-    assert "done:" not in done.stdout
+def test_a_stage_has_a_time_limit_and_names_the_way_to_resume(tmp_path: Path) -> None:
+    process = run("prior.sh", "exec sleep 30", tmp_path, MINUTES="0.005")
+    assert process.returncode == 124
+    assert "run this recipe again" in process.stderr
+    assert "done:" not in process.stdout
 
 
 def test_a_failed_stage_ends_the_recipe(tmp_path: Path) -> None:
-    done = run("pocket.sh", "exit 2", tmp_path)
-    assert done.returncode == 2
-    assert "again" not in done.stderr
-    assert done.stdout == ""
+    process = run("pocket.sh", "exit 2", tmp_path)
+    assert process.returncode == 2
+    assert "again" not in process.stderr
+    assert process.stdout == ""

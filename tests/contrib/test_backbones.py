@@ -1,4 +1,4 @@
-"""Fine-tuning models of diffusers on pairs: both kinds learn, resume exactly, and end up as purifiers."""
+"""Fine-tuning diffusers models on pairs: both kinds learn, resume exactly, and load as purifiers."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ def test_a_training_cut_short_behind_its_last_checkpoint_has_its_weights(
     chosen = config("hf-bridge", places, steps=2, micro=1, lr=1e-2)
     whole = train(chosen, tmp_path / "whole")
     interrupt_saved(lambda: train(chosen, tmp_path / "cut"), 2)
-    cut = train(chosen, tmp_path / "cut")  # nothing is left to do
+    cut = train(chosen, tmp_path / "cut")  # complete already
     assert torch.equal(purifiers.load(whole)(image()), purifiers.load(cut)(image()))
 
 
 @pytest.mark.slow
-def test_a_pixel_model_learns_to_remove_what_the_pairs_show(places: dict[str, str], tmp_path: Path) -> None:
+def test_a_pixel_model_learns_to_remove_the_perturbation_of_its_pairs(places: dict[str, str], tmp_path: Path) -> None:
     folder = train(config("hf-bridge", places, steps=24, batch=4, micro=1, lr=4e-3, save_every=24), tmp_path)
     losses = [row["pairs"] for row in read_rows(tmp_path)]
     assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
@@ -87,7 +87,7 @@ def test_a_pixel_model_learns_to_remove_what_the_pairs_show(places: dict[str, st
 
 
 def test_adapters_learn(places: dict[str, str]) -> None:
-    """On one batch with one noise: the rest of this network is random and frozen, so little more can be had of it."""
+    """On one batch with one noise: the other weights are random and frozen, so the loss falls little."""
     tuner = LatentTuner(config("latent", places, t=0.4, rank=4), torch.device("cpu"))  # type: ignore[arg-type]
     clean, attacked = (side[:4].float() / 255 for side in next(iter(read_pairs(places["pairs"])))[:2])
     optimizer = torch.optim.AdamW(tuner.parameters.values(), lr=3e-2)
@@ -109,12 +109,12 @@ def test_adapters_carry_their_options(places: dict[str, str], tmp_path: Path) ->
     bare = purifiers.load(f"hf-latent:{places['stable']}:t=0.4,steps=2")
     ours, theirs = (p(image(), generator=torch.Generator().manual_seed(1)) for p in (purifier, bare))
     assert float((ours - theirs).abs().max()) > 1e-3
-    alone = purifiers.load(f"{folder}:t=0")  # the autoencoder's row needs no other name
+    alone = purifiers.load(f"{folder}:t=0")  # the name of the autoencoder alone
     assert torch.allclose(alone(image()), purifiers.load(f"hf-latent:{places['stable']}:t=0")(image()), atol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "model"), [("hf-bridge", "guided"), ("latent", "xl")])
-def test_guided_diffusion_and_xl_are_trained_too(kind: str, model: str, places: dict[str, str], tmp_path: Path) -> None:
+def test_guided_diffusion_and_xl_can_be_trained(kind: str, model: str, places: dict[str, str], tmp_path: Path) -> None:
     folder = train(config(kind, places, model=places[model], steps=1, lr=1e-2, save_every=1, micro=1), tmp_path)
     (row,) = read_rows(tmp_path)
     assert row["grad_norm"] > 0
@@ -157,9 +157,9 @@ def test_fresh_adapters_change_nothing(places: dict[str, str]) -> None:
         ("hf-bridge", {"micro": 0}, "micro=0"),
     ],
 )
-def test_mistakes_are_named(
+def test_a_mistake_is_one_error_and_leaves_no_folder(
     kind: str, change: dict[str, Any], words: str, places: dict[str, str], tmp_path: Path
 ) -> None:
     with pytest.raises(CodefendError, match=words):
         train(config(kind, places, **change), tmp_path / "run")
-    assert not (tmp_path / "run").exists()  # so that the corrected command can use it
+    assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Mining and the switches of the bridge's training, on a guide of a few numbers instead of frozen networks."""
+"""The bridge's training: mining, loss terms, replays and batches, with a toy guide instead of frozen networks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def gen(seed: int = 0) -> torch.Generator:
 
 
 class Pocket:
-    """Reads the mean colour of each quarter; remembers who asked for a gradient."""
+    """Features are the mean colour of each quarter; counts the calls with a gradient."""
 
     name = "toy"
 
@@ -54,7 +54,7 @@ class Pocket:
 
 
 class ToyGuide(guides.PocketGuide):
-    """Guides by the toy in the pocket's place; remembers for which steps."""
+    """Guides by the toy in place of a pocket; records the numbers of its micro-batches."""
 
     def __init__(self) -> None:
         self.pocket, self.steps = Pocket(), list[int]()
@@ -111,7 +111,7 @@ def test_mining_lowers_its_objective_through_the_network(lean: bool) -> None:
     assert float((after - right).square().sum()) > float((before - right).square().sum())
 
 
-def test_lean_mining_gives_each_picture_its_own_budget() -> None:
+def test_lean_mining_gives_each_image_its_own_budget() -> None:
     shared, own = reach(mined()), reach(mined(replace(CONFIG, lean=True)))
     assert max(shared) - min(shared) < 0.01
     assert max(own) - min(own) > 0.5
@@ -126,7 +126,7 @@ def test_the_budget_ramps_up() -> None:
     assert late > 8
 
 
-def test_noise_is_fresh_at_every_look(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_evaluation_has_new_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn, noise_like = [], mining.noise_like
 
     def spy(images: Tensor, generator: Any = None) -> Tensor:
@@ -142,7 +142,7 @@ def test_noise_is_fresh_at_every_look(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("without", "features"), [((), None), (("words",), True), (("features", "towards"), False)])
-def test_a_family_that_is_left_out_is_not_mined(without: tuple[str, ...], features: bool | None) -> None:
+def test_a_kind_that_is_left_out_is_not_mined(without: tuple[str, ...], features: bool | None) -> None:
     used = set()
     for seed in range(8):
         guide = ToyGuide()
@@ -151,7 +151,7 @@ def test_a_family_that_is_left_out_is_not_mined(without: tuple[str, ...], featur
     assert used == ({True, False} if features is None else {features})
 
 
-def test_answers_are_attacked_both_ways() -> None:
+def test_answers_are_attacked_targeted_and_untargeted() -> None:
     texts = [(f"q{i}", f"a{i}") for i in range(4)]
     seen = set()
     for seed in range(8):
@@ -161,7 +161,7 @@ def test_answers_are_attacked_both_ways() -> None:
     assert seen == {("a0", "a1", "a2", "a3"), ("a1", "a2", "a3", "a0")}
 
 
-def test_leaving_out_everything_is_told() -> None:
+def test_leaving_out_every_kind_is_refused() -> None:
     with pytest.raises(CodefendError, match="nothing to mine"):
         BridgeConfig(without=("features", "words"))
     BridgeConfig(without=("features", "words"), mined=0.0)
@@ -170,7 +170,7 @@ def test_leaving_out_everything_is_told() -> None:
 # --- pairs and terms -------------------------------------------------------------------------------------------------
 
 
-def test_the_first_pictures_stay_clean_and_are_not_mined() -> None:
+def test_the_first_images_stay_clean_and_are_not_mined() -> None:
     guide, clean = ToyGuide(), images()
     _, attacked = loss_of(CONFIG, guide).pairs(Pairs(clean, None), 0, gen())
     assert torch.equal(attacked[0], clean[0])
@@ -190,7 +190,7 @@ def terms(config: BridgeConfig, texts: Any = ()) -> tuple[dict[str, float], ToyG
     ("field", "term"),
     [("w_bridge", "bridge"), ("w_features", "features"), ("w_words", "words"), ("w_direction", "direction")],
 )
-def test_every_term_has_its_switch(field: str, term: str) -> None:
+def test_every_term_has_a_weight(field: str, term: str) -> None:
     full, _ = terms(CONFIG)
     off, _ = terms(replace(CONFIG, **{field: 0.0}))
     double, _ = terms(replace(CONFIG, **{field: 2 * getattr(CONFIG, field)}))
@@ -200,7 +200,7 @@ def test_every_term_has_its_switch(field: str, term: str) -> None:
     assert {k: v for k, v in off.items() if k != term} == {k: v for k, v in full.items() if k != term}
 
 
-def test_no_term_that_looks_through_the_encoder_no_encoding() -> None:
+def test_without_terms_on_features_nothing_is_encoded() -> None:
     _, guide = terms(replace(CONFIG, w_features=0.0, w_direction=0.0, w_words=0.0))
     assert guide.pocket.gradients == 0
 
@@ -215,7 +215,7 @@ def test_some_steps_are_guided_by_another_view() -> None:
     assert 20 <= sum(view != View() for view in views) <= 40
     assert len(set(views)) > 8
     assert all(guides.viewed(encoder, np.random.default_rng(0), share=0.0) is encoder for encoder in encoders)
-    own = cast(Any, Pocket())  # a victim of one's own prepares its images itself
+    own = cast(Any, Pocket())  # a victim of your own has one view
     assert guides.viewed(own, np.random.default_rng(0), share=1.0) is own
 
 
@@ -285,7 +285,7 @@ def test_a_replayed_pair_starts_at_the_banks_and_stays_within_the_budget() -> No
     assert max(reach(replays.attacked(0).detach())) <= 6 + 1e-3
 
 
-def test_each_batch_is_replayed_as_often_as_said() -> None:
+def test_each_batch_is_replayed() -> None:
     drawn = [bridge.draw_pairs(REPLAYED, SmallBank(), n)[0].sum().item() for n in range(9)]  # type: ignore[arg-type]
     assert [len(set(drawn[i : i + 3])) for i in (0, 3, 6)] == [1, 1, 1]
     assert len(set(drawn)) == 3
@@ -305,7 +305,7 @@ def test_an_interrupted_training_on_replayed_pairs_equals_an_uninterrupted_one(
     config = replace(REPLAYED, prior=str(tmp_path / "prior"), strength=1.1)
     whole = bridge.train_bridge(config, tmp_path / "whole")
     assert load_net(whole)[1]["options"] == {"strength": 1.1}
-    if behind:  # the weights are there before the checkpoint that says so
+    if behind:  # after the last checkpoint
         interrupt_saved(lambda: bridge.train_bridge(config, tmp_path / "cut"), config.steps)
     else:
         interrupt(lambda: bridge.train_bridge(config, tmp_path / "cut"), 5)
@@ -314,17 +314,17 @@ def test_an_interrupted_training_on_replayed_pairs_equals_an_uninterrupted_one(
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-def test_views_of_a_victim_of_ones_own_are_refused() -> None:
+def test_views_without_a_named_encoder_are_refused() -> None:
     with pytest.raises(CodefendError, match="encoders by name"):
         BridgeConfig(views=0.3, encoders=("victim",))
 
 
-def test_a_strength_that_no_purifier_takes_is_refused() -> None:
+def test_a_strength_outside_its_range_is_refused() -> None:
     with pytest.raises(CodefendError, match=r"above 0, to 1\.5"):
         BridgeConfig(strength=2)
 
 
-def test_replays_that_a_checkpoint_would_cut_are_refused() -> None:
+def test_replays_across_a_checkpoint_are_refused() -> None:
     with pytest.raises(CodefendError, match="replay must divide save_every=50"):
         BridgeConfig(replay=3)
     with pytest.raises(CodefendError, match="ascend the whole loss"):
@@ -363,23 +363,23 @@ def test_a_share_of_the_pairs_is_compressed_under_its_own_perturbation() -> None
     changed = (coded - clean).abs().amax((1, 2, 3)) > 0
     assert 8 < int(changed.sum()) < 24
     assert torch.allclose(perturbed, (coded + attacked - clean).clamp(0, 1))
-    assert torch.allclose((coded[changed] * 255).round() / 255, coded[changed])  # what a file holds has 8 bits
+    assert torch.allclose((coded[changed] * 255).round() / 255, coded[changed])  # a file has 8 bits
 
 
-def test_a_share_of_the_steps_attacks_the_average() -> None:
+def test_a_share_of_the_mined_steps_attacks_the_average() -> None:
     net = small_net()
     never, always = (loss_of(replace(CONFIG, mined_average=share), net=net) for share in (0.0, 1.0))
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()
     before, after = (loss.mine(images(), (), 0, gen()) for loss in (always, never))
-    assert torch.equal(before, mined())  # through the average, which is still the network of before
+    assert torch.equal(before, mined())  # through the average, which is still the first network
     assert not torch.equal(after, before)
     some = loss_of(replace(CONFIG, mined_average=0.3))
     assert 60 < sum(some._mines_average(number) for number in range(300)) < 120
 
 
-def test_training_starts_from_the_prior_or_from_nothing(tmp_path: Path) -> None:
+def test_training_starts_from_the_prior_or_from_the_identity(tmp_path: Path) -> None:
     save_net(tmp_path, small_net(), kind="prior")
     started = bridge.start_from_prior(BridgeConfig(prior=str(tmp_path), residual_bound=0.1))
     assert started.config.residual_bound == 0.1
@@ -389,7 +389,7 @@ def test_training_starts_from_the_prior_or_from_nothing(tmp_path: Path) -> None:
     assert torch.allclose(fresh(images, torch.ones(1), torch.zeros(1)), images, atol=1e-6)
 
 
-def test_a_run_from_before_a_switch_existed_goes_on(tmp_path: Path) -> None:
+def test_a_run_from_before_a_setting_existed_resumes(tmp_path: Path) -> None:
     before = BridgeConfig().recorded()
     assert "without" not in before
     assert "save_every" in before
@@ -399,7 +399,7 @@ def test_a_run_from_before_a_switch_existed_goes_on(tmp_path: Path) -> None:
         runs.open_run(tmp_path, {"train": "bridge", **BridgeConfig(noise_free=0.2).recorded()})
 
 
-def test_each_ablation_changes_what_it_says_and_nothing_else() -> None:
+def test_each_ablation_changes_one_setting() -> None:
     full = PRESETS["ablation-full"].build({})
     family = {name: preset.build({}) for name, preset in PRESETS.items() if name.startswith("ablation-")}
     assert full == BridgeConfig(steps=300)

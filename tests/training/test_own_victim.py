@@ -1,4 +1,4 @@
-"""From a user's own Transformers model to a served defense in four commands, without a network; several processes."""
+"""A bridge for a Transformers model of your own: four commands, Parquet, streams, guidance, several processes."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ SHORT = ["steps=2", "batch=4", "warmup=1", "mined=0.5", "mining_steps=1", "save_
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A saved victim, a prior, and a small bank made by the command."""
+    """A saved victim, a prior, and a small bank of `codefend pairs`."""
     root = tmp_path_factory.mktemp("own")
     victim = hf_tiny.folder_of("qwen2_5_vl", root)
     save_net(root / "prior", PurifierNet(TINY), kind="prior")
     own = f"--set victim=hf:{victim}:max_new_tokens=4,device=cpu".split()
-    made = ["pairs", "own-pairs", "--run", str(root / "pairs"), "--parquet", str(root / "table"), *own]
-    assert main([*made, *settings(["count=24", "steps=1", "answer_steps=1", "shard=8"])]) == 0
+    command = ["pairs", "own-pairs", "--run", str(root / "pairs"), "--parquet", str(root / "table"), *own]
+    assert main([*command, *settings(["count=24", "steps=1", "answer_steps=1", "shard=8"])]) == 0
     return {"root": root, "victim": victim, "prior": root / "prior", "pairs": root / "pairs", "table": root / "table"}
 
 
@@ -54,7 +54,9 @@ def settings(items: list[str]) -> list[str]:
     return [part for item in items for part in ("--set", item)]
 
 
-def test_four_commands(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_four_commands_lead_from_a_model_to_a_served_defense(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     victim = f"hf:{folders['victim']}:max_new_tokens=4,device=cpu"
     rows = read_rows(folders["pairs"])
     assert {row["kind"] for row in rows} == {"features", "towards", "answers"}
@@ -65,9 +67,9 @@ def test_four_commands(folders: dict[str, Path], tmp_path: Path, capsys: pytest.
     weights = tmp_path / "bridge" / "weights"
     for row in read_rows(tmp_path / "bridge"):
         assert all(row[term] > 0 for term in ("bridge", "features", "words"))
-    judged = settings([f"victim={victim}", "tasks=vqa", f"defenses=none,{weights}", "attacks=apgd", "steps=1"])
-    judged += settings([f"adaptive={weights}", "adaptive_limit=1", "batch=2"])
-    assert main(["eval", "--run", str(tmp_path / "eval"), "--limit", "2", *judged]) == 0
+    evaluation = settings([f"victim={victim}", "tasks=vqa", f"defenses=none,{weights}", "attacks=apgd", "steps=1"])
+    evaluation += settings([f"adaptive={weights}", "adaptive_limit=1", "batch=2"])
+    assert main(["eval", "--run", str(tmp_path / "eval"), "--limit", "2", *evaluation]) == 0
     assert {(row["defense"], row["threat"]) for row in read_rows(tmp_path / "eval")} >= {(str(weights), "T2")}
     capsys.readouterr()
 
@@ -81,7 +83,7 @@ def test_four_commands(folders: dict[str, Path], tmp_path: Path, capsys: pytest.
     assert answer.json()["choices"][0]["message"]["role"] == "assistant"
 
 
-def test_parquet_is_the_same_bank(folders: dict[str, Path]) -> None:
+def test_parquet_has_the_pairs_of_the_bank(folders: dict[str, Path]) -> None:
     bank, table = (list(read_pairs(folders[name])) for name in ("pairs", "table"))
     assert [kind for *_, kind in bank] == [kind for *_, kind in table]
     for first, second in zip(bank, table, strict=True):
@@ -137,8 +139,8 @@ def test_two_processes_have_the_curve_of_one(folders: dict[str, Path], tmp_path:
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = ["-m", "codefend.cli", "train", "own-bridge", "--run", str(tmp_path / "two"), *settings(changes)]
     environment = {**os.environ, "CODEFEND_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
     alone, together = read_rows(tmp_path / "one"), read_rows(tmp_path / "two")
     assert len(alone) == len(together) == config.steps
     for first, second in zip(alone, together, strict=True):
@@ -148,7 +150,7 @@ def test_two_processes_have_the_curve_of_one(folders: dict[str, Path], tmp_path:
     assert torch.allclose(purifiers.load(one)(image), purifiers.load(tmp_path / "two" / "weights")(image), atol=1e-3)
 
 
-def test_micro_batches_are_shared_out_evenly() -> None:
+def test_micro_batches_are_shared_evenly() -> None:
     both = [_micro_batches(lambda number: number * 10, 4, rank, 2, 3) for rank in range(2)]
     assert both == [[(12, 120), (14, 140)], [(13, 130), (15, 150)]]
     assert _micro_batches(str, 4, 0, 1, 3) == [(n, str(n)) for n in (12, 13, 14, 15)]
@@ -156,15 +158,15 @@ def test_micro_batches_are_shared_out_evenly() -> None:
         Processes(count=2).check_micro(3)
 
 
-def test_guidance_is_the_victims_own(folders: dict[str, Path]) -> None:
+def test_a_victim_of_your_own_guides_by_its_answers_and_features(folders: dict[str, Path]) -> None:
     guide = load_guide(f"hf:{folders['victim']}:max_new_tokens=4,device=cpu", ["victim"])
     assert isinstance(guide, AnswerGuide)
     images = torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(guide.divergence(images, images), torch.zeros(2), atol=1e-6)
     x = (images + 0.05 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))).requires_grad_()
-    apart = guide.divergence(images, x)
-    assert (apart > 1e-6).all()
-    assert (torch.autograd.grad(apart.sum(), x)[0].flatten(1).norm(dim=1) > 0).all()
+    divergence = guide.divergence(images, x)
+    assert (divergence > 1e-6).all()
+    assert (torch.autograd.grad(divergence.sum(), x)[0].flatten(1).norm(dim=1) > 0).all()
     prompts, answers = guide.answers(images)
     loss: Tensor = guide.victim.loss(x, prompts, answers)
     assert torch.allclose(guide.objective(images)(x), -loss)

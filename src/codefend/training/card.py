@@ -98,11 +98,11 @@ def _bank(folder: str) -> Row:
     elif not table:
         for row in read_rows(folder):
             groups[row["kind"], row["target"], row.get("steps")] += [pair["eps"] for pair in row["pairs"]]
-    made = [
+    pairs = [
         {"kind": kind, "target": target, "steps": steps, "pairs": len(eps), "eps": [min(eps), max(eps)]}
         for (kind, target, steps), eps in sorted(groups.items(), key=str)
     ]
-    return {"config": {"table": Path(folder).name} if table else read_config(folder), "made": made}
+    return {"config": {"table": Path(folder).name} if table else read_config(folder), "made": pairs}
 
 
 def curve(rows: Sequence[Row], points: int = POINTS) -> list[Row]:
@@ -194,10 +194,10 @@ def results_table(run: str | Path, defense: str) -> str:
     lines = ["| task | threat | attack | eps | score, 95% interval | of clean | n |", "|---|---|---|---|---|---|---|"]
     for entry in entries:
         group, score = entry.group, entry.score
-        kept = "" if math.isnan(entry.retained) else f"{entry.retained:.0%}"
+        retained = "" if math.isnan(entry.retained) else f"{entry.retained:.0%}"
         cells = (group.task, group.threat, group.attack, eps_label(group.eps, entry.norm))
-        figure = f"{score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]"
-        lines.append(f"| {' | '.join(cells)} | {entry.metric} {figure} | {kept} | {score.n} |")
+        interval = f"{score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]"
+        lines.append(f"| {' | '.join(cells)} | {entry.metric} {interval} | {retained} | {score.n} |")
     return "\n".join(lines)
 
 

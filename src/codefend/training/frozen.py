@@ -24,7 +24,7 @@ WORDS = tuple(f" {c} {t.name}" for t in THINGS if t.tinted for c in COLOURS) + t
 
 
 class ViewedEncoder:
-    """An image encoder by name, seen through a `View`."""
+    """An encoder by name, with a `View` of its images."""
 
     def __init__(self, name: str, view: View | None = None) -> None:
         self.name, self.encoder = name, encoders.load(name).to(default_device())

@@ -128,7 +128,7 @@ def _stack(path: str | Path, rows: Sequence[dict[str, Any]]) -> tuple[Tensor, Te
 
 
 class Description(NamedTuple):
-    """How a pair was made: "", None and nan where a table, made elsewhere, lacks a column."""
+    """The attack of a pair: "", None and nan where a table of another origin lacks a column."""
 
     kind: str = ""
     target: str = ""

@@ -71,38 +71,39 @@ def train_peer(
     ``load_loss`` loads the networks that the loss needs; ``options`` are what the purifier must know of the training.
     Raises CodefendError when pairs, prior or victim are missing, or the folder was made with another config.
     """
-    folder = Path(folder)
+    recorded = {"train": "peer", "method": config.method, **asdict(config)}
+    return fit(folder, recorded, lambda: _training(config, Path(folder), load_loss, options or {})) / "weights"
 
-    def build() -> Training[Batch]:
-        bank = Bank(config.pairs, without=config.without) if isinstance(config, PairsPeerConfig) else None
-        peer_loss = load_loss()
-        net = start_from_prior(config).to(default_device()).train()
-        optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, betas=(0.9, 0.99))
-        average = MovingAverage(net)
 
-        def loss(batch: Batch, number: int) -> Losses:
-            clean = batch[0].to(default_device())
-            attacked = clean if batch[1] is None else batch[1].to(default_device())
-            return peer_loss(net, clean, attacked, number, make_generator(config.seed, config.method, number))
+def _training(
+    config: PeerConfig, folder: Path, load_loss: Callable[[], PeerLoss], options: Mapping[str, float]
+) -> Training[Batch]:
+    bank = Bank(config.pairs, without=config.without) if isinstance(config, PairsPeerConfig) else None
+    peer_loss = load_loss()
+    net = start_from_prior(config).to(default_device()).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, betas=(0.9, 0.99))
+    average = MovingAverage(net)
 
-        def save(step: int) -> None:
-            kind = config.method
-            save_net(folder / "weights", average.module, kind=kind, options=options, dtype=torch.float16)
-            write_card(folder, kind)
+    def loss(batch: Batch, number: int) -> Losses:
+        clean = batch[0].to(default_device())
+        attacked = clean if batch[1] is None else batch[1].to(default_device())
+        return peer_loss(net, clean, attacked, number, make_generator(config.seed, config.method, number))
 
-        return Training(
-            parameters=dict(net.named_parameters()),
-            batch=partial(_batch, config, bank),
-            loss=loss,
-            optimizer=optimizer,
-            schedule=cosine_schedule(optimizer, config.steps, warmup=config.warmup),
-            average=average,
-            steps=config.steps,
-            save=save,
-            save_every=config.save_every,
-        )
+    def save(step: int) -> None:
+        save_net(folder / "weights", average.module, kind=config.method, options=options, dtype=torch.float16)
+        write_card(folder, config.method)
 
-    return fit(folder, {"train": "peer", "method": config.method, **asdict(config)}, build) / "weights"
+    return Training(
+        parameters=dict(net.named_parameters()),
+        batch=partial(_batch, config, bank),
+        loss=loss,
+        optimizer=optimizer,
+        schedule=cosine_schedule(optimizer, config.steps, warmup=config.warmup),
+        average=average,
+        steps=config.steps,
+        save=save,
+        save_every=config.save_every,
+    )
 
 
 def start_from_prior(config: PeerConfig) -> PurifierNet:
