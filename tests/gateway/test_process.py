@@ -9,12 +9,16 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+import torch
 
+from codefend.core import images
 from gateway_kit import CHAT, chat, png, served, wait_for
 
 COMMAND = [sys.executable, "-c", "import sys; from codefend.cli import main; sys.exit(main())", "serve"]
@@ -118,3 +122,86 @@ def ready(client: httpx2.Client, process: subprocess.Popen[str]) -> bool:
         return client.get("/readyz").status_code == 200
     except httpx2.ConnectError:
         return False
+
+
+def photograph(width: int, height: int) -> bytes:
+    """A JPEG file with detail at several scales, as a camera writes it."""
+    rough = torch.rand(1, 3, height // 16, width // 16, generator=torch.Generator().manual_seed(0))
+    smooth = torch.nn.functional.interpolate(rough, (height, width), mode="bilinear")[0]
+    return images.encode(smooth, "JPEG")
+
+
+@pytest.fixture(scope="module")
+def gateway_process() -> Iterator[tuple[httpx2.Client, int]]:
+    """A client of `codefend serve` with worker processes, and its process id."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with served(quick_upstream) as model, httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:  # type: ignore[arg-type]
+        flags = ["--upstream", model, "--purifier", "blur", "--port", str(port)]
+        with subprocess.Popen(COMMAND + flags, env=environment(), stderr=subprocess.DEVNULL) as process:
+            try:
+                wait_for(lambda: ready(client, process), 120)
+                yield client, process.pid
+            finally:
+                process.terminate()
+
+
+async def quick_upstream(scope: Any, receive: Any, send: Any) -> None:
+    if scope["type"] == "lifespan":
+        return
+    while (await receive()).get("more_body", False):
+        pass
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"{}"})
+
+
+def memory_mb(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def hostile_bodies() -> list[tuple[str, bytes]]:
+    jpeg = images.encode(torch.zeros(3, 8, 8), "JPEG")
+    fill = jpeg[:2] + b"\xff" * 14_000_000 + jpeg[2:]
+    empty = jpeg[:2] + b"\xff\xe5\0\x02" * 3_500_000 + jpeg[2:]
+    bomb = images.encode(torch.zeros(3, 7000, 7000))
+    return [
+        (CHAT, json.dumps(chat(fill, empty)).encode()),
+        (CHAT, json.dumps(chat(bomb)).encode()),
+        ("/page/purify", b'{"image": [' + b"{}," * 15_000_000 + b"{}]}"),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
+def test_hostile_requests_delay_nobody_and_hold_no_memory(gateway_process: tuple[httpx2.Client, int]) -> None:
+    client, pid = gateway_process
+    before, latencies, bodies = memory_mb(pid), list[float](), hostile_bodies()
+    done = threading.Event()
+
+    def attack() -> None:
+        for _ in range(2):
+            for path, body in bodies:
+                client.post(path, content=body, headers={"content-type": "application/json"})
+        done.set()
+
+    attacking = threading.Thread(target=attack)
+    attacking.start()
+    seed, most = 0, before
+    while not done.is_set():
+        seed += 1
+        start = time.monotonic()
+        assert client.post(CHAT, json=chat(png(seed, height=32, width=32))).status_code == 200
+        latencies.append(time.monotonic() - start)
+        most = max(most, memory_mb(pid))
+    attacking.join()
+    assert len(latencies) > 5
+    assert max(latencies) < 3, "one such request took 48 s of everybody's time"
+    assert most - before < 600
+
+
+@pytest.mark.slow
+def test_a_photograph_of_twelve_megapixels_is_answered(gateway_process: tuple[httpx2.Client, int]) -> None:
+    client, _ = gateway_process
+    answer = client.post(CHAT, json=chat(photograph(4032, 3024)))
+    assert (answer.status_code, answer.headers["x-codefend-status"]) == (200, "purified")
