@@ -1,4 +1,4 @@
-"""Defenses under evaluation: measured, and not only declared, are randomness, gradient and cost."""
+"""Defenses under evaluation, with their measured randomness, gradient and cost."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from codefend.purifiers.base import Purifier
 
 @dataclass(frozen=True)
 class EvaluatedDefense:
-    """A defense with what an evaluation measured of it once."""
+    """A defense with its measurements, made once per evaluation."""
 
     label: str
     defense: Defense
     randomized: bool
-    gradient: str  # "exact", "straight-through" (BPDA), or "none needed" for the bare victim
+    gradient: str  # "exact", "straight-through" (BPDA), or "none needed" for the undefended victim
     cost: dict[str, Any]
 
     @property
@@ -48,7 +48,7 @@ def load_defense(label: str, loaders: Loaders) -> Defense:
 
 
 def evaluated_defense(label: str, loaders: Loaders, image: Tensor, seed: int = 0) -> EvaluatedDefense:
-    """Load a defense and find out on ``image`` ``[1, 3, H, W]`` whether it is random, differentiable, and its cost.
+    """Load a defense and measure on ``image`` ``[1, 3, H, W]`` whether it is random and differentiable, and its cost.
 
     What a purifier declares (``stochastic``, ``differentiable``) counts only where it makes the attack stronger.
     """

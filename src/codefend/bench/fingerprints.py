@@ -1,6 +1,6 @@
-"""What must not change while an evaluation is resumed: the weights behind the names in its config.
+"""Fingerprints of the weights that a config names, which must not change before an evaluation is resumed.
 
-A folder that is still being trained, or was calibrated again, would put rows of two networks into one figure.
+A folder that is still being trained, or was calibrated again, would mix rows of two networks in one figure.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from pathlib import Path
 from codefend.purifiers import PURIFIERS, WEIGHTS
 from codefend.types import CodefendError
 
-MUCH = 1 << 20  # bytes: of larger files the first and the last as many are read, which new weights change
+CHUNK = 1 << 20  # bytes; larger files are read at both ends only, which new weights change
 
 
 def fingerprints(names: Iterable[str]) -> dict[str, str]:
-    """Of each purifier or victim, as a config spells it, whose weights lie in a folder on this machine."""
-    found = {name: _folder(name) for name in names}
-    return {name: _fingerprint(folder) for name, folder in found.items() if folder is not None}
+    """The fingerprint of each purifier or victim, as a config spells it, whose weights are in a local folder."""
+    folders = {name: _folder(name) for name in names}
+    return {name: _fingerprint(folder) for name, folder in folders.items() if folder is not None}
 
 
 def check_unchanged(run_dir: Path, before: Mapping[str, str], now: Mapping[str, str], *, what: str = "weights") -> None:
-    """Raise CodefendError naming the first of ``now`` that the run began with another of."""
+    """Raise CodefendError naming the first of ``now`` whose fingerprint differs from the run's."""
     changed = [name for name, key in now.items() if before.get(name, key) != key]
     if changed:
         raise CodefendError(f"the {what} of {changed[0]!r} changed since {run_dir} began; use another folder")
@@ -45,8 +45,8 @@ def _fingerprint(folder: Path) -> str:
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
         with path.open("rb") as stream:
-            digest.update(stream.read(MUCH))
-            if size > MUCH:
-                stream.seek(-MUCH, 2)
-                digest.update(stream.read(MUCH))
+            digest.update(stream.read(CHUNK))
+            if size > CHUNK:
+                stream.seek(-CHUNK, 2)
+                digest.update(stream.read(CHUNK))
     return digest.hexdigest()[:16]

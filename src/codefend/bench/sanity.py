@@ -63,19 +63,16 @@ def check(rows: Iterable[Row]) -> list[Flag]:
 # --- one group at a time ---------------------------------------------------------------------------------------------
 
 
-def budget_violated(groups: Groups) -> list[Flag]:
+def budget_violated(groups: Groups) -> Iterable[Flag]:
     """The attack left its ball or the pixel range: the figure is not one of this threat model."""
-    flags = []
     for group, rows in _crafted(groups):
         bad = [row["violation"] for row in rows if row.get("violation")]
         if bad:
-            flags.append(_craft_flag("budget violated", f"{len(bad)} of {len(rows)}: {bad[0]}", group, rows))
-    return flags
+            yield _craft_flag("budget violated", f"{len(bad)} of {len(rows)}: {bad[0]}", group, rows)
 
 
-def gradient_zero(groups: Groups) -> list[Flag]:
+def gradient_zero(groups: Groups) -> Iterable[Flag]:
     """Gradients that are zero or vanish: the attack had no direction to follow, which isn't robustness."""
-    flags = []
     for group, rows in _crafted(groups):
         gradients = [row["gradient"] for row in rows if row.get("gradient") and not _succeeded(row)]
         if not gradients:
@@ -83,45 +80,39 @@ def gradient_zero(groups: Groups) -> list[Flag]:
         zero = statistics.fmean(g["zero_share"] for g in gradients)
         median = statistics.median(g["median"] for g in gradients)
         if zero > ZERO_SHARE:
-            flags.append(_craft_flag("zero gradient", f"{zero:.0%} of the gradients are exactly zero", group, rows))
+            yield _craft_flag("zero gradient", f"{zero:.0%} of the gradients are exactly zero", group, rows)
         elif median < VANISHING:
             reason = f"the gradient vanishes: median norm {median:.1e}"
-            flags.append(_craft_flag("zero gradient", reason, group, rows))
-    return flags
+            yield _craft_flag("zero gradient", reason, group, rows)
 
 
-def gradient_exploding(groups: Groups) -> list[Flag]:
+def gradient_exploding(groups: Groups) -> Iterable[Flag]:
     """Gradients that are not finite, vary by orders of magnitude or are huge: no useful directions."""
-    flags = []
     for group, rows in _crafted(groups):
         gradients = [row["gradient"] for row in rows if row.get("gradient") and not _succeeded(row)]
         infinite = sum(1 for g in gradients if g["nonfinite"] or g["max"] is None)
         ratios = [g["max"] / g["median"] for g in gradients if g["max"] is not None and g["median"]]
         if infinite:
             reason = f"gradients of {infinite} of {len(gradients)} examples are not finite"
-            flags.append(_craft_flag("exploding gradient", reason, group, rows))
+            yield _craft_flag("exploding gradient", reason, group, rows)
         elif ratios and statistics.median(ratios) > EXPLODING:
             reason = f"the largest gradient is {statistics.median(ratios):.0e} times the median one"
-            flags.append(_craft_flag("exploding gradient", reason, group, rows))
+            yield _craft_flag("exploding gradient", reason, group, rows)
         elif gradients and (median := statistics.median(g["median"] for g in gradients)) > HUGE:
             reason = f"the gradient is huge: median norm {median:.0e}"
-            flags.append(_craft_flag("exploding gradient", reason, group, rows))
-    return flags
+            yield _craft_flag("exploding gradient", reason, group, rows)
 
 
-def random_without_eot(groups: Groups) -> list[Flag]:
+def random_without_eot(groups: Groups) -> Iterable[Flag]:
     """Against a randomized defense, single gradient samples overestimate the robustness."""
-    flags = []
     for group, rows in _through_noise(groups):
         if all(row["budget"]["eot"] == 1 for row in rows if row.get("budget")):
             reason = "the defense is randomized and the attack averaged one sample per step: raise eot"
-            flags.append(_flag("random without EOT", reason, group, rows))
-    return flags
+            yield _flag("random without EOT", reason, group, rows)
 
 
-def overfitted_to_noise(groups: Groups) -> list[Flag]:
+def overfitted_to_noise(groups: Groups) -> Iterable[Flag]:
     """The attack overfitted to the noise that it sampled: under fresh noise part of its gain is lost."""
-    flags = []
     for group, rows in _through_noise(groups):
         curves = [row for row in rows if row.get("curve") and row["objective"].get("source") is not None]
         gain = math.fsum(row["curve"]["start"] - row["curve"]["end"] for row in curves)
@@ -130,11 +121,10 @@ def overfitted_to_noise(groups: Groups) -> list[Flag]:
         if robust and gain > 0 and fresh < (1 - OVERFITTED) * gain:
             eot = curves[0]["budget"]["eot"]
             reason = f"{1 - fresh / gain:.0%} of the gain is lost under fresh noise: raise eot above {eot}"
-            flags.append(_flag("overfitted to noise", reason, group, rows))
-    return flags
+            yield _flag("overfitted to noise", reason, group, rows)
 
 
-def single_submission(groups: Groups) -> list[Flag]:
+def single_submission(groups: Groups) -> Iterable[Flag]:
     """A randomized defense has to withstand every submission of an image, not one."""
     flags: dict[tuple[str, str], Flag] = {}
     for group, rows in _attacked(groups):
@@ -144,9 +134,8 @@ def single_submission(groups: Groups) -> list[Flag]:
     return list(flags.values())
 
 
-def not_converged(groups: Groups) -> list[Flag]:
+def not_converged(groups: Groups) -> Iterable[Flag]:
     """The loss was still falling at the last step, and the score can fall further."""
-    flags = []
     for group, rows in _crafted(groups):
         curves = [row["curve"] for row in rows if row.get("curve")]
         falling = sum(not curve["converged"] for curve in curves)
@@ -154,29 +143,24 @@ def not_converged(groups: Groups) -> list[Flag]:
             continue
         if _mean(rows) > ROBUST * _clean_mean(groups, group):
             reason = f"the loss still fell at the end on {falling} of {len(curves)} examples: raise steps"
-            flags.append(_craft_flag("not converged", reason, group, rows))
-    return flags
+            yield _craft_flag("not converged", reason, group, rows)
 
 
-def robust_without_bound(groups: Groups) -> list[Flag]:
+def robust_without_bound(groups: Groups) -> Iterable[Flag]:
     """Without a bound on the pixels no defense can be robust; one that seems so masks its gradients."""
-    flags = []
     for group, rows in _attacked(groups):
         mean, clean = _mean(rows), _clean_mean(groups, group)
         free = rows[0]["norm"] == "linf" and group.eps >= UNBOUNDED
         if free and _untargeted(rows) and rows[0]["access"] != "control" and mean > ROBUST * clean:
-            flags.append(
-                _flag("robust without bound", f"score {mean:.2f} at an eps that allows any image", group, rows)
-            )
-    return flags
+            reason = f"score {mean:.2f} at an eps that allows any image"
+            yield _flag("robust without bound", reason, group, rows)
 
 
 # --- groups against one another --------------------------------------------------------------------------------------
 
 
-def adaptive_weaker(groups: Groups) -> list[Flag]:
+def adaptive_weaker(groups: Groups) -> Iterable[Flag]:
     """An adaptive attack is weaker than an oblivious one: its gradient is masked, or it has too few steps."""
-    flags = []
     for group, rows in _attacked(groups):
         for weaker in ("T0", "T1"):
             other = groups.get(group._replace(threat=weaker), [])
@@ -187,13 +171,11 @@ def adaptive_weaker(groups: Groups) -> list[Flag]:
             if not worse and rows[0]["access"] == "white-box" and (share := _objective_gap(pair_rows(rows, other))):
                 reason = f"on {share:.0%} of the images {weaker} lowers the attack's own objective further"
             if reason:
-                flags.append(_flag("adaptive weaker", reason, group, rows))
-    return flags
+                yield _flag("adaptive weaker", reason, group, rows)
 
 
-def budget_helps_defender(groups: Groups) -> list[Flag]:
+def budget_helps_defender(groups: Groups) -> Iterable[Flag]:
     """A larger eps, or more steps of the same attack, should lower the score."""
-    flags = []
     for group, rows in _attacked(groups):
         if not _untargeted(rows):
             continue
@@ -204,13 +186,11 @@ def budget_helps_defender(groups: Groups) -> list[Flag]:
             if gap:
                 less = f"{other.attack} {eps_label(other.eps, rows[0]['norm'])}"
                 reason = f"the score is {gap:.2f} higher than under the smaller budget of {less}"
-                flags.append(_flag("larger budget helps the defender", reason, group, rows))
-    return flags
+                yield _flag("larger budget helps the defender", reason, group, rows)
 
 
-def black_box_wins(groups: Groups) -> list[Flag]:
+def black_box_wins(groups: Groups) -> Iterable[Flag]:
     """An attack on scores alone beats attacks with gradients: the gradients are masked."""
-    flags = []
     for group, rows in _attacked(groups):
         if rows[0]["access"] != "score" or not _untargeted(rows):
             continue
@@ -221,13 +201,11 @@ def black_box_wins(groups: Groups) -> list[Flag]:
         gap = _gap(pair_rows(strongest, rows), _clean_mean(groups, group))
         if gap:
             reason = f"the score is {gap:.2f} lower than under {strongest[0]['attack']}, which has the gradient"
-            flags.append(_flag("black box beats white box", reason, group, rows))
-    return flags
+            yield _flag("black box beats white box", reason, group, rows)
 
 
-def noise_as_strong(groups: Groups) -> list[Flag]:
+def noise_as_strong(groups: Groups) -> Iterable[Flag]:
     """Random noise of the same size lowers the score as much as an attack on the judged defense."""
-    flags = []
     for group, rows in _attacked(groups):
         aimed = group.threat in ("T2", "T2d") or group.defense == BARE
         if not aimed or rows[0]["access"] == "control" or not _untargeted(rows):
@@ -236,11 +214,10 @@ def noise_as_strong(groups: Groups) -> list[Flag]:
             pairs, clean = pair_rows(noise, rows), _clean_mean(groups, group)
             if pairs and statistics.fmean(_differences(pairs)) <= MEANINGFUL * clean and clean > 0:
                 reason = f"{other.attack} of the same size lowers the score as much"
-                flags.append(_flag("noise as strong", reason, group, rows))
-    return flags
+                yield _flag("noise as strong", reason, group, rows)
 
 
-def too_few(groups: Groups) -> list[Flag]:
+def too_few(groups: Groups) -> Iterable[Flag]:
     """Too few examples for a narrow confidence interval."""
     counts: dict[tuple[str, str], int] = {}
     for group, rows in groups.items():
@@ -255,7 +232,7 @@ def too_few(groups: Groups) -> list[Flag]:
     ]
 
 
-CHECKS: dict[str, Callable[[Groups], list[Flag]]] = {
+CHECKS: dict[str, Callable[[Groups], Iterable[Flag]]] = {
     "budget violated": budget_violated,
     "zero gradient": gradient_zero,
     "exploding gradient": gradient_exploding,
