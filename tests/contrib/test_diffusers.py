@@ -64,7 +64,7 @@ class Fixed(torch.nn.Module):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_a_model_that_knows_the_noise_gives_the_clean_picture(prediction: str, images: Tensor) -> None:
+def test_a_model_that_knows_the_noise_gives_the_clean_image(prediction: str, images: Tensor) -> None:
     scheduler = lib.DDPMScheduler(prediction_type=prediction)
     noise, step = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)), torch.tensor([100, 700])
     clean = 2 * images - 1
@@ -91,7 +91,7 @@ def test_steps_of_the_usual_table_are_our_times(ddpm: Path) -> None:
 
 
 def test_reverse_steps_are_ddims(ddpm: Path, images: Tensor) -> None:
-    """Against the library's own loop, from the same noisy picture, at whole steps."""
+    """Against the library's own loop, from the same noisy image, at whole steps."""
     net, scheduler = load_denoiser(str(ddpm)), lib.DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
     steps = [400, 200, 0]
     levels = torch.cat([net.get_buffer("sigmas")[steps].double(), torch.zeros(1)])
@@ -114,7 +114,7 @@ def test_consistency_steps_are_lcms(tmp_path: Path) -> None:
         purifier.latents.denoiser,
         lib.LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
     )
-    assert set(net.given) == {"encoder_hidden_states", "timestep_cond"}
+    assert set(net.conditions) == {"encoder_hidden_states", "timestep_cond"}
     skip, out = (float(value) for value in boundary(torch.tensor(499.0)))
     theirs = scheduler.get_scalings_for_boundary_condition_discrete(499)
     assert (skip, out) == pytest.approx([float(value) for value in theirs])
@@ -204,11 +204,11 @@ def test_of_a_learned_variance_the_noise_is_the_first_half(guided: Path, images:
         load_denoiser(str(diffusers_tiny.ddpm(tmp_path / "four", out_channels=4)))
 
 
-def test_xl_is_told_nothing_but_the_pictures_size(xl: Path, images: Tensor, tmp_path: Path) -> None:
+def test_xl_is_told_nothing_but_the_images_size(xl: Path, images: Tensor, tmp_path: Path) -> None:
     """What the denoiser says at a whole step is what the library's own U-Net says with the pipeline's inputs."""
     latents = load_latents(str(xl))
     net = latents.denoiser
-    assert not any(value.any() for value in net.given.values())  # trained on zeros where there is no text
+    assert not any(value.any() for value in net.conditions.values())  # trained on zeros where there is no text
     pipe = lib.StableDiffusionXLPipeline.from_pretrained(xl, add_watermarker=False)
     z = torch.randn(2, 4, 12, 10, generator=torch.Generator().manual_seed(0))
     sizes = pipe._get_add_time_ids((24, 20), (0, 0), (24, 20), torch.float32, text_encoder_projection_dim=16)
@@ -219,8 +219,8 @@ def test_xl_is_told_nothing_but_the_pictures_size(xl: Path, images: Tensor, tmp_
     assert not torch.allclose(net.predict(z[..., :8], torch.full((2,), 300.0)), expected[..., :8], atol=1e-3)
     worded = load_latents(str(diffusers_tiny.stable_diffusion_xl(tmp_path / "worded", zeros=False)))
     empty = pipe.encode_prompt("", device=torch.device("cpu"), do_classifier_free_guidance=False)
-    assert torch.allclose(worded.denoiser.given["encoder_hidden_states"], empty[0], atol=1e-5)
-    assert torch.allclose(worded.denoiser.given["text_embeds"], empty[2], atol=1e-5)
+    assert torch.allclose(worded.denoiser.conditions["encoder_hidden_states"], empty[0], atol=1e-5)
+    assert torch.allclose(worded.denoiser.conditions["text_embeds"], empty[2], atol=1e-5)
     refiner = diffusers_tiny.stable_diffusion_xl(tmp_path / "refiner", projection_class_embeddings_input_dim=56)
     with pytest.raises(CodefendError, match="a refiner"):
         load_latents(str(refiner))

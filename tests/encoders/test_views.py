@@ -1,4 +1,4 @@
-"""Views: what they show, that gradients come back, and that a tower through one keeps its encoder."""
+"""Views: their geometry, that gradients come back, and encoders behind them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from codefend.encoders.views import SIDES, View, draw_view
 
 
-def picture() -> torch.Tensor:
+def example_images() -> torch.Tensor:
     return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 def test_a_view_turns_then_mirrors() -> None:
-    images = picture()
+    images = example_images()
     assert torch.equal(View(64)(images), images)
     assert torch.equal(View(64, mirrored=True)(images), images.flip(-1))
     assert torch.equal(View(64, quarters=1, mirrored=True)(images)[..., 0, 0], images[..., -1, -1])
@@ -22,11 +22,11 @@ def test_a_view_turns_then_mirrors() -> None:
 
 
 def test_a_view_at_another_size_keeps_the_mean_and_gives_gradients_back() -> None:
-    images = picture().requires_grad_(True)
-    shown = View(96, quarters=3)(images)
-    assert shown.shape == (2, 3, 96, 96)
-    assert shown.mean().item() == pytest.approx(images.mean().item(), abs=0.01)
-    (grad,) = torch.autograd.grad(shown.square().sum(), images)
+    images = example_images().requires_grad_(True)
+    viewed = View(96, quarters=3)(images)
+    assert viewed.shape == (2, 3, 96, 96)
+    assert viewed.mean().item() == pytest.approx(images.mean().item(), abs=0.01)
+    (grad,) = torch.autograd.grad(viewed.square().sum(), images)
     assert bool((grad != 0).all())
 
 
@@ -40,14 +40,14 @@ def test_views_are_drawn_from_all_sizes_and_turns() -> None:
 
 
 @pytest.mark.weights
-def test_a_tower_through_a_view_sees_that_view() -> None:
+def test_a_frozen_encoder_through_a_view_gets_that_view() -> None:
     from codefend.training.frozen import ViewedEncoder
 
-    tower, images = ViewedEncoder("lite0"), torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))
-    turned = tower.through(View(160, quarters=1))
-    assert turned.encoder is tower.encoder
-    assert tower.view == View()
+    encoder, images = ViewedEncoder("lite0"), torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+    turned = encoder.through(View(160, quarters=1))
+    assert turned.encoder is encoder.encoder
+    assert encoder.view == View()
     assert turned.features(images).shape[1] == 25
-    wanted = tower.encoder(View(160, quarters=1)(images))
-    assert torch.allclose(turned.features(images), wanted)
-    assert not torch.allclose(tower.features(images), tower.through(View(128, mirrored=True)).features(images))
+    expected = encoder.encoder(View(160, quarters=1)(images))
+    assert torch.allclose(turned.features(images), expected)
+    assert not torch.allclose(encoder.features(images), encoder.through(View(128, mirrored=True)).features(images))

@@ -26,7 +26,7 @@ def gen(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_features_are_the_sizes_they_say() -> None:
+def test_features_have_their_documented_magnitudes() -> None:
     purified = torch.full((3, 3, 16, 24), 0.5)
     flat, fine, patch = torch.zeros(3, 3, 16, 24)
     flat += 0.1
@@ -59,14 +59,14 @@ def test_nothing_removed_gives_finite_scores_and_gradients() -> None:
     assert features(half.half(), half.half() * 0.999).isfinite().all()
 
 
-def test_a_detector_of_four_weights_goes_by_the_first_four_features() -> None:
+def test_a_detector_of_four_weights_uses_the_first_four_features() -> None:
     images, purified = torch.rand(2, 2, 3, 16, 16, generator=gen())
     four, eight = (Detector((1.0, -2.0, 0.5, 3.0, *zeros), 0.1, 0.5, 0.01) for zeros in ((), (0.0,) * 4))
     assert torch.equal(four.logit(images, purified), eight.logit(images, purified))
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.3])
-def test_at_most_the_wanted_share_is_above_the_threshold(rate: float) -> None:
+def test_at_most_the_requested_share_is_above_the_threshold(rate: float) -> None:
     scores = torch.rand(500, generator=gen())
     threshold = threshold_at(scores, rate)
     assert float((scores > threshold).float().mean()) == pytest.approx(rate, abs=0.003)
@@ -122,7 +122,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "mine"
 
 
-def test_a_calibrated_score_travels_with_the_weights(weights: Path, tmp_path: Path) -> None:
+def test_a_calibrated_detector_is_saved_with_the_weights(weights: Path, tmp_path: Path) -> None:
     config = CalibrateConfig(pairs=(str(bank(tmp_path / "bank", 1)),), clean=400, rate=0.02)
     made = calibrate(weights, config)
     assert made.false_positive_rate <= 0.06
@@ -141,7 +141,7 @@ def test_a_calibrated_score_travels_with_the_weights(weights: Path, tmp_path: Pa
     assert torch.equal(other.score(clean), bare.score(clean))
 
 
-def test_a_gate_lets_clean_pictures_pass_and_purifies_the_others(weights: Path, tmp_path: Path) -> None:
+def test_a_gate_lets_clean_images_pass_and_purifies_the_others(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(CodefendError, match="calibrate"):
         purifiers.load(f"{weights}:gate=true")
     detector = calibrate(weights, CalibrateConfig(pairs=(str(bank(tmp_path / "bank", 1)),), clean=400, rate=0.02))
@@ -152,7 +152,7 @@ def test_a_gate_lets_clean_pictures_pass_and_purifies_the_others(weights: Path, 
         Bridge(smoothing_net(), BridgeOptions(gate=True))(smooth(1, 1))
     clean = smooth(78, 16)
     attacked = (clean + 8 / 255 * torch.randn(clean.shape, generator=gen()).sign()).clamp(0, 1)
-    share = detector.suspicion(clean, plain(clean))
+    share = detector.gate_share(clean, plain(clean))
     assert float((share == 0).float().mean()) > 0.5
     assert torch.equal(gated(clean)[share == 0], clean[share == 0])
     assert not torch.equal(plain(clean), clean)
@@ -163,13 +163,13 @@ def test_a_gate_lets_clean_pictures_pass_and_purifies_the_others(weights: Path, 
     assert torch.equal(gated.judge(both, gated(both)), plain.score(both))
 
 
-def test_a_gate_opens_evenly_below_the_threshold_and_has_a_gradient() -> None:
+def test_a_gate_opens_linearly_below_the_threshold_and_has_a_gradient() -> None:
     detector = Detector((1.0, 0.0, 0.0, 0.0), 0.0, 0.01, 0.01)  # the logit is the log RMS of what was removed
     purified = torch.full((5, 3, 8, 8), 0.5)
     at = torch.tensor(0.01 / 0.99).log()
     sizes = torch.stack([at - 2 * RAMP, at - RAMP, at - RAMP / 2, at, at + RAMP]).exp()
     images = (purified + sizes.view(-1, 1, 1, 1)).requires_grad_()
-    share = detector.suspicion(images, purified)
+    share = detector.gate_share(images, purified)
     assert share.tolist() == pytest.approx([0, 0, 0.5, 1, 1], abs=0.02)
     share[2].backward()
     assert images.grad is not None
@@ -185,7 +185,7 @@ def test_a_gate_opens_evenly_below_the_threshold_and_has_a_gradient() -> None:
         ({"rate": 0.0}, "draw more"),
     ],
 )
-def test_calibration_refuses_what_it_cannot_do(
+def test_calibration_refuses_impossible_settings(
     changes: dict[str, object], words: str, weights: Path, tmp_path: Path
 ) -> None:
     values = {"pairs": (str(bank(tmp_path / "bank", 1)),), "clean": 400, **changes}
@@ -201,7 +201,7 @@ def test_the_banks_of_the_training_are_refused(weights: Path, tmp_path: Path) ->
         calibrate(weights, CalibrateConfig(pairs=(str(place),)))
 
 
-def test_a_damaged_detector_is_told(weights: Path) -> None:
+def test_a_damaged_detector_is_an_error(weights: Path) -> None:
     config = json.loads((weights / "config.json").read_text())
     for detector in ({"weights": [1, 2]}, {"weights": [1, 2], "bias": 0, "threshold": 0, "false_positive_rate": 0}):
         (weights / "config.json").write_text(json.dumps({**config, "detector": detector}))

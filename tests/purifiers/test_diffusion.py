@@ -62,10 +62,10 @@ def test_preconditioning_is_edm_without_a_shift() -> None:
     sigma = torch.tensor([0.01, 0.25, 0.6], dtype=torch.float64)
     scales = d.preconditioning(torch.zeros_like(sigma), sigma, sigma_data=0.25)
     total = sigma**2 + 0.0625
-    assert torch.allclose(scales.skip, 0.0625 / total)
-    assert torch.allclose(scales.out, sigma * 0.25 / total.sqrt(), rtol=1e-4)
-    assert torch.allclose(scales.into, total.rsqrt())
-    assert torch.allclose(scales.noise, sigma.log() / 4, atol=1e-4)
+    assert torch.allclose(scales.c_skip, 0.0625 / total)
+    assert torch.allclose(scales.c_out, sigma * 0.25 / total.sqrt(), rtol=1e-4)
+    assert torch.allclose(scales.c_in, total.rsqrt())
+    assert torch.allclose(scales.c_noise, sigma.log() / 4, atol=1e-4)
 
 
 def test_preconditioning_gives_unit_variance_with_a_shift() -> None:
@@ -74,15 +74,15 @@ def test_preconditioning_gives_unit_variance_with_a_shift() -> None:
     s, sigma = torch.tensor([0.7]), torch.tensor([0.05])
     x = 0.25 * clean + 0.7 * d.SHIFT_DATA * shift + 0.05 * noise
     scales = d.preconditioning(s, sigma)
-    assert float((scales.into * x).var()) == pytest.approx(1, rel=0.01)
-    assert float(((0.25 * clean - scales.skip * x) / scales.out).var()) == pytest.approx(1, rel=0.01)
+    assert float((scales.c_in * x).var()) == pytest.approx(1, rel=0.01)
+    assert float(((0.25 * clean - scales.c_skip * x) / scales.c_out).var()) == pytest.approx(1, rel=0.01)
 
 
 def test_preconditioning_leaves_noise_free_images_alone() -> None:
     scales = d.preconditioning(torch.tensor([0.0, 1.0]), torch.zeros(2))
-    assert scales.skip.tolist() == [1.0, 1.0]
-    assert float(scales.out[0]) < 2e-6
-    assert float(scales.out[1]) == pytest.approx(8 / 255, rel=1e-3)
+    assert scales.c_skip.tolist() == [1.0, 1.0]
+    assert float(scales.c_out[0]) < 2e-6
+    assert float(scales.c_out[1]) == pytest.approx(8 / 255, rel=1e-3)
 
 
 # --- prior -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Guidance: steps away from the attacked picture's features, local, bounded, exact in their gradient, and worth it."""
+"""Guidance: steps away from the attacked image's features, local, bounded, exact in their gradient, and worth it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cells(images: Tensor) -> Tensor:
 
 
 def scene(count: int = 2, height: int = 64, width: int = 64) -> tuple[Tensor, Tensor, Tensor]:
-    """Clean, attacked (8/255, in the features' own direction), and purified pictures that keep a third of it."""
+    """Clean, attacked (8/255, in the features' own direction), and purified images that keep a third of it."""
     clean = F.interpolate(torch.rand(count, 3, height // 8, width // 8, generator=gen(1)), (height, width)) * 0.6 + 0.2
     start = (clean + torch.randn(clean.shape, generator=gen(2)) * LEVEL).requires_grad_()
     likeness = F.cosine_similarity(cells(start), cells(clean), dim=-1).sum()
@@ -54,7 +54,7 @@ def test_features_move_away_from_the_attack_and_back_to_clean() -> None:
         assert way * (after - before) > 0
 
 
-def test_a_pixel_moves_by_no_more_than_its_share_of_what_was_taken_out() -> None:
+def test_a_pixel_moves_by_no_more_than_its_share_of_the_removed_part() -> None:
     _, attacked, purified = scene()
     purified[:, :, :32] = attacked[:, :, :32]  # here nothing was
     moved = Guidance(0.3, [cells])(attacked, purified) - purified
@@ -64,7 +64,7 @@ def test_a_pixel_moves_by_no_more_than_its_share_of_what_was_taken_out() -> None
     assert float(moved[:, :, 40:].abs().max()) > 0.2 * 0.67 * 8 * LEVEL
 
 
-def test_a_picture_is_guided_the_same_in_any_company_and_whenever() -> None:
+def test_guidance_of_an_image_does_not_depend_on_its_batch_or_on_earlier_calls() -> None:
     _, attacked, purified = scene(3)
     guide = Guidance(0.2, [cells])
     together = guide(attacked, purified)
@@ -81,7 +81,7 @@ def test_any_size_and_precision(dtype: torch.dtype) -> None:
     assert bool(moved.isfinite().all())
 
 
-def test_tiles_are_guided_as_the_whole_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_are_guided_as_the_whole_image(monkeypatch: pytest.MonkeyPatch) -> None:
     _, attacked, purified = scene(1, 288, 416)
     guide = Guidance(0.3, [cells])
     whole = guide(attacked, purified)
@@ -179,7 +179,7 @@ def test_a_bridge_restores_more_for_an_encoder_that_guides_nothing() -> None:
     assert plain + 0.01 < guided < own
 
 
-def test_what_the_detector_goes_by_is_known_before_guidance() -> None:
+def test_the_detector_compares_images_before_guidance() -> None:
     plain, guided, gated = (
         purifiers.load(f"bridge-detail{options}") for options in ("", ":guided=0.2", ":guided=0.2,gate=true")
     )
@@ -189,7 +189,7 @@ def test_what_the_detector_goes_by_is_known_before_guidance() -> None:
     with torch.no_grad():
         assert torch.allclose(guided.judge(attacked, guided(attacked)), plain.judge(attacked, plain(attacked)))
         both = torch.cat([clean, attacked])
-        share = guided.detector.suspicion(both, plain(both))
+        share = guided.detector.gate_share(both, plain(both))
         assert share[2:].tolist() == [1, 1]
         assert float(share[:2].max()) < 0.5
         wanted = torch.lerp(both, guided(both), share.view(-1, 1, 1, 1))
@@ -198,7 +198,7 @@ def test_what_the_detector_goes_by_is_known_before_guidance() -> None:
         assert not torch.allclose(wanted[2:], plain(attacked), atol=1e-3)
 
 
-def test_an_attacker_who_evades_the_detector_evades_what_it_goes_by() -> None:
+def test_the_penalty_for_detection_is_the_same_with_guidance() -> None:
     """Its fine is that of the purifier without guidance, to the last digit."""
     attacked = (crops() + 8 * LEVEL * torch.randn(2, 3, 128, 128, generator=gen(3)).sign()).clamp(0, 1)
 
@@ -232,7 +232,7 @@ class Wrong:
         Wrong("guides=lite0+lite9", "lite9"),
     ],
 )
-def test_wrong_options_are_told(wrong: Wrong) -> None:
+def test_wrong_options_are_errors(wrong: Wrong) -> None:
     with pytest.raises(CodefendError, match=wrong.words):
         purifiers.load(f"bridge:{wrong.options}")
 
@@ -241,7 +241,7 @@ def test_its_work_is_counted_and_it_is_not_exported(tmp_path: Path) -> None:
     plain, guided = purifiers.load("bridge-detail"), purifiers.load("bridge-detail:guided=0.2")
     extra = guided.multiply_adds(224, 224) - plain.multiply_adds(224, 224)
     forth = sum(encoders.shared(name).local_multiply_adds for name in ("lite0", "lite2")) * 224**2
-    assert extra == pytest.approx(9 * forth, rel=1e-3)  # the attacked picture once, then four times there and back
+    assert extra == pytest.approx(9 * forth, rel=1e-3)  # the attacked image once, then four times there and back
     assert 0.2e9 < forth < 1.5e9
     with pytest.raises(CodefendError, match="guidance"):
         export_onnx("bridge-detail:guided=0.2", f"{tmp_path}/x.onnx")

@@ -137,7 +137,7 @@ def test_save_and_load(tmp_path: Path, dtype: torch.dtype, tolerance: float) -> 
     assert float((net(*arguments) - again(*arguments)).detach().abs().max()) <= tolerance
 
 
-def test_broken_folders_are_the_users_to_mend(tmp_path: Path) -> None:
+def test_broken_folders_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(CodefendError, match=r"no config\.json and no model\.safetensors"):
         load_net(tmp_path)
     save_net(tmp_path, PurifierNet(TINY), kind="prior")

@@ -89,7 +89,7 @@ def test_dtype_comes_back(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradient_reaches_the_images_unless_it_is_said_not_to(name: str) -> None:
+def test_gradient_reaches_the_images_unless_declared_otherwise(name: str) -> None:
     purifier = load(name, **QUICK.get(name, {}))
     images = torch.rand(2, 3, 13, 16, generator=gen()).requires_grad_()
     out = purifier(images, generator=gen())
@@ -106,11 +106,11 @@ def test_gradient_reaches_the_images_unless_it_is_said_not_to(name: str) -> None
 def test_pil_round_trip_keeps_size_and_alpha(name: str) -> None:
     purifier = load(name, **QUICK.get(name, {}))
     pixels = np.random.default_rng(0).integers(0, 256, (11, 17, 4), dtype=np.uint8)
-    picture = Image.fromarray(pixels)
-    out = purifier.purify(picture, seed=3)
+    image = Image.fromarray(pixels)
+    out = purifier.purify(image, seed=3)
     assert (out.size, out.mode) == ((17, 11), "RGBA")
     assert np.array_equal(np.asarray(out)[..., 3], pixels[..., 3])
-    assert np.array_equal(np.asarray(out), np.asarray(purifier.purify(picture, seed=3)))
+    assert np.array_equal(np.asarray(out), np.asarray(purifier.purify(image, seed=3)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -184,7 +184,7 @@ def test_mistakes_are_named(name: str, words: str) -> None:
         load(name)
 
 
-def test_missing_weights_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_weights_name_the_training_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(purifiers, "WEIGHTS", tmp_path)
     with pytest.raises(CodefendError, match="codefend train bridge --run DIR"):
         load("bridge")
@@ -227,7 +227,7 @@ def test_jpeg_is_pillows() -> None:
     assert np.array_equal((out[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8), expected)
 
 
-def test_bitdepth_leaves_the_levels_it_says() -> None:
+def test_bitdepth_leaves_as_many_levels_as_its_bits() -> None:
     images = torch.rand(1, 3, 32, 32, generator=gen())
     out = load("bitdepth:bits=4,median=1")(images)
     assert len(out.unique()) == 16
@@ -270,7 +270,7 @@ def test_untrained_bridge_is_the_identity_at_any_size() -> None:
         assert float(purifier.score(images).detach()) < 1e-6
 
 
-def test_score_is_the_size_of_what_was_removed() -> None:
+def test_score_is_the_magnitude_of_the_removed_part() -> None:
     images = torch.full((2, 3, 8, 8), 0.5)
 
     class Shift(Purifier):
@@ -398,7 +398,7 @@ def test_tiles_keep_memory_flat_and_are_counted(small_tiles: None) -> None:
     assert max(n * h * w for n, _, h, w in sizes) <= 96 * 96
     assert 2 * Spy().multiply_adds(100, 200) == sum(n * h * w for n, _, h, w in sizes)
     sizes.clear()
-    Spy()(torch.rand(9, 3, 40, 50, generator=gen()))  # many small pictures are split as well
+    Spy()(torch.rand(9, 3, 40, 50, generator=gen()))  # many small images are split as well
     assert [shape[0] for shape in sizes] == [4, 4, 1]
 
 

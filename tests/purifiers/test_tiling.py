@@ -33,12 +33,12 @@ def test_no_seam_with_the_shipped_bridge(monkeypatch: pytest.MonkeyPatch) -> Non
     image = photograph(304, 480)
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0)).sign() * 8 / 255
     purifier = load("bridge", sigma=0.0)  # other noise would differ more than any seam
-    for picture in (image, (image + noise).clamp(0, 1)):
-        whole = purifier(picture)
+    for images in (image, (image + noise).clamp(0, 1)):
+        whole = purifier(images)
         with monkeypatch.context() as patch:
             patch.setattr(grid, "TILED_ABOVE", 1)
             patch.setattr(grid, "TILE", 256)
-            tiled = purifier(picture)
+            tiled = purifier(images)
         difference = (tiled - whole).abs().flatten()
         assert float(difference.max()) > 0  # it was tiled
         assert float(difference.quantile(0.999)) < 0.2 / 255  # 1 / 255 is what one could see
@@ -97,7 +97,7 @@ def test_longest_side_is_limited_and_aspect_kept(
     assert (shrunk is pixels) is (size == expected)
 
 
-def test_the_pillow_door_shrinks_picture_and_alpha_together() -> None:
+def test_pil_images_are_shrunk_with_their_alpha_channel() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 4), dtype=np.uint8)
     out = load("identity").purify(Image.fromarray(pixels), max_side=45)
     assert (out.size, out.mode) == ((45, 30), "RGBA")

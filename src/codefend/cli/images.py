@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from codefend.defense import DefendedVictim
-    from codefend.purifiers.jobs import Outcome
+    from codefend.purifiers.folders import FolderReport
 
 app = typer.Typer()
 
@@ -58,9 +58,9 @@ def purify(
     Example: codefend purify photos/ -o clean/
     """
     from codefend import purifiers
-    from codefend.purifiers.jobs import Options, purify_paths
+    from codefend.purifiers.folders import FolderOptions, purify_paths
 
-    options = Options(
+    options = FolderOptions(
         purifier=purifier,
         seed=seed,
         batch=batch,
@@ -80,7 +80,7 @@ def purify(
         raise typer.Exit(1)
 
 
-def _print_failures(outcome: Outcome) -> None:
+def _print_failures(outcome: FolderReport) -> None:
     for name, reason in outcome.failed:
         print(f"failed: {name}: {reason}", file=sys.stderr)
     names = [name for name, _ in outcome.failed]

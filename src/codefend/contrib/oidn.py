@@ -1,4 +1,4 @@
-"""Intel Open Image Denoise behind added noise: a strong ready-made denoiser as a baseline (optional extra `oidn`).
+"""Intel Open Image Denoise behind added noise: an existing denoiser as a baseline (extra `oidn`).
 
 The network is read from the library of the `pyoidn` package (Apache-2.0) and run in torch, so that it has a gradient.
 Architecture and file format after OIDN 2.5 (https://github.com/RenderKit/oidn, training/model.py and core/tza.cpp).
@@ -33,7 +33,7 @@ INSTALL = "install the extra: pip install --no-deps pyoidn==2.5.1.0"
 
 @dataclass(frozen=True)
 class OidnOptions:
-    sigma: float = 16 / 255  # noise added first, pixels in [0, 1]; the network is good to about 25/255
+    sigma: float = 16 / 255  # noise added first, pixels in [0, 1]; the network denoises up to about 25/255
 
     def __post_init__(self) -> None:
         if not 0 <= self.sigma <= 0.2:
@@ -72,7 +72,7 @@ class OidnNet(nn.Module):
 
 
 class Oidn(Purifier):
-    """Add Gaussian noise that drowns the perturbation, then denoise once."""
+    """Add Gaussian noise, then denoise once."""
 
     name, evaluations, multiple = "oidn", 1, 16
     options_class = OidnOptions

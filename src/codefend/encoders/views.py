@@ -1,8 +1,7 @@
-"""A picture as another model's preprocessing would show it to its encoder: at another size, turned or mirrored.
+"""Views of an image, as the preprocessing of another model may give: resized, rotated, mirrored. For training.
 
-A perturbation is a pattern on the grid of the encoder it was made for, and a purifier that has met one grid undoes
-little on another. Input diversity (Xie et al. 2019, arXiv 1803.06978) does for attacks what this does for pairs and
-guidance.
+A perturbation is a pattern on the pixel grid of the encoder that it attacks, and a purifier trained on one grid removes
+little on another. Input diversity (Xie et al. 2019, arXiv 1803.06978) uses such views for attacks.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SIDE = 128  # pixels that the pocket's encoder and the trainings see
-SIDES = (96, 128, 160, 192, 224)  # of a training picture of 128 pixels: from three quarters to one and three quarters
+SIDE = 128  # of training images and of the pocket's encoder, pixels
+SIDES = (96, 128, 160, 192, 224)  # 0.75 to 1.75 times a training image of 128 pixels
 
 
 def fit_square(images: Tensor, side: int = SIDE) -> Tensor:
@@ -33,20 +32,20 @@ def fit_square(images: Tensor, side: int = SIDE) -> Tensor:
 
 @dataclass(frozen=True)
 class View:
-    """``side`` pixels, a multiple of 32; ``quarters`` turns of 90 degrees, then mirrored or not."""
+    """Resized to ``side`` pixels, a multiple of 32; rotated by ``quarters`` of 90 degrees; then ``mirrored``."""
 
     side: int = SIDE
     quarters: int = 0
     mirrored: bool = False
 
     def __call__(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` to ``[B, 3, side, side]`` as `fit_square` does it, then turned; differentiable."""
-        turned = torch.rot90(fit_square(images, self.side), self.quarters, (2, 3))
-        return turned.flip(-1) if self.mirrored else turned
+        """The view ``[B, 3, side, side]`` of ``[B, 3, H, W]``, resized by `fit_square`; differentiable."""
+        rotated = torch.rot90(fit_square(images, self.side), self.quarters, (2, 3))
+        return rotated.flip(-1) if self.mirrored else rotated
 
 
 def draw_view(rng: np.random.Generator) -> View:
-    """Any of SIDES, half of the time turned or mirrored."""
+    """A view of a random side in `SIDES`; half of them are also rotated or mirrored at random."""
     side = SIDES[int(rng.integers(len(SIDES)))]
     if rng.random() < 0.5:
         return View(side)

@@ -134,10 +134,10 @@ class Purifier(nn.Module):
             return purified if self.guidance is None else clip(self.guidance(images, purified))
         if self.detector is None:
             raise ValueError(f"{self.name} has a gate but no detector to control it")
-        share = self.detector.suspicion(images, purified).to(images.dtype)
-        if self.guidance is not None and (open_ := share > 0).any():  # the others stay unchanged
+        share = self.detector.gate_share(images, purified).to(images.dtype)
+        if self.guidance is not None and (changed := share > 0).any():
             purified = purified.clone()
-            purified[open_] = clip(self.guidance(images[open_], purified[open_]))
+            purified[changed] = clip(self.guidance(images[changed], purified[changed]))
         return torch.lerp(images, purified, share.view(-1, 1, 1, 1))
 
     def transformed(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
@@ -172,7 +172,7 @@ class Purifier(nn.Module):
         return (images - purified).square().flatten(1).mean(1).sqrt()
 
     def purify(self, image: Image, *, seed: int = 0, max_side: int | None = None) -> Image:
-        """Purify a PIL image of any mode; the result has its size and alpha channel. ``max_side`` shrinks larger images.
+        """Purify a PIL image of any mode, keeping its size and alpha channel. ``max_side`` shrinks larger images.
 
         ``seed`` fixes the noise. Raises CodefendError for an image that cannot be converted to RGB.
         """

@@ -15,7 +15,7 @@ from codefend.types import CodefendError
 
 @dataclass(frozen=True)
 class DiffPureOptions:
-    """``steps`` None is one step per 1/1000 of time, as in the paper; ``checkpoint`` saves an attack's memory, for time."""
+    """``steps`` None is the paper's one step per 1/1000 of time; ``checkpoint`` saves memory in attacks, for time."""
 
     t: float = 0.1  # VP time; the paper's ImageNet setting is 0.15
     steps: int | None = None

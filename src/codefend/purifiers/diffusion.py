@@ -67,32 +67,37 @@ def vp_time(sigma: Tensor) -> Tensor:
 
 
 class Scales(NamedTuple):
-    """How a raw output F becomes an image, ``[B]`` each: D = c_skip x + c_out F(c_in x; c_noise) (EDM, eq. 7)."""
+    """Coefficients, ``[B]`` each, of D(x) = c_skip x + c_out F(c_in x; c_noise), F the raw network (EDM, eq. 7)."""
 
-    skip: Tensor
-    out: Tensor
-    into: Tensor
-    noise: Tensor
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+    c_noise: Tensor
 
 
 def preconditioning(
     s: Tensor, sigma: Tensor, *, sigma_data: float = SIGMA_DATA, shift_data: float = SHIFT_DATA
 ) -> Scales:
-    """EDM preconditioning (Karras et al. 2022, Table 1) for an input that is shifted as well as noisy. All ``[B]``.
+    """EDM preconditioning (Karras et al. 2022, Table 1) of an input with a shift as well as noise. All ``[B]``.
 
     The input is x = x_c + s d + sigma n, with d the adversarial perturbation (RMS ``shift_data``) and n the noise.
-    With c_skip fixed to EDM's Wiener gain for the noise alone, the rest follows from EDM's two demands, unit variance
-    of input and target: c_in^-2 = sigma_data^2 + sigma^2 + (s shift)^2 and
-    c_out^2 = (sigma sigma_data)^2 / (sigma^2 + sigma_data^2) + (c_skip s shift)^2. At s = 0 it is EDM itself; at
-    sigma = 0 c_skip is 1, so a zero network is the identity. c_noise is EDM's ln(.)/4 of the total corruption, so a
-    prior that is asked to undo a shift starts out by denoising as much as the shift is large.
+    c_skip is EDM's Wiener gain for the noise alone. The rest follows from EDM's two conditions, unit variance of the
+    network's input and of its target:
+
+        c_skip    = sigma_data^2 / (sigma_data^2 + sigma^2)
+        c_in^-2   = sigma_data^2 + sigma^2 + (s shift_data)^2
+        c_out^2   = sigma^2 c_skip + (c_skip s shift_data)^2
+        c_noise   = ln(sigma^2 + (s shift_data)^2) / 8
+
+    At s = 0 it is EDM's. At sigma = 0 c_skip is 1, so that a zero network is the identity. c_noise is EDM's ln(.)/4 of
+    the total corruption: a prior given a shift first removes as much noise as the shift is large.
     """
     noise2, data2, shift2 = sigma**2, sigma_data**2, (s * shift_data) ** 2
-    skip = data2 / (noise2 + data2)
-    # The epsilon keeps the square root's gradient finite at s = sigma = 0, where nothing is left to remove.
-    out = (noise2 * skip + skip**2 * shift2 + 1e-12).sqrt()
-    into = (data2 + noise2 + shift2).rsqrt()
-    return Scales(skip, out, into, (noise2 + shift2 + 1e-8).log() / 8)
+    c_skip = data2 / (noise2 + data2)
+    # The epsilons keep gradients and the logarithm finite at s = sigma = 0.
+    c_out = (noise2 * c_skip + c_skip**2 * shift2 + 1e-12).sqrt()
+    c_in = (data2 + noise2 + shift2).rsqrt()
+    return Scales(c_skip, c_out, c_in, (noise2 + shift2 + 1e-8).log() / 8)
 
 
 # --- The unconditional prior -------------------------------------------------------------------------------------
@@ -114,12 +119,12 @@ def sample_sigmas(
 def prior_loss(net: Denoiser, clean: Tensor, sigma: Tensor, *, generator: Generator | None = None) -> Tensor:
     """Denoising loss of the unconditional prior, ``[B]``: lambda(sigma) ||D(x + sigma n; sigma) - x||^2 (EDM, eq. 2).
 
-    lambda = 1 / c_out^2 makes the raw network's squared error count alike at every level (EDM, eq. 8).
+    lambda = 1 / c_out^2 weights the raw network's squared error equally at every level (EDM, eq. 8).
     """
     noisy = clean + _wide(sigma) * noise_like(clean, generator)
     s = torch.zeros_like(sigma)
     error = (net(noisy, s, sigma) - clean).square().flatten(1).mean(1)
-    return error / preconditioning(s, sigma).out ** 2
+    return error / preconditioning(s, sigma).c_out ** 2
 
 
 def denoise_from(
@@ -171,7 +176,7 @@ def diffpure(
 
 
 def evaluate(net: Denoiser, x: Tensor, s: Tensor, sigma: Tensor, *, checkpoint: bool = False) -> Tensor:
-    """One network evaluation, recomputed in the backward pass if asked. The network draws no noise of its own."""
+    """One network evaluation, with ``checkpoint`` recomputed in the backward pass. Networks here draw no noise."""
     if checkpoint and torch.is_grad_enabled():
         result: Tensor = recompute(net, x, s, sigma, use_reentrant=False, preserve_rng_state=False)
         return result
@@ -207,7 +212,7 @@ def bridge_state(
     """A point of the bridge and the noise level in it: ``[B,3,H,W]`` and ``[B]``.
 
     x_s = (1 - s) x_c + s y + gamma sqrt(s(1-s)) xi, y = x_a + sigma n. FlowPure is sigma = gamma = 0 (arXiv
-    2505.13280), I2SB another gamma(s) (arXiv 2302.05872). At s = 0 it is the clean image, at s = 1 what a user sends.
+    2505.13280), I2SB another gamma(s) (arXiv 2302.05872). At s = 0 it is x_c, at s = 1 it is y.
     """
     sigma = per_image(sigma, clean)
     level = (s**2 * sigma**2 + gamma**2 * s * (1 - s)).sqrt()  # n and xi are independent: one draw serves both
@@ -224,7 +229,7 @@ def bridge_predict(
     gamma: float = 0.0,
     generator: Generator | None = None,
 ) -> Tensor:
-    """The network's clean image from a random point of the bridge: what the bridge and guidance losses compare."""
+    """The network's prediction of the clean image, ``[B,3,H,W]``, from a random point of the bridge."""
     x, level = bridge_state(clean, attacked, s, sigma, gamma=gamma, generator=generator)
     return net(x, s, level)
 
@@ -243,14 +248,18 @@ def bridge_purify(
     checkpoint: bool = False,
     generator: Generator | None = None,
 ) -> Tensor:
-    """Walk the bridge from s = 1 to 0, halving s: x <- x0 + (s'/s)(x - x0), the last step to s' = 0.
+    """Purify ``[B,3,H,W]`` along the bridge, from s = 1 to 0 in halves:
 
-    One evaluation returns the network's own prediction. Shift and noise shrink together along the line through x0,
-    so the level at s is s * sigma and a perfect predictor gives the same image for any number of evaluations.
+        x  <- y + sigma n                        y: the attacked image, n ~ N(0, I)
+        x0 <- D(x; s, s sigma)                   for s = 1, 1/2, 1/4, ...
+        x  <- x0 + (s'/s) (x - x0)               s' = s / 2, and 0 in the last step
+
+    One evaluation returns the network's prediction. Shift and noise shrink together along the line through x0: the
+    noise level at s is s sigma, and a perfect network gives the same image for any number of evaluations.
     """
     x = images + sigma * noise_like(images, generator) if sigma > 0 else images
     times = [0.5**k for k in range(evaluations)] + [0.0]
-    for now, then in pairwise(times):
-        x0 = evaluate(net, x, per_image(now, x), per_image(now * sigma, x), checkpoint=checkpoint)
-        x = x0 + then / now * (x - x0)
+    for s, s_next in pairwise(times):
+        x0 = evaluate(net, x, per_image(s, x), per_image(s * sigma, x), checkpoint=checkpoint)
+        x = x0 + s_next / s * (x - x0)
     return x

@@ -1,41 +1,41 @@
-"""Where the tiles of a large picture lie, and how much each counts where they overlap. Needs neither torch nor numpy.
+"""The tiles of a large image and their weights where they overlap. Without torch and numpy, for `integrations.onnx`.
 
-A tile's outermost ``MARGIN`` pixels are context only: convolutions near a cut see padding where the picture goes on.
-Between the margins of two neighbours the weights change linearly, so a difference that is left becomes a slope, not an
-edge. The networks here see 160 to 300 pixels around, but little of that far off: measured on photographs, tiled and
-whole differ by 0.2 of a level of 255 at most, with noise of 8/255 by 1.2 at most and 0.2 at the 99.9th percentile (one
-evaluation; benchmarks/large_image.py). Guidance, by encoders that see further, differs by 2.4 and 0.9.
+A tile's outermost ``MARGIN`` pixels are context only: at a cut, convolutions see padding instead of the image. Between
+the margins of two neighbours the weights change linearly, so that a remaining difference is a slope and not an edge.
+The networks' receptive fields are 160 to 300 pixels, with little weight far off: on photographs, tiled and whole
+outputs differ by at most 0.2 8-bit levels; with noise of 8/255 by at most 1.2, and 0.2 at the 99.9th percentile (one
+evaluation; benchmarks/large_image.py). Guidance, whose encoders have larger receptive fields, differs by 2.4 and 0.9.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-TILED_ABOVE = 2_000_000  # pixels of one picture
+TILED_ABOVE = 2_000_000  # pixels of one image
 TILE = 1024  # side of a tile, pixels; a multiple of every network's multiple
 OVERLAP = 128  # pixels that neighbouring tiles share
-MARGIN = 32  # outermost pixels of a tile, seen as context but not used
+MARGIN = 32  # outermost pixels of a tile: context, not used
 
 Box = tuple[int, int, int, int]  # top, bottom, left, right
 
 
 def boxes(height: int, width: int) -> Iterator[Box]:
-    """The tiles of a picture whose sides are multiples of the network's multiple, each on the network's grid."""
+    """The tiles of an image, each on the network's grid; the sides are multiples of the network's multiple."""
     for top, bottom in _spans(height):
         for left, right in _spans(width):
             yield top, bottom, left, right
 
 
 def ramp(start: int, stop: int, side: int) -> list[float]:
-    """The weight of each row (or column) of a tile that reaches from ``start`` to ``stop`` of ``side``."""
+    """The weight of each row (or column) of a tile from ``start`` to ``stop`` of ``side``."""
     full = OVERLAP - 2 * MARGIN
-    before = [full if start == 0 else place - MARGIN for place in range(stop - start)]
-    after = [full if stop == side else stop - start - 1 - place - MARGIN for place in range(stop - start)]
+    before = [full if start == 0 else index - MARGIN for index in range(stop - start)]
+    after = [full if stop == side else stop - start - 1 - index - MARGIN for index in range(stop - start)]
     return [float(min(max(min(pair), 0), full)) for pair in zip(before, after, strict=True)]
 
 
 def _spans(side: int) -> Iterator[tuple[int, int]]:
-    # The last tile ends with the picture, and so starts on the network's grid: both sides are multiples.
+    # The last tile ends with the image. It starts on the network's grid, since both sides are multiples.
     for start in range(0, max(side - OVERLAP, 1), TILE - OVERLAP):
         first = min(start, max(side - TILE, 0))
         yield first, min(first + TILE, side)

@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from codefend.core.files import write_atomic
 from codefend.purifiers import load_folder
-from codefend.purifiers.base import NetPurifier, Purifier
 from codefend.purifiers.nets import PurifierNet, save_net
 from codefend.types import CodefendError
+
+if TYPE_CHECKING:
+    from codefend.purifiers.base import NetPurifier, Purifier
 
 PREFIX = "hub:"
 FILES = ["config.json", "*.safetensors", "README.md"]

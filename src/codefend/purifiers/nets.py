@@ -30,7 +30,7 @@ class NetConfig:
 
     ``channels`` and ``blocks`` have one entry per resolution, the finest (half the image's) first; ``blocks`` counts
     those on the way down and as many on the way up. ``residual_bound`` limits what a noise-free bridge may change in
-    a pixel (in [0, 1] units), plus four standard deviations of whatever noise is in the input; None is no limit.
+    a pixel (in [0, 1] units), plus four standard deviations of the noise in the input; None is no limit.
     """
 
     channels: tuple[int, ...] = (24, 48, 96, 192)
@@ -156,14 +156,14 @@ class PurifierNet(nn.Module):
             raise ValueError(f"sides must be multiples of {self.multiple}, got {height}x{width}")
         config = self.config
         scales = preconditioning(s, sigma, sigma_data=config.sigma_data, shift_data=config.shift_data)
-        skip, out, into = (scale.view(-1, 1, 1, 1) for scale in scales[:3])
-        share = s * config.shift_data / (4 * scales.noise).exp()  # of the total corruption
+        c_skip, c_out, c_in = (scale.view(-1, 1, 1, 1) for scale in scales[:3])
+        share = s * config.shift_data / (4 * scales.c_noise).exp()  # of the total corruption
         centred = images - 0.5
-        change = out * self.raw(into * centred, self.embed(s, scales.noise, share))
+        change = c_out * self.raw(c_in * centred, self.embed(s, scales.c_noise, share))
         if config.residual_bound is not None:
             bound = config.residual_bound + 4 * sigma.view(-1, 1, 1, 1)
             change = bound * torch.tanh(change / bound)
-        return skip * centred + change + 0.5
+        return c_skip * centred + change + 0.5
 
     def raw(self, x: Tensor, embedding: Tensor) -> Tensor:
         """The bare U-Net F, ``[B,3,H,W]`` -> ``[B,3,H,W]`` of about unit variance."""
@@ -178,7 +178,7 @@ class PurifierNet(nn.Module):
         return F.pixel_shuffle(self.head(x), 2)
 
     def multiply_adds(self, height: int, width: int) -> int:
-        """Multiply-adds of one evaluation of one image, padded up to the network's multiple. Counted, not run."""
+        """Multiply-adds of one evaluation of one image, padded to the network's multiple; from shapes alone."""
         return count_multiply_adds(self.config, _ceil(height, self.multiple), _ceil(width, self.multiple))
 
 
@@ -188,7 +188,7 @@ def _ceil(side: int, multiple: int) -> int:
 
 @lru_cache(maxsize=64)
 def count_multiply_adds(config: NetConfig, height: int, width: int) -> int:
-    """Count by hooks on a meta-device copy: convolutions and linear layers only, as the literature does."""
+    """Multiply-adds of convolutions and linear layers, counted by hooks on a meta-device copy."""
     total = 0
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -200,8 +200,8 @@ def count_multiply_adds(config: NetConfig, height: int, width: int) -> int:
         total += weight.numel() * (places[0, 0].numel() if places.dim() == 4 else 1)
 
     with torch.device("meta"):
-        # Moved as well: Transformers replaces torch.linspace while it loads, and a device context that was first used
-        # then no longer knows the true one.
+        # Moved as well: Transformers replaces torch.linspace while it loads, and a device context that is first used
+        # then misses the original.
         net = PurifierNet(config).to("meta")
         for module in net.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):

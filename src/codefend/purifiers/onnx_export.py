@@ -1,4 +1,4 @@
-"""Write a purifier as an ONNX model, checked against torch, for serving where torch is not installed."""
+"""Export a purifier as an ONNX model, checked against torch, for serving without torch."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ CHECKED = ((1, 16, 16), (2, 48, 80), (1, 96, 32))  # batch, height, width in mul
 
 @dataclass(frozen=True)
 class Exported:
-    """Where the model lies and how far it was from torch on pictures of several sizes."""
+    """The exported file, and its largest difference from torch on images of several sizes."""
 
     path: Path
-    difference: float  # largest, pixels in [0, 1]
+    difference: float  # in [0, 1] pixels
 
 
 class _Served(nn.Module):
@@ -36,7 +36,7 @@ class _Served(nn.Module):
 
     def __init__(self, purifier: NetPurifier) -> None:
         super().__init__()
-        self.purifier, self.net = purifier, purifier.net  # the network as a submodule, so that its weights are written
+        self.purifier = purifier
 
     def forward(self, images: Tensor) -> Tensor:
         return self.purifier.denoise(images, None).clamp(0, 1)
@@ -45,9 +45,9 @@ class _Served(nn.Module):
 def export_onnx(name: str | Path, out: str | Path) -> Exported:
     """Export ``bridge``, ``bridge:evaluations=2`` or a folder of weights to the file ``out`` (``.onnx``).
 
-    Batch, height and width stay free. Padding and tiles are the caller's (`integrations.onnx_purifier` does both).
-    Raises CodefendError for a purifier without a network, or with noise, a gate or guidance, for a missing package, a name
-    that does not end in .onnx, or when the exported model differs from torch.
+    Batch, height and width stay free; the caller pads and tiles, as `integrations.onnx` does. Raises CodefendError for
+    a purifier without a network or with noise, a gate or guidance, for a missing package, for a file name that does not
+    end in .onnx, and when the exported model differs from torch.
     """
     path = Path(out)
     if path.suffix != ".onnx":
@@ -59,9 +59,7 @@ def export_onnx(name: str | Path, out: str | Path) -> Exported:
     if not isinstance(purifier, NetPurifier) or purifier.stochastic:
         raise CodefendError(f"{purifier.name!r} cannot be exported: it has no network of its own, or it draws noise")
     if purifier.gate:
-        raise CodefendError(
-            f"{purifier.name!r} cannot be exported: its gate looks at whole pictures; leave gate=true out"
-        )
+        raise CodefendError(f"{purifier.name!r} cannot be exported: its gate needs whole images; leave gate=true out")
     if purifier.guidance is not None:
         raise CodefendError(f"{purifier.name!r} cannot be exported: guidance takes gradients; leave guided out")
     with tempfile.TemporaryDirectory() as folder:
@@ -105,8 +103,8 @@ def _largest_difference(purifier: NetPurifier, path: Path) -> float:
     for batch, height, width in CHECKED:
         sides = (side * purifier.multiple // 16 for side in (height, width))
         images = rng.random((batch, 3, *sides), dtype=np.float32)
-        seen = session.run(None, {"images": images})[0]
+        exported = session.run(None, {"images": images})[0]
         with torch.no_grad():
-            wanted = purifier.denoise(torch.from_numpy(images), None).clamp(0, 1)  # in float32, as exported
-            differences.append(np.abs(seen - wanted.numpy()).max())
+            expected = purifier.denoise(torch.from_numpy(images), None).clamp(0, 1)  # in float32, as exported
+            differences.append(np.abs(exported - expected.numpy()).max())
     return float(max(differences))

@@ -117,7 +117,7 @@ class Blur(Purifier):
 
 
 def median_filter(images: Tensor, size: int) -> Tensor:
-    """Median over ``size`` x ``size`` windows of each colour, with replicated borders, ``[B,3,H,W]``; differentiable."""
+    """Median over ``size`` x ``size`` windows of each colour with replicated borders, ``[B,3,H,W]``; differentiable."""
     if size == 1:
         return images
     padded = F.pad(images, (size // 2,) * 4, mode="replicate")

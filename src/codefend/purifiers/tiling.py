@@ -1,4 +1,4 @@
-"""Large pictures: in overlapping tiles, so that memory does not grow with the network's work, or shrunk for servers."""
+"""Large images: transformed in overlapping tiles, to bound the network's memory, or shrunk."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ def blend(transform: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
 
 
 def blend_boxes(transform: Callable[[grid.Box], Tensor], image: Tensor) -> Tensor:
-    """As `blend`, for a ``transform`` from a tile's place to what belongs there in a picture like ``image``."""
+    """As `blend`, for a ``transform`` from a tile's box to its output ``[1, C, h, w]``; ``image`` gives the size."""
     total, weights = torch.zeros_like(image), torch.zeros_like(image[:, :1])
     height, width = image.shape[-2:]
     for top, bottom, left, right in grid.boxes(height, width):
         rows = torch.tensor(grid.ramp(top, bottom, height))
         weight = rows.outer(torch.tensor(grid.ramp(left, right, width))).to(image)
-        part = transform((top, bottom, left, right))
-        total[..., top:bottom, left:right] += part * weight
+        output = transform((top, bottom, left, right))
+        total[..., top:bottom, left:right] += output * weight
         weights[..., top:bottom, left:right] += weight
     return total / weights
 
 
 def limit_side(pixels: Tensor, longest: int | None) -> Tensor:
-    """Shrink ``[C, H, W]`` in [0, 1] so that no side is over ``longest``: antialiased, aspect kept to the pixel.
+    """Shrink ``[C, H, W]`` in [0, 1] so that no side is over ``longest``: antialiased, with the aspect ratio preserved.
 
-    For servers, whose models shrink pictures anyway. The shrunk picture must also be what the model is then given:
-    purifying a small copy and enlarging it would bring back nothing, and patching a large one leaves the attack in.
+    The model must then get the shrunk image: the purified detail of a small copy cannot be put back into a large image.
     """
     height, width = pixels.shape[-2:]
     if longest is None or max(height, width) <= longest:

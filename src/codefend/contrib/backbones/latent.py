@@ -2,7 +2,7 @@
 
 With adapters trained on pairs (`codefend train latent`) this is the paper's own form of the defence (CoDefend,
 arXiv 2510.11096: paired, in latents); without them DiffPure in latents. ``t=0`` is the round trip through the
-autoencoder alone, the ceiling of what any of them can restore, and belongs beside them in every table. One step is
+autoencoder alone, an upper bound for all of them: report it in every table. One step is
 enough for models distilled for it (SD-Turbo; OSCP, arXiv 2408.17064), ``consistency=true`` for latent consistency
 models (Luo et al. 2023, arXiv 2310.04378), which jump to the clean latent and noise it again.
 
@@ -33,7 +33,7 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # every attention of the U-
 
 @dataclass(frozen=True)
 class LatentOptions:
-    """Defaults are overlaid by those saved with adapters."""
+    """Options saved with adapters replace these defaults."""
 
     t: float = 0.15  # share of the model's steps; 0: the autoencoder alone
     steps: int = 4
@@ -136,7 +136,7 @@ def _autoencoder(latents: Latents, height: int, width: int) -> int:
 def load_latents(source: str, dtype: str = "float32") -> Latents:
     """Stable Diffusion 1.x, 2.x, XL, their Turbos or latent consistency models; only safetensors are read.
 
-    ``source`` is an id or a folder. Raises CodefendError when it cannot be had or is of another kind.
+    ``source`` is an id or a folder. Raises CodefendError when it cannot be loaded or is of another kind.
     """
     diffusers = require()
     if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
@@ -148,42 +148,44 @@ def load_latents(source: str, dtype: str = "float32") -> Latents:
         pipe = kind.from_pretrained(place, dtype=getattr(torch, dtype), use_safetensors=True, **unused)
     except Exception as error:  # OSError, ValueError, KeyError and more
         raise CodefendError(f"cannot load {source!r}: {str(error).strip().splitlines()[0]}") from error
-    found = [getattr(pipe, part, None) for part in ("vae", "unet", "scheduler", "encode_prompt")]
-    if None in found or pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+    parts = [getattr(pipe, part, None) for part in ("vae", "unet", "scheduler", "encode_prompt")]
+    if None in parts or pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
         raise CodefendError(f"{source!r} is a {type(pipe).__name__}; a Stable Diffusion text-to-image model is needed")
-    given = _conditions(pipe, source)
-    if "text_embeds" in given and dtype == "float16" and pipe.vae.config.force_upcast:
+    conditions = _conditions(pipe, source)
+    if "text_embeds" in conditions and dtype == "float16" and pipe.vae.config.force_upcast:
         pipe.vae.to(torch.float32)  # SDXL's first autoencoder overflows in float16
     table = table_of(pipe.scheduler, source)
     cell = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    return Latents(pipe.vae, VPDenoiser(pipe.unet, pipe.scheduler.config, table, pixels=False, given=given, cell=cell))
+    return Latents(
+        pipe.vae, VPDenoiser(pipe.unet, pipe.scheduler.config, table, pixels=False, conditions=conditions, cell=cell)
+    )
 
 
 @torch.no_grad()
 def _conditions(pipe: Any, source: str) -> dict[str, Tensor]:
-    """What the U-Net is told beside latent and step when no text is given, with one row each.
+    """The U-Net's inputs besides latent and step for an empty prompt, one row each.
 
-    Raises CodefendError for a model that wants to be told more.
+    Raises CodefendError for a model with other inputs.
     """
     config, cpu = pipe.unet.config, torch.device("cpu")
     if config.addition_embed_type == "text_time":
-        # As a prompt's opposite the pipeline gives what the model was trained on without text: zeros where they were.
+        # The pipeline's negative prompt is the model's input without text in training, zeros where those were used.
         _, words, _, pooled = pipe.encode_prompt("", device=cpu, do_classifier_free_guidance=True)
         if config.projection_class_embeddings_input_dim != 6 * config.addition_time_embed_dim + pooled.shape[1]:
-            raise CodefendError(f"{source!r} wants to be told more than sizes (a refiner?); take the base model")
-        given = {"encoder_hidden_states": words, "text_embeds": pooled}
+            raise CodefendError(f"{source!r} needs more inputs than sizes (a refiner?); use the base model")
+        conditions = {"encoder_hidden_states": words, "text_embeds": pooled}
     elif config.addition_embed_type is None:
-        given = {"encoder_hidden_states": pipe.encode_prompt("", cpu, 1, False)[0]}
+        conditions = {"encoder_hidden_states": pipe.encode_prompt("", cpu, 1, False)[0]}
     else:
-        raise CodefendError(f"{source!r} is conditioned on {config.addition_embed_type}, which isn't known here")
-    if config.time_cond_proj_dim:  # a consistency model asked without guidance
+        raise CodefendError(f"{source!r} is conditioned on {config.addition_embed_type}, which is not supported")
+    if config.time_cond_proj_dim:  # a consistency model, without guidance
         scale = pipe.get_guidance_scale_embedding(torch.zeros(1), embedding_dim=config.time_cond_proj_dim)
-        given["timestep_cond"] = scale.to(pipe.unet.dtype)
-    return given
+        conditions["timestep_cond"] = scale.to(pipe.unet.dtype)
+    return conditions
 
 
 def add_adapters(latents: Latents, rank: int) -> dict[str, nn.Parameter]:
-    """LoRA on every attention (Hu et al. 2021, arXiv 2106.09685): the trained parameters by name, zero at first."""
+    """LoRA on every attention (Hu et al. 2021, arXiv 2106.09685): the new parameters by name, zero at first."""
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS), lora_dropout=0.0)
@@ -215,7 +217,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def from_folder(folder: Path, meta: Mapping[str, Any], settings: Mapping[str, object]) -> LatentPurifier:
-    """What `save_adapters` wrote, over its base model. Raises CodefendError when the two don't fit or options are wrong."""
+    """The purifier that `save_adapters` wrote. Raises CodefendError for adapters of another model and wrong options."""
     from safetensors.torch import load_file
 
     defaults = configure(LatentOptions(), meta.get("options", {}))

@@ -24,7 +24,7 @@ DIFFPURE, BRIDGE = "hf-diffpure:", "hf-bridge:"
 
 @dataclass(frozen=True)
 class HFDiffPureOptions(DiffPureOptions):
-    """As `DiffPureOptions`; a model of the whole range takes any ``t`` (0.15: the paper's ImageNet setting)."""
+    """As `DiffPureOptions`, for models of the whole range of ``t`` (0.15: the paper's ImageNet setting)."""
 
     t: float = 0.15
     steps: int | None = 15
@@ -41,7 +41,7 @@ class HFDiffPureOptions(DiffPureOptions):
 def load_denoiser(source: str, *, shift: float = SHIFT_DATA) -> VPDenoiser:
     """The model of a DDPM pipeline or UNet2DModel, id or folder, float32, eval mode; only safetensors are read.
 
-    Raises CodefendError when it cannot be had, is conditional on a class, or is no variance-preserving pixel model.
+    Raises CodefendError when it cannot be loaded, is conditional on a class, or is no variance-preserving pixel model.
     """
     diffusers = require()
     if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
@@ -59,15 +59,15 @@ def load_denoiser(source: str, *, shift: float = SHIFT_DATA) -> VPDenoiser:
         raise CodefendError(f"cannot load {source!r}: {str(error).strip().splitlines()[0]}") from error
     config = model.config
     if config.in_channels != 3 or config.num_class_embeds or config.class_embed_type:
-        raise CodefendError(f"{source!r} is no unconditional model of colour pictures")
+        raise CodefendError(f"{source!r} is no unconditional model of colour images")
     if config.out_channels not in (3, 6):  # 6: the noise, then its learned variance, as in guided-diffusion
-        raise CodefendError(f"{source!r} answers with {config.out_channels} channels; 3, or 6 with a learned variance")
+        raise CodefendError(f"{source!r} returns {config.out_channels} channels; 3, or 6 with a learned variance")
     net = VPDenoiser(model, scheduler.config, table_of(scheduler, source), pixels=True, shift=shift)
     return net.requires_grad_(False).eval()
 
 
 def _bare(source: str) -> bool:
-    """A folder with a UNet2DModel alone, such as `save_pretrained` of the model writes: the usual table is meant."""
+    """A folder with a UNet2DModel alone, as its `save_pretrained` writes; the table is then diffusers' default."""
     folder = Path(source)
     return folder.is_dir() and not any(folder.glob("*model_index.json")) and not any(folder.rglob("scheduler_config*"))
 
@@ -80,7 +80,7 @@ def build_diffpure(name: str, settings: Mapping[str, object]) -> DiffPure:
 
 
 def build_bridge(name: str, settings: Mapping[str, object]) -> Bridge:
-    """``hf-bridge:ID_OR_FOLDER``: the model asked at s = 1, one evaluation, no noise; meant to be fine-tuned first.
+    """``hf-bridge:ID_OR_FOLDER``: the model at s = 1, one evaluation, no noise. Fine-tune it first.
 
     Raises CodefendError for a wrong option before anything is loaded.
     """
@@ -105,6 +105,6 @@ def save_denoiser(net: VPDenoiser, folder: str | Path, *, scheduler: Any = None)
     if scheduler is None:
         abar = 1 / (1 + (net.gain * table) ** 2)
         betas = 1 - abar / torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
-        told = {"prediction_type": net.prediction, "variance_type": net.variance}
-        scheduler = diffusers.DDPMScheduler(num_train_timesteps=len(table), trained_betas=betas.tolist(), **told)
+        variants = {"prediction_type": net.prediction, "variance_type": net.variance}
+        scheduler = diffusers.DDPMScheduler(num_train_timesteps=len(table), trained_betas=betas.tolist(), **variants)
     diffusers.DDPMPipeline(net.model, scheduler).save_pretrained(folder)

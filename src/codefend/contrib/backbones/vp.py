@@ -1,9 +1,9 @@
 """Variance-preserving models of `diffusers` as denoisers in this project's coordinates.
 
-A diffusers model sees ``x_t = sqrt(abar) y + sqrt(1 - abar) n`` at a whole step k of its table ``alphas_cumprod``,
+A diffusers model takes ``x_t = sqrt(abar) y + sqrt(1 - abar) n`` at a step k of its table ``alphas_cumprod``,
 with y an image in [-1, 1] or a latent. Here everything is ``x + sigma n`` (`purifiers.diffusion`): the same divided by
-sqrt(abar), with sigma = sqrt((1 - abar) / abar) / gain, where gain is 2 for pictures in [0, 1] and 1 for latents.
-The step is found by linear interpolation in log sigma, and may be fractional: the models embed it as a real number.
+sqrt(abar), with sigma = sqrt((1 - abar) / abar) / gain, where gain is 2 for images in [0, 1] and 1 for latents.
+The step is interpolated linearly in log sigma and may be fractional: the models embed it as a real number.
 For the usual table (linear betas from 1e-4 to 0.02 in 1000 steps) step k is our VP time (k + 1) / 1000.
 """
 
@@ -24,10 +24,10 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 class VPDenoiser(nn.Module):
     """``(noisy [B,C,H,W], s [B], sigma [B]) -> clean [B,C,H,W]`` around a diffusers U-Net: `diffusion.Denoiser`.
 
-    ``shift`` is the root mean square of an adversarial perturbation in the units of ``x``: a shifted input counts as
-    noisy by as much (at s = 0 nothing is shifted), which is where a bridge fine-tuned from the model starts. 0 leaves
-    ``s`` without effect. ``given``: further inputs of the model with one row, repeated for the batch; beside
-    ``text_embeds`` (SDXL) the model is told the picture's size, for which ``cell`` is the pixels to a latent cell.
+    ``shift`` is the root mean square of an adversarial perturbation in the units of ``x``: the model treats a shift of
+    ``s`` times as much like noise of that level, from where a bridge is fine-tuned. 0 leaves ``s`` without effect.
+    ``conditions`` are further inputs of the model, one row each, repeated for the batch; with ``text_embeds`` (SDXL)
+    the model also gets the image's size, ``cell`` pixels for each latent cell.
     """
 
     def __init__(
@@ -38,21 +38,21 @@ class VPDenoiser(nn.Module):
         *,
         pixels: bool,
         shift: float = 0.0,
-        given: Mapping[str, Tensor] | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
         cell: int = 1,
     ) -> None:
-        """Raises CodefendError for a parametrization that isn't known here."""
+        """Raises CodefendError for an unknown parametrization."""
         super().__init__()
         self.model, self.shift, self.cell = model, shift, cell
         self.prediction = str(scheduler.get("prediction_type", "epsilon"))
-        self.variance = str(scheduler.get("variance_type", FIXED))  # not used here, but kept with the model
+        self.variance = str(scheduler.get("variance_type", FIXED))  # saved with the model, not used here
         if self.prediction not in PREDICTIONS:
             raise CodefendError(f"the model predicts {self.prediction!r}; known: {', '.join(PREDICTIONS)}")
         self.gain, self.offset = (2.0, 0.5) if pixels else (1.0, 0.0)
         config: Any = model.config
         self.multiple = 2 ** (len(config.block_out_channels) - 1)
-        self.given = nn.ParameterDict(
-            {name: nn.Parameter(value, requires_grad=False) for name, value in (given or {}).items()}
+        self.conditions = nn.ParameterDict(
+            {name: nn.Parameter(value, requires_grad=False) for name, value in (conditions or {}).items()}
         )
         sigmas = ((1 - alphas_cumprod.double()) / alphas_cumprod.double()).sqrt() / self.gain
         self.register_buffer("sigmas", sigmas.float(), persistent=False)  # [steps], rising
@@ -63,45 +63,49 @@ class VPDenoiser(nn.Module):
         wide = (self.gain * level).view(-1, 1, 1, 1)  # noise in the model's own units
         mean = (1 + wide**2).rsqrt()  # sqrt(abar)
         centred = self.gain * (x - self.offset)
-        said = self.predict(mean * centred, self.steps(level))
+        output = self.predict(mean * centred, self.steps(level))
         if self.prediction == "epsilon":
-            clean = centred - wide * said
+            clean = centred - wide * output
         elif self.prediction == "v_prediction":  # v = sqrt(abar) n - sqrt(1 - abar) y (Salimans & Ho 2022, app. D)
-            clean = mean**2 * centred - mean * wide * said
+            clean = mean**2 * centred - mean * wide * output
         else:
-            clean = said
+            clean = output
         return clean / self.gain + self.offset
 
     def predict(self, x: Tensor, steps: Tensor) -> Tensor:
-        """What the model itself says of its own ``x_t`` at ``steps`` ``[B]``; a learned variance is dropped.
+        """The model's own output for its ``x_t`` at ``steps`` ``[B]``, without a learned variance.
 
-        That is the second half of the channels (guided-diffusion, Dhariwal & Nichol 2021, arXiv 2105.05233).
+        The variance is the second half of the channels (guided-diffusion, Dhariwal & Nichol 2021, arXiv 2105.05233).
         """
-        given: dict[str, Any] = {name: value.expand(len(x), *value.shape[1:]) for name, value in self.given.items()}
-        if "text_embeds" in given:  # SDXL (arXiv 2307.01952, sec. 2.2): original size, no crop, wanted size; in pixels
+        inputs: dict[str, Any] = {
+            name: value.expand(len(x), *value.shape[1:]) for name, value in self.conditions.items()
+        }
+        if (
+            "text_embeds" in inputs
+        ):  # SDXL (arXiv 2307.01952, sec. 2.2): original size, crop at 0, target size; in pixels
             size = [side * self.cell for side in x.shape[-2:]]
-            places = x.new_tensor([*size, 0, 0, *size]).expand(len(x), 6)
-            given["added_cond_kwargs"] = {"text_embeds": given.pop("text_embeds"), "time_ids": places}
+            sizes = x.new_tensor([*size, 0, 0, *size]).expand(len(x), 6)
+            inputs["added_cond_kwargs"] = {"text_embeds": inputs.pop("text_embeds"), "time_ids": sizes}
         dtype = next(self.model.parameters()).dtype
-        said: Tensor = self.model(x.to(dtype), steps, **given).sample
-        return said[:, : x.shape[1]].float()
+        output: Tensor = self.model(x.to(dtype), steps, **inputs).sample
+        return output[:, : x.shape[1]].float()
 
     def steps(self, sigma: Tensor) -> Tensor:
-        """The model's step, whole or between two, whose noise is ``sigma``; held at the table's ends."""
+        """The model's fractional steps ``[B]`` of noise levels ``sigma`` ``[B]``, clamped to the table."""
         table = self.get_buffer("sigmas").log()
-        place = sigma.detach().to(table).log().clamp(table[0], table[-1])
-        after = torch.searchsorted(table, place).clamp(1, len(table) - 1)
+        log_sigma = sigma.detach().to(table).log().clamp(table[0], table[-1])
+        after = torch.searchsorted(table, log_sigma).clamp(1, len(table) - 1)
         low, high = table[after - 1], table[after]
-        return (after - 1) + (place - low) / (high - low)
+        return (after - 1) + (log_sigma - low) / (high - low)
 
     def levels(self, t: float, count: int) -> Tensor:
-        """Noise levels ``[count + 1]`` from the share ``t`` of the table down to none, evenly in steps."""
+        """Noise levels ``[count + 1]`` from the share ``t`` of the table down to 0, at equal distances in steps."""
         table = self.get_buffer("sigmas").double().cpu()
-        place = torch.linspace(t * len(table) - 1, -1, count + 1, dtype=torch.float64).clamp_min(-1)
-        index = place.clamp(0, len(table) - 1)
+        step = torch.linspace(t * len(table) - 1, -1, count + 1, dtype=torch.float64).clamp_min(-1)
+        index = step.clamp(0, len(table) - 1)
         low, high = index.floor().long(), index.ceil().long()
-        found = torch.lerp(table[low], table[high], index - low)
-        return torch.where(place < 0, found * (1 + place), found)  # below step 0: straight down to nothing
+        levels = torch.lerp(table[low], table[high], index - low)
+        return torch.where(step < 0, levels * (1 + step), levels)  # below step 0: linearly down to 0
 
     def multiply_adds(self, height: int, width: int) -> int:
         """Multiply-adds of one evaluation of one input of this size: convolutions, linear layers, attention."""
@@ -115,7 +119,7 @@ class VPDenoiser(nn.Module):
 
 
 def load_part(kind: Any, source: str, folder: str, **options: Any) -> Any:
-    """A component of a diffusers pipeline from its subfolder, or from the root where older repositories keep it.
+    """A component of a diffusers pipeline from its subfolder, or from the root as in older repositories.
 
     Raises CodefendError when there is none.
     """
@@ -131,7 +135,7 @@ def load_part(kind: Any, source: str, folder: str, **options: Any) -> Any:
 
 
 def require() -> Any:
-    """The library. Raises CodefendError when it is not installed."""
+    """Import diffusers. Raises CodefendError when it is not installed."""
     try:
         import diffusers
     except ImportError as error:

@@ -15,13 +15,13 @@ from torch import Generator, Tensor
 
 from codefend.core import images
 from codefend.purifiers.base import Purifier
-from codefend.purifiers.jobs import MANIFEST, Options, Outcome, plan, purify_paths
+from codefend.purifiers.folders import MANIFEST, FolderOptions, FolderReport, plan, purify_paths
 from codefend.types import CodefendError
 from purifiers_kit import PlainPurifier
 
 
 class Noisy(PlainPurifier):
-    """Inverts the picture and adds seeded noise; counts the calls, and stops before call number ``stop``."""
+    """Inverts the image and adds seeded noise; counts the calls, and stops before call number ``stop``."""
 
     name = "noisy"
 
@@ -36,7 +36,7 @@ class Noisy(PlainPurifier):
         return (1 - batch + 0.1 * torch.randn(batch.shape, generator=generator)).clamp(0, 1)
 
 
-def picture(path: Path, seed: int = 0, size: tuple[int, int] = (8, 10)) -> Path:
+def image_file(path: Path, seed: int = 0, size: tuple[int, int] = (8, 10)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     images.save(path, torch.rand(3, *size, generator=torch.Generator().manual_seed(seed)))
     return path
@@ -45,14 +45,14 @@ def picture(path: Path, seed: int = 0, size: tuple[int, int] = (8, 10)) -> Path:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for seed, name in enumerate(("a.png", "b.jpg", "deep/c.webp", "deep/er/d.bmp")):
-        picture(tmp_path / "in" / name, seed)
-    (tmp_path / "in" / "notes.txt").write_text("not a picture, not an error")
+        image_file(tmp_path / "in" / name, seed)
+    (tmp_path / "in" / "notes.txt").write_text("not an image, not an error")
     (tmp_path / "in" / ".hidden.png").write_text("")
     return tmp_path / "in"
 
 
-def run(paths: list[Path], out: Path | str, purifier: Purifier | None = None, **options: object) -> Outcome:
-    return purify_paths(lambda: purifier or Noisy(), paths, out, Options(**{"purifier": "noisy", **options}))  # type: ignore[arg-type]
+def run(paths: list[Path], out: Path | str, purifier: Purifier | None = None, **options: object) -> FolderReport:
+    return purify_paths(lambda: purifier or Noisy(), paths, out, FolderOptions(**{"purifier": "noisy", **options}))  # type: ignore[arg-type]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -71,8 +71,8 @@ def never() -> Purifier:
 
 
 def test_one_file_to_one_file(tmp_path: Path) -> None:
-    source = picture(tmp_path / "in.png")
-    assert run([source], tmp_path / "out.png") == Outcome(done=1)
+    source = image_file(tmp_path / "in.png")
+    assert run([source], tmp_path / "out.png") == FolderReport(done=1)
     before, after = images.load(source).pixels, images.load(tmp_path / "out.png").pixels
     assert after.shape == before.shape
     assert ((1 - before) - after).abs().mean() < 0.12
@@ -80,7 +80,7 @@ def test_one_file_to_one_file(tmp_path: Path) -> None:
 
 
 def test_the_seed_decides_the_noise(tmp_path: Path) -> None:
-    source = picture(tmp_path / "in.png")
+    source = image_file(tmp_path / "in.png")
     for name, seed in (("a.png", 0), ("b.png", 0), ("c.png", 1)):
         run([source], tmp_path / name, seed=seed)
     found = contents(tmp_path)
@@ -88,10 +88,10 @@ def test_the_seed_decides_the_noise(tmp_path: Path) -> None:
 
 
 def test_an_output_that_exists_is_refused_before_the_purifier_loads(tmp_path: Path) -> None:
-    source = picture(tmp_path / "in.png")
+    source = image_file(tmp_path / "in.png")
     (tmp_path / "out.png").write_bytes(b"precious")
     with pytest.raises(CodefendError, match="exists already; use --overwrite"):
-        purify_paths(never, [source], tmp_path / "out.png", Options())
+        purify_paths(never, [source], tmp_path / "out.png", FolderOptions())
     assert (tmp_path / "out.png").read_bytes() == b"precious"
     run([source], tmp_path / "out.png", overwrite=True)
     assert images.probe(tmp_path / "out.png").format == "PNG"
@@ -99,24 +99,24 @@ def test_an_output_that_exists_is_refused_before_the_purifier_loads(tmp_path: Pa
 
 def test_one_bad_file_is_a_user_error_and_writes_nothing(tmp_path: Path) -> None:
     bad = tmp_path / "bad.png"
-    bad.write_bytes(b"not a picture")
+    bad.write_bytes(b"not an image")
     for source, out in (
         (bad, "out.png"),
         (tmp_path / "none.png", "out.png"),
-        (picture(tmp_path / "ok.png"), "out.gif"),
+        (image_file(tmp_path / "ok.png"), "out.gif"),
     ):
         with pytest.raises(CodefendError):
-            purify_paths(never, [source], tmp_path / out, Options())
+            purify_paths(never, [source], tmp_path / out, FolderOptions())
     assert {path.name for path in tmp_path.iterdir()} == {"bad.png", "ok.png"}
 
 
 @pytest.mark.parametrize(
     ("source", "out"), [("x" * 300 + ".png", "out.png"), ("in.png", "x" * 300 + ".png"), ("in.png", "x" * 300)]
 )
-def test_what_the_system_says_about_a_path_is_a_user_error(source: str, out: str, tmp_path: Path) -> None:
-    picture(tmp_path / "in.png")
+def test_file_system_errors_are_user_errors(source: str, out: str, tmp_path: Path) -> None:
+    image_file(tmp_path / "in.png")
     with pytest.raises(CodefendError, match="File name too long"):
-        purify_paths(never, [tmp_path / source], tmp_path / out, Options())
+        purify_paths(never, [tmp_path / source], tmp_path / out, FolderOptions())
 
 
 def test_alpha_is_kept_or_flattened(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_alpha_is_kept_or_flattened(tmp_path: Path) -> None:
 
 
 def test_a_purifier_that_runs_out_of_memory_or_changes_the_shape(tmp_path: Path) -> None:
-    source = picture(tmp_path / "in.png")
+    source = image_file(tmp_path / "in.png")
 
     class Hungry(PlainPurifier):
         def forward(self, batch: Tensor, *, generator: Generator | None = None) -> Tensor:
@@ -151,7 +151,7 @@ def test_a_purifier_that_runs_out_of_memory_or_changes_the_shape(tmp_path: Path)
 
 
 def test_a_folder_keeps_its_inner_paths(folder: Path, tmp_path: Path) -> None:
-    assert run([folder], tmp_path / "out") == Outcome(done=4)
+    assert run([folder], tmp_path / "out") == FolderReport(done=4)
     assert set(contents(tmp_path / "out")) == {"a.png", "b.jpg", "deep/c.webp", "deep/er/d.bmp"}
     for name in contents(tmp_path / "out"):
         assert images.probe(tmp_path / "out" / name) == images.probe(folder / name)
@@ -160,35 +160,35 @@ def test_a_folder_keeps_its_inner_paths(folder: Path, tmp_path: Path) -> None:
 def test_the_same_command_has_nothing_left_to_do(folder: Path, tmp_path: Path) -> None:
     run([folder], tmp_path / "out")
     before = contents(tmp_path / "out")
-    assert purify_paths(never, [folder], tmp_path / "out", Options(purifier="noisy")) == Outcome(skipped=4)
+    assert purify_paths(never, [folder], tmp_path / "out", FolderOptions(purifier="noisy")) == FolderReport(skipped=4)
     assert contents(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("stop", [0, 1])
-def test_an_interrupted_run_goes_on_and_ends_the_same(folder: Path, tmp_path: Path, batch: int, stop: int) -> None:
+def test_an_interrupted_run_resumes_and_ends_the_same(folder: Path, tmp_path: Path, batch: int, stop: int) -> None:
     run([folder], tmp_path / "whole", batch=batch)
     with pytest.raises(KeyboardInterrupt):
         run([folder], tmp_path / "parts", Noisy(stop), batch=batch)
     assert len(contents(tmp_path / "parts")) == stop * batch
     again = run([folder], tmp_path / "parts", batch=batch)
-    assert again == Outcome(done=4 - stop * batch, skipped=stop * batch)
+    assert again == FolderReport(done=4 - stop * batch, skipped=stop * batch)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
-def test_a_kill_between_the_row_and_the_file_is_mended(folder: Path, tmp_path: Path) -> None:
+def test_a_kill_between_the_row_and_the_file_is_repaired(folder: Path, tmp_path: Path) -> None:
     run([folder], tmp_path / "out")
     whole = contents(tmp_path / "out")
     (tmp_path / "out" / "deep" / "c.webp").unlink()  # promised by its row, never written
     (tmp_path / "out" / "deep" / ".c.webp.part").write_bytes(b"half")
-    assert run([folder], tmp_path / "out") == Outcome(done=1, skipped=3)
+    assert run([folder], tmp_path / "out") == FolderReport(done=1, skipped=3)
     assert contents(tmp_path / "out") == whole
 
 
 def test_a_changed_source_is_purified_again(folder: Path, tmp_path: Path) -> None:
     run([folder], tmp_path / "out")
-    picture(folder / "a.png", seed=99, size=(9, 9))
-    assert run([folder], tmp_path / "out") == Outcome(done=1, skipped=3)
+    image_file(folder / "a.png", seed=99, size=(9, 9))
+    assert run([folder], tmp_path / "out") == FolderReport(done=1, skipped=3)
     assert images.probe(tmp_path / "out" / "a.png").height == 9
 
 
@@ -197,7 +197,7 @@ def test_files_of_others_in_the_output_folder_are_refused_or_overwritten(folder:
     precious.parent.mkdir(parents=True)
     precious.write_bytes(b"precious")
     with pytest.raises(CodefendError, match=r"c\.webp exists already; use --overwrite"):
-        purify_paths(never, [folder], tmp_path / "out", Options())
+        purify_paths(never, [folder], tmp_path / "out", FolderOptions())
     assert contents(tmp_path / "out") == {"deep/c.webp": b"precious"}
     shutil.rmtree(tmp_path / "out" / MANIFEST)
     assert run([folder], tmp_path / "out", overwrite=True).done == 4
@@ -212,7 +212,7 @@ def test_two_configs_never_mix_in_one_folder(folder: Path, tmp_path: Path) -> No
     with pytest.raises(CodefendError, match=r"seed was 0, now 1"):
         run([folder], tmp_path / "out", seed=1)
     assert contents(tmp_path / "out") == before
-    assert run([folder], tmp_path / "out", seed=1, overwrite=True) == Outcome(done=4)
+    assert run([folder], tmp_path / "out", seed=1, overwrite=True) == FolderReport(done=4)
     after = contents(tmp_path / "out")
     assert all(after[name] != before[name] for name in before)
     assert json.loads((tmp_path / "out" / MANIFEST / "config.json").read_text())["seed"] == 1
@@ -221,18 +221,16 @@ def test_two_configs_never_mix_in_one_folder(folder: Path, tmp_path: Path) -> No
 def test_one_bad_file_does_not_stop_the_rest_and_is_tried_again(folder: Path, tmp_path: Path) -> None:
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
     (folder / "link.png").symlink_to(tmp_path / "nowhere.png")
-    outcome = run([folder], tmp_path / "out", batch=2)
-    assert (outcome.done, [name for name, _ in outcome.failed]) == (4, ["broken.png", "link.png"])
-    assert "damaged" in outcome.failed[0][1]
+    report = run([folder], tmp_path / "out", batch=2)
+    assert (report.done, [name for name, _ in report.failed]) == (4, ["broken.png", "link.png"])
+    assert "damaged" in report.failed[0][1]
     (folder / "link.png").unlink()
-    picture(folder / "broken.png")
+    image_file(folder / "broken.png")
     assert run([folder], tmp_path / "out", batch=2).done == 1
 
 
-def test_folders_that_are_not_looked_into_are_failures(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    picture(tmp_path / "elsewhere" / "e.png")
+def test_skipped_folders_are_failures(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image_file(tmp_path / "elsewhere" / "e.png")
     (folder / "album").symlink_to(tmp_path / "elsewhere")
     scan = os.scandir
 
@@ -242,17 +240,17 @@ def test_folders_that_are_not_looked_into_are_failures(
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", guarded)
-    outcome = run([folder], tmp_path / "out")
-    assert (outcome.done, [name for name, _ in outcome.failed]) == (
+    report = run([folder], tmp_path / "out")
+    assert (report.done, [name for name, _ in report.failed]) == (
         3,
         [str(folder / "album"), str(folder / "deep" / "er")],
     )
-    assert "name the folder itself" in outcome.failed[0][1]
-    assert "Permission denied" in outcome.failed[1][1]
-    again = purify_paths(never, [folder], tmp_path / "out", Options(purifier="noisy"))
+    assert "name the folder itself" in report.failed[0][1]
+    assert "Permission denied" in report.failed[1][1]
+    again = purify_paths(never, [folder], tmp_path / "out", FolderOptions(purifier="noisy"))
     assert (again.skipped, len(again.failed)) == (3, 2), "and are so again when all else is done"
     with pytest.raises(CodefendError, match="Permission denied"):
-        purify_paths(never, [folder / "deep" / "er"], tmp_path / "new", Options())
+        purify_paths(never, [folder / "deep" / "er"], tmp_path / "new", FolderOptions())
 
 
 def test_a_link_in_a_circle_and_a_name_too_long_for_its_new_ending_do_not_stop_the_rest(
@@ -260,21 +258,21 @@ def test_a_link_in_a_circle_and_a_name_too_long_for_its_new_ending_do_not_stop_t
 ) -> None:
     (folder / "loop.png").symlink_to(folder / "loop.png")
     (folder / f"{'g' * 248}.gif").write_bytes((folder / "a.png").read_bytes())
-    outcome = run([folder], tmp_path / "out")
-    assert (outcome.done, [name[:4] for name, _ in outcome.failed]) == (4, ["gggg", "loop"])
+    report = run([folder], tmp_path / "out")
+    assert (report.done, [name[:4] for name, _ in report.failed]) == (4, ["gggg", "loop"])
 
 
-def test_a_raised_limit_goes_on_in_the_same_folder(folder: Path, tmp_path: Path) -> None:
-    picture(folder / "large.png", size=(40, 50))
-    outcome = run([folder], tmp_path / "out", max_pixels=1000)
-    assert outcome.done == 4
-    assert outcome.failed[0][1].endswith("raise it with --max-pixels 2000")
-    assert run([folder], tmp_path / "out", max_pixels=2000) == Outcome(done=1, skipped=4)
+def test_a_raised_limit_resumes_in_the_same_folder(folder: Path, tmp_path: Path) -> None:
+    image_file(folder / "large.png", size=(40, 50))
+    report = run([folder], tmp_path / "out", max_pixels=1000)
+    assert report.done == 4
+    assert report.failed[0][1].endswith("raise it with --max-pixels 2000")
+    assert run([folder], tmp_path / "out", max_pixels=2000) == FolderReport(done=1, skipped=4)
 
 
-def test_batches_group_pictures_of_one_size(tmp_path: Path) -> None:
+def test_batches_group_images_of_one_size(tmp_path: Path) -> None:
     for seed, size in enumerate([(8, 8), (8, 9), (8, 8), (8, 8)]):
-        picture(tmp_path / "in" / f"{seed}.png", seed, size)
+        image_file(tmp_path / "in" / f"{seed}.png", seed, size)
     purifier = Noisy()
     assert run([tmp_path / "in"], tmp_path / "out", purifier, batch=4).done == 4
     assert purifier.calls == 2
@@ -285,11 +283,11 @@ def test_batches_group_pictures_of_one_size(tmp_path: Path) -> None:
 
 def test_the_output_folder_inside_the_input_is_not_purified_again(folder: Path) -> None:
     assert run([folder], folder / "out").done == 4
-    assert run([folder], folder / "out") == Outcome(skipped=4)
+    assert run([folder], folder / "out") == FolderReport(skipped=4)
 
 
 def test_files_of_several_places_go_into_one_folder(tmp_path: Path) -> None:
-    one, two = picture(tmp_path / "x" / "one.png"), picture(tmp_path / "y" / "two.jpg")
+    one, two = image_file(tmp_path / "x" / "one.png"), image_file(tmp_path / "y" / "two.jpg")
     run([one, two], tmp_path / "out.d")
     assert set(contents(tmp_path / "out.d")) == {"one.png", "two.jpg"}
     run([one], f"{tmp_path}/new.d/")
@@ -313,11 +311,11 @@ def test_gifs_become_png_beside_their_own_name_and_endings_can_be_forced(tmp_pat
 
 
 def _twice(tmp_path: Path) -> tuple[list[Path], Path]:
-    return [picture(tmp_path / "x" / "a.png"), picture(tmp_path / "y" / "a.png")], tmp_path / "out"
+    return [image_file(tmp_path / "x" / "a.png"), image_file(tmp_path / "y" / "a.png")], tmp_path / "out"
 
 
 def _onto_itself(tmp_path: Path) -> tuple[list[Path], Path]:
-    return [picture(tmp_path / "x" / "a.png").parent], tmp_path / "x"
+    return [image_file(tmp_path / "x" / "a.png").parent], tmp_path / "x"
 
 
 def _empty(tmp_path: Path) -> tuple[list[Path], Path]:
@@ -326,7 +324,7 @@ def _empty(tmp_path: Path) -> tuple[list[Path], Path]:
 
 
 def _onto_a_file(tmp_path: Path) -> tuple[list[Path], Path]:
-    return [picture(tmp_path / "x" / "a.png").parent], picture(tmp_path / "out.png")
+    return [image_file(tmp_path / "x" / "a.png").parent], image_file(tmp_path / "out.png")
 
 
 @pytest.mark.parametrize(
@@ -334,18 +332,18 @@ def _onto_a_file(tmp_path: Path) -> tuple[list[Path], Path]:
     [
         (_twice, "would both be written"),
         (_onto_itself, "its own output"),
-        (_empty, "no pictures in"),
+        (_empty, "no images in"),
         (_onto_a_file, "name a folder"),
     ],
 )
 def test_plans_that_cannot_work(build: Callable[[Path], tuple[list[Path], Path]], text: str, tmp_path: Path) -> None:
     sources, out = build(tmp_path)
     with pytest.raises(CodefendError, match=text):
-        purify_paths(never, sources, out, Options())
+        purify_paths(never, sources, out, FolderOptions())
 
 
-def test_large_pictures_are_shrunk_first_and_stay_so(tmp_path: Path) -> None:
-    source, small = picture(tmp_path / "a" / "large.png", size=(40, 20)), picture(tmp_path / "a" / "small.png")
+def test_large_images_are_shrunk_first_and_stay_so(tmp_path: Path) -> None:
+    source, small = image_file(tmp_path / "a" / "large.png", size=(40, 20)), image_file(tmp_path / "a" / "small.png")
     run([source.parent], tmp_path / "out", max_side=16)
     assert images.load(tmp_path / "out" / "large.png").pixels.shape == (3, 16, 8)
     assert images.load(tmp_path / "out" / "small.png").pixels.shape == images.load(small).pixels.shape

@@ -1,4 +1,4 @@
-"""Purify files and folders: one picture at a time or in batches, resumable, and one bad file doesn't stop the rest."""
+"""Purify files and folders, one image at a time or in batches; resumable, and unreadable files don't stop the rest."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ MANIFEST = ".codefend"  # the run folder kept inside the output folder
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to read, purify and write; ``purifier`` names what is used, so that two never mix in one folder."""
+class FolderOptions:
+    """How to read, purify and write. ``purifier`` is its name: two purifiers never write into one folder."""
 
     purifier: str = "bridge"
     seed: int = 0
-    batch: int = 1  # pictures of one size per call
+    batch: int = 1  # images of one size per call
     max_pixels: int = images.MAX_PIXELS
     first_frame: bool = False
-    flatten: bool = False  # write opaque pictures: an alpha channel is kept as it came, so it could carry an attack
-    format: str | None = None  # file name ending such as "png"; None keeps each one's own
+    flatten: bool = False  # write opaque images: an alpha channel is copied unpurified, so it could carry an attack
+    format: str | None = None  # file name ending such as "png"; None keeps that of each file
     quality: int | None = None  # 1-100 for JPEG and WebP
     overwrite: bool = False
-    max_side: int | None = None  # longer side, pixels: larger pictures are shrunk first, and stay so
+    max_side: int | None = None  # longer side, pixels: larger images are shrunk first, and stay so
 
     def fingerprint(self) -> dict[str, object]:
-        """What the written pixels depend on."""
+        """The settings that decide the written pixels."""
         names = ("purifier", "seed", "batch", "flatten", "format", "quality")
-        shrunk = {} if self.max_side is None else {"max_side": self.max_side}
-        return {**{name: getattr(self, name) for name in names}, **shrunk}
+        shrink = {} if self.max_side is None else {"max_side": self.max_side}
+        return {**{name: getattr(self, name) for name in names}, **shrink}
 
     def load(self, source: Path) -> images.LoadedImage:
-        """Read a picture as these options say. Raises CodefendError as `images.load` does."""
+        """Read an image with these options. Raises CodefendError as `images.load`."""
         loaded = images.load(source, max_pixels=self.max_pixels, first_frame=self.first_frame)
         if self.max_side is None:
             return loaded
@@ -55,81 +55,81 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One file: where from, where to, and its name relative to the folder asked for."""
+class ImageJob:
+    """One file: its source, its target, and its name relative to the source folder."""
 
     source: Path
     target: Path
     name: str
 
     def stamp(self) -> str:
-        """Changes when the source does, so that a changed picture is purified again."""
+        """Name, size and time of the source: a changed image is purified again."""
         try:
             stat = self.source.stat()
-        except OSError:  # a broken link: reading it will say so
+        except OSError:  # a broken link, which fails when it is read
             return self.name
         return f"{self.name} {stat.st_size} {stat.st_mtime_ns}"
 
 
 @dataclass
-class Outcome:
+class FolderReport:
     done: int = 0
     skipped: int = 0  # purified by an earlier run of the same command
     failed: list[tuple[str, str]] = field(default_factory=list)  # name, reason
 
 
 def purify_paths(
-    load_purifier: Callable[[], Purifier], paths: Sequence[str | Path], out: str | Path, options: Options
-) -> Outcome:
-    """Purify pictures and folders of them into ``out``, a picture's name for one file and a folder otherwise.
+    load_purifier: Callable[[], Purifier], paths: Sequence[str | Path], out: str | Path, options: FolderOptions
+) -> FolderReport:
+    """Purify images and folders of them into ``out``: an image file for a single file, else a folder.
 
-    The purifier is loaded last, after everything cheap has been checked. Raises CodefendError for a missing path, one that
-    cannot be looked at, an output that exists, another config's output folder, or the one file when there is just one.
+    The purifier is loaded last, after the cheap checks. Raises CodefendError for a missing or unreadable path, an
+    output that exists, an output folder with other options, and for a single file that fails.
     """
     sources, target = [Path(path) for path in paths], Path(out)
-    outcome = Outcome()
-    with _looking():
+    report = FolderReport()
+    with _readable_paths():
         for path in sources:
             if not path.exists():
                 raise CodefendError(f"no such file or folder: {path}")
         to_file = bool(target.suffix) and not target.is_dir() and not str(out).endswith(("/", os.sep))
         alone = to_file and len(sources) == 1 and not sources[0].is_dir()
-        jobs = [] if alone else plan(sources, target, ending=options.format, failed=outcome.failed)
+        jobs = [] if alone else plan(sources, target, ending=options.format, failed=report.failed)
     if alone:
         return _purify_one(load_purifier, sources[0], target, options)
     with _open_manifest(target, options) as run:
-        return _purify_all(load_purifier, jobs, run, options, outcome)
+        return _purify_all(load_purifier, jobs, run, options, report)
 
 
 @contextmanager
-def _looking() -> Iterator[None]:
-    """What the system says about a path is the user's to mend: no permission, a name too long."""
+def _readable_paths() -> Iterator[None]:
+    """Raise errors of the file system (permissions, a name too long) as CodefendError."""
     try:
         yield
     except OSError as error:
         raise CodefendError(f"cannot use {error.filename}: {error.strerror or error}") from error
 
 
-# --- what to do ------------------------------------------------------------------------------------------------------
+# --- planning --------------------------------------------------------------------------------------------------------
 
 
 def plan(
     sources: Sequence[Path], out: Path, *, ending: str | None = None, failed: list[tuple[str, str]] | None = None
-) -> list[Job]:
+) -> list[ImageJob]:
     """List the jobs for files and folders, in a fixed order; folders keep their inner paths below ``out``.
 
-    Folders that are not looked into, with the reason, are added to ``failed``. Raises CodefendError when there is nothing
-    to do, an input is its own output, or two inputs have the same output.
+    Skipped folders are added to ``failed`` with the reason. Raises CodefendError when there is nothing to do, an input
+    is its own output, or two inputs have the same output.
     """
     failed = [] if failed is None else failed
     if out.exists() and not out.is_dir():
-        raise CodefendError(f"{out} is a file; name a folder for the purified pictures")
+        raise CodefendError(f"{out} is a file; name a folder for the purified images")
     if ending is not None:
         images.format_of(f"x.{ending.lstrip('.')}")
-    jobs: dict[Path, Job] = {}
-    for source, name in _listed(sources, os.path.realpath(out), failed):
+    jobs: dict[Path, ImageJob] = {}
+    for source, name in _find_images(sources, os.path.realpath(out), failed):
         target = out / _target_name(name, ending)
-        job = Job(source, target, name.as_posix())
+        job = ImageJob(source, target, name.as_posix())
         if os.path.realpath(source) == os.path.realpath(target):
             raise CodefendError(f"{source} would be overwritten by its own output; choose another folder")
         if os.path.realpath(jobs.setdefault(target, job).source) != os.path.realpath(source):
@@ -138,11 +138,11 @@ def plan(
         raise CodefendError("; ".join(f"{name}: {reason}" for name, reason in failed[:5]))
     if not jobs:
         kinds = " ".join(sorted(images.READABLE))
-        raise CodefendError(f"no pictures in {', '.join(map(str, sources))}; looked for {kinds}")
+        raise CodefendError(f"no images in {', '.join(map(str, sources))}; looked for {kinds}")
     return list(jobs.values())
 
 
-def _listed(sources: Sequence[Path], out: str, failed: list[tuple[str, str]]) -> Iterator[tuple[Path, Path]]:
+def _find_images(sources: Sequence[Path], out: str, failed: list[tuple[str, str]]) -> Iterator[tuple[Path, Path]]:
     def unreadable(error: OSError) -> None:
         failed.append((str(error.filename), f"cannot look into this folder: {error.strerror}"))
 
@@ -165,93 +165,104 @@ def _target_name(name: Path, ending: str | None) -> Path:
         return name.with_suffix(f".{ending.lstrip('.')}")
     try:
         images.format_of(name)
-    except CodefendError:  # readable but not writable, or named oddly: a lossless format beside its own name
+    except CodefendError:  # readable but not writable, or an odd name: a lossless format, appended to the name
         return name.with_name(f"{name.name}.png")
     return name if name.suffix else name.with_name(f"{name.name}.png")
 
 
-def _open_manifest(out: Path, options: Options) -> Run:
+def _open_manifest(out: Path, options: FolderOptions) -> Run:
     folder, config = out / MANIFEST, options.fingerprint()
-    with _looking():
+    with _readable_paths():
         if options.overwrite and (folder / "config.json").exists() and read_config(folder) != config:
-            for name in ("rows.jsonl", "config.json"):  # in this order: rows without a config are refused
+            for name in ("rows.jsonl", "config.json"):  # in this order: rows without a config are an error
                 (folder / name).unlink(missing_ok=True)
         return open_run(folder, config)
 
 
-# --- doing it --------------------------------------------------------------------------------------------------------
+# --- purifying -------------------------------------------------------------------------------------------------------
 
 
-def _purify_one(load_purifier: Callable[[], Purifier], source: Path, target: Path, options: Options) -> Outcome:
+def _purify_one(
+    load_purifier: Callable[[], Purifier], source: Path, target: Path, options: FolderOptions
+) -> FolderReport:
     images.format_of(target)
     if target.exists() and not options.overwrite:
         raise CodefendError(f"{target} exists already; use --overwrite to replace it")
     loaded = options.load(source)
-    job = Job(source, target, source.name)
-    pixels = _purified(load_purifier(), [(job, loaded)], options)[0]
-    write_atomic(target, _encoded(job, loaded, pixels, options))
-    return Outcome(done=1)
+    job = ImageJob(source, target, source.name)
+    pixels = _purify_group(load_purifier(), [(job, loaded)], options)[0]
+    write_atomic(target, _encode(job, loaded, pixels, options))
+    return FolderReport(done=1)
 
 
 def _purify_all(
-    load_purifier: Callable[[], Purifier], jobs: Sequence[Job], run: Run, options: Options, outcome: Outcome
-) -> Outcome:
-    done = _finished(jobs, run, options)
-    outcome.skipped = len(done)
+    load_purifier: Callable[[], Purifier],
+    jobs: Sequence[ImageJob],
+    run: Run,
+    options: FolderOptions,
+    report: FolderReport,
+) -> FolderReport:
+    done = _finished_jobs(jobs, run, options)
+    report.skipped = len(done)
     if len(done) == len(jobs):
-        return outcome
+        return report
     purifier = load_purifier()
     with progress("purify", len(jobs), done=len(done)) as advance:
         for start in range(0, len(jobs), options.batch):
-            # A chunk that is partly done is purified whole: a call's noise depends on which pictures share it.
+            # A chunk that is partly done is purified whole: the noise depends on all images of a call.
             chunk = jobs[start : start + options.batch]
             todo = set(chunk) - done
             if todo:
-                _purify_chunk(purifier, chunk, todo, run, options, outcome)
+                _purify_chunk(purifier, chunk, todo, run, options, report)
                 advance(len(todo), chunk[-1].name)
-    return outcome
+    return report
 
 
-def _finished(jobs: Sequence[Job], run: Run, options: Options) -> set[Job]:
-    """The jobs whose output is what this command once wrote for the source as it is now.
+def _finished_jobs(jobs: Sequence[ImageJob], run: Run, options: FolderOptions) -> set[ImageJob]:
+    """The jobs whose output this command wrote for the current source.
 
-    Raises CodefendError for an output that something else made, unless it may be overwritten.
+    Raises CodefendError for an output written otherwise, unless it may be overwritten.
     """
     rows = run.rows()
     ours = {(row["name"], row["digest"]) for row in rows}
     current = {(row["source"], row["digest"]) for row in rows}
-    found = {job: _digest_of(job.target) for job in jobs if os.path.exists(job.target)}  # too long a name does not
-    foreign = [job.target for job, digest in found.items() if (job.name, digest) not in ours]
+    digests = {job: _digest_of(job.target) for job in jobs if os.path.exists(job.target)}  # False for overlong names
+    foreign = [job.target for job, digest in digests.items() if (job.name, digest) not in ours]
     if foreign and not options.overwrite:
         more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
         raise CodefendError(f"{foreign[0]} exists already{more}; use --overwrite to replace, or another folder")
-    return {job for job, digest in found.items() if (job.stamp(), digest) in current}
+    return {job for job, digest in digests.items() if (job.stamp(), digest) in current}
 
 
 def _purify_chunk(
-    purifier: Purifier, chunk: Sequence[Job], todo: set[Job], run: Run, options: Options, outcome: Outcome
+    purifier: Purifier,
+    chunk: Sequence[ImageJob],
+    todo: set[ImageJob],
+    run: Run,
+    options: FolderOptions,
+    report: FolderReport,
 ) -> None:
-    groups: dict[tuple[int, ...], list[tuple[Job, images.LoadedImage]]] = {}
+    groups: dict[tuple[int, ...], list[tuple[ImageJob, images.LoadedImage]]] = {}
     for job in chunk:
         try:
             loaded = options.load(job.source)
         except CodefendError as error:
-            outcome.failed.append((job.name, str(error)))
+            report.failed.append((job.name, str(error)))
         else:
             groups.setdefault(tuple(loaded.pixels.shape), []).append((job, loaded))
     for group in groups.values():
         try:
-            results = _purified(purifier, group, options)
+            results = _purify_group(purifier, group, options)
         except CodefendError as error:
-            outcome.failed += [(job.name, str(error)) for job, _ in group if job in todo]
+            report.failed += [(job.name, str(error)) for job, _ in group if job in todo]
             continue
         scores = _scores(purifier, group, results)
         for (job, loaded), pixels, score in zip(group, results, scores, strict=True):
             if job in todo:
-                _write(job, loaded, pixels, score, run, options, outcome)
+                _write(job, loaded, pixels, score, run, options, report)
 
 
-def _scores(purifier: Purifier, group: Sequence[tuple[Job, images.LoadedImage]], results: Tensor) -> list[float]:
+def _scores(purifier: Purifier, group: Sequence[tuple[ImageJob, images.LoadedImage]], results: Tensor) -> list[float]:
     """The detection score of each image."""
     with torch.no_grad():
         batch = torch.stack([loaded.pixels for _, loaded in group]).to(default_device())
@@ -260,27 +271,29 @@ def _scores(purifier: Purifier, group: Sequence[tuple[Job, images.LoadedImage]],
 
 
 def _write(
-    job: Job,
+    job: ImageJob,
     loaded: images.LoadedImage,
     pixels: Tensor,
     score: float,
     run: Run,
-    options: Options,
-    outcome: Outcome,
+    options: FolderOptions,
+    report: FolderReport,
 ) -> None:
     try:
-        data = _encoded(job, loaded, pixels, options)
+        data = _encode(job, loaded, pixels, options)
         source, digest = job.stamp(), _digest(data)
-        # The row goes first: a kill in between leaves a promise to make the file, not a file that nobody knows.
+        # The row comes first: a kill in between must not leave a file without a row, which a rerun would refuse.
         row = {"key": f"{source} {digest}", "source": source, "name": job.name, "digest": digest}
         run.append({**row, "score": score})
         write_atomic(job.target, data)
-        outcome.done += 1
+        report.done += 1
     except CodefendError as error:
-        outcome.failed.append((job.name, str(error)))
+        report.failed.append((job.name, str(error)))
 
 
-def _purified(purifier: Purifier, group: Sequence[tuple[Job, images.LoadedImage]], options: Options) -> Tensor:
+def _purify_group(
+    purifier: Purifier, group: Sequence[tuple[ImageJob, images.LoadedImage]], options: FolderOptions
+) -> Tensor:
     batch = torch.stack([loaded.pixels for _, loaded in group])
     generator = make_generator(options.seed, "purify", *(job.name for job, _ in group))
     try:
@@ -295,9 +308,9 @@ def _purified(purifier: Purifier, group: Sequence[tuple[Job, images.LoadedImage]
     return results
 
 
-def _encoded(job: Job, loaded: images.LoadedImage, pixels: Tensor, options: Options) -> bytes:
-    whole = pixels if options.flatten else loaded.recombine(pixels)
-    return images.encode(whole, images.format_of(job.target), quality=options.quality, icc=loaded.icc)
+def _encode(job: ImageJob, loaded: images.LoadedImage, pixels: Tensor, options: FolderOptions) -> bytes:
+    image = pixels if options.flatten else loaded.recombine(pixels)
+    return images.encode(image, images.format_of(job.target), quality=options.quality, icc=loaded.icc)
 
 
 def _digest(data: bytes) -> str:
