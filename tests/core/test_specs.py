@@ -1,4 +1,4 @@
-"""Specs: every form of the grammar is read, malformed ones are refused in one line, and what is written is read back."""
+"""Specs: every form of the grammar is read, malformed ones are refused, and what is formatted is read back."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from codefend.attacks import EVERY_ATTACK, AttackSpec, TextAttackSpec
+from codefend.core.compat import current_attack_options
 from codefend.core.registry import lookup
 from codefend.core.settings import override, recorded
 from codefend.core.specs import literal, parse_encoders, parse_spec, split_specs
@@ -212,7 +213,7 @@ class AttackChoice:
     def parse(cls, text: str, config: EvalConfig) -> AttackChoice:
         """Read ``name`` or ``name:steps=50,...``. Raises CodefendError for an unknown attack or option."""
         parsed = parse_spec(text)
-        name, options = parsed.name, dict(parsed.options)
+        name, options = parsed.name, current_attack_options(parsed.options)
         spec = lookup("attack", name, EVERY_ATTACK)
         if hasattr(_built(spec), "restarts"):
             options = {"restarts": str(config.restarts), **options}
