@@ -33,7 +33,12 @@ def test_a_pocket_cut_short_behind_its_last_checkpoint_has_its_weights(
     def loss(part: Part, images: torch.Tensor, texts: object) -> tuple[torch.Tensor, float, float]:
         return part.trainable["connector.scale"].square(), 0.0, 0.0
 
-    replaced = {"Pocket": Part, "load_shapes": list, "_batch": lambda *_: (torch.zeros(1), []), "packed_loss": loss}
+    replaced = {
+        "Pocket": Part,
+        "load_shapes": list,
+        "instruction_batch": lambda *_: (torch.zeros(1), []),
+        "packed_loss": loss,
+    }
     for name, value in replaced.items():
         monkeypatch.setattr(pocket, name, value)
     config = pocket.PocketConfig(steps=4, save_every=2, grounding_epochs=0, lr_connector=0.1, warmup=1)

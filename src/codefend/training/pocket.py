@@ -9,11 +9,11 @@ attends to the image and itself: several times the supervision per image.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -33,10 +33,11 @@ from codefend.tasks.scenes import PLACES, Scene, compose, load_photographs
 from codefend.training.card import write_card
 from codefend.training.fit import Log, Losses, Training, cosine_schedule, fit, optimize
 from codefend.training.frozen import WORDS
-from codefend.victims.pocket import AFTER, BEFORE, END, TOKENS, Pocket, read_trained
+from codefend.victims.pocket import AFTER, BEFORE, END, Pocket, read_trained
 
 Dialogues = tuple[Path, list[tuple[str, str]]]  # an image file with its (question, answer) pairs
 Instructions = tuple[Tensor, list[list[tuple[str, str]]]]  # images [B, 3, H, W], the (prompt, answer) pairs of each
+Encode = Callable[[Sequence[str]], list[list[int]]]  # texts to token ids, without special tokens
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _training(config: PocketConfig, folder: Path) -> Training[Instructions]:
 
     return Training(
         parameters=pocket.trainable,
-        batch=partial(_batch, config, shapes),
+        batch=partial(instruction_batch, config, shapes),
         loss=loss,
         optimizer=optimizer,
         schedule=cosine_schedule(optimizer, config.steps, warmup=config.warmup),
@@ -166,7 +167,7 @@ def _share(correct: Tensor, subset: Tensor) -> float:
 
 def _grounding_set(pocket: Pocket, config: PocketConfig, shapes: Sequence[Dialogues]) -> tuple[Tensor, Tensor, Tensor]:
     """Encoder tokens ``[S, T, W]`` (half precision), cell labels ``[S, T]``, unit word embeddings ``[C, D]``."""
-    named = [(path, name) for path, dialogues in shapes if (name := _shape_name(dialogues))][: config.grounding_shapes]
+    named = [(path, name) for path, dialogues in shapes if (name := shape_name(dialogues))][: config.grounding_shapes]
     names = [f" {c} {t.name}" for t in THINGS if t.tinted for c in COLOURS]
     names += [f" {t.name}" for t in THINGS if not t.tinted]
     names += [*sorted({name for _, name in named}), " background"]
@@ -180,18 +181,18 @@ def _grounding_set(pocket: Pocket, config: PocketConfig, shapes: Sequence[Dialog
             scenes = [compose("train", 1_000_000 + start + i, photographs=load_photographs()) for i in range(32)]
             batch = augment(torch.stack([s.image for s in scenes]), rng)
             tokens.append(pocket.features(batch).half())
-            labels.append(torch.stack([_cells(scene, index) for scene in scenes]))
+            labels.append(torch.stack([cell_labels(scene, index) for scene in scenes]))
             advance(32)
         for start in range(0, len(named), 32):
             part = named[start : start + 32]
             batch = torch.stack([fit_square(images.load(path).pixels[None])[0] for path, _ in part])
             tokens.append(pocket.features(augment(batch, rng)).half())
-            cells = [_shape_cells(p, index[n], index[" background"]) for p, (_, n) in zip(batch, part, strict=True)]
+            cells = [shape_labels(p, index[n], index[" background"]) for p, (_, n) in zip(batch, part, strict=True)]
             labels.append(torch.stack(cells))
     return torch.cat(tokens), torch.cat(labels), words
 
 
-def _cells(scene: Scene, index: dict[str, int]) -> Tensor:
+def cell_labels(scene: Scene, index: dict[str, int]) -> Tensor:
     """The label of each 32-pixel cell, ``[T]``; -1 where an object covers only a little of it."""
     side = SIDE // 32
     labels = torch.full((side, side), len(index) - 1)
@@ -208,7 +209,7 @@ def _cells(scene: Scene, index: dict[str, int]) -> Tensor:
     return labels.flatten()
 
 
-def _shape_name(dialogues: Sequence[tuple[str, str]]) -> str:
+def shape_name(dialogues: Sequence[tuple[str, str]]) -> str:
     """ " teal triangle", from the answers to the questions on an easy-vqa image; "" where they lack either word."""
     shapes, colours = ("circle", "rectangle", "triangle"), ("black", "blue", "brown", "gray", "green", "red", "teal")
     answers = {answer for _, answer in dialogues}
@@ -216,8 +217,8 @@ def _shape_name(dialogues: Sequence[tuple[str, str]]) -> str:
     return f" {colour} {shape}" if colour and shape else ""
 
 
-def _shape_cells(image: Tensor, label: int, background: int) -> Tensor:
-    """As `_cells` for an easy-vqa image ``[3, S, S]``: the shape is what differs from its flat background."""
+def shape_labels(image: Tensor, label: int, background: int) -> Tensor:
+    """As `cell_labels` for an easy-vqa image ``[3, S, S]``: the shape is what differs from its flat background."""
     flat = image.flatten(1).median(1).values[:, None, None]
     inside = ((image - flat).abs().amax(0) > 0.12).float()
     cover = F.avg_pool2d(inside[None, None], 32)[0, 0].flatten()
@@ -254,7 +255,8 @@ def load_shapes() -> list[Dialogues]:
     return list(grouped.items())
 
 
-def _batch(config: PocketConfig, shapes: Sequence[Dialogues], step: int) -> Instructions:
+def instruction_batch(config: PocketConfig, shapes: Sequence[Dialogues], step: int) -> Instructions:
+    """The images and texts of a step, a pure function of it."""
     rng = np.random.default_rng([config.seed, 2, step])
     batch, texts = [], []
     for i in range(config.batch):
@@ -275,25 +277,33 @@ def _batch(config: PocketConfig, shapes: Sequence[Dialogues], step: int) -> Inst
 def packed_loss(
     pocket: Pocket, batch: Tensor, texts: Sequence[Sequence[tuple[str, str]]]
 ) -> tuple[Tensor, float, float]:
+    """`text_loss` of images ``[B, 3, H, W]`` in the pocket's own layout."""
+    vision = pocket.connector(pocket.features(batch.to(pocket.device)))
+    before = pocket.embed([BEFORE])[0].expand(len(vision), -1, -1)
+    return text_loss(pocket.llm, pocket.encode, torch.cat([before, vision], dim=1), texts)
+
+
+def text_loss(
+    llm: Any, encode: Encode, prefixes: Tensor, texts: Sequence[Sequence[tuple[str, str]]]
+) -> tuple[Tensor, float, float]:
     """Mean NLL over all answers of all images, each with the same weight; and its values on answers and captions.
 
-    ``batch`` ``[B, 3, H, W]``; ``texts[b]`` the (prompt, answer) pairs of image b, of which the first is the caption.
+    ``llm`` is a LlamaForCausalLM and ``encode`` its tokenizer. ``prefixes`` ``[B, P, D]``: the embeddings of each
+    sequence up to the end of the image; ``texts[b]`` the (prompt, answer) pairs of image b, of which the first is the
+    caption.
     """
-    device = pocket.device
-    vision = pocket.connector(pocket.features(batch.to(device)))
-    before = pocket.encode([BEFORE])[0]
-    rows = [_pack(pocket, pairs, len(before) + TOKENS) for pairs in texts]
-    table = pocket.llm.get_input_embeddings().weight
-    start = F.embedding(torch.tensor(before, device=device), table)
+    device = prefixes.device
+    rows = [_pack(encode, pairs, prefixes.shape[1]) for pairs in texts]
+    table = llm.get_input_embeddings().weight
     embedded = [
-        torch.cat([start, tokens, F.embedding(torch.tensor(row.ids, device=device), table)])
-        for row, tokens in zip(rows, vision, strict=True)
+        torch.cat([prefix, F.embedding(torch.tensor(row.ids, device=device), table)])
+        for row, prefix in zip(rows, prefixes, strict=True)
     ]
     segments, positions = (
         [torch.tensor(part, device=device) for part in parts]
         for parts in zip(*((row.segments, row.positions) for row in rows), strict=True)
     )
-    hidden = pocket.llm.model(
+    hidden = llm.model(
         inputs_embeds=nn.utils.rnn.pad_sequence(embedded, batch_first=True),
         attention_mask=_block_mask(nn.utils.rnn.pad_sequence(segments, batch_first=True, padding_value=-1)),
         position_ids=nn.utils.rnn.pad_sequence(positions, batch_first=True),
@@ -301,7 +311,7 @@ def packed_loss(
     states = [hidden[b, at : at + len(reply)] for b, row in enumerate(rows) for at, reply in row.replies]
     replies = [reply for row in rows for _, reply in row.replies]
     targets = torch.tensor([i for reply in replies for i in reply], device=device)
-    nll = F.cross_entropy(pocket.llm.lm_head(torch.cat(states)), targets, reduction="none")
+    nll = F.cross_entropy(llm.lm_head(torch.cat(states)), targets, reduction="none")
     means = torch.stack([part.mean() for part in nll.split([len(reply) for reply in replies])])
     captions = torch.tensor([i == 0 for row in rows for i in range(len(row.replies))])
     return means.mean(), means[~captions].mean().item(), means[captions].mean().item()
@@ -316,11 +326,11 @@ class _Row(NamedTuple):
     replies: list[tuple[int, list[int]]]  # index of the first state that predicts a reply, and its ids
 
 
-def _pack(pocket: Pocket, pairs: Sequence[tuple[str, str]], prefix: int) -> _Row:
+def _pack(encode: Encode, pairs: Sequence[tuple[str, str]], prefix: int) -> _Row:
     """``pairs`` are (prompt, answer); ``prefix``: its number of tokens."""
     row = _Row([], [0] * prefix, list(range(prefix)), [])
-    prompts = pocket.encode([f"\n{prompt}{AFTER}" for prompt, _ in pairs])
-    answers = pocket.encode([f"{answer}{END}" for _, answer in pairs])
+    prompts = encode([f"\n{prompt}{AFTER}" for prompt, _ in pairs])
+    answers = encode([f"{answer}{END}" for _, answer in pairs])
     for number, (prompt, reply) in enumerate(zip(prompts, answers, strict=True), start=1):
         row.replies.append((prefix + len(row.ids) + len(prompt) - 1, reply))
         row.ids.extend(prompt + reply[:-1])

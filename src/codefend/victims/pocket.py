@@ -219,14 +219,20 @@ def load_pocket(folder: Path) -> Pocket:
 
     Raises CodefendError when the folder holds no pocket weights, or those of another version.
     """
+    victim = load_unmerged(folder)
+    merge_lora(victim.llm)
+    return victim.to(default_device())
+
+
+def load_unmerged(folder: Path) -> Pocket:
+    """As `load_pocket`, on the CPU and with adapters that are not merged, as training needs them."""
     try:
         config = json.loads((folder / "config.json").read_text())
         victim = Pocket(config["encoder"], rank=config["rank"], vocabulary=config.get("vocabulary", ()))
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise CodefendError(_NO_WEIGHTS.format(folder=folder, error=error)) from error
     read_trained(victim, folder)
-    merge_lora(victim.llm)
-    return victim.to(default_device())
+    return victim
 
 
 _NO_WEIGHTS = "{folder} holds no pocket weights ({error}); train some with `codefend train pocket`"
