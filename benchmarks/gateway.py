@@ -183,10 +183,11 @@ def one_worker(name: str, datas: list[bytes]) -> tuple[float, float]:
 def all_workers(options: argparse.Namespace, datas: list[bytes]) -> float:
     """Seconds that as many worker processes as the gateway's need for the files."""
     from codefend.gateway.app import build_worker
-    from codefend.gateway.pool import Pool, PoolOptions
-    from codefend.gateway.worker import Job
+    from codefend.gateway.options import PoolOptions
+    from codefend.gateway.pool import Pool
+    from codefend.gateway.worker import Job, WorkerOptions
 
-    build = partial(build_worker, options.purifier)
+    build = partial(build_worker, options.purifier, WorkerOptions())
     pool = Pool(build, PoolOptions(options.workers, timeout_s=300), name=options.purifier)
     pool.warm_up()
     start = time.perf_counter()

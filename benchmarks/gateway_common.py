@@ -89,12 +89,12 @@ def run_gateway(port: int, flags: dict[str, Any]) -> None:
 
     from codefend.gateway.app import create_app
     from codefend.gateway.config import load_settings
-    from codefend.gateway.serve import keep_loop_free
+    from codefend.gateway.serve import HTTP, keep_loop_free
 
     app = watched(create_app(load_settings(**flags)))
     keep_loop_free()
     quiet: dict[str, Any] = {"log_level": "error", "access_log": False, "server_header": False, "date_header": False}
-    uvicorn.run(app, port=port, ws="none", **quiet, **KEEP)
+    uvicorn.run(app, port=port, **quiet, **HTTP)
 
 
 def await_port(port: int, alive: Callable[[], bool], name: str, seconds: float = 60) -> None:

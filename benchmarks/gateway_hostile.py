@@ -1,4 +1,4 @@
-"""Requests for the soak: good ones, and those that somebody who means harm would send. Every picture carries a mark."""
+"""Requests for the soak: valid ones, and those that an attacker would send. Every image carries a mark."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from PIL import Image, PngImagePlugin
 
 MARK = b"CODEFEND-SOAK-ORIGINAL"  # in every file sent: re-encoding must lose it
 PATHS = {"chat": "/v1/chat/completions", "responses": "/v1/responses", "messages": "/v1/messages"}
-Request = tuple[str, bytes, frozenset[int]]  # API, body, statuses that are right beside those of a busy gateway
+Request = tuple[str, bytes, frozenset[int]]  # API, body, statuses that are correct, besides those of a busy gateway
 
 GOOD = frozenset({200})
 REFUSED = frozenset({400, 413})
 
 
-def picture(rng: random.Random, kind: str = "", side: int = 0) -> bytes:
+def marked_image(rng: random.Random, kind: str = "", side: int = 0) -> bytes:
     """A marked file whose upper left corner is a fine chequerboard: no purifier that blurs lets it through."""
     side = side or rng.choice((32, 64, 200, 400))
     pixels = np.random.default_rng(rng.getrandbits(32)).integers(0, 256, (side, side, 3), dtype=np.uint8)
@@ -40,7 +40,7 @@ def picture(rng: random.Random, kind: str = "", side: int = 0) -> bytes:
 
 
 def survived(data: bytes) -> bool:
-    """Whether a picture that reached the upstream is an original: by its bytes, or by its chequerboard."""
+    """Whether an image that reached the upstream is an original: by its bytes, or by its chequerboard."""
     if MARK in data:
         return True
     corner = np.asarray(Image.open(io.BytesIO(data)).convert("L"), dtype=float)[:16, :16]
@@ -79,14 +79,14 @@ def animation() -> bytes:
 
 
 def scrambled(rng: random.Random) -> bytes:
-    data = bytearray(picture(rng))
+    data = bytearray(marked_image(rng))
     for _ in range(rng.randrange(1, 40)):
         data[rng.randrange(len(data))] = rng.randrange(256)
     return bytes(data)
 
 
 BAD_FILES: list[Callable[[random.Random], bytes]] = [
-    lambda rng: picture(rng, "PNG")[: rng.randrange(1, 200)],
+    lambda rng: marked_image(rng, "PNG")[: rng.randrange(1, 200)],
     lambda rng: png(40_000, 40_000, b""),  # claims 1.6 billion pixels
     lambda rng: png(2, 1500, zlib.compress(bytes(10_000))),  # a needle
     lambda rng: animation(),
@@ -117,8 +117,8 @@ BAD_BODIES: list[Callable[[random.Random], bytes]] = [
 
 
 def good(rng: random.Random, keep: list[bytes], model: str, *, stream: bool = False) -> Request:
-    """One to three marked pictures, now and then one that was sent before, or none."""
-    files = [rng.choice(keep) if keep and rng.random() < 0.3 else picture(rng) for _ in range(rng.randrange(4))]
+    """One to three marked images, sometimes one that was sent before, or none."""
+    files = [rng.choice(keep) if keep and rng.random() < 0.3 else marked_image(rng) for _ in range(rng.randrange(4))]
     keep[:] = [*keep, *files][-20:]
     api = rng.choice(list(PATHS))
     return api, body(api, files, model, stream=stream), GOOD
@@ -131,4 +131,4 @@ def hostile(rng: random.Random) -> Request:
     if rng.random() < 0.2:  # damaged, or with 100 times the pixels that it claims: decoders may live with either
         surplus = png(300, 300, zlib.compress(bytes(27_000_000), 9))
         return api, body(api, [rng.choice((scrambled(rng), surplus))], "ok"), REFUSED | GOOD
-    return api, body(api, [picture(rng, side=64), rng.choice(BAD_FILES)(rng)], "ok"), REFUSED
+    return api, body(api, [marked_image(rng, side=64), rng.choice(BAD_FILES)(rng)], "ok"), REFUSED

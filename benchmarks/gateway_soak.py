@@ -3,7 +3,7 @@
     python benchmarks/gateway_soak.py --minutes 10
 
 Runs `codefend serve` on 127.0.0.1 before an upstream that dies now and then, and checks: the gateway lives, what it
-holds (memory, files, requests in flight) comes back down, no original picture ever reaches the upstream, and every
+holds (memory, files, requests in flight) comes back down, no original image ever reaches the upstream, and every
 refusal is a JSON error in the API's own form. Prints one JSON object; exit status 1 when something is wrong.
 """
 
@@ -58,18 +58,18 @@ def run_upstream(port: int, folder: str) -> None:
             raw += message.get("body", b"")
             more = message.get("more_body", False)
         with open(Path(folder) / "seen", "a") as seen:
-            for data in pictures(json.loads(raw)):
+            for data in images_in(json.loads(raw)):
                 seen.write("!" if survived(data) else ".")
         await answer(json.loads(raw), send)
 
     uvicorn.run(app, port=port, log_level="critical", access_log=False, lifespan="off")
 
 
-def pictures(value: Any) -> list[bytes]:
+def images_in(value: Any) -> list[bytes]:
     if isinstance(value, dict):
-        return [data for inner in value.values() for data in pictures(inner)]
+        return [data for inner in value.values() for data in images_in(inner)]
     if isinstance(value, list):
-        return [data for inner in value for data in pictures(inner)]
+        return [data for inner in value for data in images_in(inner)]
     if isinstance(value, str) and len(value) > 100 and " " not in value:
         return [base64.b64decode(value.rpartition(",")[2])]
     return []
@@ -251,7 +251,7 @@ async def soaked(options: argparse.Namespace, port: int, folder: str, process: A
     await asyncio.sleep(5)
     end = await metrics(port)
     seen = (Path(folder) / "seen").read_text() if (Path(folder) / "seen").exists() else ""
-    soak.wrong += [] if seen else ["no picture reached the upstream: nothing was tested"]
+    soak.wrong += [] if seen else ["no image reached the upstream: nothing was tested"]
     soak.wrong += [f"{seen.count('!')} originals reached the upstream"] if "!" in seen else []
     soak.wrong += [f"{name} is {end[name]}" for name in ("codefend_in_flight", "codefend_queue_images") if end[name]]
     soak.wrong += [f"{gateway.num_fds()} open files, {files} before"] if gateway.num_fds() > files + 40 else []
@@ -262,7 +262,7 @@ async def soaked(options: argparse.Namespace, port: int, folder: str, process: A
     return {
         "wrong": soak.wrong[:50],
         "counts": soak.counts,
-        "pictures at the upstream": len(seen),
+        "images at the upstream": len(seen),
         "points": points,
         "growth_mb_in_second_half": round(growth, 1),
         "open_files": [files, gateway.num_fds()],

@@ -76,12 +76,8 @@ def create_app(
     lane = Lane(engine.worker, settings.part(LaneOptions, **_lane_options(settings)))
     meters, keys = Meters(), Keys(_keys(settings))
     engine.lane = lane
-    fetcher = Fetcher(
-        settings.part(FetchOptions, **_fetch_options(settings)),
-        max_bytes=settings.max_image_bytes,
-        transport=fetch_transport,
-        resolver=resolver,
-    )
+    options = settings.part(FetchOptions, **_fetch_options(settings))
+    fetcher = Fetcher(options, max_bytes=settings.max_image_bytes, transport=fetch_transport, resolver=resolver)
     engine.fetch = fetcher
     budget = BodyBudget(_budget_options(settings))
     upstream = _upstream(settings, transport, prompt, meters, showcase)

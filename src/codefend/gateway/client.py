@@ -45,15 +45,8 @@ def wrap(
     http = _http_library(inner)
     if http is None or not callable(copy):
         raise CodefendError(f"cannot wrap {type(client).__name__}; give an OpenAI or Anthropic client")
-    engine = local_engine(
-        purifier,
-        prompt=prompt,
-        policy=policy,
-        threshold=threshold,
-        on_error=on_error,
-        image_links=image_links,
-        tools=tools,
-    )
+    options: dict[str, Any] = {"prompt": prompt, "policy": policy, "threshold": threshold, "on_error": on_error}
+    engine = local_engine(purifier, image_links=image_links, tools=tools, **options)
     asynchronous = isinstance(inner, http.AsyncClient)
     transport = (_async_transport if asynchronous else _sync_transport)(http, inner, engine)
     outer = (http.AsyncClient if asynchronous else http.Client)(
