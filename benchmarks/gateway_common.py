@@ -170,7 +170,7 @@ class Target:
     async def post(self, body: bytes, due: float) -> None:
         try:
             reader, writer = self.idle.pop() if self.idle else await asyncio.open_connection(self.host, self.port)
-            head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            head = f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
             writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
             status, first = await read_answer(reader)
         except (OSError, asyncio.IncompleteReadError, ValueError):
@@ -228,7 +228,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 async def get_json(port: int, path: str) -> Any:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(f"GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+    writer.write(f"GET {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n".encode())
     raw = await reader.read()
     writer.close()
     return json.loads(raw[raw.index(b"{") : raw.rindex(b"}") + 1])

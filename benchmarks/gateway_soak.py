@@ -153,7 +153,8 @@ class Soak:
     async def sent(self, request: Request, *, part: float = 1.0) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         api, body, _ = request
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        head = f"POST {PATHS[api]} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+        head = f"POST {PATHS[api]} HTTP/1.1\r\nhost: 127.0.0.1\r\n"
+        head += "connection: close\r\ncontent-type: application/json\r\n"
         writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body[: int(len(body) * part)])
         if part == 1:
             await writer.drain()
@@ -193,7 +194,7 @@ def well_formed(api: str, body: bytes) -> bool:
 
 
 async def killing(soak: Soak, port: int, folder: str, gateway: psutil.Process) -> None:
-    """Every few seconds the upstream dies for a moment; every so often one of the gateway's workers does."""
+    """Every few seconds the upstream dies for a moment; sometimes a worker of the gateway dies or freezes."""
     rng, context = random.Random(soak.seed), mp.get_context("spawn")
     upstream = context.Process(target=run_upstream, args=(port, folder), daemon=True)
     upstream.start()
@@ -201,9 +202,10 @@ async def killing(soak: Soak, port: int, folder: str, gateway: psutil.Process) -
         while time.monotonic() < soak.until:
             await asyncio.sleep(rng.uniform(8, 20))
             if rng.random() < 0.4 and (workers := leaves(gateway)):
+                worker, freeze = rng.choice(workers), rng.random() < 0.5
                 with contextlib.suppress(psutil.Error):
-                    rng.choice(workers).kill()
-                soak.counts["workers killed"] += 1
+                    worker.suspend() if freeze else worker.kill()
+                soak.counts["workers frozen" if freeze else "workers killed"] += 1
                 continue
             upstream.kill()
             upstream.join()
@@ -231,7 +233,7 @@ async def watching(soak: Soak, gateway: psutil.Process, points: list[dict[str, f
 async def metrics(port: int) -> dict[str, float]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     with contextlib.closing(writer):
-        writer.write(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        writer.write(b"GET /metrics HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n")
         lines = (await reader.read(-1)).decode().splitlines()
     pairs = [line.rsplit(" ", 1) for line in lines if line.startswith("codefend_")]
     return {name: float(value) for name, value in pairs}

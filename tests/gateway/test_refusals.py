@@ -101,7 +101,7 @@ def test_uploads_pass_where_the_operator_allows_them() -> None:
         upstream = Upstream()
         async with gateway(upstream, allow_uploads=True) as client:
             kind = {"content-type": "multipart/form-data; boundary=x"}
-            answer = await client.post("/v1/files", content=b"--x--", headers=kind)
+            answer = await client.post("/v1/files", files={"file": ("a.pdf", b"%PDF-1.7")}, data={"purpose": "x"})
             chat_answer = await client.post(CHAT, content=b"--x--", headers=kind)
         assert (answer.status_code, chat_answer.status_code) == (200, 415)
 

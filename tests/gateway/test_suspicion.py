@@ -126,6 +126,7 @@ WRITTEN = [
     "<IMG alt='x' SRC = 'data:image/png;asset_id,1'>",
     "Image 1: <img>data:image/png;base64,AAAA</img>",
     "<IMG> " + "iVBORw0KGgo" + "A" * 300,
+    "<img>" + "iVBORw0KGgoAAAAA\n" * 500 + "</img>",
     "<img>/etc/passwd</img>",
     "<image>a.png</image>",
     "<video>s3://bucket/a.mp4</video>",

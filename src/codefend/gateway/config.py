@@ -109,7 +109,9 @@ class Settings(BaseSettings):
     allow_remote_images: bool = _setting(FetchOptions.allowed, "Access", "fetch https image URLs from public addresses")
     remote_hosts: Names = _setting(FetchOptions.hosts, "Access", "the only hosts to fetch from")
     allow_image_links: bool = _setting(False, "Access", "pass on http(s) images in Markdown and HTML as text")
-    allow_uploads: bool = _setting(False, "Access", "pass on multipart bodies, files and batches without inspection")
+    allow_uploads: bool = _setting(
+        False, "Access", "pass on files and batches: their images are purified, other files are not inspected"
+    )
     requests_per_minute: int = _setting(
         AccessOptions.requests_per_minute, "Access", "requests per key and minute; 0: unlimited", ge=0
     )

@@ -81,6 +81,10 @@ class Caller:
     take: Take = lambda size: None
 
 
+def _blocked() -> Refused:
+    return Refused(400, "image_blocked", "an image looks tampered with and was blocked")
+
+
 def refuse_remote() -> Refused:
     message = "remote image URLs are not allowed here; send the image as data:image/...;base64,..."
     return Refused(400, "remote_image_refused", message)
@@ -123,10 +127,19 @@ class Engine:
         written = await self._aside(size, _write, outcome)
         return written, replace(outcome, body=None, tokens=())
 
-    async def rewrite(self, api: Api, body: Any, terms: Terms | None = None) -> Outcome:
+    async def rewrite(self, api: Api, body: Any, terms: Terms | None = None, caller: Caller | None = None) -> Outcome:
         """Purify the images of a parsed body. Raises Refused."""
-        start = time.perf_counter()
-        return await self._purify_all(Reading(body, self._survey(api, body)), terms or self.terms, Caller(), start)
+        start, reading = time.perf_counter(), Reading(body, self._survey(api, body))
+        return await self._purify_all(reading, terms or self.terms, caller or Caller(), start)
+
+    async def purify_file(self, data: bytes, terms: Terms, caller: Caller) -> EncodedImage:
+        """Purify one image file. Raises Refused."""
+        loop = asyncio.get_running_loop()
+        job, digest = await loop.run_in_executor(self.executor, self._prepare, data, terms)
+        image, _ = await self._purify(job, digest, caller.client)
+        if terms.mode == "block" and suspicious(image.score, terms.threshold):
+            raise _blocked()
+        return image.image
 
     def rewrite_now(self, api: Api, body: Any) -> Outcome:
         """Purify in this thread, without queue, cache and remote images. Raises Refused."""
@@ -310,7 +323,7 @@ class Engine:
         if terms.mode == "block":
             for slot, image in zip(slots.slots, images, strict=True):
                 if suspicious(image.score, terms.threshold):
-                    raise _at(Refused(400, "image_blocked", "an image looks tampered with and was blocked"), slot)
+                    raise _at(_blocked(), slot)
         bypassed = tuple(reason for _, reason in results if reason)
         if not images and not (self.policy and self.everywhere and slots.turns):
             return Outcome(None, seconds=seconds)

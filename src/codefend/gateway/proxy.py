@@ -24,6 +24,7 @@ from codefend.gateway.forms import check_audio_form
 from codefend.gateway.headers import find, report, to_client, to_upstream
 from codefend.gateway.routes import api_of, check_path, error_api_of, route_label
 from codefend.gateway.telemetry import Meters, Tracer, log
+from codefend.gateway.uploads import FILES, rewrite_upload
 from codefend.gateway.upstream import Upstream
 
 Done = TypeVar("Done")
@@ -187,12 +188,20 @@ class Proxy:
             ):
                 body, exchange.outcome = await self.engine.rewrite_bytes(api_of(exchange.path), raw, terms, caller)
             return body
+        if exchange.path == FILES:
+            return await self._rewrite_upload(exchange, raw)
         if self.settings.allow_uploads and api_of(exchange.path) == "other":
             return raw
         if exchange.path in ("/v1/audio/transcriptions", "/v1/audio/translations"):
             check_audio_form(find(scope["headers"], b"content-type") or "", raw)
             return raw
         raise Refused(415, "unknown_content", "only application/json can be inspected for images")
+
+    async def _rewrite_upload(self, exchange: Exchange, raw: bytes) -> bytes:
+        scope, caller = exchange.scope, Caller(exchange.client, exchange.lease.take)
+        content_type = find(scope["headers"], b"content-type") or ""
+        with self._share(exchange.client), self.tracer.span("codefend.purify", exchange.trace, route=exchange.route):
+            return await rewrite_upload(self.engine, self.routes, content_type, raw, self._terms(scope), caller)
 
     def _terms(self, scope: Scope) -> Terms:
         mode = find(scope["headers"], b"x-codefend-policy")

@@ -35,7 +35,8 @@ _DEEPEST = 100  # lists and objects in one another; no API needs more than some 
 _WRITTEN = r"(?:!\[[^\]!]*+(?:!(?!\[)[^\]!]*+)*+\]\(\s*+<?|<img\b[^<>]*?\bsrc\s*+=[\s\"']*+)"
 _TAG = r"<(?:img|image|video)\s*+>\s*+"
 _TAG_CONTENT = (
-    r"(?:(?!https?:)\w++[+.-]*+://|data:|[A-Za-z0-9+/=_-]{256}|(?!https?:)[^\s<][^<]{0,4096}+</(?:img|image|video))"
+    r"(?:(?!https?:)\w++[+.-]*+://|data:|(?:[A-Za-z0-9+/=_-]\s{0,8}+){256}"
+    r"|(?!https?:)[^\s<][^<]{0,4096}+</(?:img|image|video))"
 )
 _WRITTEN_DATA = re.compile(f"{_WRITTEN}data:|{_TAG}{_TAG_CONTENT}", re.IGNORECASE)
 _WRITTEN_ANY = re.compile(f"{_WRITTEN}(?:data:|https?:)|{_TAG}(?:https?:|{_TAG_CONTENT})", re.IGNORECASE)

@@ -12,11 +12,12 @@ which discards the images that a guardrail returns (LiteLLM issue 31071). In Lit
 
 Images are purified where chat completions, responses and Anthropic messages have them. Anywhere else in a call, as in
 ``fallbacks``, ``extra_body`` or another kind of call, they are refused; so are calls whose contents follow over a
-WebSocket.
+WebSocket, and tools by which the model's server loads content itself, unless ``tools`` names them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -38,11 +39,17 @@ class CodefendGuardrail(_Base):  # type: ignore[misc]
         prompt: str = "none",
         on_error: OnError = "block",
         image_links: bool = False,
+        tools: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.engine = local_engine(
-            purifier, prompt=prompt, on_error=on_error, image_links=image_links, lane=LaneOptions()
+            purifier,
+            prompt=prompt,
+            on_error=on_error,
+            image_links=image_links,
+            tools=tuple(tools),
+            lane=LaneOptions(),
         )
 
     async def async_pre_call_hook(
@@ -61,7 +68,7 @@ class CodefendGuardrail(_Base):  # type: ignore[misc]
             data.update(changed)
             logged = data.get("proxy_server_request")
             if isinstance(logged, dict) and isinstance(logged.get("body"), dict):
-                logged["body"] = {**logged["body"], **changed}  # what loggers keep shall not hold originals
+                logged["body"] = {**logged["body"], **changed}  # loggers must not record originals
         return data
 
 

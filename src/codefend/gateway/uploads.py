@@ -1,0 +1,73 @@
+"""Uploaded files: images are purified, and so are those in the requests of a batch. Other files pass as they are."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+from codefend.gateway.engine import Caller, Engine, Terms
+from codefend.gateway.errors import Refused
+from codefend.gateway.forms import Part, read_form, replace_contents
+from codefend.gateway.probe import InvalidHeader, read_header
+from codefend.gateway.routes import Routes, api_of, check_path
+from codefend.gateway.wire import dump, parse
+
+FILES = "/v1/files"
+_MAX_LINES = 50_000  # OpenAI's limit for a batch
+
+
+async def rewrite_upload(
+    engine: Engine, routes: Routes, content_type: str, raw: bytes, terms: Terms, caller: Caller
+) -> bytes:
+    """Purify the images of an upload to ``/v1/files``. Raises Refused."""
+    form = read_form(content_type, raw)
+    is_batch = form.field("purpose") == "batch"
+    contents: list[bytes] = []
+    for part in form.parts:
+        if not part.is_file:
+            contents.append(part.content)
+        elif is_batch:
+            contents.append(await _rewrite_batch(engine, routes, part, terms, caller))
+        else:
+            contents.append(await _rewrite_file(engine, part, terms, caller))
+    return replace_contents(form, contents).write()
+
+
+async def _rewrite_file(engine: Engine, part: Part, terms: Terms, caller: Caller) -> bytes:
+    try:
+        read_header(part.content)
+    except InvalidHeader as error:
+        if "is not an image" in str(error):
+            return part.content
+    image = await engine.purify_file(part.content, terms, caller)
+    caller.take(len(image.data))
+    return base64.b64decode(image.data)
+
+
+async def _rewrite_batch(engine: Engine, routes: Routes, part: Part, terms: Terms, caller: Caller) -> bytes:
+    """One request a line: ``{"custom_id": ..., "method": ..., "url": ..., "body": {...}}``."""
+    lines = [line for line in part.content.split(b"\n") if line.strip()]
+    if len(lines) > _MAX_LINES:
+        raise Refused(413, "body_too_complex", f"a batch of {len(lines):,} lines; the limit is {_MAX_LINES:,}")
+    rewritten = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rewritten.append(await _rewrite_line(engine, routes, line, terms, caller))
+        except Refused as refusal:
+            where = f"line {number}" + (f": {refusal.where}" if refusal.where else "")
+            status, code, message = refusal.status, refusal.code, refusal.message
+            raise Refused(status, code, message, where=where, retry_after=refusal.retry_after) from refusal
+    return b"\n".join(rewritten) + b"\n"
+
+
+async def _rewrite_line(engine: Engine, routes: Routes, line: bytes, terms: Terms, caller: Caller) -> bytes:
+    request: Any = parse(line)
+    if not isinstance(request, dict) or set(request) != {"custom_id", "method", "url", "body"}:
+        raise Refused(400, "invalid_request", "expected custom_id, method, url and body")
+    method, url = request["method"], request["url"]
+    if not isinstance(method, str) or not isinstance(url, str) or not isinstance(request["custom_id"], str):
+        raise Refused(400, "invalid_request", "custom_id, method and url must be texts")
+    check_path(url)
+    routes.check(method, url)
+    outcome = await engine.rewrite(api_of(url), request["body"], terms, caller)
+    return dump(request if outcome.body is None else request | {"body": outcome.body})

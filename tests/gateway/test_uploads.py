@@ -1,0 +1,76 @@
+"""Uploads, where they are allowed: images are purified as files and in batches."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from codefend.core import images
+from codefend.gateway.forms import read_form
+from gateway_kit import CHAT, Upstream, chat, gateway, image, png, run
+
+A, B = png(1), png(2)
+
+
+async def upload(upstream: Upstream, content: bytes, purpose: str, **flags: Any) -> Any:
+    async with gateway(upstream, allow_uploads=True, **flags) as client:
+        files = {"file": ("a.bin", content, "application/octet-stream")}
+        return await client.post("/v1/files", files=files, data={"purpose": purpose})
+
+
+def file_received(upstream: Upstream) -> bytes:
+    request = upstream.requests[-1]
+    form = read_form(request.headers["content-type"], request.content)
+    return next(part.content for part in form.parts if part.is_file)
+
+
+def line(body: Any, url: str = CHAT, method: str = "POST") -> bytes:
+    return json.dumps({"custom_id": "1", "method": method, "url": url, "body": body}).encode()
+
+
+def test_an_uploaded_image_is_purified() -> None:
+    upstream = Upstream()
+    assert run(upload(upstream, A, "vision")).status_code == 200
+    assert not upstream.received(A)
+    torch.testing.assert_close(images.load(file_received(upstream)).pixels, 1 - image(1))
+
+
+def test_other_files_pass_as_they_are() -> None:
+    upstream = Upstream()
+    assert run(upload(upstream, b"%PDF-1.7 \r\n\r\n any bytes \0", "assistants")).status_code == 200
+    assert file_received(upstream) == b"%PDF-1.7 \r\n\r\n any bytes \0"
+
+
+def test_the_images_of_a_batch_are_purified() -> None:
+    upstream = Upstream()
+    batch = line(chat(A)) + b"\n\n" + line({"model": "m", "input": "a text"}, "/v1/embeddings") + b"\n" + line(chat(B))
+    assert run(upload(upstream, batch, "batch")).status_code == 200
+    assert not upstream.received(A, B)
+    requests = [json.loads(text) for text in file_received(upstream).splitlines()]
+    assert [request["url"] for request in requests] == [CHAT, "/v1/embeddings", CHAT]
+    urls = [requests[i]["body"]["messages"][0]["content"][1]["image_url"]["url"] for i in (0, 2)]
+    for url, seed in zip(urls, (1, 2), strict=True):
+        torch.testing.assert_close(images.load(url).pixels, 1 - image(seed))
+
+
+@pytest.mark.parametrize(
+    ("content", "purpose", "flags", "code"),
+    [
+        (A[:60], "vision", {}, "invalid_image"),
+        (png(3, shade=0.8), "vision", {"policy": "block", "threshold": 0.5}, "image_blocked"),
+        (line(chat(A)) + b"\n" + line(chat(A), "/v1/fine_tuning/jobs"), "batch", {}, "unknown_route"),
+        (line(chat(A), method="DELETE"), "batch", {}, "unknown_route"),
+        (line(chat(b"junk")), "batch", {}, "invalid_image"),
+        (line({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}), "batch", {}, "unknown_content"),
+        (b'{"custom_id": "1", "url": "/v1/chat/completions", "body": {}}', "batch", {}, "invalid_request"),
+        (A, "batch", {}, "invalid_json"),
+    ],
+)
+def test_what_cannot_be_purified_is_not_uploaded(content: bytes, purpose: str, flags: Any, code: str) -> None:
+    upstream = Upstream()
+    answer = run(upload(upstream, content, purpose, **flags))
+    assert answer.json()["error"]["code"] == code, answer.text
+    assert not upstream.requests
