@@ -22,7 +22,16 @@ from codefend.types import HasFeatures, HasLoss, HasMargins, HasWordScores, Vict
 
 @dataclass(frozen=True)
 class Defense:
-    """A purifier, a prompt policy, or both; ``None`` applies none."""
+    """A purifier, a prompt policy, or both; ``None`` applies none.
+
+    >>> import torch
+    >>> from codefend import Defense, load_purifier
+    >>> defense = Defense(load_purifier("jpeg"), name="jpeg")
+    >>> defense.images(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 3, 32, 32])
+    >>> defense.prompts(["What is this?"])
+    ['What is this?']
+    """
 
     purifier: Purifier | None = None
     policy: Callable[[str], str] | None = None  # of codefend.prompts: text around the query, or a soft prefix
@@ -66,7 +75,15 @@ class _StraightThroughFn(torch.autograd.Function):
 
 
 class StraightThrough(WrappedPurifier):
-    """Wrap a purifier without a gradient: exact forward, identity backward (BPDA, Athalye et al. 2018, sec. 4.1)."""
+    """Wrap a purifier without a gradient: exact forward, identity backward (BPDA, Athalye et al. 2018, sec. 4.1).
+
+    >>> import torch
+    >>> from codefend import StraightThrough, load_purifier
+    >>> images = torch.rand(1, 3, 32, 32, requires_grad=True)
+    >>> StraightThrough(load_purifier("jpeg"))(images).sum().backward()
+    >>> images.grad.unique()
+    tensor([1.])
+    """
 
     def __init__(self, purifier: Purifier) -> None:
         super().__init__(purifier)
@@ -93,14 +110,21 @@ class DefendedVictim:
     """``victim`` behind ``defense``. Each call draws fresh purifier noise unless ``generator`` is given.
 
     It has the capabilities of the victim, no more and no fewer: a defended white box has ``loss`` and ``features``,
-    a defended black box has neither (``isinstance(defended, HasLoss)`` says which).
+    a defended black box has neither; ask ``isinstance(defended, HasLoss)``. Images are ``[B, 3, H, W]`` in [0, 1].
 
     Raises CodefendError for a soft prefix that was learned for another victim.
 
-    >>> from codefend import DefendedVictim, Defense, load_purifier, load_victim
-    >>> purifier, victim = load_purifier("bridge"), load_victim("pocket")  # doctest: +SKIP
-    >>> defended = DefendedVictim(victim, Defense(purifier, name="bridge"))  # doctest: +SKIP
-    >>> defended.generate(images, ["Describe the image."] * len(images))  # doctest: +SKIP
+    >>> import torch
+    >>> from codefend import DefendedVictim, Defense, load_purifier
+    >>> class Brightness:
+    ...     name = "brightness"
+    ...     def generate(self, images, prompts):
+    ...         return ["bright" if image.mean() > 0.5 else "dark" for image in images]
+    >>> defended = DefendedVictim(Brightness(), Defense(load_purifier("jpeg"), name="jpeg"))
+    >>> defended.name
+    'brightness+jpeg'
+    >>> defended.generate(torch.zeros(1, 3, 32, 32), ["Bright or dark?"])
+    ['dark']
     """
 
     def __new__(cls, victim: Victim, defense: Defense, *, generator: Generator | None = None) -> DefendedVictim:

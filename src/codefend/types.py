@@ -19,6 +19,13 @@ class CodefendError(ValueError):
     """Raised for invalid input that the user can correct; the message says how.
 
     The command line prints it on one line and exits with code 2.
+
+    >>> from codefend import CodefendError, load_purifier
+    >>> try:
+    ...     load_purifier("jpg")
+    ... except CodefendError as error:
+    ...     print(str(error).startswith("unknown purifier 'jpg'"))
+    True
     """
 
 
@@ -26,8 +33,14 @@ class CodefendError(ValueError):
 class Example:
     """One image with one prompt.
 
-    ``references`` are right answers: captions for captioning, the annotators' answers for VQA (ten in VQAv2, one here).
-    ``kind`` groups questions ("colour", "count", ...); ``tags`` are words that a right caption must contain.
+    ``image`` is float32 ``[3, H, W]`` in [0, 1]. ``references`` are correct answers: captions for captioning, the
+    annotators' answers for VQA (ten in VQAv2, one here). ``kind`` groups questions ("colour", "count", ...); ``tags``
+    are words that a correct caption must contain.
+
+    >>> import torch
+    >>> from codefend import Example
+    >>> Example("1", torch.zeros(3, 32, 32), "What colour is it?", references=("black",), kind="colour").references
+    ('black',)
     """
 
     id: str
@@ -40,7 +53,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Budget:
-    """What an attacker may spend: a ball of radius ``eps`` (pixels in [0, 1]), gradient steps, samples per gradient."""
+    """The limits of an attack: a ball of radius ``eps`` (pixels in [0, 1]), gradient steps, samples per gradient.
+
+    >>> from codefend import Budget
+    >>> Budget(eps=4 / 255, steps=20).norm
+    'linf'
+    """
 
     norm: Literal["linf", "l2"] = "linf"
     eps: float = 8 / 255
@@ -136,7 +154,19 @@ class Attack(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """Examples and the metrics that judge answers to them. ``headline`` names the metric that tables show first."""
+    """Examples and the metrics that judge answers to them. ``headline`` names the metric that tables show first.
+
+    A metric maps N answers and N examples to ``[N]``, higher is better.
+
+    >>> import torch
+    >>> from codefend import Example, Task
+    >>> def correct(answers, examples):
+    ...     return torch.tensor([float(a in e.references) for a, e in zip(answers, examples)])
+    >>> black = Example("1", torch.zeros(3, 32, 32), "Bright or dark?", ("dark",))
+    >>> task = Task("brightness", [black], {"accuracy": correct}, headline="accuracy")
+    >>> task.metrics[task.headline](["dark"], task.examples)
+    tensor([1.])
+    """
 
     name: str
     examples: Sequence[Example]

@@ -43,9 +43,18 @@ def attack(
     Raises CodefendError for an unknown attack, a radius out of range, a missing target, or a victim without the
     gradient that the attack needs.
 
-    >>> import codefend, torch  # doctest: +SKIP
-    >>> victim = codefend.load_victim("pocket")  # doctest: +SKIP
-    >>> adversarial = codefend.attack(victim, images, ["Describe the image."], eps=4 / 255)  # doctest: +SKIP
+    >>> import codefend, torch
+    >>> class Brightness:
+    ...     name = "brightness"
+    ...     def generate(self, images, prompts):
+    ...         return ["bright" if image.mean() > 0.5 else "dark" for image in images]
+    ...     def loss(self, images, prompts, targets):  # [B], differentiable in the images
+    ...         signs = torch.tensor([1.0 if target == "bright" else -1.0 for target in targets])
+    ...         return torch.nn.functional.softplus(signs * (0.5 - images.mean((1, 2, 3))))
+    >>> victim, images = Brightness(), torch.full((1, 3, 16, 16), 0.51)
+    >>> adversarial = codefend.attack(victim, images, ["Bright or dark?"], eps=8 / 255, steps=5)
+    >>> victim.generate(images, ["Bright or dark?"]), victim.generate(adversarial, ["Bright or dark?"])
+    (['bright'], ['dark'])
     """
     from codefend.attacks.bounds import quantize_attacked
     from codefend.core.runs import make_generator

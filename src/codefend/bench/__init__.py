@@ -29,6 +29,24 @@ def evaluate(config: EvalConfig, run_dir: str | Path, *, loaders: Loaders | None
     A ``TransferConfig`` fills a folder with one run for each pair of victims. ``loaders`` replaces the look-up of
     victims, tasks and purifiers by name, for your own objects.
     Raises CodefendError for unknown names, a setting out of range, or a folder made with another config.
+
+    >>> import tempfile, torch
+    >>> from codefend import EvalConfig, Example, Task, evaluate
+    >>> from codefend.bench.loaders import Loaders
+    >>> class Brightness:
+    ...     name = "brightness"
+    ...     def generate(self, images, prompts):
+    ...         return ["bright" if image.mean() > 0.5 else "dark" for image in images]
+    >>> def correct(answers, examples):
+    ...     return torch.tensor([float(a in e.references) for a, e in zip(answers, examples)])
+    >>> black = Example("1", torch.zeros(3, 32, 32), "Bright or dark?", ("dark",))
+    >>> task = Task("brightness", [black], {"accuracy": correct}, headline="accuracy")
+    >>> loaders = Loaders(victim=lambda name: Brightness(), task=lambda name, split, limit: task)
+    >>> config = EvalConfig(tasks=("brightness",), defenses=("none", "jpeg"), attacks=("square-text",), steps=3)
+    >>> rows = evaluate(config, tempfile.mkdtemp(), loaders=loaders)
+    >>> attacked = [row for row in rows if row["attack"] == "square-text"]
+    >>> [(row["defense"], row["threat"], row["scores"]["accuracy"]) for row in attacked]
+    [('none', 'T0', 1.0), ('jpeg', 'T0', 1.0), ('jpeg', 'T2', 1.0)]
     """
     if isinstance(config, TransferConfig):
         from codefend.bench.transfer import run_matrix

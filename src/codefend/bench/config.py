@@ -49,6 +49,10 @@ class EvalConfig:
     - known seed: ``threats=T2d``
 
     Options combine (``apgd:bpda=true,evade=10``); the worst case over attacks takes each example's lowest score.
+
+    >>> from codefend import EvalConfig
+    >>> EvalConfig(defenses=("none", "bridge"), attacks=("apgd:steps=50",), eps=(4, 8), limit=64).threats
+    ('T0', 'T2')
     """
 
     victim: str = "pocket"

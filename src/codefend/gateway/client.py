@@ -39,6 +39,12 @@ def wrap(
     Images must be data URLs or base64; remote URLs and uploaded files are refused, because they cannot be seen here.
     With ``image_links`` http(s) images in Markdown and HTML pass as text; ``tools`` names tools by which the server may
     load content itself.
+
+    >>> from openai import OpenAI
+    >>> from codefend import wrap
+    >>> client = wrap(OpenAI(base_url="http://localhost:8000/v1", api_key="unused"), "jpeg")
+    >>> isinstance(client, OpenAI)
+    True
     """
     inner: Any = getattr(client, "_client", None)
     copy: Any = getattr(client, "copy", None)

@@ -39,7 +39,8 @@ def load(name_or_folder: str | Path, **options: Any) -> Purifier:
     load models of `diffusers`. The purifier is in eval mode on the CPU, its weights frozen. ``options`` override those
     in the name. Raises CodefendError for an unknown name or option and for an unreadable folder.
 
-    >>> load("jpeg", quality=50)
+    >>> from codefend import load_purifier
+    >>> load_purifier("jpeg", quality=50)
     Jpeg(jpeg:quality=50)
     """
     spec = parse_spec(str(name_or_folder), names=PURIFIERS)

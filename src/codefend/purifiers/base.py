@@ -36,6 +36,8 @@ class Purifier(nn.Module):
     differentiable in the images unless ``differentiable`` is False, and never switches gradients off itself. What
     callers need to know is declared in the attributes below; a subclass sets those that differ.
 
+    >>> import torch
+    >>> from codefend import Purifier
     >>> class Invert(Purifier):
     ...     name = "invert"
     ...     def transform(self, images, generator):

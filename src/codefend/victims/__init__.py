@@ -73,10 +73,16 @@ VICTIMS: dict[str, VictimSpec] = {
 
 
 def load(name: str) -> Victim:
-    """The victim ``name``, the pocket whose weights lie in the folder ``name``, the endpoint ``openai:URL#model``,
+    """Load the victim ``name``, the pocket whose weights lie in the folder ``name``, the endpoint ``openai:URL#model``,
     the Transformers model ``hf:ID_OR_FOLDER``, or the image encoder ``encoder:NAME@SIDE``.
 
     Raises CodefendError for an unknown name (the nearest are named), a folder without weights, or a missing package.
+
+    >>> import torch
+    >>> from codefend import load_victim
+    >>> encoder = load_victim("encoder:lite0@64")  # "pocket" is a whole multimodal LLM
+    >>> len(encoder.generate(torch.rand(2, 3, 64, 64), ["What is this?"] * 2))
+    2
     """
     if name.startswith("openai:") and name not in VICTIMS:
         return _openai(name)
