@@ -306,7 +306,9 @@ def main() -> int:
         lines = log.read().splitlines()
     if found.get("exit"):
         found["wrong"].append(f"exit status {found['exit']}")
-    found["wrong"] += [line[:2000] for line in lines if "internal error" in line or "Traceback" in line][:5]
+    found["wrong"] += [line[:300] + line[-1500:] for line in lines if "internal error" in line or "Traceback" in line][
+        :5
+    ]
     print(json.dumps({"what": "soak", "minutes": options.minutes} | found, indent=2))
     return 1 if found["wrong"] else 0
 

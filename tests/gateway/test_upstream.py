@@ -14,6 +14,7 @@ from codefend.gateway.upstream import Upstream, connect
 from codefend.types import CodefendError
 from gateway_kit import run
 
+CLOSED = AttributeError("'NoneType' object has no attribute 'setsockopt'")  # httpcore2, when a connection dies at once
 STALE = httpx2.RemoteProtocolError("Server disconnected without sending a response.")
 
 
@@ -36,7 +37,7 @@ async def send(target: Upstream, method: str = "POST") -> int:
     return (await target.send(target.request(method, "/v1/models", b"", [], b"{}"))).status_code
 
 
-@pytest.mark.parametrize("error", [httpx2.ConnectError("refused"), httpx2.ConnectTimeout("slow"), STALE])
+@pytest.mark.parametrize("error", [httpx2.ConnectError("refused"), httpx2.ConnectTimeout("slow"), STALE, CLOSED])
 def test_what_the_upstream_never_read_is_sent_again(error: Exception) -> None:
     target, requests = upstream(error, error)
     assert run(send(target)) == 200

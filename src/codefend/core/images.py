@@ -135,7 +135,7 @@ def load(
             raise CodefendError(f"{name} is animated or has several pages; use the first one with --first-frame")
         image.load()
         _check_size(image, name, max_pixels)  # again: a GIF's frame can be larger than the canvas in its header
-        return _from_decoded(_upright(image), name, header.format, background, max_side)
+        return _from_decoded(_upright(image, in_place=True), name, header.format, background, max_side)
 
 
 def probe(source: Source, *, max_pixels: int | None = None) -> Probe:
@@ -228,9 +228,12 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
         raise CodefendError(_too_many(name, image.width * image.height, max_pixels))
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image, *, in_place: bool = False) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
+        if not in_place:
+            return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)  # a copy of 64 megapixels takes 256 MB
+        return image
     except Exception:  # with broken EXIF, viewers show the image as stored
         return image
 
@@ -268,7 +271,9 @@ def _shrink_tensor(values: Tensor, max_side: int) -> Tensor:
 
 def _eight_bits(image: Image.Image, max_side: int) -> tuple[Tensor, Tensor | None]:
     transparent = image.has_transparency_data
-    image = image.convert("RGBA" if transparent else "RGB")
+    mode = "RGBA" if transparent else "RGB"
+    if image.mode != mode:
+        image = image.convert(mode)
     size = _shrunk_size(image.width, image.height, max_side)
     if size is not None:
         image = image.resize(size, Image.Resampling.BOX)  # weights colours by their alpha

@@ -85,11 +85,17 @@ class Upstream:
             reraise=True,
         )
         try:
-            response: httpx2.Response = await retrying(self.transport.handle_async_request, request)
+            response: httpx2.Response = await retrying(self._send_once, request)
         except (httpx2.HTTPError, OSError) as error:
             raise self._refusal(error) from error
         self._failures = 0
         return response
+
+    async def _send_once(self, request: httpx2.Request) -> httpx2.Response:
+        try:
+            return await self.transport.handle_async_request(request)
+        except AttributeError as error:  # httpcore2 sets options of a socket that uvloop has closed meanwhile
+            raise httpx2.ConnectError("the connection was closed at once", request=request) from error
 
     def _may_retry(self, request: httpx2.Request, error: BaseException) -> bool:
         safe = isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout)) or _was_stale(error)
