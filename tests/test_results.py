@@ -1,0 +1,88 @@
+"""Published figures: the text of README, docs and model cards is that of results/*.json."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def load_tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_tool("render_results")
+FIGURES = tool.load_figures()
+
+
+def test_pages_hold_what_the_data_say() -> None:
+    outdated = [str(path.relative_to(ROOT)) for path in tool.outdated(FIGURES)]
+    assert not outdated, f"python tools/render_results.py changes {', '.join(outdated)}"
+
+
+@pytest.mark.parametrize("name", ["bridge/T2/word-head/2/caption", "bridge/T2/word-head/4/caption"])
+def test_another_value_changes_the_readme(name: str) -> None:
+    changed = FIGURES | {name: replace(FIGURES[name], value=0.77)}
+    assert ROOT / "README.md" in tool.outdated(changed)
+
+
+def test_figures_are_complete() -> None:
+    for figure in FIGURES.values():
+        assert figure.n >= 1, figure.id
+        assert figure.date.startswith("20"), figure.id
+        assert figure.command or figure.note, f"{figure.id}: no command, and no note that says why"
+        assert figure.unit != "share" or -1 <= figure.value <= 1, figure.id
+        if figure.interval:
+            assert figure.interval[0] <= figure.value <= figure.interval[1], figure.id
+
+
+def test_sources_are_entries_of_the_notebook() -> None:
+    for figure in FIGURES.values():
+        if figure.source:
+            page, _, entry = figure.source.partition(", ")
+            assert f"\n## {entry}" in (ROOT / page).read_text(encoding="utf-8"), figure.source
+
+
+def test_commands_that_were_not_recorded_are_marked() -> None:
+    unrecorded = [figure.id for figure in FIGURES.values() if figure.command is None]
+    text = (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
+    assert unrecorded
+    assert all(f"`{name}`" in text.split(tool.NOT_RECORDED, 1)[1] for name in unrecorded)
+
+
+def test_unknown_figures_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no figure bridge/nothing"):
+        tool.render("<!--=bridge/nothing-->.1<!--/-->", FIGURES)
+    row = {"id": "a/b", "value": 1.0}
+    run = {"unit": "share", "n": 1, "date": "2026", "command": "x", "source": None, "rows": [row, row]}
+    (tmp_path / "twice.json").write_text(json.dumps({"runs": [run]}), encoding="utf-8")
+    with pytest.raises(ValueError, match="a/b occurs twice"):
+        tool.load_figures(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "n", "low", "high"),
+    [(0.5, 16, 0.28, 0.72), (0.0, 16, 0.0, 0.194), (1.0, 48, 0.926, 1.0)],  # Wilson 1927, by hand
+)
+def test_intervals_are_wilsons(value: float, n: int, low: float, high: float) -> None:
+    figure = tool.Figure("a/b", value, "share", n, "2026", "x", None)
+    assert tool.interval(figure) == pytest.approx((low, high), abs=0.003)
+
+
+def test_plot_is_of_these_figures() -> None:
+    plot = load_tool("plot_results")
+    text = (ROOT / "docs" / "assets" / "results.svg").read_text(encoding="utf-8")
+    assert plot.digest(FIGURES) in text, "run python tools/plot_results.py"

@@ -1,0 +1,161 @@
+"""Write the published figures of results/*.json into README.md, docs and model cards.
+
+Usage: python tools/render_results.py [--check]
+
+Two markers: a block ``<!-- results: NAME -->`` ... ``<!-- /results -->`` holds results/tables/NAME.md, rendered, and
+``<!--=ID-->.90<!--/-->`` holds one figure. In a template, ``{ID}`` is a figure and ``{PREFIX/*}`` those of captions and
+questions. ``|%`` and ``|%1`` print percent with no or one decimal, ``|n`` the number of examples, ``|ci`` the
+published 95% interval.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/**/*.md", "src/codefend/weights/*/README.md", "packages/*/src/**/README.md")
+BLOCK = re.compile(r"(<!-- results: (.+?) -->\n).*?(<!-- /results -->)", re.DOTALL)
+INLINE = re.compile(r"(<!--=(.+?)-->).*?(<!--/-->)")
+FIGURE = re.compile(r"\{([^{}\n]+/[^{}\n]+)\}")
+NOT_RECORDED = "The command was not recorded."
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One published number; ``interval`` is the 95% interval that was published with it."""
+
+    id: str
+    value: float
+    unit: str
+    n: int
+    date: str
+    command: str | None
+    source: str | None
+    interval: list[float] | None = None
+    attack: str = ""
+    weights: str = ""
+    note: str = ""
+
+
+def load_figures(folder: Path = ROOT / "results") -> dict[str, Figure]:
+    """All rows of ``folder/*.json`` by id. Raises ValueError for an id that occurs twice."""
+    figures: dict[str, Figure] = {}
+    for path in sorted(folder.glob("*.json")):
+        for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
+            common = {key: value for key, value in run.items() if key != "rows"}
+            for row in run["rows"]:
+                figure = Figure(**{**common, **row})
+                if figure.id in figures:
+                    raise ValueError(f"{path.name}: {figure.id} occurs twice")
+                figures[figure.id] = figure
+    return figures
+
+
+def render(text: str, figures: dict[str, Figure], folder: Path = ROOT / "results") -> str:
+    """``text`` with every marker filled in. Raises ValueError for an unknown id or block."""
+
+    def block(match: re.Match[str]) -> str:  # blank lines: a table is not part of the comment
+        return f"{match[1]}\n{render_block(match[2], figures, folder).strip()}\n\n{match[3]}"
+
+    def inline(match: re.Match[str]) -> str:
+        return match[1] + look_up(match[2], figures) + match[3]
+
+    return INLINE.sub(inline, BLOCK.sub(block, text))
+
+
+def render_block(name: str, figures: dict[str, Figure], folder: Path) -> str:
+    if name.startswith("rows "):
+        return list_rows(folder / f"{name.removeprefix('rows ')}.json", figures)
+    path = folder / "tables" / f"{name}.md"
+    if not path.is_file():
+        raise ValueError(f"there is no template {path.name} in results/tables")
+    return FIGURE.sub(lambda match: look_up(match[1], figures), path.read_text(encoding="utf-8"))
+
+
+def look_up(text: str, figures: dict[str, Figure]) -> str:
+    name, _, style = text.partition("|")
+    names = [name.replace("*", task) for task in ("caption", "vqa")] if name.endswith("/*") else [name]
+    unknown = [name for name in names if name not in figures]
+    if unknown:
+        raise ValueError(f"results/*.json has no figure {unknown[0]}")
+    return " / ".join(show(figures[name], style) for name in names)
+
+
+def show(figure: Figure, style: str = "") -> str:
+    """A figure as text: shares without the zero before the point, dB and seconds with one decimal."""
+    if style == "n":
+        return str(figure.n)
+    if style == "ci" and figure.interval:
+        low, high = (strip_zero(f"{bound:.2f}") for bound in figure.interval)
+        return f"{show(figure)} [{low}, {high}]"
+    if style.startswith("%"):
+        return f"{100 * figure.value:.{style[1:] or 0}f}%"
+    if figure.unit == "dB":
+        return f"{figure.value:.1f}"
+    if figure.unit == "ms":
+        return f"{figure.value:.0f}"
+    if figure.unit == "s":
+        return strip_zero(f"{figure.value:.1f}" if figure.value >= 1 else f"{figure.value:.2f}")
+    return strip_zero(f"{figure.value:.2f}")
+
+
+def strip_zero(number: str) -> str:
+    return re.sub(r"^(-?)0\.", r"\1.", number)
+
+
+def interval(figure: Figure) -> tuple[float, float] | None:
+    """The published 95% interval; for other shares Wilson's, from value and n (draws of the noise count once)."""
+    if figure.interval:
+        return figure.interval[0], figure.interval[1]
+    if figure.unit != "share":
+        return None
+    z, n, p = 1.96, figure.n, figure.value
+    centre, spread = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+    low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    return min(max(low, 0.0), p), max(min(high, 1.0), p)
+
+
+def list_rows(path: Path, figures: dict[str, Figure]) -> str:
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    parts = [document["about"]]
+    for run in document["runs"]:
+        facts = [run[key] for key in ("attack", "weights", "note") if run.get(key)]
+        command = f"`{run['command']}`" if run["command"] else f"**{NOT_RECORDED}**"
+        parts.append(f"{run['date']}. {command}" + "".join(f" {fact[0].upper()}{fact[1:]}." for fact in facts))
+        lines = ["| figure | value | n | 95% interval |", "|---|---|---|---|"]
+        for row in run["rows"]:
+            figure = figures[row["id"]]
+            bounds = interval(figure)
+            shown = f"{strip_zero(f'{bounds[0]:.2f}')} to {strip_zero(f'{bounds[1]:.2f}')}" if bounds else "-"
+            lines.append(f"| `{figure.id}` | {show(figure)} | {figure.n} | {shown} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def pages(root: Path = ROOT) -> list[Path]:
+    return sorted({path for pattern in PAGES for path in root.glob(pattern)})
+
+
+def outdated(figures: dict[str, Figure], root: Path = ROOT) -> dict[Path, str]:
+    """Pages whose text and data differ, with the text that they should have."""
+    texts = {path: render(path.read_text(encoding="utf-8"), figures) for path in pages(root)}
+    return {path: text for path, text in texts.items() if path.read_text(encoding="utf-8") != text}
+
+
+def main(arguments: list[str]) -> int:
+    changes = outdated(load_figures())
+    for path, text in changes.items():
+        print(path.relative_to(ROOT))
+        if "--check" not in arguments:
+            path.write_text(text, encoding="utf-8")
+    return 1 if changes and "--check" in arguments else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
