@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from codefend.attacks import AttackSpec, TextAttackSpec, objective_for, prompt_objective_for
@@ -104,6 +105,13 @@ def attack_batch(
 def clean_images(examples: Sequence[Example]) -> Tensor:
     """``[B, 3, H, W]``, rounded to 8 bits as an upload is."""
     return quantize8(torch.stack([example.image for example in examples]))
+
+
+def other_images(examples: Sequence[Example], indices: Sequence[int], clean: Tensor) -> Tensor:
+    """For each index the image half of ``examples`` away, resized to ``clean``: what ``feature-target`` imitates."""
+    count = len(examples)
+    images = [examples[(index + max(count // 2, 1)) % count].image for index in indices]
+    return torch.cat([F.interpolate(quantize8(image)[None], clean.shape[-2:]) for image in images])
 
 
 def true_answer(example: Example) -> str:

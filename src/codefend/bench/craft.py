@@ -11,16 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from codefend.attacks import AttackSpec
 from codefend.bench.adaptive import attacked_defense, evasive_objective
-from codefend.bench.attacking import AttackGoal, attack_batch, clean_images, evaluate_objective
+from codefend.bench.attacking import AttackGoal, attack_batch, clean_images, evaluate_objective, other_images
 from codefend.bench.cells import Cell, attacked_path, noise_names, source_cell
 from codefend.bench.notes import attack_notes, skipped_note
 from codefend.bench.setup import Bench
-from codefend.core.images import quantize8
 from codefend.core.runs import Row, load_checkpoint, make_generator, save_checkpoint
 from codefend.defense import DefendedVictim, Defense
 from codefend.purifiers.base import Purifier, WrappedPurifier
@@ -113,8 +111,9 @@ def with_known_seed(bench: Bench, cell: Cell, batch: int, defense: Defense) -> D
 def attack_goal(bench: Bench, cell: Cell, examples: Sequence[Example]) -> AttackGoal:
     """What the attack of ``cell`` wants on these examples."""
     spec, clean = bench.attacks[cell.attack].spec, clean_images(examples)
-    others = _other_images(bench, cell.task, examples, clean) if spec.goal == "feature-target" else None
-    evaluated = bench.tasks[cell.task]
+    evaluated, others = bench.tasks[cell.task], None
+    if spec.goal == "feature-target":
+        others = other_images(evaluated.task.examples, [evaluated.ids.index(e.id) for e in examples], clean)
     # The undefended victim's features where it is judged by them, and its words, which are cross-entropy's labels.
     reference = evaluated.crafter if evaluated.by_agreement or spec.goal == "feature-words" else None
     return AttackGoal(spec, examples, clean, evaluated.task.target, others, reference)
@@ -141,16 +140,6 @@ def source_objective(
 def with_prompts(examples: Sequence[Example], prompts: Sequence[str]) -> list[Example]:
     """The examples with the prompts that an attack on words left."""
     return [replace(example, prompt=prompt) for example, prompt in zip(examples, prompts, strict=True)]
-
-
-def _other_images(bench: Bench, task: str, examples: Sequence[Example], clean: Tensor) -> Tensor:
-    """For each example the image half the set away, at this batch's size."""
-    evaluated, others = bench.tasks[task], []
-    for example in examples:
-        other = (evaluated.ids.index(example.id) + max(len(evaluated.ids) // 2, 1)) % len(evaluated.ids)
-        image = quantize8(evaluated.task.examples[other].image)[None]
-        others.append(F.interpolate(image, clean.shape[-2:]))
-    return torch.cat(others)
 
 
 def load_attacked(path: Path) -> AttackedBatch:

@@ -21,18 +21,18 @@ from codefend.core.devices import default_device
 from codefend.core.runs import make_generator
 from codefend.core.settings import recorded
 from codefend.purifiers.diffusion import bridge_state, charbonnier, sample_bridge_sigmas, sample_bridge_times
-from codefend.purifiers.nets import NetConfig, PurifierNet, load_net, save_net
+from codefend.purifiers.nets import NetConfig, PurifierNet, load_net
 from codefend.tasks.language import training_texts
 from codefend.tasks.scenes import compose, load_photographs
 from codefend.tasks.training_images import draw_training_images, own_photographs
 from codefend.training.banks import Bank, StreamedBank
 from codefend.training.camera import jpeg_file
-from codefend.training.card import write_card
-from codefend.training.fit import Losses, MovingAverage, Training, cosine_schedule, fit
+from codefend.training.fit import Losses, MovingAverage, Training, fit
 from codefend.training.frozen import OWN
 from codefend.training.growth import grow
 from codefend.training.guides import Guide, directional_hinge, load_guide, token_distance, viewed
 from codefend.training.mining import mine
+from codefend.training.nets import net_training
 from codefend.training.replay import Replays
 from codefend.types import CodefendError, Objective
 
@@ -136,24 +136,16 @@ def _training(config: BridgeConfig, folder: Path) -> Training[Pairs]:
     guide = load_guide(config.victim, config.encoders)
     net = start_from_prior(config).to(default_device()).train()
     average = MovingAverage(net)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, betas=(0.9, 0.99))
-
-    def save(step: int) -> None:
-        options = {"sigma": config.sigma} if config.sigma else {}
-        options |= {"strength": config.strength} if config.strength != 1 else {}
-        save_net(folder / "weights", average.module, kind="bridge", options=options, dtype=torch.float16)
-        write_card(folder, "bridge")
-
-    return Training(
-        parameters=dict(net.named_parameters()),
+    options = {"sigma": config.sigma} if config.sigma else {}
+    options |= {"strength": config.strength} if config.strength != 1 else {}
+    return net_training(
+        config,
+        folder,
+        "bridge",
+        average,
         batch=partial(draw_pairs, config, bank),
         loss=BridgeLoss(config, net, average, guide, Replays(max_eps=config.max_eps, rel_step=config.replay_step)),
-        optimizer=optimizer,
-        schedule=cosine_schedule(optimizer, config.steps, warmup=config.warmup),
-        average=average,
-        steps=config.steps,
-        save=save,
-        save_every=config.save_every,
+        options=options,
         micro=config.micro,
     )
 

@@ -273,9 +273,14 @@ class MovingAverage(AveragedModel, Generic[Model]):
         self.n_averaged.fill_(1)  # the initial parameters count, which torch would overwrite with the first update
         self._source = (model,)  # in a tuple: no submodule
 
+    @property
+    def source(self) -> Model:
+        """The model itself."""
+        return self._source[0]
+
     def update(self) -> None:
         """Take the model's present parameters into the average."""
-        self.update_parameters(self._source[0])
+        self.update_parameters(self.source)
 
 
 def _average(averages: Sequence[Tensor], parameters: Sequence[Tensor], updates: Tensor, *, decay: float) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor
 from codefend.core.devices import default_device
 from codefend.core.runs import make_generator
 from codefend.purifiers.diffusion import prior_loss, sample_sigmas
-from codefend.purifiers.nets import NetConfig, PurifierNet, save_net
+from codefend.purifiers.nets import NetConfig, PurifierNet
 from codefend.tasks.training_images import draw_training_images
-from codefend.training.card import write_card
-from codefend.training.fit import Losses, MovingAverage, Training, cosine_schedule, fit
+from codefend.training.fit import Losses, MovingAverage, Training, fit
+from codefend.training.nets import net_training
 
 
 @dataclass(frozen=True)
@@ -49,29 +49,13 @@ def train_prior(config: PriorConfig, folder: str | Path) -> Path:
 def _training(config: PriorConfig, folder: Path) -> Training[Tensor]:
     torch.manual_seed(config.seed)  # the network's initial weights only
     net = PurifierNet(config.net).to(default_device()).train()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=0.01, betas=(0.9, 0.99))
-    average = MovingAverage(net)
 
     def loss(clean: Tensor, step: int) -> Losses:
         generator = make_generator(config.seed, "prior", step)
         sigma = sample_sigmas(config.batch, generator=generator).to(default_device())
         return {"loss": prior_loss(net, clean.to(default_device()), sigma, generator=generator).mean()}
 
-    def save(step: int) -> None:
-        save_net(folder / "weights", average.module, kind="prior", dtype=torch.float16)
-        write_card(folder, "prior")
-
-    return Training(
-        parameters=dict(net.named_parameters()),
-        batch=partial(_images, config),
-        loss=loss,
-        optimizer=optimizer,
-        schedule=cosine_schedule(optimizer, config.steps, warmup=config.warmup),
-        average=average,
-        steps=config.steps,
-        save=save,
-        save_every=config.save_every,
-    )
+    return net_training(config, folder, "prior", MovingAverage(net), batch=partial(_images, config), loss=loss)
 
 
 def _images(config: PriorConfig, step: int) -> Tensor:

@@ -20,11 +20,11 @@ from torch import Generator, Tensor
 from codefend import victims
 from codefend.core.devices import default_device
 from codefend.core.runs import make_generator
-from codefend.purifiers.nets import PurifierNet, load_net, save_net
+from codefend.purifiers.nets import PurifierNet, load_net
 from codefend.tasks.training_images import draw_training_images
 from codefend.training.banks import Bank
-from codefend.training.card import write_card
-from codefend.training.fit import Losses, MovingAverage, Training, cosine_schedule, fit
+from codefend.training.fit import Losses, MovingAverage, Training, fit
+from codefend.training.nets import net_training
 from codefend.types import CodefendError
 from codefend.victims.pocket import Pocket
 
@@ -81,29 +81,14 @@ def _training(
     bank = Bank(config.pairs, without=config.without) if isinstance(config, PairsPeerConfig) else None
     peer_loss = load_loss()
     net = start_from_prior(config).to(default_device()).train()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, betas=(0.9, 0.99))
-    average = MovingAverage(net)
 
     def loss(batch: Batch, number: int) -> Losses:
         clean = batch[0].to(default_device())
         attacked = clean if batch[1] is None else batch[1].to(default_device())
         return peer_loss(net, clean, attacked, number, make_generator(config.seed, config.method, number))
 
-    def save(step: int) -> None:
-        save_net(folder / "weights", average.module, kind=config.method, options=options, dtype=torch.float16)
-        write_card(folder, config.method)
-
-    return Training(
-        parameters=dict(net.named_parameters()),
-        batch=partial(_batch, config, bank),
-        loss=loss,
-        optimizer=optimizer,
-        schedule=cosine_schedule(optimizer, config.steps, warmup=config.warmup),
-        average=average,
-        steps=config.steps,
-        save=save,
-        save_every=config.save_every,
-    )
+    batch = partial(_batch, config, bank)
+    return net_training(config, folder, config.method, MovingAverage(net), batch=batch, loss=loss, options=options)
 
 
 def start_from_prior(config: PeerConfig) -> PurifierNet:

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from codefend.attacks import EVERY_ATTACK, AttackSpec, TextAttackSpec
-from codefend.bench.attacking import AttackGoal, attack_batch, clean_images
+from codefend.bench.attacking import AttackGoal, attack_batch, clean_images, other_images
 from codefend.bench.config import check_radius
 from codefend.bench.defenses import load_defense
 from codefend.bench.loaders import Loaders
@@ -151,12 +150,14 @@ def attack_task(
     for a capability that ``victim`` lacks, or a task of one image where the attack imitates another one.
     """
     spec, inputs = EVERY_ATTACK[name], Inputs([], [])
+    if spec.goal == "feature-target" and len(task.examples) < 2:
+        raise CodefendError(f"task {task.name!r} has one image, and the attack needs another to imitate: take more")
     reference = bare if spec.goal == "feature-words" else None
     for number, indices in enumerate(same_size_batches(task.examples, BATCH)):
         examples = [task.examples[index] for index in indices]
         clean = clean_images(examples)
         target = sentences[number % len(sentences)] if sentences else task.target
-        others = _other_images(task, indices, clean) if spec.goal == "feature-target" else None
+        others = other_images(task.examples, indices, clean) if spec.goal == "feature-target" else None
         attack = spec.build(target) if isinstance(spec, TextAttackSpec) else spec.build()
         result = attack_batch(
             attack,
@@ -168,15 +169,6 @@ def attack_task(
         inputs.images.extend(result.images)
         inputs.prompts.extend(result.prompts)
     return inputs
-
-
-def _other_images(task: Task, indices: Sequence[int], clean: Tensor) -> Tensor:
-    """For each example the image half the task away, at the size of ``clean``."""
-    count = len(task.examples)
-    if count < 2:
-        raise CodefendError(f"task {task.name!r} has one image, and the attack needs another to imitate: take more")
-    others = [task.examples[(index + count // 2) % count].image for index in indices]
-    return torch.cat([F.interpolate(quantize8(other)[None], clean.shape[-2:]) for other in others])
 
 
 def purify(purifier: Purifier | None, inputs: Inputs, seed: int, *names: object) -> Inputs:

@@ -1,0 +1,64 @@
+"""The training of a purifier's network: AdamW, a cosine schedule, and a moving average whose weights are saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from codefend.purifiers.nets import PurifierNet, save_net
+from codefend.training.card import write_card
+from codefend.training.fit import Losses, MovingAverage, Training, cosine_schedule
+
+Batch = TypeVar("Batch")
+
+
+class NetTrainingConfig(Protocol):
+    """The settings that `net_training` reads."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def save_every(self) -> int: ...
+
+
+def net_training(
+    config: NetTrainingConfig,
+    folder: Path,
+    kind: str,
+    average: MovingAverage[PurifierNet],
+    *,
+    batch: Callable[[int], Batch],
+    loss: Callable[[Batch, int], Losses],
+    options: Mapping[str, Any] | None = None,
+    micro: int = 1,
+) -> Training[Batch]:
+    """Train the network that ``average`` follows; the average is written to ``folder/weights`` in 16 bits, with a card.
+
+    ``kind`` and ``options`` are saved with the weights, see `save_net`.
+    """
+    parameters = dict(average.source.named_parameters())
+    optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, betas=(0.9, 0.99))
+
+    def save(step: int) -> None:
+        save_net(folder / "weights", average.module, kind=kind, options=options, dtype=torch.float16)
+        write_card(folder, kind)
+
+    return Training(
+        parameters=parameters,
+        batch=batch,
+        loss=loss,
+        optimizer=optimizer,
+        schedule=cosine_schedule(optimizer, config.steps, warmup=config.warmup),
+        average=average,
+        steps=config.steps,
+        save=save,
+        save_every=config.save_every,
+        micro=micro,
+    )
