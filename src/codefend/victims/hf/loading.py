@@ -44,9 +44,12 @@ def load_victim(name: str, options: HFOptions | None = None) -> HFVictim:
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise CodefendError(f"no such model folder: {name}")
     source = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    if Path(source).is_dir():
+        _check_files(Path(source), name)
     extra = {} if options.revision is None else {"revision": options.revision}
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **extra)
+        _check_model_type(config.model_type, name)
         processor = load_processor(source, config, **extra)
         family(processor.image_processor)  # an unknown one fails before the weights are read
         model = AutoModelForImageTextToText.from_pretrained(
@@ -59,6 +62,30 @@ def load_victim(name: str, options: HFOptions | None = None) -> HFVictim:
     victim = HFVictim(model, processor, name=f"hf:{name}", max_new_tokens=options.max_new_tokens)
     victim.checkpointing = options.checkpoint
     return victim
+
+
+def _check_files(folder: Path, name: str) -> None:
+    """Raise CodefendError naming a file that a checkpoint folder lacks, and how to write it."""
+    required = (
+        (("config.json",), "it is not a Transformers checkpoint"),
+        (("processor_config.json", "preprocessor_config.json"), "save the model's processor there, too"),
+        (("tokenizer*", "vocab*", "*.model"), "save the model's tokenizer there, too"),
+        (("*.safetensors",), "save the model with save_pretrained"),
+    )
+    for patterns, remedy in required:
+        if not any(any(folder.glob(pattern)) for pattern in patterns):
+            raise CodefendError(f"cannot load {name!r}: the folder has no {' or '.join(patterns)}; {remedy}")
+
+
+def _check_model_type(model_type: str, name: str) -> None:
+    """Raise CodefendError for a model that does not answer texts about images."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise CodefendError(
+            f"cannot load {name!r}: {model_type!r} is no image-text-to-text model; "
+            "give one such as LLaVA, Qwen-VL or SmolVLM"
+        )
 
 
 def _placement(options: HFOptions) -> dict[str, Any]:

@@ -154,7 +154,12 @@ class HFVictim:
                     self._layouts.clear()
                 blank = np.zeros((height, width, 3), dtype=np.uint8)
                 text = question(self.processor, self.kind, prompt)
-                output = self.processor(images=[blank], text=[text], return_tensors="pt")
+                try:
+                    output = self.processor(images=[blank], text=[text], return_tensors="pt")
+                except ValueError as error:  # some processors refuse very long and narrow images
+                    raise CodefendError(
+                        f"{self.name} does not accept an image of {width}x{height} pixels ({error}); crop or resize it"
+                    ) from error
                 self._layouts[key] = {k: _compact(v) for k, v in output.items() if k not in ("pixel_values", "labels")}
             layouts.append(self._layouts[key])
         return layouts
