@@ -139,6 +139,11 @@ PRESETS: dict[str, Preset] = {
             "train a second pocket victim with another image encoder",
             _config("codefend.training.pocket", "PocketConfig", encoder="lite2"),
         ),
+        Preset(
+            "smolvlm-pocket",
+            "train a second victim with SmolVLM's architecture: vision transformer, connector, adapters",
+            _config("codefend.training.smolvlm_pocket", "SmolVLMConfig"),
+        ),
         Preset("prior", "train the unconditional diffusion prior", _config("codefend.training.prior", "PriorConfig")),
         Preset("bridge", "train the bridge from a bank of pairs", _config("codefend.training.bridge", "BridgeConfig")),
         Preset(

@@ -1,4 +1,4 @@
-"""Verbs that make weights: pairs, train, calibrate, card."""
+"""Verbs that make weights: pairs, train, build-victim, calibrate, card."""
 
 from __future__ import annotations
 
@@ -62,6 +62,26 @@ def train(
         print_config(config)
     else:
         print(training.train(config, run, tracker=tracker))
+
+
+@app.command("build-victim")
+def build_victim(
+    name: Annotated[str, typer.Argument(help="smolvlm-pocket.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the checkpoint; new or empty.")],
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="Weights of a training of yours; default: the shipped ones.")
+    ] = None,
+) -> None:
+    """Write a trained victim as a complete Transformers checkpoint, which loads without CoDefend.
+
+    Example: codefend build-victim smolvlm-pocket --weights runs/smolvlm/weights -o runs/checkpoint
+    """
+    from codefend.core.registry import lookup
+    from codefend.victims import smolvlm_pocket
+
+    buildable = {smolvlm_pocket.NAME: (smolvlm_pocket.shipped_weights, smolvlm_pocket.build_checkpoint)}
+    shipped, build = lookup("victim", name, buildable)
+    print(build(weights or shipped(), out))
 
 
 @app.command()

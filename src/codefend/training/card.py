@@ -25,6 +25,10 @@ POINTS = 40  # of the curve in training.json; the run folder's rows.jsonl has ev
 
 SUMMARIES = {
     "pocket": "Pocket victim: connector and LoRA adapters between an EfficientNet-Lite and SmolLM2-135M-Instruct.",
+    "smolvlm-pocket": (
+        "Victim with SmolVLM's architecture at pocket size: ViT with 16-pixel patches, connector and LoRA adapters, "
+        "around SmolLM2-135M-Instruct. `codefend build-victim smolvlm-pocket -o DIR` writes the complete checkpoint."
+    ),
     "fare": "Pocket victim whose image encoder was fine-tuned adversarially (FARE, Schlarmann 2024, arXiv 2402.12336).",
     "prior": "Unconditional diffusion prior in EDM form; `diffpure` uses it, and the other purifiers start from it.",
     "bridge": "Purifier from adversarial to clean: a supervised diffusion bridge, one to four evaluations.",
@@ -136,7 +140,7 @@ def _text(training: Mapping[str, Any]) -> str:
         lines += [f"- Weights: fine-tuned from {config['model']}, whose licence holds for them as well; float32."]
         lines += ["- Data: that model's, and the images of the banks. Curve, settings and banks: training.json.", ""]
         return "\n".join(lines)
-    lines += [f"- Data: {SCENES if kind == 'pocket' else IMAGES}."]
+    lines += [f"- Data: {SCENES if kind in ('pocket', 'smolvlm-pocket') else IMAGES}."]
     lines += ["- Weights: Apache-2.0 as the code; float16. Curve, settings and banks: training.json.", ""]
     return "\n".join(lines)
 

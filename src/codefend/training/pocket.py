@@ -27,7 +27,6 @@ from codefend.core.runs import progress, save_checkpoint
 from codefend.encoders.views import SIDE, fit_square
 from codefend.tasks.easyvqa import load_easyvqa
 from codefend.tasks.language import MIX, training_texts
-from codefend.tasks.objects import COLOURS, THINGS
 from codefend.tasks.readers import LazyExamples
 from codefend.tasks.scenes import PLACES, Scene, compose, load_photographs
 from codefend.training.card import write_card
@@ -135,7 +134,7 @@ def _ground(pocket: Pocket, config: PocketConfig, shapes: Sequence[Dialogues], l
             nll = F.cross_entropy((cosines / 0.05).flatten(0, 1), targets.flatten(), ignore_index=-1)
         correct, labelled = cosines.argmax(-1) == targets, targets >= 0
         objects = labelled & (targets < len(words) - 1)
-        return {"loss": nll, "cells": _share(correct, labelled), "objects": _share(correct, objects)}
+        return {"loss": nll, "cells": share(correct, labelled), "objects": share(correct, objects)}
 
     training = Training(
         parameters=dict(connector.named_parameters()),
@@ -161,18 +160,15 @@ def _places(pocket: Pocket) -> Tensor:
     return 0.5 * torch.stack([corners[name] for name in names])
 
 
-def _share(correct: Tensor, subset: Tensor) -> float:
+def share(correct: Tensor, subset: Tensor) -> float:
+    """Share of a subset (boolean) that is correct; 0 for an empty one."""
     return (correct & subset).sum().item() / max(1, int(subset.sum()))
 
 
 def _grounding_set(pocket: Pocket, config: PocketConfig, shapes: Sequence[Dialogues]) -> tuple[Tensor, Tensor, Tensor]:
     """Encoder tokens ``[S, T, W]`` (half precision), cell labels ``[S, T]``, unit word embeddings ``[C, D]``."""
     named = [(path, name) for path, dialogues in shapes if (name := shape_name(dialogues))][: config.grounding_shapes]
-    names = [f" {c} {t.name}" for t in THINGS if t.tinted for c in COLOURS]
-    names += [f" {t.name}" for t in THINGS if not t.tinted]
-    names += [*sorted({name for _, name in named}), " background"]
-    index = {name: i for i, name in enumerate(names)}
-    words = F.normalize(torch.stack([e.mean(0) for e in pocket.embed(names)]), dim=-1)
+    index, words = cell_vocabulary(pocket, [name for _, name in named])
     rng = np.random.default_rng([config.seed, 1])
     tokens, labels = [], []
     with progress("grounding scenes", config.grounding_scenes) as advance, torch.no_grad():
@@ -192,7 +188,17 @@ def _grounding_set(pocket: Pocket, config: PocketConfig, shapes: Sequence[Dialog
     return torch.cat(tokens), torch.cat(labels), words
 
 
-def cell_labels(scene: Scene, index: dict[str, int]) -> Tensor:
+def cell_vocabulary(pocket: Pocket, shapes: Sequence[str]) -> tuple[dict[str, int], Tensor]:
+    """The phrases for a cell with their indices, and their unit embeddings ``[C, D]``.
+
+    These are the objects of scenes, ``shapes`` (those of easy-vqa) and, last, the background.
+    """
+    names = [*WORDS, *sorted(set(shapes)), " background"]
+    words = F.normalize(torch.stack([e.mean(0) for e in pocket.embed(names)]), dim=-1)
+    return {name: i for i, name in enumerate(names)}, words
+
+
+def cell_labels(scene: Scene, index: Mapping[str, int]) -> Tensor:
     """The label of each 32-pixel cell, ``[T]``; -1 where an object covers only a little of it."""
     side = SIDE // 32
     labels = torch.full((side, side), len(index) - 1)

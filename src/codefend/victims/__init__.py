@@ -30,6 +30,19 @@ def _pocket(folder: Path) -> WhiteBox:
     return load_pocket(folder)
 
 
+def _smolvlm(folder: Path | None = None) -> WhiteBox:
+    from codefend.victims.smolvlm_pocket import load_smolvlm, shipped_weights
+
+    return load_smolvlm(folder or shipped_weights())
+
+
+def _weights(folder: Path) -> WhiteBox:
+    """The victim of a folder of trained weights."""
+    from codefend.victims.smolvlm_pocket import is_weights
+
+    return _smolvlm(folder) if is_weights(folder) else _pocket(folder)
+
+
 def _openai(name: str) -> Victim:
     from codefend.victims.openai import OpenAIVictim
 
@@ -54,6 +67,11 @@ VICTIMS: dict[str, VictimSpec] = {
         "SmolLM2-135M reading EfficientNet-Lite0 tokens; embedded, white-box, runs on two CPU cores",
         lambda: _pocket(WEIGHTS / "pocket"),
     ),
+    "smolvlm-pocket": VictimSpec(
+        "smolvlm-pocket",
+        "SmolVLM's architecture at pocket size: a ViT with 16-pixel patches and SmolLM2-135M; white-box",
+        _smolvlm,
+    ),
     "openai:URL#model": VictimSpec(
         "openai:URL#model",
         "any OpenAI-compatible endpoint; black-box, with retries, a rate limit and a cache on disk",
@@ -73,7 +91,7 @@ VICTIMS: dict[str, VictimSpec] = {
 
 
 def load(name: str) -> Victim:
-    """Load the victim ``name``, the pocket whose weights lie in the folder ``name``, the endpoint ``openai:URL#model``,
+    """Load the victim ``name``, the one whose weights lie in the folder ``name``, the endpoint ``openai:URL#model``,
     the Transformers model ``hf:ID_OR_FOLDER``, or the image encoder ``encoder:NAME@SIDE``.
 
     Raises CodefendError for an unknown name (the nearest are named), a folder without weights, or a missing package.
@@ -91,7 +109,7 @@ def load(name: str) -> Victim:
     if name.startswith("encoder:") and name not in VICTIMS:
         return _encoder(name)
     if name not in VICTIMS and (Path(name).is_dir() or "/" in name):
-        return _pocket(Path(name))
+        return _weights(Path(name))
     return lookup("victim", name, VICTIMS).build()
 
 
