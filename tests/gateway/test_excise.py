@@ -80,9 +80,9 @@ def test_a_damaged_body_is_refused_or_reads_as_it_does_whole(seed: int, damage: 
         body = parse(broken)
         return Reading(body, ENGINE._survey("chat", body))
 
-    found, expected = images(lambda: ENGINE._read("chat", broken)), images(whole)
+    excised, expected = images(lambda: ENGINE._read("chat", broken)), images(whole)
     # A raw line break inside base64 is skipped like an escaped one: the image is encoded anew in any case.
-    assert found == expected or (damage == b"\n" and expected is None and found is not None)
+    assert excised == expected or (damage == b"\n" and expected is None and excised is not None)
 
 
 def test_a_mark_of_the_clients_own_means_nothing() -> None:

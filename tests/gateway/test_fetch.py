@@ -44,12 +44,12 @@ def test_public_addresses(address: str) -> None:
 
 
 def fetcher(handler: Any = None, answers: dict[str, Sequence[str]] | None = None, **options: Any) -> Fetcher:
-    seen: dict[str, int] = {}
+    lookups: dict[str, int] = {}
     again = options.pop("again", False)
 
     async def resolver(host: str) -> Sequence[str]:
-        seen[host] = seen.get(host, 0) + 1
-        assert seen[host] == 1 or again, "a name is asked for once"
+        lookups[host] = lookups.get(host, 0) + 1
+        assert lookups[host] == 1 or again, "a name is looked up once"
         return (answers or {}).get(host, [PUBLIC])
 
     limits = {"max_bytes": 1000}
@@ -100,18 +100,18 @@ def test_names_that_lead_inside(addresses: list[str]) -> None:
 
 
 def test_the_connection_goes_to_the_address_that_was_checked() -> None:
-    seen: list[httpx2.Request] = []
+    requests: list[httpx2.Request] = []
 
     def handler(request: httpx2.Request) -> httpx2.Response:
-        seen.append(request)
+        requests.append(request)
         return httpx2.Response(200, content=b"image")
 
     assert run(fetcher(handler)("https://Example.org/a.png?x=1")) == b"image"
-    assert seen[0].url.host == PUBLIC
-    assert seen[0].headers["host"] == "example.org"
-    assert seen[0].extensions["sni_hostname"] == "example.org"
-    assert str(seen[0].url).endswith("/a.png?x=1")
-    assert "cookie" not in seen[0].headers
+    assert requests[0].url.host == PUBLIC
+    assert requests[0].headers["host"] == "example.org"
+    assert requests[0].extensions["sni_hostname"] == "example.org"
+    assert str(requests[0].url).endswith("/a.png?x=1")
+    assert "cookie" not in requests[0].headers
 
 
 def redirecting(*targets: str) -> Any:

@@ -147,8 +147,8 @@ def test_the_gateway_does_not_load_victims() -> None:
         "heavy = {'transformers', 'codefend.victims', 'codefend.attacks', 'codefend.tasks', 'codefend.training'}\n"
     )
     script += "print(sorted(heavy & set(sys.modules)))"
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -206,11 +206,11 @@ def test_the_page_can_purify_and_where_allowed_compare() -> None:
         assert not upstream.requests
         async with gateway(upstream, demo=True) as client:
             assert (await client.get("/page/info")).json()["demo"] is True
-            shown = (await client.post("/page/purify", json={"image": url(A)})).json()["score"]
+            score = (await client.post("/page/purify", json={"image": url(A)})).json()["score"]
             answer = await client.post("/page/undefended", json=chat(A))
             metrics = (await client.get("/metrics")).text
         assert answer.json() == {"ok": True}
-        assert shown == pytest.approx(float(image(1).mean()))
+        assert score == pytest.approx(float(image(1).mean()))
         torch.testing.assert_close(upstream.images()[0], image(1))
         assert 'codefend_bypass_total{reason="demo"} 1.0' in metrics
 

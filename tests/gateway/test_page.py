@@ -22,7 +22,7 @@ from gateway_kit import Invert, b64, image, png, served, settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")]
 BRIGHT = png(1, shade=0.8, height=40, width=60)
-SEEN, INVERTED = (
+BARE, INVERTED = (
     f"{float(p.mean()):.2f}"
     for p in (
         image(1, shade=0.8, height=40, width=60),
@@ -57,9 +57,9 @@ def base() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    found = Browser(tmp_path_factory.mktemp("profile"))
-    yield found
-    found.close()
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
 
 
 @pytest.fixture
@@ -75,11 +75,11 @@ def text(page: Browser, name: str) -> str:
     return str(page.run(f"document.getElementById('{name}').innerText")).strip()
 
 
-def shown(page: Browser, name: str) -> bool:
+def is_visible(page: Browser, name: str) -> bool:
     return bool(page.run(f"document.getElementById('{name}').checkVisibility()"))
 
 
-def keep(page: Browser, name: str) -> None:
+def save_screenshot(page: Browser, name: str) -> None:
     folder = os.environ.get("CODEFEND_SCREENSHOTS")
     if folder:
         page.screenshot(Path(folder) / f"{name}.png")
@@ -102,12 +102,12 @@ def pixel(page: Browser, canvas: str, x: int = 30, y: int = 20) -> Tensor:
 
 
 def test_a_dropped_image_is_purified_and_both_models_answer(page: Browser) -> None:
-    keep(page, "empty")
+    save_screenshot(page, "empty")
     assert page.run("document.getElementById('ask').disabled")
-    assert not shown(page, "pictures")
+    assert not is_visible(page, "images")
     drop(page, BRIGHT, "bright.png")
     page.until(IDLE)
-    assert (text(page, "came"), text(page, "hint")) == ("As it came", "bright.png")
+    assert (text(page, "came"), text(page, "hint")) == ("As uploaded", "bright.png")
     original, purified = pixel(page, "original"), pixel(page, "purified")
     assert (original - (image(1, shade=0.8, height=40, width=60)[:, 20, 30] * 255)).abs().max() <= 1
     assert (original + purified - 255).abs().max() <= 1
@@ -116,9 +116,9 @@ def test_a_dropped_image_is_purified_and_both_models_answer(page: Browser) -> No
     assert text(page, "ms").endswith(" ms")
     page.run("document.getElementById('ask').click()")
     page.until(IDLE)
-    assert (text(page, "bare"), text(page, "defended")) == (SEEN, INVERTED)
+    assert (text(page, "bare"), text(page, "defended")) == (BARE, INVERTED)
     assert page.problems() == []
-    keep(page, "asked")
+    save_screenshot(page, "answers")
 
 
 def test_an_attack_is_shown_and_asked_about(page: Browser) -> None:
@@ -126,10 +126,10 @@ def test_an_attack_is_shown_and_asked_about(page: Browser) -> None:
     page.until(IDLE)
     page.run("document.getElementById('attack').click()")
     page.until(f"document.getElementById('came').textContent == 'Attacked' && {IDLE}")
-    keep(page, "attacked")
+    save_screenshot(page, "attacked")
     step = pixel(page, "original") - image(1, shade=0.8, height=40, width=60)[:, 20, 30] * 255
     assert 6 < step.abs().max() < 8.5, "attacked inside its budget"
-    assert text(page, "bare") != SEEN
+    assert text(page, "bare") != BARE
     assert float(text(page, "bare")) + float(text(page, "defended")) == pytest.approx(1, abs=0.011)
     assert page.problems() == []
 
@@ -149,9 +149,9 @@ def test_errors_are_shown_and_nothing_old_stays(page: Browser, tmp_path: Path) -
     page.choose("#file", tmp_path / "a.txt")
     page.until("document.getElementById('problem').innerText")
     assert "not an image" in text(page, "problem")
-    assert not shown(page, "pictures")
+    assert not is_visible(page, "images")
     assert page.run("document.getElementById('ask').disabled")
-    keep(page, "error")
+    save_screenshot(page, "error")
     drop(page, png(1, height=4, width=1000), "needle.png")
     page.until("document.getElementById('problem').innerText.includes('longer than')")
     drop(page, BRIGHT, "bright.png")
@@ -163,7 +163,7 @@ def test_a_narrow_screen_needs_no_scrolling_sideways(page: Browser) -> None:
     page.size(360, 800)
     drop(page, BRIGHT, "bright.png")
     page.until(IDLE)
-    keep(page, "narrow")
+    save_screenshot(page, "narrow")
     assert page.run("document.documentElement.scrollWidth") <= 360
     left, right = (page.run(f"document.getElementById('{n}').getBoundingClientRect().top") for n in PAIR)
     assert abs(left - right) < 40, "what is to be compared stands side by side"
@@ -180,7 +180,7 @@ def test_a_key_is_asked_for_and_used(browser: Browser) -> None:
         browser.open(url)
         browser.until("document.getElementById('problem').innerText.includes('needs a key')")
         assert browser.run("document.getElementById('more').open"), "the field for it is in sight"
-        keep(browser, "key")
+        save_screenshot(browser, "key")
         script = "(() => { const k = document.getElementById('key'); k.value = 'sesame-open'; "
         browser.run(script + "k.dispatchEvent(new Event('change')); })()")
         browser.until("info.purifier && !document.getElementById('problem').innerText")
@@ -202,12 +202,12 @@ def test_without_a_pocket_only_the_defended_model_is_asked(browser: Browser) -> 
     with served(create_app(settings(), purifier=Invert(), transport=upstream.transport)) as url:
         browser.open(url)
         browser.until("info.purifier")
-        assert not shown(browser, "attack")
-        assert not shown(browser, "sample")
+        assert not is_visible(browser, "attack")
+        assert not is_visible(browser, "sample")
         drop(browser, BRIGHT, "bright.png")
         browser.until(IDLE)
         browser.run("document.getElementById('ask').click()")
         browser.until(IDLE)
         assert text(browser, "defended") == "defended"
-        assert not shown(browser, "without")
+        assert not is_visible(browser, "without")
     assert not upstream.received(BRIGHT)

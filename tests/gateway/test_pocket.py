@@ -1,4 +1,4 @@
-"""The embedded model behind the gateway, asked by the official clients, plain and streamed."""
+"""The embedded model behind the gateway, with the official clients, plain and streamed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ anthropic = pytest.importorskip("anthropic")
 
 
 class Painter:
-    """A victim that tells the brightness that it saw, and the words that it was asked."""
+    """A victim that answers with the brightness of its image, and records its prompts."""
 
     name = "painter"
 
@@ -39,7 +39,7 @@ class Painter:
 
 
 BRIGHT = png(1, shade=0.8)  # inverted: 0.20
-SEEN = f"brightness {float(1 - image(1, shade=0.8).mean()):.2f} it seems"
+EXPECTED = f"brightness {float(1 - image(1, shade=0.8).mean()):.2f} it seems"
 
 
 def pocket_app(victim: Any, **flags: Any) -> Starlette:
@@ -85,14 +85,14 @@ def test_openai_chat() -> None:
         victim = Painter()
         async with clients(victim) as (client, _):
             whole = await client.chat.completions.create(model="pocket", messages=MESSAGES)
-            assert whole.choices[0].message.content == SEEN
+            assert whole.choices[0].message.content == EXPECTED
             assert whole.choices[0].finish_reason == "stop"
             assert whole.usage.completion_tokens == 4
             stream = await client.chat.completions.create(
                 model="pocket", messages=MESSAGES, stream=True, stream_options={"include_usage": True}
             )
             chunks = [chunk async for chunk in stream]
-            assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == SEEN
+            assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == EXPECTED
             assert chunks[-1].usage.total_tokens > 4
             raw = await client.chat.completions.with_raw_response.create(model="pocket", messages=MESSAGES)
             assert raw.headers["x-codefend-cache"] == "hit"
@@ -107,11 +107,11 @@ def test_openai_responses() -> None:
         victim = Painter()
         async with clients(victim) as (client, _):
             whole = await client.responses.create(model="pocket", input=ITEMS, instructions="Be brief.")
-            assert whole.output_text == SEEN
+            assert whole.output_text == EXPECTED
             stream = await client.responses.create(model="pocket", input=ITEMS, stream=True)
             events = [event async for event in stream]
-            assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == SEEN
-            assert events[-1].response.output_text == SEEN
+            assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == EXPECTED
+            assert events[-1].response.output_text == EXPECTED
             assert [event.sequence_number for event in events] == list(range(len(events)))
         assert victim.prompts == ["Be brief.\n\nWhat is this?", "What is this?"]
 
@@ -123,9 +123,9 @@ def test_anthropic_messages() -> None:
         victim = Painter()
         async with clients(victim) as (_, client):
             whole = await client.messages.create(model="pocket", max_tokens=9, messages=BLOCKS, system="Be brief.")
-            assert whole.content[0].text == SEEN
+            assert whole.content[0].text == EXPECTED
             async with client.messages.stream(model="pocket", max_tokens=9, messages=BLOCKS) as stream:
-                assert "".join([text async for text in stream.text_stream]) == SEEN
+                assert "".join([text async for text in stream.text_stream]) == EXPECTED
                 final = await stream.get_final_message()
             assert (final.stop_reason, final.usage.output_tokens) == ("end_turn", 4)
         assert victim.prompts == ["Be brief.\n\nWhat is this?", "What is this?"]
@@ -246,7 +246,7 @@ def test_the_page_shows_both_answers() -> None:
         assert (
             bare["choices"][0]["message"]["content"] == f"brightness {float(image(1, shade=0.8).mean()):.2f} it seems"
         )
-        assert defended["choices"][0]["message"]["content"] == SEEN
+        assert defended["choices"][0]["message"]["content"] == EXPECTED
 
     run(work())
 
@@ -259,9 +259,9 @@ def test_the_blocking_clients_over_a_socket() -> None:
         client = openai.OpenAI(api_key="k", base_url=f"{base}/v1", max_retries=0)
         with client:
             stream = client.chat.completions.create(model="pocket", messages=MESSAGES, stream=True)
-            assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == SEEN
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == EXPECTED
         with anthropic.Anthropic(api_key="k", base_url=base, max_retries=0) as claude:
-            assert claude.messages.create(model="p", max_tokens=9, messages=BLOCKS).content[0].text == SEEN
+            assert claude.messages.create(model="p", max_tokens=9, messages=BLOCKS).content[0].text == EXPECTED
 
 
 def test_a_client_that_hangs_up_and_an_upstream_that_dies_over_sockets() -> None:

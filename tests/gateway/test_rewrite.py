@@ -105,29 +105,29 @@ def masked(body: Any, places: list[tuple[str | int, ...]]) -> Any:
 def test_no_original_survives_and_nothing_else_changes(case: tuple[Api, Any]) -> None:
     api, body = case
     before = copy.deepcopy(body)
-    found = survey(api, body)
-    rebuilt = rebuild(body, found, [NEW] * len(found.slots))
+    slots = survey(api, body)
+    rebuilt = rebuild(body, slots, [NEW] * len(slots.slots))
     assert body == before, "the input must not be changed"
     assert "ORIGINAL" not in json.dumps(rebuilt)
-    assert json.dumps(rebuilt).count(NEW.data) == len(found.slots) == json.dumps(before).count("ORIGINAL")
-    places = [slot.place for slot in found.slots]
+    assert json.dumps(rebuilt).count(NEW.data) == len(slots.slots) == json.dumps(before).count("ORIGINAL")
+    places = [slot.place for slot in slots.slots]
     assert masked(rebuilt, places) == masked(before, places)
-    assert survey(api, rebuilt).turns == found.turns
+    assert survey(api, rebuilt).turns == slots.turns
 
 
 @settings(max_examples=200, deadline=None)
 @given(bodies, st.booleans())
 def test_policy_touches_users_texts_and_the_system_text_only(case: tuple[Api, Any], everywhere: bool) -> None:
     api, body = case
-    found = survey(api, body)
+    slots = survey(api, body)
     policy = PromptPolicy("p", system="SYS", prefix="[", suffix="]")
-    rebuilt = rebuild(body, found, [NEW] * len(found.slots), policy=policy, everywhere=everywhere)
+    rebuilt = rebuild(body, slots, [NEW] * len(slots.slots), policy=policy, everywhere=everywhere)
     text = json.dumps(rebuilt)
     assert "ORIGINAL" not in text
-    wrapped = [turn for turn in found.turns if everywhere or turn.has_image]
-    assert ("SYS" in text) == bool(wrapped or found.slots)
+    wrapped = [turn for turn in slots.turns if everywhere or turn.has_image]
+    assert ("SYS" in text) == bool(wrapped or slots.slots)
     survey(api, rebuilt)  # still understood
-    if not wrapped and not found.slots:
+    if not wrapped and not slots.slots:
         assert rebuilt == body
 
 
@@ -151,11 +151,11 @@ def test_any_json_is_refused_or_leaves_without_its_images(api: Api, content: Any
     """Originals may stay only where a model reads plain text."""
     body = {"messages": content, "input": content} if api != "other" else content
     try:
-        found = survey(api, body)
+        slots = survey(api, body)
     except Refused:
         return
-    rebuilt = rebuild(body, found, [NEW] * len(found.slots))
-    assert survey(api, rebuilt).slots or not found.slots
+    rebuilt = rebuild(body, slots, [NEW] * len(slots.slots))
+    assert survey(api, rebuilt).slots or not slots.slots
     for parent, key, value in leaves(rebuilt):
         if isinstance(value, str) and value.startswith("data:") and "ORIGINAL" in value:
             assert key in ("text", "content", "output", "input"), (parent, key)

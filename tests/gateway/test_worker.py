@@ -224,11 +224,11 @@ HEADS = [b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"BM", b"II*\0", 
 @given(st.sampled_from(HEADS), st.binary(max_size=120))
 def test_no_header_crashes_the_probe_or_the_worker(head: bytes, tail: bytes) -> None:
     try:
-        found = inspect(head + tail, Limits(max_pixels=10_000))
+        header = inspect(head + tail, Limits(max_pixels=10_000))
     except Refused as refusal:
         assert refusal.status in (400, 413)  # noqa: PT017
         return
-    assert found.width * found.height <= 10_000
+    assert header.width * header.height <= 10_000
     assert isinstance(Worker(Invert()).run([Job(head + tail)])[0], (Purified, Refused))
 
 
@@ -253,8 +253,8 @@ def test_animations() -> None:
     assert isinstance(refusal, Refused)
     assert refusal.code == "animated_image"
     limits = Limits(first_frame=True)
-    shown = pixels(Worker(Invert(), WorkerOptions(limits)).run([Job(buffer.getvalue())])[0])
-    torch.testing.assert_close(shown[:, 0, 0], torch.tensor([0.0, 1.0, 1.0]), atol=0.01, rtol=0)
+    frame = pixels(Worker(Invert(), WorkerOptions(limits)).run([Job(buffer.getvalue())])[0])
+    torch.testing.assert_close(frame[:, 0, 0], torch.tensor([0.0, 1.0, 1.0]), atol=0.01, rtol=0)
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------

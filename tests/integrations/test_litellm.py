@@ -124,9 +124,9 @@ def test_no_original_gets_through_litellms_proxy(api: str, stream: bool, proxy: 
     answer = httpx2.post(f"{proxy}{path}", json=body | {"stream": stream}, timeout=120)
     assert upstream.requests, answer.text
     assert not upstream.received(A), "the guardrail's images were not used"
-    (seen,) = upstream.images()
-    assert seen.shape == image(1, height=64, width=64).shape
-    assert not torch.equal(seen, images.load(A).pixels)
+    (received,) = upstream.images()
+    assert received.shape == image(1, height=64, width=64).shape
+    assert not torch.equal(received, images.load(A).pixels)
 
 
 def test_what_cannot_be_inspected_is_an_error_and_no_call(proxy: str, upstream: Upstream) -> None:

@@ -74,10 +74,10 @@ def attacked(index: int) -> dict[str, Any]:
 @pytest.mark.parametrize("batch", [1, 2, "auto"])
 def test_answers_come_from_behind_the_defense_in_order(module: Any, batch: Any) -> None:
     documents = [attacked(0), attacked(4), attacked(3)]
-    asked = requests(["<image>\nleft?", "right?", "left?"], {"until": [" "], "max_new_tokens": 9}, documents)
+    batch_requests = requests(["<image>\nleft?", "right?", "left?"], {"until": [" "], "max_new_tokens": 9}, documents)
     expected = [toys.scene(0)[1], toys.scene(4)[2], toys.scene(3)[1]]
-    assert ready(module, documents, batch_size=batch).generate_until(asked) == expected
-    bare = ready(module, documents, defense="none").generate_until(asked)
+    assert ready(module, documents, batch_size=batch).generate_until(batch_requests) == expected
+    bare = ready(module, documents, defense="none").generate_until(batch_requests)
     assert bare == ["blue"] * 3
     both = ready(module, documents).generate_until(requests(["both"], {"until": " and"}, documents))
     assert both == [toys.scene(0)[1]]
@@ -89,9 +89,9 @@ def test_images_are_read_a_batch_at_a_time(module: Any, monkeypatch: pytest.Monk
     documents = [{"images": [photograph(i)]} for i in range(6)]
     model, read = ready(module, documents, batch_size=2), list[int]()
 
-    def generate(*asked: Any) -> list[str]:
+    def generate(*arguments: Any) -> list[str]:
         read.append(reader.call_count)
-        answers: list[str] = module.DefendedVictim.generate(model.model, *asked)
+        answers: list[str] = module.DefendedVictim.generate(model.model, *arguments)
         return answers
 
     monkeypatch.setattr(model.model, "generate", generate)

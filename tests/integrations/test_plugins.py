@@ -51,8 +51,8 @@ BLOCK = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
 def assert_purified(upstream: Upstream) -> None:
     assert upstream.requests
     assert not upstream.received(A)
-    for seen in upstream.images():
-        torch.testing.assert_close(seen, 1 - image(1))
+    for received in upstream.images():
+        torch.testing.assert_close(received, 1 - image(1))
     assert upstream.images()
 
 
@@ -268,8 +268,8 @@ def test_litellm_guardrail_replaces_the_images(guardrail: Any) -> None:
         assert done is data
         text = json.dumps({"sent": data["messages"], "logged": data["proxy_server_request"]["body"]})
         assert b64(A) not in text
-        shown = images.load(data["messages"][0]["content"][1]["image_url"]["url"]).pixels
-        torch.testing.assert_close(shown, 1 - image(1))
+        pixels = images.load(data["messages"][0]["content"][1]["image_url"]["url"]).pixels
+        torch.testing.assert_close(pixels, 1 - image(1))
 
         data = {"messages": [{"role": "user", "content": [BLOCK]}]}
         await rail.async_pre_call_hook(None, None, data, "anthropic_messages")

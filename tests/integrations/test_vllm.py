@@ -28,8 +28,8 @@ def media() -> Any:
 
 @pytest.fixture(scope="module")
 def kind(media: Any) -> type:
-    found: type = register(Invert())
-    return found
+    connector: type = register(Invert())
+    return connector
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def connector(media: Any, kind: type) -> Any:
 
 def assert_purified(loaded: Any) -> None:
     """What vLLM holds is the negative, in pixels and in the file bytes that it keeps for its caches."""
-    shown = images.from_pil(loaded.media).pixels
-    torch.testing.assert_close(shown, 1 - image(1))
+    pixels = images.from_pil(loaded.media).pixels
+    torch.testing.assert_close(pixels, 1 - image(1))
     assert loaded.original_bytes != A
     torch.testing.assert_close(images.load(loaded.original_bytes).pixels, 1 - image(1))
 
@@ -104,5 +104,5 @@ def test_vllms_own_parser_of_chat_messages_uses_it(chosen: None) -> None:
 
 def test_vllms_plugin_loader_finds_the_entry_point(media: Any) -> None:
     plugins = pytest.importorskip("vllm.plugins", exc_type=ImportError)
-    found = plugins.load_plugins_by_group("vllm.general_plugins")
-    assert found["codefend"] is register
+    loaded = plugins.load_plugins_by_group("vllm.general_plugins")
+    assert loaded["codefend"] is register

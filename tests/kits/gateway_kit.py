@@ -136,7 +136,7 @@ def run(work: Coroutine[Any, Any, T], seconds: float = 30) -> T:
 
 @dataclass
 class Driver:
-    """Speaks ASGI to an app as a server does, piece by piece, so that streaming and hanging up can be seen."""
+    """Drives an ASGI app as a server does, message by message, to observe streams and disconnects."""
 
     app: Any
     body: bytes
