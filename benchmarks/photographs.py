@@ -13,6 +13,7 @@ import sys
 import torch
 
 from codefend import purifiers
+from codefend.core.assets import asset
 from codefend.core.runs import make_generator
 from codefend.purifiers.nets import load_net
 from codefend.tasks.image_metrics import psnr
@@ -31,7 +32,7 @@ def main(names: list[str]) -> None:
         values = [float(psnr(purifier(x, generator=make_generator(0, name)), x)) for name, x in photographs.items()]
         cells = " | ".join(f"{value:.1f}" for value in values)
         print(f"| {label} | {cells} | {purifier.multiply_adds(128, 128) / 1e6:,.0f} M |")
-    net, _ = load_net(purifiers.WEIGHTS / "prior")
+    net, _ = load_net(asset("weights/prior"))
     x = photographs[HELD_OUT[0]][..., 100:356, 100:356]
     print(f"\n| {HELD_OUT[0]}, 256 px crop, noise in 1/255 | noisy, dB | after the prior, dB |\n|---|---|---|")
     for level in (4, 8, 16, 32):

@@ -14,7 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from codefend.tasks.objects import DATA, THINGS
+from codefend.core.assets import PACKAGE
+from codefend.tasks.objects import THINGS
+
+DATA = PACKAGE / "data"
 
 SIZE = 96
 

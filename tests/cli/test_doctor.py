@@ -21,10 +21,11 @@ def test_a_complete_installation_is_ready(run: Run) -> None:
 def test_missing_weights_are_named_and_the_exit_code_is_1(
     run: Run, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("codefend.purifiers.WEIGHTS", tmp_path)
+    monkeypatch.setattr("codefend.core.assets.roots", lambda: (tmp_path,))
     code, out, _ = run("doctor")
     assert code == 1
-    assert out.splitlines()[-1] == "not ready: weights of bridge, pocket are missing; reinstall codefend"
+    assert out.splitlines()[-1] == "not ready: weights of bridge are missing; reinstall codefend"
+    assert "pip install 'codefend[models]'" in out
 
 
 def test_a_missing_extra_names_its_command(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

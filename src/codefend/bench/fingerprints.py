@@ -9,7 +9,8 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from codefend.purifiers import PURIFIERS, WEIGHTS
+from codefend.core.assets import find_asset
+from codefend.purifiers import PURIFIERS
 from codefend.types import CodefendError
 
 CHUNK = 1 << 20  # bytes; larger files are read at both ends only, which new weights change
@@ -32,7 +33,8 @@ def _folder(name: str) -> Path | None:
     """Where the weights of ``FOLDER``, ``FOLDER:options``, ``hf:FOLDER`` or a shipped name lie; None for others."""
     while name:
         for text in filter(None, (name, name.partition(":")[2])):
-            for place in (WEIGHTS / text, *([] if text in PURIFIERS else [Path(text)])):  # as `load` looks for them
+            places = find_asset(f"weights/{text}"), None if text in PURIFIERS else Path(text)  # as `load` does
+            for place in filter(None, places):
                 if place.is_dir():
                     return place
         name = name.rpartition(":")[0]

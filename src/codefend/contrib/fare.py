@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from codefend import encoders
+from codefend.core.assets import asset
 from codefend.core.devices import default_device
 from codefend.core.files import write_atomic
 from codefend.core.runs import make_generator, save_checkpoint
@@ -27,7 +28,6 @@ from codefend.training.card import write_card
 from codefend.training.fit import Losses, Training, cosine_schedule, fit
 from codefend.training.mining import sign_steps
 from codefend.types import CodefendError
-from codefend.victims import WEIGHTS
 from codefend.victims.pocket import read_encoder
 
 UNUSED = ("head.", "fc.")  # of the encoder: its ImageNet classifier, which no token passes
@@ -123,7 +123,7 @@ def _images(config: FareConfig, step: int) -> Tensor:
 
 def _read_pocket(name: str) -> tuple[dict[str, object], dict[str, Tensor]]:
     """A pocket's config and trained tensors, as its folder has them. Raises CodefendError when there is none."""
-    folder = WEIGHTS / "pocket" if name == "pocket" else Path(name)
+    folder = asset("weights/pocket") if name == "pocket" else Path(name)
     try:
         config = json.loads((folder / "config.json").read_text())
         state = load_file(folder / "model.safetensors")

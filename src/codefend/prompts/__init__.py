@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from codefend.core.assets import assets
 from codefend.core.registry import lookup
 from codefend.prompts.folders import load_folder, save_folder
 from codefend.prompts.policy import Policy, PromptPolicy, TextPolicy, VictimPolicy, attach, load_policy, save_policy
@@ -29,8 +30,6 @@ __all__ = [
     "save_policy",
 ]
 
-SHIPPED = Path(__file__).parent / "shipped"  # folders of learned policies
-
 
 @dataclass(frozen=True)
 class PromptSpec:
@@ -50,9 +49,9 @@ def _spec(
 
 
 def _shipped() -> list[PromptSpec]:
-    """The learned policies of this package; their summary is the first line of the card."""
+    """The learned policies that are installed; their summary is the first line of the card."""
     specs = []
-    for path in sorted(SHIPPED.glob("*/policy.json")):
+    for path in assets("prompts/shipped/*/policy.json"):
         card = path.parent / "README.md"
         title = card.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") if card.exists() else ""
         specs.append(PromptSpec(path.parent.name, title, source=f"{path.parent.name}/README.md", folder=path.parent))

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from codefend.core.assets import asset
 from codefend.core.registry import lookup
 from codefend.core.specs import parse_spec
 from codefend.types import CodefendError
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 Build = Callable[[Mapping[str, object]], "Purifier"]
 BuildNamed = Callable[[str, Mapping[str, object]], "Purifier"]
-
-WEIGHTS = Path(__file__).parent.parent / "weights"  # shipped with the package: one folder per purifier
 
 
 @dataclass(frozen=True)
@@ -120,12 +119,7 @@ def _shipped(weights: str, name: str = "") -> Build:
     name = name or weights
 
     def build(settings: Mapping[str, object]) -> Purifier:
-        if not (WEIGHTS / weights).is_dir():
-            raise CodefendError(
-                f"the {weights} weights of purifier {name!r} are not installed; train them with "
-                f"`codefend train {weights} --run DIR`, then use that folder in place of the name"
-            )
-        return load_folder(WEIGHTS / weights, settings, name=name)
+        return load_folder(asset(f"weights/{weights}"), settings, name=name)
 
     return build
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from codefend.core.assets import asset
+
 Style = Literal["fluent", "noto"]
-DATA = Path(__file__).resolve().parents[1] / "data"
 
 # Hue in turns. Names that people do not confuse: "orange" and "pink" are left out for that reason.
 COLOURS: dict[str, float] = {"red": 0.0, "yellow": 0.14, "green": 0.36, "blue": 0.60, "purple": 0.78}
@@ -72,7 +72,7 @@ def group(index: int) -> int:
 @cache
 def sprites(style: Style) -> Tensor:
     """All drawings of a style, ``[64, 4, 96, 96]`` float32: RGB premultiplied by alpha, then alpha, in [0, 1]."""
-    with np.load(DATA / f"sprites_{style}.npz", allow_pickle=False) as archive:
+    with np.load(asset(f"data/sprites_{style}.npz"), allow_pickle=False) as archive:
         return torch.from_numpy(archive["rgba"]).float().div(255)
 
 

@@ -12,9 +12,10 @@ from functools import cache
 from typing import Any, cast
 
 from codefend.core import images
+from codefend.core.assets import asset
 from codefend.tasks.language import CAPTION_PROMPT, KINDS, ask, captions
 from codefend.tasks.metrics import CAPTION_METRICS, VQA_METRICS, all_tags, exact_tags, tag_recall
-from codefend.tasks.objects import BY_NAME, COLOURS, DATA
+from codefend.tasks.objects import BY_NAME, COLOURS
 from codefend.tasks.readers import CAPTION_TARGET, VQA_TARGET
 from codefend.tasks.scenes import Scene, Split, compose, load_photographs, scene_rng
 from codefend.types import CodefendError, Example, Task
@@ -62,7 +63,7 @@ def describe(scene: Scene, split: Split, number: int) -> dict[str, Example]:
 @cache
 def _frozen(split: str) -> dict[str, tuple[Example, ...]]:
     examples: dict[str, list[Example]] = {"caption": [], "vqa": []}
-    with zipfile.ZipFile(DATA / f"scenes_{split}.zip") as archive:
+    with zipfile.ZipFile(asset(f"data/scenes_{split}.zip")) as archive:
         for line in archive.read("examples.jsonl").decode().splitlines():
             row: dict[str, Any] = json.loads(line)
             image = images.load(archive.read(row["image"])).pixels

@@ -17,6 +17,7 @@ import torch
 from torch import Generator, Tensor
 
 from codefend.attacks import objectives
+from codefend.core.assets import asset
 from codefend.core.devices import default_device
 from codefend.core.runs import make_generator
 from codefend.core.settings import recorded
@@ -152,13 +153,11 @@ def _training(config: BridgeConfig, folder: Path) -> Training[Pairs]:
 
 def start_from_prior(config: BridgeConfig) -> PurifierNet:
     """The prior's weights in a network with the bridge's residual bound; the identity where the prior is "none"."""
-    from codefend.purifiers import WEIGHTS
-
     if config.prior == "none":
         torch.manual_seed(config.seed)  # the network's initial weights only
         net = PurifierNet(NetConfig(residual_bound=config.residual_bound))
     else:
-        prior, _ = load_net(config.prior or WEIGHTS / "prior")
+        prior, _ = load_net(config.prior or asset("weights/prior"))
         net = PurifierNet(replace(prior.config, residual_bound=config.residual_bound))
         net.load_state_dict(prior.state_dict())
     return grow(net, channels=config.channels, blocks=config.blocks, seed=config.seed)

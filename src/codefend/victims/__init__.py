@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from codefend.core.assets import asset
 from codefend.core.registry import lookup
 
 if TYPE_CHECKING:
     from codefend.types import Victim, WhiteBox
-
-WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ VICTIMS: dict[str, VictimSpec] = {
     "pocket": VictimSpec(
         "pocket",
         "SmolLM2-135M reading EfficientNet-Lite0 tokens; embedded, white-box, runs on two CPU cores",
-        lambda: _pocket(WEIGHTS / "pocket"),
+        lambda: _pocket(asset("weights/pocket")),
     ),
     "smolvlm-pocket": VictimSpec(
         "smolvlm-pocket",

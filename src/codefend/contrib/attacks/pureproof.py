@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
@@ -18,6 +17,7 @@ from torch.nn.functional import pad
 
 from codefend.attacks.base import ImageAttack
 from codefend.attacks.norms import descend, normal, uniform
+from codefend.core.assets import asset
 from codefend.purifiers.diffusion import Denoiser, vp_sigma
 from codefend.purifiers.nets import PurifierNet, load_net
 from codefend.types import Budget, Objective
@@ -29,7 +29,7 @@ PROBES = 4  # fixed noises on which iterates are compared
 @lru_cache(maxsize=1)
 def shipped_prior() -> Denoiser:
     """The unconditional prior that comes with the package: the attacker's surrogate, DiffPure's denoiser here."""
-    net, _ = load_net(Path(__file__).resolve().parents[2] / "weights" / "prior")
+    net, _ = load_net(asset("weights/prior"))
     return net.requires_grad_(False)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Generator, Tensor
 
 from codefend import victims
+from codefend.core.assets import asset
 from codefend.core.devices import default_device
 from codefend.core.runs import make_generator
 from codefend.purifiers.nets import PurifierNet, load_net
@@ -93,9 +94,7 @@ def _training(
 
 def start_from_prior(config: PeerConfig) -> PurifierNet:
     """The prior's weights; no bound on the residual, which none of the papers has."""
-    from codefend.purifiers import WEIGHTS
-
-    prior, _ = load_net(config.prior or WEIGHTS / "prior")
+    prior, _ = load_net(config.prior or asset("weights/prior"))
     net = PurifierNet(replace(prior.config, residual_bound=None))
     net.load_state_dict(prior.state_dict())
     return net
