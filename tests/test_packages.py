@@ -17,6 +17,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "packages" / "codefend-models"
+CORE = {"bridge", "bridge-detail", "bridge-large"}  # weights in the wheel of codefend
 CORE_LIMIT, MODELS_LIMIT = 60e6, 95e6  # bytes; the Python Package Index takes 100 MB a file
 
 
@@ -32,6 +33,8 @@ def test_what_one_wheel_leaves_out_the_other_brings() -> None:
     for source, place in folders.items():
         assert (ROOT / source).is_dir(), source
         assert place == source.replace("src/codefend", "codefend_models"), source
+    weights = {path.parent.name for path in (ROOT / "src" / "codefend" / "weights").glob("*/config.json")}
+    assert weights == CORE | {Path(source).name for source in folders if "/weights/" in source}
 
 
 def test_both_have_one_version() -> None:
@@ -69,7 +72,7 @@ def test_wheels_are_small_and_pass_twine(wheels: list[Path]) -> None:
     call(sys.executable, "-m", "twine", "check", "--strict", core, models)
     with zipfile.ZipFile(core) as archive:
         weights = {name.split("/")[2] for name in archive.namelist() if name.startswith("codefend/weights/")}
-    assert weights == {"bridge", "bridge-detail", "bridge-large"}
+    assert weights == CORE
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 
 from codefend.cli import main
 from codefend.cli.presets import PRESETS
-from codefend.purifiers import WEIGHTS
+from codefend.core.assets import asset
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(path.name for path in RECIPES.glob("*.sh") if path.name != "common.sh")
@@ -81,7 +81,7 @@ def test_the_bridges_trainings_follow_one_another_on_banks_that_exist(
 def test_a_recipe_repeats_the_training_of_the_shipped_weights(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    training = json.loads((WEIGHTS / name / "training.json").read_text())
+    training = json.loads((asset(f"weights/{name}") / "training.json").read_text())
     last = config([call for call in calls(f"{name}.sh", tmp_path) if call[0] == "train"][-1], capsys)
     places = {"train", "prior", "pairs", "save_every", "photographs"}
     places |= {"sigma", "strength"}  # defaults of the purifier, which don't decide the weights

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from codefend.core.assets import asset
 from codefend.core.images import save
-from codefend.purifiers import WEIGHTS
 from codefend.tasks import load
 from codefend.tasks.photographs import load_photographs
 from codefend.tasks.scenes import PHOTOGRAPHS
@@ -44,7 +44,7 @@ def test_no_training_sees_the_held_out() -> None:
 
 
 def test_the_shipped_bridge_was_guided_by_two_encoders() -> None:
-    record = json.loads((WEIGHTS / "bridge" / "training.json").read_text())
+    record = json.loads((asset("weights/bridge") / "training.json").read_text())
     banks = [name for bank in record["pairs"] for name in bank["config"]["encoders"]]
     assert {*record["config"]["encoders"], *banks} == set(GUIDES)
 

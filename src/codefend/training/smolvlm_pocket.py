@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from codefend.core.assets import asset
 from codefend.core.devices import default_device
 from codefend.core.files import write_atomic
 from codefend.core.images import load as load_image
@@ -43,7 +44,6 @@ from codefend.training.pocket import (
     share,
     text_loss,
 )
-from codefend.victims import WEIGHTS
 from codefend.victims.pocket import BEFORE, Pocket, load_unmerged
 from codefend.victims.smolvlm_pocket import (
     ADAPTERS,
@@ -100,7 +100,7 @@ def train_smolvlm(config: SmolVLMConfig, folder: str | Path) -> Path:
 
 
 def _training(config: SmolVLMConfig, folder: Path) -> Training[Instructions]:
-    pocket = load_unmerged(Path(config.teacher) if config.teacher else WEIGHTS / "pocket").to(default_device())
+    pocket = load_unmerged(Path(config.teacher) if config.teacher else asset("weights/pocket")).to(default_device())
     shapes = load_shapes()
     torch.manual_seed(config.seed)  # the initial weights only
     model = TrainableSmolVLM(VisionTower(architecture(pocket.llm.config)).to(pocket.device), pocket)

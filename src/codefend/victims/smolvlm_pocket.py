@@ -23,8 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from codefend.core.assets import find_asset
 from codefend.types import CodefendError
-from codefend.victims import WEIGHTS
 from codefend.victims.answers import default_cache
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ def architecture(text: Any, vision: Mapping[str, int] = VISION) -> Any:
 
 def shipped_weights() -> Path:
     """The folder of the shipped weights. Raises CodefendError when there are none."""
-    folder = WEIGHTS / NAME
-    if not folder.is_dir():
+    folder = find_asset(f"weights/{NAME}")
+    if folder is None:
         raise CodefendError(
             f"{NAME} comes without weights; train it with `codefend train {NAME} --run DIR`, then give DIR/weights as "
             "the victim, or to `codefend build-victim` as --weights"
