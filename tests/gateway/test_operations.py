@@ -135,7 +135,10 @@ def test_traces_carry_on_where_an_sdk_is_configured() -> None:
         onward = upstream.requests[-1].headers["traceparent"]
         assert onward.split("-")[1] == given.split("-")[1]
         assert onward != given
-        assert [span.name for span in memory.get_finished_spans()] == ["codefend.purify", "codefend.upstream"]
+        spans = memory.get_finished_spans()
+        assert [span.name for span in spans] == ["codefend.purify", "codefend.upstream"]
+        request_id = upstream.requests[-1].headers["x-request-id"]
+        assert {span.attributes["request_id"] for span in spans} == {request_id}
 
     run(work())
 

@@ -10,7 +10,7 @@ import torch
 
 from codefend.core import images
 from codefend.gateway.forms import read_form
-from gateway_kit import CHAT, Upstream, chat, gateway, image, png, run
+from gateway_kit import CHAT, Upstream, b64, chat, gateway, image, png, run, url
 
 A, B = png(1), png(2)
 
@@ -52,8 +52,24 @@ def test_the_images_of_a_batch_are_purified() -> None:
     requests = [json.loads(text) for text in file_received(upstream).splitlines()]
     assert [request["url"] for request in requests] == [CHAT, "/v1/embeddings", CHAT]
     urls = [requests[i]["body"]["messages"][0]["content"][1]["image_url"]["url"] for i in (0, 2)]
-    for url, seed in zip(urls, (1, 2), strict=True):
-        torch.testing.assert_close(images.load(url).pixels, 1 - image(seed))
+    for data_url, seed in zip(urls, (1, 2), strict=True):
+        torch.testing.assert_close(images.load(data_url).pixels, 1 - image(seed))
+
+
+def test_the_images_of_a_batch_of_messages_are_purified() -> None:
+    async def work() -> None:
+        upstream = Upstream()
+        source = {"type": "base64", "media_type": "image/png", "data": b64(A)}
+        params = {"model": "m", "messages": [{"role": "user", "content": [{"type": "image", "source": source}]}]}
+        async with gateway(upstream, allow_uploads=True) as client:
+            path = "/v1/messages/batches"
+            good = await client.post(path, json={"requests": [{"custom_id": "1", "params": params}]})
+            bad = await client.post(path, json={"requests": [{"custom_id": "1", "params": params, "image": url(A)}]})
+        assert (good.status_code, bad.status_code) == (200, 400)
+        assert not upstream.received(A)
+        torch.testing.assert_close(upstream.images()[0], 1 - image(1))
+
+    run(work())
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ class Settings(BaseSettings):
     max_ratio: float = _setting(Limits.max_ratio, "Limits", "longer side over shorter side", ge=1)
     max_images: int = _setting(Limits.max_images, "Limits", "images of a request", ge=0)
     max_buffer_bytes: int = _setting(BudgetOptions.total, "Limits", "request bodies in memory, all together", gt=0)
-    body_timeout_s: float = _setting(60.0, "Limits", "time for a request body to arrive", gt=0)
+    body_timeout_s: float = _setting(120.0, "Limits", "time for a request body to arrive", gt=0)
     fetch_timeout_s: float = _setting(FetchOptions.timeout_s, "Limits", "time for a remote image", gt=0)
     max_redirects: int = _setting(FetchOptions.max_redirects, "Limits", "redirects of a remote image", ge=0, le=10)
     max_fetches: int = _setting(FetchOptions.concurrent, "Limits", "remote images fetched at a time", gt=0)

@@ -44,7 +44,7 @@ def read_header(data: bytes) -> Header:
         if data[offset : offset + len(magic)] == magic:
             try:
                 width, height = read(data)
-            except (struct.error, IndexError) as error:
+            except (struct.error, IndexError, OverflowError) as error:  # the last: an offset of 64 bits
                 raise InvalidHeader("the image is damaged or cut short") from error
             if width < 1 or height < 1:
                 raise InvalidHeader(f"the image is damaged: it claims {width}x{height} pixels")

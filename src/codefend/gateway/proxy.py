@@ -8,7 +8,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from codefend.gateway.forms import check_audio_form
 from codefend.gateway.headers import find, report, to_client, to_upstream
 from codefend.gateway.routes import api_of, check_path, error_api_of, route_label
 from codefend.gateway.telemetry import Meters, Tracer, log
-from codefend.gateway.uploads import FILES, rewrite_upload
+from codefend.gateway.uploads import FILES, MESSAGE_BATCHES, rewrite_message_batch, rewrite_upload
 from codefend.gateway.upstream import Upstream
 
 Done = TypeVar("Done")
@@ -159,9 +159,7 @@ class Proxy:
         headers = to_upstream(
             scope["headers"], drop=scope.get("codefend.key_headers", frozenset()), upstream_key=self.upstream.key
         )
-        with self.tracer.span(
-            "codefend.upstream", exchange.trace, route=exchange.route, request_id=exchange.request_id
-        ) as onward:
+        with self._span("codefend.upstream", exchange) as onward:
             own = {"x-request-id": exchange.request_id, **onward}
             headers = [pair for pair in headers if pair[0].decode("latin-1") not in own]
             headers += [(key.encode(), value.encode()) for key, value in own.items()]
@@ -175,6 +173,9 @@ class Proxy:
             finally:
                 await response.aclose()
 
+    def _span(self, name: str, exchange: Exchange) -> AbstractContextManager[dict[str, str]]:
+        return self.tracer.span(name, exchange.trace, route=exchange.route, request_id=exchange.request_id)
+
     async def _rewrite(self, exchange: Exchange, raw: bytes) -> bytes:
         """The body to send: the original bytes when nothing in them had to change."""
         scope = exchange.scope
@@ -182,10 +183,9 @@ class Proxy:
             return raw
         if find(scope["headers"], b"content-type") is None or _is_json(scope):
             terms, caller = self._terms(scope), Caller(exchange.client, exchange.lease.take)
-            with (
-                self._share(exchange.client),
-                self.tracer.span("codefend.purify", exchange.trace, route=exchange.route),
-            ):
+            with self._share(exchange.client), self._span("codefend.purify", exchange):
+                if exchange.path == MESSAGE_BATCHES:
+                    return await rewrite_message_batch(self.engine, raw, terms, caller)
                 body, exchange.outcome = await self.engine.rewrite_bytes(api_of(exchange.path), raw, terms, caller)
             return body
         if exchange.path == FILES:
@@ -200,7 +200,7 @@ class Proxy:
     async def _rewrite_upload(self, exchange: Exchange, raw: bytes) -> bytes:
         scope, caller = exchange.scope, Caller(exchange.client, exchange.lease.take)
         content_type = find(scope["headers"], b"content-type") or ""
-        with self._share(exchange.client), self.tracer.span("codefend.purify", exchange.trace, route=exchange.route):
+        with self._share(exchange.client), self._span("codefend.purify", exchange):
             return await rewrite_upload(self.engine, self.routes, content_type, raw, self._terms(scope), caller)
 
     def _terms(self, scope: Scope) -> Terms:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from typing import Any
 
@@ -10,9 +11,10 @@ from codefend.gateway.errors import Refused
 from codefend.gateway.forms import Part, read_form, replace_contents
 from codefend.gateway.probe import InvalidHeader, read_header
 from codefend.gateway.routes import Routes, api_of, check_path
-from codefend.gateway.wire import dump, parse
+from codefend.gateway.wire import check_simple, dump, parse
 
 FILES = "/v1/files"
+MESSAGE_BATCHES = "/v1/messages/batches"
 _MAX_LINES = 50_000  # OpenAI's limit for a batch
 
 
@@ -61,7 +63,7 @@ async def _rewrite_batch(engine: Engine, routes: Routes, part: Part, terms: Term
 
 
 async def _rewrite_line(engine: Engine, routes: Routes, line: bytes, terms: Terms, caller: Caller) -> bytes:
-    request: Any = parse(line)
+    request = await asyncio.to_thread(_parse, line)
     if not isinstance(request, dict) or set(request) != {"custom_id", "method", "url", "body"}:
         raise Refused(400, "invalid_request", "expected custom_id, method, url and body")
     method, url = request["method"], request["url"]
@@ -70,4 +72,24 @@ async def _rewrite_line(engine: Engine, routes: Routes, line: bytes, terms: Term
     check_path(url)
     routes.check(method, url)
     outcome = await engine.rewrite(api_of(url), request["body"], terms, caller)
-    return dump(request if outcome.body is None else request | {"body": outcome.body})
+    return await asyncio.to_thread(dump, request if outcome.body is None else request | {"body": outcome.body})
+
+
+async def rewrite_message_batch(engine: Engine, raw: bytes, terms: Terms, caller: Caller) -> bytes:
+    """Purify the images of Anthropic's ``{"requests": [{"custom_id": ..., "params": {...}}]}``. Raises Refused."""
+    body = await asyncio.to_thread(_parse, raw)
+    requests = body.get("requests") if isinstance(body, dict) and set(body) == {"requests"} else None
+    if not isinstance(requests, list):
+        raise Refused(400, "invalid_request", 'expected {"requests": [...]}')
+    rewritten = []
+    for i, request in enumerate(requests):
+        if not isinstance(request, dict) or set(request) != {"custom_id", "params"}:
+            raise Refused(400, "invalid_request", "expected custom_id and params", where=f"requests[{i}]")
+        outcome = await engine.rewrite("messages", request["params"], terms, caller)
+        rewritten.append(request if outcome.body is None else request | {"params": outcome.body})
+    return await asyncio.to_thread(dump, {"requests": rewritten})
+
+
+def _parse(raw: bytes) -> Any:
+    check_simple(raw)  # no string is cut out here: a line or a body is parsed with its images
+    return parse(raw)
