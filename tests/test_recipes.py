@@ -102,7 +102,7 @@ def test_a_recipe_repeats_the_training_of_the_shipped_weights(
 def test_every_training_has_a_recipe() -> None:
     text = "".join((RECIPES / name).read_text() for name in NAMES)
     trainings = {"pocket", "smolvlm-pocket", "prior", "bridge", "hgd", "flowpure", "flowpure-gauss", "adbm"}
-    trainings |= {"codefend-r", "fare"}
+    trainings |= {"codefend-r", "fare", "encoder", "robust"}
     assert all(f"codefend train {name} " in text for name in trainings)
     ablations = (RECIPES / "ablations.sh").read_text().partition('names="')[2].partition('"')[0].split()
     assert {f"ablation-{name}" for name in ablations} == {name for name in PRESETS if name.startswith("ablation-")}

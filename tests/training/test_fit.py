@@ -19,6 +19,7 @@ from codefend.training.fit import (
     cosine_rate,
     cosine_schedule,
     fit,
+    held_rate,
     optimize,
     restore_training,
 )
@@ -204,3 +205,11 @@ def test_another_config_is_refused_before_anything_is_built(tmp_path: Path) -> N
     train_line(tmp_path)
     with pytest.raises(CodefendError, match="train was 'line', now 'curve'"):
         fit(tmp_path, {"train": "curve"}, lambda: pytest.fail("built"))
+
+
+def test_a_held_rate_is_constant_until_its_decay_and_then_falls_to_zero() -> None:
+    rates = [held_rate(step, 100, warmup=10, decay=0.2) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert set(rates[10:80]) == {1.0}
+    assert rates[90] == pytest.approx(0.5)
+    assert rates[100] == 0

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from codefend.training.mining import sign_steps
+from codefend.purifiers.nets import NetConfig, PurifierNet
+from codefend.training.mining import n_fgsm, sign_steps
 from training_kit import generator
-
-if TYPE_CHECKING:
-    pass
 
 
 def test_sign_steps_descend_inside_each_images_budget() -> None:
@@ -31,3 +27,18 @@ def test_sign_steps_descend_inside_each_images_budget() -> None:
     assert 0 <= float(attacked.min()) <= float(attacked.max()) <= 1
     optimum = (clean - eps.view(-1, 1, 1, 1) * weight.sign()).clamp(0, 1)  # three steps of eps cross the whole ball
     assert torch.allclose(attacked, optimum, atol=1e-6)
+
+
+def test_n_fgsm_lowers_the_objective_through_the_network_and_leaves_it_trainable() -> None:
+    torch.manual_seed(0)
+    net = PurifierNet(NetConfig(channels=(6, 8), blocks=(1, 1), embedding=16))
+    clean, target = torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32)
+    eps, sigma = torch.full((4,), 0.02), torch.tensor([0.0, 0.0, 0.05, 0.05])
+
+    def objective(images: Tensor) -> Tensor:
+        return (images - target).square().flatten(1).mean(1)
+
+    attacked = n_fgsm(net, objective, clean, eps=eps, sigma=sigma, start=1.0, generator=generator())
+    assert bool((objective(attacked) < objective(clean)).all())
+    assert 0.02 < float((attacked - clean).abs().max()) <= 0.04 + 1e-6  # start and step, not projected
+    assert all(parameter.requires_grad for parameter in net.parameters())

@@ -33,6 +33,7 @@ REGISTRIES = {
     "attacks": ("codefend.attacks", "EVERY_ATTACK"),
     "victims": ("codefend.victims", "VICTIMS"),
     "tasks": ("codefend.tasks", "TASKS"),
+    "encoders": ("codefend.encoders", "ENCODERS"),
     "prompts": ("codefend.prompts", "PROMPTS"),
     "presets": ("codefend.cli.presets", "PRESETS"),
 }
@@ -114,7 +115,7 @@ def codefend(
 
 @app.command("list")
 def list_(kind: Annotated[str, typer.Argument(metavar="|".join(REGISTRIES), show_default=False)]) -> None:
-    """List purifiers, attacks, victims, tasks, prompts or presets."""
+    """List purifiers, attacks, victims, tasks, encoders, prompts or presets."""
     table = _load_registry(kind)
     width = max(map(len, table), default=0)
     for name, entry in table.items():

@@ -147,6 +147,16 @@ PRESETS: dict[str, Preset] = {
         Preset("prior", "train the unconditional diffusion prior", _config("codefend.training.prior", "PriorConfig")),
         Preset("bridge", "train the bridge from a bank of pairs", _config("codefend.training.bridge", "BridgeConfig")),
         Preset(
+            "encoder",
+            "distil a small image encoder of another family, to attack and guide by: --set family=vit16",
+            _config("codefend.training.encoder", "EncoderConfig"),
+        ),
+        Preset(
+            "robust",
+            "train a bridge for any noise level, single-step adversarial, through encoders of several families",
+            _config("codefend.training.robust", "RobustConfig"),
+        ),
+        Preset(
             "bridge-robust",
             "train a bridge behind noise against adaptive attacks; --set prior=WEIGHTS continues from a bridge",
             _config("codefend.training.bridge", "BridgeConfig", **_ROBUST),

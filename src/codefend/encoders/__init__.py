@@ -13,9 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codefend.core.registry import lookup
+from codefend.types import CodefendError
 
 if TYPE_CHECKING:
     from codefend.encoders.base import Encoder
@@ -35,9 +37,34 @@ class EncoderSpec:
     local: bool = False
 
 
+@dataclass(frozen=True)
+class FamilySpec:
+    """A family of small encoders that `codefend train encoder` distils: `encoders.families` builds the networks."""
+
+    name: str
+    summary: str
+    source: str
+
+
 def load(name: str) -> Encoder:
-    """A new encoder, float32 on the CPU. Raises CodefendError for an unknown name or missing weights."""
-    return lookup("encoder", name, ENCODERS).build()
+    """A new encoder, float32 on the CPU: ``name`` is in `ENCODERS`, or a folder with the weights of a family's encoder.
+
+    Raises CodefendError for an unknown name or missing weights.
+    """
+    check_name(name)
+    return ENCODERS[name].build() if name in ENCODERS else _build("codefend.encoders.families", name)
+
+
+def check_name(name: str) -> None:
+    """Raise CodefendError for what is neither in `ENCODERS` nor a folder; loads nothing."""
+    if name in ENCODERS or Path(name).is_dir():
+        return
+    if name in FAMILIES:
+        raise CodefendError(
+            f"encoder family {name!r} ships without weights: train them with `codefend train encoder --set "
+            f"family={name}` and give their folder"
+        )
+    lookup("encoder", name, ENCODERS)
 
 
 @cache
@@ -65,3 +92,14 @@ def _lite(number: int, size: str) -> EncoderSpec:
 
 
 ENCODERS: dict[str, EncoderSpec] = {spec.name: spec for spec in (_lite(0, "4.7"), _lite(1, "5.4"), _lite(2, "6.1"))}
+
+FAMILIES: dict[str, FamilySpec] = {
+    spec.name: spec
+    for spec in (
+        FamilySpec("vit16", "vision transformer, patches of 16 pixels", "Dosovitskiy et al. 2021, arXiv 2010.11929"),
+        FamilySpec("vit8", "vision transformer, patches of 8 pixels", "Dosovitskiy et al. 2021, arXiv 2010.11929"),
+        FamilySpec("convnet", "patchify stem and 7x7 depthwise blocks", "Liu et al. 2022, arXiv 2201.03545"),
+        FamilySpec("resnet", "max-pooling and residual blocks", "He et al. 2016, arXiv 1512.03385"),
+        FamilySpec("vgg", "plain 3x3 convolutions and max-pooling", "Simonyan & Zisserman 2015, arXiv 1409.1556"),
+    )
+}

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 class Encoder(nn.Module):
     """A frozen image encoder: images ``[B, 3, H, W]`` in [0, 1], differentiable in them.
 
-    A subclass writes `features` and `logits`. H and W are multiples of ``multiple``.
+    A subclass writes `features`. H and W are multiples of ``multiple``.
     """
 
     name: str
@@ -21,10 +21,6 @@ class Encoder(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Vision tokens ``[B, T, width]``, row by row."""
-        raise NotImplementedError
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Class scores ``[B, classes]``."""
         raise NotImplementedError
 
     def local_features(self, images: Tensor) -> Tensor:
@@ -45,3 +41,11 @@ class Encoder(nn.Module):
         with torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False) as counter:
             self.local_features(images)
         return float(counter.get_total_flops() / 2 / images[0, 0].numel())
+
+
+class Classifier(Encoder):
+    """An encoder with a head of classes; a subclass writes `logits` as well."""
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Class scores ``[B, classes]``."""
+        raise NotImplementedError

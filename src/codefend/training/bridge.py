@@ -7,7 +7,7 @@ descends L = bridge + features + words + direction. Each term has a weight in `B
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,12 +17,11 @@ import torch
 from torch import Generator, Tensor
 
 from codefend.attacks import objectives
-from codefend.core.assets import asset
 from codefend.core.devices import default_device
 from codefend.core.runs import make_generator
 from codefend.core.settings import recorded
 from codefend.purifiers.diffusion import bridge_state, charbonnier, sample_bridge_sigmas, sample_bridge_times
-from codefend.purifiers.nets import NetConfig, PurifierNet, load_net
+from codefend.purifiers.nets import NetConfig, PurifierNet
 from codefend.tasks.language import training_texts
 from codefend.tasks.scenes import compose, load_photographs
 from codefend.tasks.training_images import draw_training_images, own_photographs
@@ -33,7 +32,7 @@ from codefend.training.frozen import OWN
 from codefend.training.growth import grow
 from codefend.training.guides import Guide, directional_hinge, load_guide, token_distance, viewed
 from codefend.training.mining import mine
-from codefend.training.nets import net_training
+from codefend.training.nets import load_prior, net_training
 from codefend.training.replay import Replays
 from codefend.types import CodefendError, Objective
 
@@ -157,9 +156,7 @@ def start_from_prior(config: BridgeConfig) -> PurifierNet:
         torch.manual_seed(config.seed)  # the network's initial weights only
         net = PurifierNet(NetConfig(residual_bound=config.residual_bound))
     else:
-        prior, _ = load_net(config.prior or asset("weights/prior"))
-        net = PurifierNet(replace(prior.config, residual_bound=config.residual_bound))
-        net.load_state_dict(prior.state_dict())
+        net = load_prior(config.prior, residual_bound=config.residual_bound)
     return grow(net, channels=config.channels, blocks=config.blocks, seed=config.seed)
 
 

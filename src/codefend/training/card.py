@@ -30,6 +30,7 @@ SUMMARIES = {
         "around SmolLM2-135M-Instruct. `codefend build-victim smolvlm-pocket -o DIR` writes the complete checkpoint."
     ),
     "fare": "Pocket victim whose image encoder was fine-tuned adversarially (FARE, Schlarmann 2024, arXiv 2402.12336).",
+    "encoder": "Image encoder for trainings and evaluations, distilled from EfficientNet-Lite features; no classes.",
     "prior": "Unconditional diffusion prior in EDM form; `diffpure` uses it, and the other purifiers start from it.",
     "bridge": "Purifier from adversarial to clean: a supervised diffusion bridge, one to four evaluations.",
     "hgd": "Purifier, a peer: HGD (Liao et al. 2018, arXiv 1712.02976), re-implemented on the project's network.",
@@ -130,11 +131,14 @@ def _text(training: Mapping[str, Any]) -> str:
     attacks = [_attacks(bank) for bank in training["pairs"]]
     if config.get("mined") or config.get("replay", 1) > 1 or kind in ("adbm", "fare"):
         attacks.append(_mined(kind, config))
-    if config.get("train") in ("bridge", "peer", "fare", *BACKBONES):
+    if config.get("train") == "robust":
+        attacks.append(_single_step(config))
+    if config.get("train") in ("bridge", "robust", "peer", "fare", *BACKBONES):
         lines += [f"- Attacks seen in training: {'; '.join(attacks) or 'none'}."]
     if config.get("without"):
         lines += [f"- Left out of the banks: {', '.join(config['without'])}."]
-    if encoders := config.get("encoders") or ([config["encoder"]] if "encoder" in config else []):
+    encoders = config.get("encoders") or ([config["encoder"]] if "encoder" in config else [])
+    if encoders := [*encoders, *config.get("zoo", ())]:
         lines += [f"- Encoders that guide: {', '.join(encoders)}; no other was used outside the banks."]
     if kind in BACKBONES:
         lines += [f"- Weights: fine-tuned from {config['model']}, whose licence holds for them as well; float32."]
@@ -171,6 +175,15 @@ def _steps(config: Mapping[str, Any], group: Row) -> int | None:
     setting = "answer_steps" if group["kind"] == "answers" else "steps"
     steps: int | None = group.get("steps") or config.get(setting)
     return steps
+
+
+def _single_step(config: Mapping[str, Any]) -> str:
+    """The attacks of `training.robust`, all in the loop."""
+    low, high = 255 * config["min_eps"], 255 * config["max_eps"]
+    return (
+        f"in the loop, at {low:g} to {high:g}/255: N-FGSM through the purifier on features and words, "
+        f"PGD-{config['bare_steps']} on bare encoders' features; random warps, fog and occlusion"
+    )
 
 
 def _mined(kind: str, config: Mapping[str, Any]) -> str:

@@ -250,6 +250,16 @@ def cosine_schedule(optimizer: Optimizer, steps: int, *, warmup: int) -> LambdaL
     return LambdaLR(optimizer, partial(cosine_rate, steps=steps, warmup=warmup))
 
 
+def held_rate(step: int, steps: int, *, warmup: int, decay: float) -> float:
+    """Factor of the learning rate: linear warm-up, constant, then linear to 0 over the last ``decay`` of the steps.
+
+    While it is constant it does not depend on ``steps``, so a longer training has the same start (Hu et al. 2024,
+    arXiv 2404.06395).
+    """
+    rise, fall = (step + 1) / max(1, warmup), (steps - step) / max(1.0, decay * steps)
+    return min(1.0, rise, fall)
+
+
 def _fast_forward(schedule: LRScheduler, step: int) -> None:
     """Set the learning rates of ``step``, without a state to load: they are a function of it."""
     if step:

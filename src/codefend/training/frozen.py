@@ -11,10 +11,9 @@ from torch import Tensor
 from codefend import encoders
 from codefend.attacks import objectives
 from codefend.core.devices import default_device
-from codefend.encoders import ENCODERS
 from codefend.encoders.views import View
 from codefend.tasks.objects import COLOURS, THINGS
-from codefend.types import CodefendError, Objective, WhiteBox
+from codefend.types import Objective, WhiteBox
 from codefend.victims.pocket import Pocket
 
 OWN = "victim"  # among encoders by name: the victim's own
@@ -24,7 +23,7 @@ WORDS = tuple(f" {c} {t.name}" for t in THINGS if t.tinted for c in COLOURS) + t
 
 
 class ViewedEncoder:
-    """An encoder by name, with a `View` of its images."""
+    """An encoder by name or folder, with a `View` of its images."""
 
     def __init__(self, name: str, view: View | None = None) -> None:
         self.name, self.encoder = name, encoders.load(name).to(default_device())
@@ -46,11 +45,10 @@ AnyEncoder = ViewedEncoder | WhiteBox  # by name, or the victim's own
 
 
 def check_encoders(names: Sequence[str]) -> None:
-    """Raise CodefendError for a name that is neither an encoder nor `OWN`; loads nothing."""
-    known = (*ENCODERS, OWN)
+    """Raise CodefendError for a name that is neither an encoder, a folder of one, nor `OWN`; loads nothing."""
     for name in names:
-        if name not in known:
-            raise CodefendError(f"unknown encoder {name!r}; known: {', '.join(known)}")
+        if name != OWN:
+            encoders.check_name(name)
 
 
 def load_encoders(names: Sequence[str], victim: WhiteBox) -> list[AnyEncoder]:

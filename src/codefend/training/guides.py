@@ -123,7 +123,7 @@ def load_guide(victim: str, encoders: Sequence[str]) -> Guide:
 def token_distance(tokens: Tensor, clean: Tensor) -> Tensor:
     """1 - cosine and a tenth of the relative squared error of each token, ``[B, T]``."""
     closeness = F.cosine_similarity(tokens, clean, dim=-1)
-    error = (tokens - clean).square().sum(-1) / clean.square().sum(-1)
+    error = (tokens - clean).square().sum(-1) / clean.square().sum(-1).clamp_min(1e-6)  # some encoders have zeros
     return 1 - closeness + 0.1 * error
 
 

@@ -72,3 +72,28 @@ def mine(
         mined = PGD(rel_step=1.5)(purified, clean, Budget(eps=float(eps), steps=steps), generator=generator)
     net.requires_grad_(True)
     return mined.detach()
+
+
+def n_fgsm(
+    net: PurifierNet,
+    objective: Objective,
+    clean: Tensor,
+    *,
+    eps: Tensor,  # [B], pixels in [0, 1]
+    sigma: Tensor,  # [B]
+    start: float,
+    generator: Generator,
+) -> Tensor:
+    """One sign step of eps on ``objective`` of purified images, ``[B,3,H,W]``, detached; not projected to the ball.
+
+    N-FGSM (de Jorge et al. 2022, arXiv 2202.01181): a uniform start of half-width ``start`` eps, and no projection,
+    prevent catastrophic overfitting. The purifier's noise is drawn here; the training step draws its own.
+    """
+    radius = eps.view(-1, 1, 1, 1)
+    images = (clean + start * radius * (2 * uniform(clean, generator) - 1)).requires_grad_(True)
+    net.requires_grad_(False)  # only the images need a gradient
+    noisy = images + sigma.view(-1, 1, 1, 1) * noise_like(images, generator)
+    losses = objective(clip(net(noisy, torch.ones_like(sigma), sigma)))
+    (grad,) = torch.autograd.grad(losses.sum(), images)
+    net.requires_grad_(True)
+    return (images - radius * grad.sign()).clamp(0, 1).detach()

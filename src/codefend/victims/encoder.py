@@ -10,17 +10,25 @@ from torch import Tensor
 from codefend import encoders
 from codefend.core.devices import default_device
 from codefend.core.specs import parse_encoders
+from codefend.encoders.base import Classifier
 from codefend.encoders.views import View
+from codefend.types import CodefendError
 
 PREFIX = "encoder:"
 
 
 class EncoderVictim:
-    """The encoder of that name in `codefend.encoders`; with ``side``, images are resized to that side in pixels."""
+    """The encoder of that name in `codefend.encoders`; with ``side``, images are resized to that side in pixels.
+
+    Raises CodefendError for an unknown encoder or one without classes.
+    """
 
     def __init__(self, encoder: str, side: int | None = None) -> None:
         self.name = encoder if side is None else f"{encoder}@{side}"
-        self.encoder = encoders.load(encoder).to(default_device())
+        model = encoders.load(encoder).to(default_device())
+        if not isinstance(model, Classifier):
+            raise CodefendError(f"encoder {encoder!r} has no classes to answer with; use one of the named encoders")
+        self.encoder = model
         self.side = side
 
     def features(self, images: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ with the weight that its own target implies. Steps and batch are the bridge's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -18,14 +18,13 @@ import torch
 from torch import Generator, Tensor
 
 from codefend import victims
-from codefend.core.assets import asset
 from codefend.core.devices import default_device
 from codefend.core.runs import make_generator
-from codefend.purifiers.nets import PurifierNet, load_net
+from codefend.purifiers.nets import PurifierNet
 from codefend.tasks.training_images import draw_training_images
 from codefend.training.banks import Bank
 from codefend.training.fit import Losses, MovingAverage, Training, fit
-from codefend.training.nets import net_training
+from codefend.training.nets import load_prior, net_training
 from codefend.types import CodefendError
 from codefend.victims.pocket import Pocket
 
@@ -94,10 +93,7 @@ def _training(
 
 def start_from_prior(config: PeerConfig) -> PurifierNet:
     """The prior's weights; no bound on the residual, which none of the papers has."""
-    prior, _ = load_net(config.prior or asset("weights/prior"))
-    net = PurifierNet(replace(prior.config, residual_bound=None))
-    net.load_state_dict(prior.state_dict())
-    return net
+    return load_prior(config.prior, residual_bound=None)
 
 
 def load_pocket(victim: str, method: str) -> Pocket:
