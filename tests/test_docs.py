@@ -1,13 +1,18 @@
-"""Python blocks of README and docs run as they are; one with a title needs a server or a model."""
+"""Blocks of README and docs: Python runs as it stands (a title: it needs a server or a model), commands are valid."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
+
+from codefend.cli import app, main
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -16,6 +21,30 @@ BLOCKS = [
     pytest.param(code, id=f"{page.relative_to(ROOT)}-{number}")
     for page in PAGES
     for number, code in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")), 1)
+]
+SHELL = re.compile(r"^ *```(?:bash|sh|console)?\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+INLINE = re.compile(r"`(codefend [^`]+)`")
+
+
+def commands(text: str) -> list[str]:
+    """The ``codefend`` commands in the shell blocks of a page, without comments."""
+    blocks = "\n".join(SHELL.findall(text)).replace("\\\n", " ")
+    lines = [line.strip().removeprefix("$ ") for line in blocks.splitlines()]
+    parts = [part for line in lines for part in shlex.join(shlex.split(line, comments=True)).split(" '&&' ")]
+    return list(dict.fromkeys(part for part in parts if part.startswith("codefend ")))
+
+
+TEXTS = {  # the notebook is history, the others are generated
+    str(page.relative_to(ROOT)): page.read_text(encoding="utf-8")
+    for page in PAGES
+    if "notebook" not in page.parts and page.name not in ("figures.md", "cli.md")
+}
+COMMANDS = [pytest.param(command, id=f"{page}-{command}") for page, text in TEXTS.items() for command in commands(text)]
+MENTIONS = sorted({command for text in TEXTS.values() for command in INLINE.findall(text)})  # may be incomplete
+CHEAP = [  # of the commands above: they run, too
+    "codefend purify photo.png -o clean.png",
+    "codefend list purifiers",
+    "codefend list attacks",
 ]
 
 
@@ -28,3 +57,65 @@ def test_code_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_there_are_blocks_to_run() -> None:
     assert len(BLOCKS) >= 6
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the files that the pages name."""
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.full((32, 40, 3), 90, np.uint8)).save("photo.png")
+    for name in ("photos", "runs/quick", "runs/bridge/weights", "runs/eval", "my/weights"):
+        (tmp_path / name).mkdir(parents=True)
+    return tmp_path
+
+
+def find_verb(words: list[str]) -> tuple[str, Any, list[str]]:
+    """The verb that ``words`` begin with, as name and command, and the rest of them."""
+    name, command, rest = "codefend", typer.main.get_command(app), words
+    while hasattr(command, "commands"):
+        assert rest[0] in command.commands, f"there is no verb {rest[0]}"
+        name, command, rest = rest[0], command.commands[rest[0]], rest[1:]
+    return name, command, rest
+
+
+def parse(words: list[str]) -> None:
+    """Parse ``words`` as the program does, without running the verb. Raises its usage errors."""
+    name, command, rest = find_verb(words)
+    with command.make_context(name, rest):
+        pass
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_valid(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = shlex.split(command)[1:]
+    parse(words)
+    if words[0] in ("eval", "pairs", "train", "optimize-prompt"):  # settings, beyond options
+        assert main([*words, "--dry-run"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mention", MENTIONS)
+def test_commands_in_sentences_have_these_verbs_and_options(mention: str) -> None:
+    words = [word for word in shlex.split(mention)[1:] if word != "--help"]
+    if not words or words[0].isupper() or words[0].startswith("--"):
+        pytest.skip("it names no verb")
+    _, command, rest = find_verb(words)
+    options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    if command.name != "serve":  # it hands its options on
+        assert {word for word in rest if re.fullmatch(r"--[a-z].*|-[a-z]", word)} <= options
+
+
+@pytest.mark.parametrize("command", CHEAP)
+def test_cheap_commands_run(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert any(command == value for parameter in COMMANDS for value in parameter.values), "no page shows it"
+    assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
+
+
+def test_a_wrong_option_or_verb_is_found() -> None:
+    with pytest.raises(Exception, match="No such option"):
+        parse(shlex.split("purify photo.png --target-folder clean"))
+    with pytest.raises(AssertionError, match="no verb"):
+        parse(["purified"])
+    assert commands("```\ncodefend eval quick --run a && codefend report a  # tables\n```") == [
+        "codefend eval quick --run a",
+        "codefend report a",
+    ]
