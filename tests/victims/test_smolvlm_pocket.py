@@ -167,7 +167,7 @@ def test_a_folder_of_trained_weights_is_a_victim(
 def test_the_name_without_weights_says_how_to_train_them(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(module, "find_asset", lambda name: None)
     for arguments in (
         ("eval", "quick", "--run", tmp_path / "run", "--set", "victim=smolvlm-pocket"),
         ("build-victim", "smolvlm-pocket", "-o", tmp_path / "out"),
