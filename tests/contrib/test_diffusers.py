@@ -51,15 +51,15 @@ def images() -> Tensor:
 
 
 class Fixed(torch.nn.Module):
-    """Answers with a constant, and keeps what it was asked."""
+    """Returns a constant and records its inputs."""
 
     def __init__(self, answer: Tensor) -> None:
         super().__init__()
-        self.weight, self.answer, self.asked = torch.nn.Parameter(torch.zeros(1)), answer, []
+        self.weight, self.answer, self.inputs = torch.nn.Parameter(torch.zeros(1)), answer, []
         self.config = MagicMock(block_out_channels=(1, 1), in_channels=3)
 
     def forward(self, x: Tensor, steps: Tensor) -> Any:
-        self.asked.append((x, steps))
+        self.inputs.append((x, steps))
         return MagicMock(sample=self.answer)
 
 
@@ -72,10 +72,10 @@ def test_a_model_that_knows_the_noise_gives_the_clean_image(prediction: str, ima
     model = Fixed(right[prediction])
     net = VPDenoiser(model, scheduler.config, scheduler.alphas_cumprod, pixels=True)
     sigma = net.get_buffer("sigmas")[step]
-    found = net(images + sigma.view(-1, 1, 1, 1) * noise, torch.zeros(2), sigma)
-    assert torch.allclose(found, images, atol=1e-4)
-    seen, steps = model.asked[0]
-    assert torch.allclose(seen, scheduler.add_noise(clean, noise, step), atol=1e-5)
+    prediction = net(images + sigma.view(-1, 1, 1, 1) * noise, torch.zeros(2), sigma)
+    assert torch.allclose(prediction, images, atol=1e-4)
+    noisy, steps = model.inputs[0]
+    assert torch.allclose(noisy, scheduler.add_noise(clean, noise, step), atol=1e-5)
     assert torch.allclose(steps, step.float(), atol=1e-2)
 
 
@@ -119,12 +119,12 @@ def test_consistency_steps_are_lcms(tmp_path: Path) -> None:
     theirs = scheduler.get_scalings_for_boundary_condition_discrete(499)
     assert (skip, out) == pytest.approx([float(value) for value in theirs])
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    found = purifier.denoise(z, torch.Generator().manual_seed(5))
+    latents = purifier.denoise(z, torch.Generator().manual_seed(5))
     level = net.get_buffer("sigmas")[499]
     noisy = (z + level * torch.randn(z.shape, generator=torch.Generator().manual_seed(5))) / (1 + level**2).sqrt()
     scheduler.set_timesteps(timesteps=[499])
     expected = scheduler.step(net.predict(noisy, torch.tensor([499.0])), scheduler.timesteps[0], noisy).prev_sample
-    assert torch.allclose(found, expected, atol=1e-3)
+    assert torch.allclose(latents, expected, atol=1e-3)
     assert purifier.evaluations == 1
 
 

@@ -33,8 +33,8 @@ def test_features_have_their_documented_magnitudes() -> None:
     rows, columns = torch.arange(16), torch.arange(24)
     fine += 0.1 * ((rows[:, None] + columns) % 2 * 2 - 1)
     patch[:, :8, 8:16] = 0.3
-    found = features(purified + torch.stack([flat, fine, patch]), purified).exp().T
-    rms, small, worst, texture, grey, half, quarter, mean = found
+    magnitudes = features(purified + torch.stack([flat, fine, patch]), purified).exp().T
+    rms, small, worst, texture, grey, half, quarter, mean = magnitudes
     assert rms.tolist() == pytest.approx([0.1, 0.1, 0.3 * (1 / 6) ** 0.5], rel=1e-4)
     assert float(small[0]) == pytest.approx(FLOOR, rel=0.01)  # a flat change has no fine part
     assert float(small[1]) == pytest.approx(0.09, rel=0.15)  # a checkerboard is nothing else
@@ -124,16 +124,16 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_calibrated_detector_is_saved_with_the_weights(weights: Path, tmp_path: Path) -> None:
     config = CalibrateConfig(pairs=(str(bank(tmp_path / "bank", 1)),), clean=400, rate=0.02)
-    made = calibrate(weights, config)
-    assert made.false_positive_rate <= 0.06
-    assert made.calibration["clean_measured"] == 200
-    assert made.calibration["found"]["4-8/255"]["share"] > 0.9
+    detector = calibrate(weights, config)
+    assert detector.false_positive_rate <= 0.06
+    assert detector.calibration["clean_measured"] == 200
+    assert detector.calibration["found"]["4-8/255"]["share"] > 0.9
     purifier = purifiers.load(weights)
-    assert made.texture_floor == TEXTURE_FLOOR
-    assert purifier.detector == Detector.from_dict(json.loads(json.dumps(made.to_dict())))
+    assert detector.texture_floor == TEXTURE_FLOOR
+    assert purifier.detector == Detector.from_dict(json.loads(json.dumps(detector.to_dict())))
     clean = smooth(77, 16)
     attacked = (clean + 8 / 255 * torch.randn(clean.shape, generator=gen()).sign()).clamp(0, 1)
-    assert float(purifier.score(attacked).min()) > made.threshold > float(purifier.score(clean).median())
+    assert float(purifier.score(attacked).min()) > detector.threshold > float(purifier.score(clean).median())
     # With other options the residuals are others: the plain size of the residual, no claim of a rate.
     other = purifiers.load(f"{weights}:evaluations=1")
     assert other.detector is None

@@ -14,7 +14,7 @@ def gen(seed: int = 0) -> torch.Generator:
 
 
 class Recorder:
-    """A perfect predictor that remembers how it was asked."""
+    """A perfect predictor that records its inputs."""
 
     def __init__(self, clean: Tensor) -> None:
         self.clean, self.calls = clean, list[tuple[float, float]]()
@@ -159,8 +159,8 @@ def test_bridge_level_is_the_noise_that_is_really_there() -> None:
 def test_charbonnier_is_per_example_and_zero_for_a_perfect_predictor() -> None:
     clean, attacked = torch.rand(2, 3, 3, 8, 8, generator=gen())
     s = torch.tensor([0.2, 0.9, 1.0])
-    found = d.bridge_predict(Recorder(clean), clean, attacked, s)
-    assert torch.equal(d.charbonnier(found, clean), torch.zeros(3))
+    prediction = d.bridge_predict(Recorder(clean), clean, attacked, s)
+    assert torch.equal(d.charbonnier(prediction, clean), torch.zeros(3))
     off = clean + torch.tensor([0.0, 0.1, 0.5]).view(3, 1, 1, 1)
     loss = d.charbonnier(d.bridge_predict(Recorder(off), clean, attacked, s), clean)
     assert torch.allclose(loss, torch.tensor([0.0, 0.1, 0.5]), atol=1.1e-3)
@@ -186,14 +186,14 @@ def test_any_number_of_evaluations_agrees_for_a_perfect_predictor(evaluations: i
 
 
 def test_bridge_walks_the_line_between_the_image_and_the_prediction() -> None:
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     def net(x: Tensor, s: Tensor, sigma: Tensor) -> Tensor:
-        seen.append(x)
+        inputs.append(x)
         return torch.zeros_like(x)
 
     d.bridge_purify(net, torch.ones(1, 3, 2, 2), evaluations=3)
-    assert [float(x.mean()) for x in seen] == [1.0, 0.5, 0.25]
+    assert [float(x.mean()) for x in inputs] == [1.0, 0.5, 0.25]
 
 
 def test_recomputing_gives_the_same_gradient() -> None:

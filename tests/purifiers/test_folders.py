@@ -83,8 +83,8 @@ def test_the_seed_decides_the_noise(tmp_path: Path) -> None:
     source = image_file(tmp_path / "in.png")
     for name, seed in (("a.png", 0), ("b.png", 0), ("c.png", 1)):
         run([source], tmp_path / name, seed=seed)
-    found = contents(tmp_path)
-    assert found["a.png"] == found["b.png"] != found["c.png"]
+    files = contents(tmp_path)
+    assert files["a.png"] == files["b.png"] != files["c.png"]
 
 
 def test_an_output_that_exists_is_refused_before_the_purifier_loads(tmp_path: Path) -> None:
@@ -122,11 +122,11 @@ def test_file_system_errors_are_user_errors(source: str, out: str, tmp_path: Pat
 def test_alpha_is_kept_or_flattened(tmp_path: Path) -> None:
     alpha = torch.linspace(0.2, 1, 80).view(1, 8, 10)
     images.save(tmp_path / "in.png", torch.cat([torch.rand(3, 8, 10), alpha]))
-    run([tmp_path / "in.png"], tmp_path / "kept.png")
+    run([tmp_path / "in.png"], tmp_path / "transparent.png")
     run([tmp_path / "in.png"], tmp_path / "flat.png", flatten=True)
-    kept, flat = images.load(tmp_path / "kept.png"), images.load(tmp_path / "flat.png")
-    assert kept.alpha is not None
-    torch.testing.assert_close(kept.alpha, images.quantize8(alpha))
+    transparent, flat = images.load(tmp_path / "transparent.png"), images.load(tmp_path / "flat.png")
+    assert transparent.alpha is not None
+    torch.testing.assert_close(transparent.alpha, images.quantize8(alpha))
     assert flat.alpha is None
 
 

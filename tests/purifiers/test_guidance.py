@@ -103,8 +103,8 @@ def test_the_gradient_is_exact() -> None:
     attacked.requires_grad_()
     guide = Guidance(0.3, [cells])
     weights = torch.randn(attacked.shape, generator=gen(4)).double()
-    found = torch.autograd.grad((guide._move(attacked, purified) * weights).sum(), (attacked, purified))
-    for which, slope in enumerate(found):
+    gradients = torch.autograd.grad((guide._move(attacked, purified) * weights).sum(), (attacked, purified))
+    for which, slope in enumerate(gradients):
         step = torch.randn(attacked.shape, generator=gen(5 + which)).double() * 1e-6
         ends = []
         for sign in (1, -1):
@@ -142,16 +142,16 @@ def test_a_purifier_loaded_for_inference_is_guided_as_any_other(tmp_path: Path) 
 
 
 def test_a_thin_strip_counts_with_its_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
+    pixels: list[int] = []
 
     def counted(images: Tensor) -> Tensor:
-        seen.append(images[:, 0].numel())
+        pixels.append(images[:, 0].numel())
         return cells(images)
 
     monkeypatch.setattr(grid, "TILED_ABOVE", 40_000)
     strips = torch.rand(3, 3, 1, 900, generator=gen())
     assert Guidance(0.2, [counted])(strips, strips * 0.98).shape == strips.shape
-    assert max(seen) == 32 * 928  # one at a time
+    assert max(pixels) == 32 * 928  # one at a time
 
 
 def crops() -> Tensor:
@@ -164,18 +164,18 @@ def crops() -> Tensor:
 def test_a_bridge_restores_more_for_an_encoder_that_guides_nothing() -> None:
     clean, judge = crops(), encoders.shared("lite1")
 
-    class Look:
+    class JudgeFeatures:
         def features(self, images: Tensor) -> Tensor:
             return judge(images)
 
     budget = Budget(eps=8 * LEVEL, steps=10)
-    attacked = PGD()(features_away(Look(), clean), clean, budget, generator=gen())  # type: ignore[arg-type]
-    found = {}
+    attacked = PGD()(features_away(JudgeFeatures(), clean), clean, budget, generator=gen())
+    cosines = {}
     for label in ("bridge-detail", "bridge-detail:guided=0.2", "bridge-detail:guided=0.2,guides=lite1"):
         with torch.no_grad():
-            seen = purifiers.load(label)(attacked)
-            found[label] = float(F.cosine_similarity(judge(seen), judge(clean), dim=-1).mean())
-    plain, guided, own = found.values()
+            purified = purifiers.load(label)(attacked)
+            cosines[label] = float(F.cosine_similarity(judge(purified), judge(clean), dim=-1).mean())
+    plain, guided, own = cosines.values()
     assert plain + 0.01 < guided < own
 
 
@@ -192,10 +192,10 @@ def test_the_detector_compares_images_before_guidance() -> None:
         share = guided.detector.gate_share(both, plain(both))
         assert share[2:].tolist() == [1, 1]
         assert float(share[:2].max()) < 0.5
-        wanted = torch.lerp(both, guided(both), share.view(-1, 1, 1, 1))
-        assert torch.allclose(gated(both), wanted, atol=1e-5)
+        expected = torch.lerp(both, guided(both), share.view(-1, 1, 1, 1))
+        assert torch.allclose(gated(both), expected, atol=1e-5)
         assert torch.equal(_features(guided, both, 0), _features(plain, both, 0))  # what `codefend calibrate` fits
-        assert not torch.allclose(wanted[2:], plain(attacked), atol=1e-3)
+        assert not torch.allclose(expected[2:], plain(attacked), atol=1e-3)
 
 
 def test_the_penalty_for_detection_is_the_same_with_guidance() -> None:

@@ -84,8 +84,8 @@ def test_prior_training_leaves_the_branch_of_s_untouched() -> None:
 def test_every_parameter_learns_from_the_bridge_loss() -> None:
     net = random_net()
     clean, attacked = torch.rand(2, 2, 3, 16, 16, generator=gen())
-    found = diffusion.bridge_predict(net, clean, attacked, torch.tensor([0.5, 1.0]), 0.1, generator=gen())
-    diffusion.charbonnier(found, clean).sum().backward()
+    prediction = diffusion.bridge_predict(net, clean, attacked, torch.tensor([0.5, 1.0]), 0.1, generator=gen())
+    diffusion.charbonnier(prediction, clean).sum().backward()
     dead = [name for name, p in net.named_parameters() if p.grad is None or float(p.grad.abs().max()) == 0]
     assert dead == []
 

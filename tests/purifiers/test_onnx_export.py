@@ -74,7 +74,7 @@ def test_mistakes_are_named(tmp_path: Path, model: Path) -> None:
         with pytest.raises(CodefendError, match="cannot be exported"):
             export.export_onnx(name, tmp_path / "model.onnx")
     (tmp_path / "bad.onnx").write_bytes(b"no")
-    with pytest.raises(CodefendError, match="no model that `codefend export` wrote"):
+    with pytest.raises(CodefendError, match="not a model that `codefend export` wrote"):
         OnnxPurifier(tmp_path / "bad.onnx")
     with pytest.raises(ValueError, match=r"\[H,W,3\]"):
         OnnxPurifier(model)(np.zeros((4, 4), np.uint8))

@@ -67,12 +67,12 @@ def _random_weights(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_shape_range_and_determinism(name: str, size: tuple[int, int]) -> None:
     purifier = load(name, **QUICK.get(name, {}))
     images = torch.rand(2, 3, *size, generator=gen())
-    kept = images.clone()
+    original = images.clone()
     out = purifier(images, generator=gen(1))
     assert out.shape == images.shape
     assert out.dtype == images.dtype
     assert 0 <= float(out.min()) <= float(out.max()) <= 1
-    assert torch.equal(images, kept)
+    assert torch.equal(images, original)
     assert torch.equal(out, purifier(images, generator=gen(1)))
     again = purifier(images, generator=gen(2))
     assert torch.equal(out, again) is not purifier.stochastic

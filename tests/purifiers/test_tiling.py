@@ -55,7 +55,7 @@ def test_any_size_in_one_piece_and_bounded_tiles(size: tuple[int, int], monkeypa
 
 def test_every_pixel_is_covered_and_borders_are_never_used() -> None:
     for height, width in [(1024, 2048), (4000, 6000), (1040, 1936)]:
-        seen = torch.zeros(1, 1, height, width)
+        covered = torch.zeros(1, 1, height, width)
         for top, bottom, left, right in grid.boxes(height, width):
             assert bottom - top <= grid.TILE
             assert top % 16 == left % 16 == 0  # on the networks' grid
@@ -65,8 +65,8 @@ def test_every_pixel_is_covered_and_borders_are_never_used() -> None:
                 left + grid.MARGIN * (left > 0),
                 right - grid.MARGIN * (right < width),
             ]
-            seen[..., inner[0] : inner[1], inner[2] : inner[3]] += 1
-        assert bool((seen > 0).all())
+            covered[..., inner[0] : inner[1], inner[2] : inner[3]] += 1
+        assert bool((covered > 0).all())
 
 
 def test_gradient_passes_through_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
