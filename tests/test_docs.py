@@ -1,4 +1,4 @@
-"""Blocks of README and docs: Python runs as it stands (a title: it needs a server or a model), commands are valid."""
+"""Blocks of README and docs: Python runs unchanged (a title: it needs a server or a model), commands are valid."""
 
 from __future__ import annotations
 

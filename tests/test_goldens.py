@@ -31,8 +31,8 @@ def same(name: str, current: Any, **options: Any) -> None:
 
 
 def alike(recorded: Any, current: Any, **options: Any) -> None:
-    found = kit.differences(recorded, current, **options)
-    assert not found, f"{len(found)} differences from the golden:\n" + "\n".join(found[:20])
+    differences = kit.differences(recorded, current, **options)
+    assert not differences, f"{len(differences)} differences from the golden:\n" + "\n".join(differences[:20])
 
 
 def this_machine(name: str) -> bool:
@@ -112,7 +112,7 @@ def test_a_pocket_trains_along_the_golden_curve(tmp_path: Path, pocket: None) ->
 
 
 @pytest.mark.timeout(600)
-def test_a_run_that_the_old_code_left_half_done_is_finished_with_the_golden_rows(tmp_path: Path, pocket: None) -> None:
+def test_a_half_finished_run_of_the_old_code_resumes_with_the_golden_rows(tmp_path: Path, pocket: None) -> None:
     alike(evaluate.golden(), evaluate.resumed(tmp_path), **evaluate.tolerance())
 
 
@@ -137,38 +137,38 @@ def test_a_report_of_an_old_run_has_the_golden_files_and_columns(tmp_path: Path)
 # --- prompts and victim ----------------------------------------------------------------------------------------------
 
 
-def test_written_prompt_policies_say_what_the_goldens_say() -> None:
+def test_written_prompt_policies_equal_the_goldens() -> None:
     same("written", prompts.written())
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_gateway_puts_written_policies_where_the_goldens_have_them() -> None:
+def test_the_gateway_inserts_written_policies_as_in_the_goldens() -> None:
     same("rewritten", prompts.rewritten())
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_generator_writes_what_the_goldens_say(pocket: None) -> None:
+def test_the_generator_writes_the_texts_of_the_goldens(pocket: None) -> None:
     same("generated", prompts.generated())
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_pocket_answers_behind_a_soft_prefix_as_the_goldens_say(pocket: None) -> None:
+def test_the_pocket_with_a_soft_prefix_answers_as_in_the_goldens(pocket: None) -> None:
     same("answered", prompts.answered())
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_pocket_answers_and_loses_as_the_goldens_say(pocket: None) -> None:
+def test_answers_and_losses_of_the_pocket_equal_the_goldens(pocket: None) -> None:
     same("victim", surface.victim())
 
 
 # --- the gateway -----------------------------------------------------------------------------------------------------
 
 
-def test_the_gateway_answers_and_sends_on_as_in_the_golden_transcript() -> None:
+def test_the_gateway_answers_and_forwards_as_in_the_golden_transcript() -> None:
     for name in ("starlette", "uvicorn", "httpx2"):
         pytest.importorskip(name)
     recorded, current = kit.load("gateway"), gateway.transcript()
@@ -181,7 +181,7 @@ def test_the_gateway_answers_and_sends_on_as_in_the_golden_transcript() -> None:
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-def test_verbs_options_registries_and_public_names_are_all_there() -> None:
+def test_verbs_options_registries_and_public_names_are_complete() -> None:
     same("front", surface.front(), grow=True, names=True)
 
 
@@ -193,7 +193,7 @@ def test_mistakes_end_with_code_2_and_one_line(tmp_path: Path) -> None:
     same("mistakes", surface.mistakes(tmp_path))
 
 
-def test_the_library_names_what_was_meant_in_one_kind_of_error() -> None:
+def test_library_errors_suggest_the_nearest_name() -> None:
     same("library_errors", surface.library_errors())
 
 

@@ -45,22 +45,22 @@ def test_no_heavy_library_is_loaded(statement: str) -> None:
     assert loaded_by(statement) == []
 
 
-@pytest.mark.bench  # a time is a benchmark: it depends on what else the machine does
+@pytest.mark.bench  # a time depends on the other load of the machine
 def test_help_takes_less_than_half_a_second() -> None:
     python("-m", "codefend.cli", "--help")  # compiles the bytecode once
-    took = []
+    seconds = []
     for _ in range(5):
         start = time.monotonic()
         result = python("-m", "codefend.cli", "--help")
-        took.append(time.monotonic() - start)
+        seconds.append(time.monotonic() - start)
         assert result.returncode == 0
         assert "purify" in result.stdout
-        if took[-1] < 0.5:
+        if seconds[-1] < 0.5:
             return
-    pytest.fail(f"fastest of {len(took)}: {min(took):.2f} s")
+    pytest.fail(f"fastest of {len(seconds)}: {min(seconds):.2f} s")
 
 
-def test_version_is_the_packages() -> None:
+def test_version_is_that_of_the_package() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*", codefend.__version__)
     assert python("-m", "codefend.cli", "--version").stdout == f"codefend {codefend.__version__}\n"
 

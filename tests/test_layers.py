@@ -29,7 +29,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 PEERS = {"purifiers", "victims", "attacks", "tasks"}  # none of these may know another
 GATEWAY_NEVER = {"attacks", "tasks", "training", "bench", "contrib"}  # serving stays light
 VICTIMS_DOOR = {"gateway/pocket.py"}  # the one module through which the gateway reaches models
-# Registries name entries of `contrib` and `integrations` as strings and import them only when one is asked for.
+# Registries name entries of `contrib` and `integrations` as strings and import them on demand only.
 REGISTRIES = {
     "encoders/__init__.py",
     "purifiers/__init__.py",
@@ -136,7 +136,7 @@ def test_no_circle_of_files() -> None:
     for module, path in modules.items():
         names = {name for name, when in imports_of(path.read_text()) if when != "types"}
         if path.relative_to(ROOT).as_posix() in REGISTRIES or module == "codefend":
-            names = set()  # a registry names its entries, and they import what stands beside it
+            names = set()  # a registry names its entries, and they import its neighbours
         targets = {name if name in modules else name.rpartition(".")[0] for name in names}
         edges[module] = (targets & set(modules)) - {module, "codefend"}
     while edges:

@@ -39,7 +39,7 @@ class Defense:
 
     @classmethod
     def from_spec(cls, text: str) -> Defense:
-        """The defense that the command line and saved configs call ``text``, such as ``bridge:sigma=0.1+prompt=doubt``.
+        """Build the defense of a spec of the command line or a saved config, such as ``bridge:sigma=0.1+prompt=doubt``.
 
         A purifier without a gradient is wrapped in `StraightThrough`. Raises CodefendError for an unknown
         name or option.
@@ -54,7 +54,7 @@ class Defense:
         return cls(purifier if purifier.differentiable else StraightThrough(purifier), policy, purifier.name)
 
     def images(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
-        """The purified images ``[B, 3, H, W]``, on their own device; purification runs on the default device."""
+        """Purify images ``[B, 3, H, W]`` on the default device; the result is on the device of ``images``."""
         if self.purifier is None:
             return images
         return self.purifier(images.to(default_device()), generator=generator).to(images.device)

@@ -1,8 +1,8 @@
-"""The nouns of CoDefend: a handful of protocols that everything else is wrapped into.
+"""Core types: protocols and dataclasses that every other module uses.
 
 Images are float32 ``[B, 3, H, W]``, RGB, in ``[0, 1]``; every eps is in these units (``8/255``).
 ``B`` is a batch, ``N`` a number of examples, ``T`` vision tokens, ``D`` their width.
-Losses and scores stay per example and are reduced, if at all, on the last line of whoever prints them.
+Losses and scores are per example; only code that prints or plots them reduces them.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ Metric = Callable[[Sequence[str], Sequence[Example]], "Tensor"]  # -> [N]; highe
 
 @runtime_checkable
 class Victim(Protocol):
-    """A multimodal LLM that answers. What else it can do, its capabilities say: `HasLoss`, `HasFeatures`, ..."""
+    """A multimodal LLM that answers. Further capabilities are protocols: `HasLoss`, `HasFeatures`, ..."""
 
     name: str
 
@@ -101,7 +101,7 @@ class HasFeatures(Protocol):
 
 @runtime_checkable
 class HasMargins(Protocol):
-    """A victim with logits of its own."""
+    """A victim with access to its logits."""
 
     def margins(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> list[Tensor]:
         """Logit of each target token minus the largest other logit, ``[L_i]`` for each image."""
@@ -110,19 +110,10 @@ class HasMargins(Protocol):
 
 @runtime_checkable
 class HasAnswerLogits(Protocol):
-    """A victim that gives the whole distribution of each token of an answer."""
+    """A victim that returns the logits of every token of an answer."""
 
     def answer_logits(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> list[Tensor]:
         """Logits that predict each token of the targets, ``[L_i, V]`` for each image, differentiable in the images."""
-        ...
-
-
-@runtime_checkable
-class HasTokenizer(Protocol):
-    """A victim whose tokens can be counted."""
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
         ...
 
 
@@ -143,7 +134,7 @@ class WhiteBox(Victim, HasLoss, HasFeatures, Protocol):
 
 
 class Attack(Protocol):
-    """Lowers an objective inside a budget and inside [0, 1]; returns the best images seen, not the last."""
+    """Lowers an objective inside a budget and inside [0, 1]; returns the best images, not the last iterate."""
 
     name: str
 

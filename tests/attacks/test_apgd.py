@@ -82,7 +82,7 @@ def test_more_steps_do_not_hurt_apgd() -> None:
 
 @pytest.mark.parametrize("sigma", [0.1, 0.2])
 def test_noise_does_not_stall_apgd(sigma: float) -> None:
-    """With the lowest of many noisy losses kept as it is, APGD falls behind PGD with falling steps by .02 and .07."""
+    """With the lowest of many noisy losses left unchanged, APGD falls behind PGD with falling steps by .02 and .07."""
     deficits = []
     for seed in range(3):
         clean, prompts, answers = sample_images(6, seed=seed + 10), PROMPTS * 2, ANSWERS * 2

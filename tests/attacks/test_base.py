@@ -40,17 +40,17 @@ def test_a_reduced_objective_is_an_error() -> None:
 
 def test_the_best_images_are_returned_not_the_last() -> None:
     clean = torch.full((2, 3, 4, 4), 0.5)
-    seen: list[Tensor] = []
+    recorded: list[Tensor] = []
 
     def misleading(images: Tensor) -> Tensor:  # lowest at 0.45, but its gradient leads on to 0.4
         mean = images.flatten(1).mean(1)
         losses = (mean - 0.45).abs().detach() + mean - mean.detach()
-        seen.append(losses.detach())
+        recorded.append(losses.detach())
         return losses
 
     adv = PGD(random_start=False, rel_step=1.0)(misleading, clean, Budget("linf", 0.1, 10))
     assert torch.allclose(adv, torch.full_like(adv, 0.45))
-    assert (seen[-1] > 0.049).all()
+    assert (recorded[-1] > 0.049).all()
 
 
 def test_eot_is_not_fooled_by_a_lucky_sample() -> None:

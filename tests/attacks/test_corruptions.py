@@ -22,14 +22,14 @@ def test_corruptions_grow_with_severity_and_stay_in_range(kind: str) -> None:
     assert all(x.shape == images.shape and x.min() >= 0 and x.max() <= 1 for x in levels)
     damage = [float((x - images).square().mean()) for x in levels]
     assert damage[0] > 0
-    # Saturation first falls and then rises; small images cannot tell the blurs of neighbouring levels apart.
+    # Saturation first falls and then rises; on small images the blurs of neighbouring levels are equal.
     assert damage[4] >= damage[0] or kind == "saturate"
     assert torch.equal(corrupt(images, kind, 3, generator=seeded()), levels[2])
 
 
 def test_brightness_and_saturation_change_hsv() -> None:
     colour = torch.tensor([0.6, 0.3, 0.15]).view(1, 3, 1, 1)
-    brighter = corrupt(colour, "brightness", 2)  # value 0.6 -> 0.8, hue and saturation kept
+    brighter = corrupt(colour, "brightness", 2)  # value 0.6 -> 0.8, hue and saturation unchanged
     assert torch.allclose(brighter.flatten(), torch.tensor([0.8, 0.4, 0.2]), atol=1e-5)
     duller = corrupt(colour, "saturate", 1)  # saturation 0.75 -> 0.225
     assert torch.allclose(

@@ -64,8 +64,8 @@ def test_quantized_images_are_8_bit_and_in_budget(norm: Any, eps: float, seed: i
 def test_quantizing_keeps_most_of_an_l2_perturbation() -> None:
     clean, budget = sample_images(4, 16), Budget("l2", 0.5)
     adv = random_start(clean, budget, generator=seeded())
-    kept = distance(quantize_in_budget(adv, clean, budget), clean, "l2") / distance(adv, clean, "l2")
-    assert kept.min() > 0.97
+    share = distance(quantize_in_budget(adv, clean, budget), clean, "l2") / distance(adv, clean, "l2")
+    assert share.min() > 0.97
 
 
 def test_quantizing_off_the_8_bit_grid_falls_back_to_the_rounded_clean() -> None:

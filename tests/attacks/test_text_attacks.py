@@ -21,7 +21,7 @@ every_attack = pytest.mark.parametrize("spec", TEXT_ATTACKS.values(), ids=lambda
 
 
 class BlackBox:
-    """Answers only, and repeats what it is asked to say."""
+    """A black box that repeats the sentence of an instruction."""
 
     name = "box"
 
@@ -33,8 +33,8 @@ class BlackBox:
 @pytest.mark.parametrize("defended", [False, True])
 def test_every_attack_keeps_the_contract(spec: TextAttackSpec, defended: bool) -> None:
     clean, victim = sample_images(), PromptReader()
-    shown = DefendedVictim(victim, Defense(purifier=Dim(), name="dim")) if defended else victim
-    objective = prompt_objective_for(spec, shown, ANSWERS, "target")
+    attacked_victim = DefendedVictim(victim, Defense(purifier=Dim(), name="dim")) if defended else victim
+    objective = prompt_objective_for(spec, attacked_victim, ANSWERS, "target")
     before = clean.clone()
     images, prompts = spec.build("target")(objective, clean, QUESTIONS, BUDGET, generator=seeded())
     assert torch.equal(clean, before)

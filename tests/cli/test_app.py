@@ -196,10 +196,10 @@ def test_max_asr_decides_the_exit_code(
     words: str,
 ) -> None:
     stand_in(monkeypatch, "bench", evaluate=lambda *_: rows, EvalConfig=Config)
-    found, out, err = run("eval", "--run", tmp_path, "--max-asr", 0.25)
-    assert (found, out) == (code, f"{tmp_path}\n")
+    exit_code, out, err = run("eval", "--run", tmp_path, "--max-asr", 0.25)
+    assert (exit_code, out) == (code, f"{tmp_path}\n")
     assert words in err
-    assert run("eval", "--run", tmp_path)[0] == 0  # nobody asked
+    assert run("eval", "--run", tmp_path)[0] == 0  # without --max-asr
 
 
 def test_max_asr_wants_a_share_and_an_attack(

@@ -40,17 +40,17 @@ def run(folder: Path, config: EvalConfig = TOY, victim: object = None) -> tuple[
 
 
 def test_works(tmp_path: Path) -> None:
-    code, shown = run(tmp_path)
+    code, output = run(tmp_path)
     assert code == 0
-    last = shown.strip().splitlines()[-1]
+    last = output.strip().splitlines()[-1]
     assert last.startswith("CoDefend works on this machine: under an oblivious attack the undefended model keeps ")
     assert last.endswith(
         "and with leaky 100% (4 of task questions and 4 of task captions); "
         "under an adaptive attack leaky keeps 0% (fewer images)."
     )
-    assert "captions T2" in shown
+    assert "captions T2" in output
     assert (tmp_path / "report.html").is_file()
-    assert run(tmp_path) == (code, shown)  # again, from the rows
+    assert run(tmp_path) == (code, output)  # again, from the rows
 
 
 def test_defense_that_does_nothing(tmp_path: Path) -> None:
@@ -62,9 +62,9 @@ def test_defense_that_does_nothing(tmp_path: Path) -> None:
 
 
 def test_attack_that_does_nothing(tmp_path: Path) -> None:
-    code, shown = run(tmp_path, replace(TOY, eps=(1.0,)))
+    code, output = run(tmp_path, replace(TOY, eps=(1.0,)))
     assert code == 1
-    assert "Inconclusive, because the attack is too weak" in shown
+    assert "Inconclusive, because the attack is too weak" in output
 
 
 def test_model_that_knows_nothing(tmp_path: Path) -> None:
@@ -72,9 +72,9 @@ def test_model_that_knows_nothing(tmp_path: Path) -> None:
         def generate(self, images: object, prompts: object) -> list[str]:
             return [""] * len(images)  # type: ignore[arg-type]
 
-    code, shown = run(tmp_path, victim=Mute())
+    code, output = run(tmp_path, victim=Mute())
     assert code == 1
-    assert "the model scores only 0% on clean images." in shown
+    assert "the model scores only 0% on clean images." in output
 
 
 def test_missing_plots_do_not_cost_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,9 +83,9 @@ def test_missing_plots_do_not_cost_the_verdict(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(demo, "write_report", refuse)
     assert demo.write_report is not codefend.bench.report.write_report
-    code, shown = run(tmp_path)
+    code, output = run(tmp_path)
     assert code == 0
-    assert "No report: the HTML report needs matplotlib" in shown
+    assert "No report: the HTML report needs matplotlib" in output
 
 
 def test_demo_is_small_enough_for_two_slow_cores() -> None:

@@ -182,18 +182,18 @@ def test_the_table_measures_pairs_against_each_alone(run: Run, toys: dict[str, A
     code, out, _ = table(run, tmp_path / "run", *compared)
     assert code == 0
     assert out == (tmp_path / "run" / "table.md").read_text()
-    found = json.loads((tmp_path / "run" / "table.json").read_text())
-    cells = {(cell["purifier"], cell["prompt"] == "none"): cell["scores"]["questions"] for cell in found["cells"]}
+    result = json.loads((tmp_path / "run" / "table.json").read_text())
+    cells = {(cell["purifier"], cell["prompt"] == "none"): cell["scores"]["questions"] for cell in result["cells"]}
     assert cells["none", True]["seen"]["mean"] == cells["none", True]["unseen"]["mean"] == 0
     assert cells["none", False]["unseen"]["mean"] == cells["smooth", True]["unseen"]["mean"] == 1
-    rows = {(row["task"], row["group"]): row for row in found["interaction"]}
+    rows = {(row["task"], row["group"]): row for row in result["interaction"]}
     unseen = rows["questions", "unseen"]
     assert (unseen["over_purifier"]["mean"], unseen["over_prompt"]["mean"]) == (0, 0)
     assert unseen["beyond_sum"]["mean"] == -1  # each alone does it all: together they do not do it twice
     assert not unseen["helps"]
-    asked = len(read_rows(tmp_path / "run"))
+    before = len(read_rows(tmp_path / "run"))
     assert table(run, tmp_path / "run", *compared)[0] == 0
-    assert len(read_rows(tmp_path / "run")) == asked
+    assert len(read_rows(tmp_path / "run")) == before
 
 
 def test_a_policy_that_changed_is_not_the_frozen_one(run: Run, toys: dict[str, Any], tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_purifiers_of_a_table_keep_their_options_and_unknown_ones_leave_nothing(
     [
         ("tasks=questoins", "unknown task 'questoins'"),
         ("surrogate=nobody", "unknown victim 'nobody'"),
-        ("purifiers=none,smooth+prompt=doubt", "names a prompt policy: set policies apart"),
+        ("purifiers=none,smooth+prompt=doubt", "names a prompt policy: list policies separately"),
         ("unseen=apgd,pgd", "attack 'pgd' is named twice"),
         ("joint=planted,planted", "attack 'planted' is named twice"),
         ("attack.eps=nan", "not a finite number"),
@@ -266,13 +266,13 @@ def test_a_table_at_t2_attacks_each_cell_through_its_own_defense(
     monkeypatch.setattr("codefend.purifiers.load", lambda name, **options: purifier(name))
     save_policy(PromptPolicy("mine", prefix="Well: "), tmp_path / "mine.json")
     arguments = ["--purifier", "leaky", "--prompt", tmp_path / "mine.json", "--set", "tasks=questions", "--set"]
-    found = {}
+    scores = {}
     for threat in ("T0", "T2"):
         code, _, err = table(run, tmp_path / threat, *arguments, f"threat={threat}")
         assert code == 0, err
         cells = json.loads((tmp_path / threat / "table.json").read_text())["cells"]
-        found |= {(threat, c["purifier"], c["prompt"] != "none"): c["scores"]["questions"] for c in cells}
+        scores |= {(threat, c["purifier"], c["prompt"] != "none"): c["scores"]["questions"] for c in cells}
     for policy in (False, True):
-        assert found["T0", "leaky", policy]["seen"]["mean"] == 1
-        assert found["T2", "leaky", policy]["seen"]["mean"] < 0.5
-        assert found["T2", "leaky", policy]["clean"]["mean"] == 1
+        assert scores["T0", "leaky", policy]["seen"]["mean"] == 1
+        assert scores["T2", "leaky", policy]["seen"]["mean"] < 0.5
+        assert scores["T2", "leaky", policy]["clean"]["mean"] == 1

@@ -38,13 +38,13 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     with open_run(root, {"pairs": True, "steps": 8}) as bank:
         row = {"kind": "features", "target": "lite0", "pairs": [{"eps": 16 / 255, "fall": 0.5}] * 12}
         bank.append({"key": "shard-0", **row})
-    made = {
+    models = {
         "ddpm": diffusers_tiny.ddpm(root / "ddpm"),
         "guided": diffusers_tiny.ddpm(root / "guided", variance="learned_range", out_channels=6),
         "stable": diffusers_tiny.stable_diffusion(root / "sd"),
         "xl": diffusers_tiny.stable_diffusion_xl(root / "xl"),
     }
-    return {"pairs": str(root), **{name: str(path) for name, path in made.items()}}
+    return {"pairs": str(root), **{name: str(path) for name, path in models.items()}}
 
 
 def config(kind: str, places: dict[str, str], **changes: Any) -> HFBridgeConfig | LatentConfig:

@@ -1,4 +1,4 @@
-"""Models of diffusers as purifiers: schedules against its own schedulers, gradients, folders, the hub's format."""
+"""Models of diffusers as purifiers: schedules against the library's, gradients, folders, the hub's format."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def guided(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In guided-diffusion's style: its learned variance, its blocks."""
+    """A model in guided-diffusion's style: learned variance and its blocks."""
     shape = {"out_channels": 6, "resnet_time_scale_shift": "scale_shift", "downsample_type": "resnet"}
     return diffusers_tiny.ddpm(tmp_path_factory.mktemp("guided"), variance="learned_range", **shape)
 
@@ -90,14 +90,14 @@ def test_steps_of_the_usual_table_are_our_times(ddpm: Path) -> None:
     assert levels[-1] == 0
 
 
-def test_reverse_steps_are_ddims(ddpm: Path, images: Tensor) -> None:
+def test_reverse_steps_equal_ddim(ddpm: Path, images: Tensor) -> None:
     """Against the library's own loop, from the same noisy image, at whole steps."""
     net, scheduler = load_denoiser(str(ddpm)), lib.DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
     steps = [400, 200, 0]
     levels = torch.cat([net.get_buffer("sigmas")[steps].double(), torch.zeros(1)])
     noisy = images + float(levels[0]) * torch.randn(images.shape, generator=torch.Generator().manual_seed(2))
     ours = denoise_from(net, noisy, levels, eta=0.0)
-    scheduler.num_inference_steps = 5  # its steps are 200 apart
+    scheduler.num_inference_steps = 5  # its steps are 200 long
     x = (2 * noisy - 1) * scheduler.alphas_cumprod[400] ** 0.5
     for step in steps[:2]:
         x = scheduler.step(net.model(x, step).sample, step, x).prev_sample
@@ -106,7 +106,7 @@ def test_reverse_steps_are_ddims(ddpm: Path, images: Tensor) -> None:
     assert torch.allclose(ours, x / 2 + 0.5, atol=1e-4)
 
 
-def test_consistency_steps_are_lcms(tmp_path: Path) -> None:
+def test_consistency_steps_equal_lcm(tmp_path: Path) -> None:
     purifier: Any = purifiers.load(
         f"hf-latent:{diffusers_tiny.stable_diffusion(tmp_path, consistency=True)}", t=0.5, steps=1, consistency=True
     )
@@ -172,7 +172,7 @@ def test_a_bridge_starts_as_the_models_denoiser_at_the_shifts_size(ddpm: Path, i
     assert torch.allclose(purifiers.load(f"hf-bridge:{ddpm}")(images), as_noise.clamp(0, 1), atol=1e-6)
 
 
-def test_a_denoiser_saved_is_a_pipeline_again(ddpm: Path, images: Tensor, tmp_path: Path) -> None:
+def test_a_saved_denoiser_loads_as_a_pipeline(ddpm: Path, images: Tensor, tmp_path: Path) -> None:
     net = load_denoiser(str(ddpm))
     save_denoiser(net, tmp_path)
     again: Any = purifiers.load(tmp_path)
@@ -183,7 +183,9 @@ def test_a_denoiser_saved_is_a_pipeline_again(ddpm: Path, images: Tensor, tmp_pa
     assert torch.allclose(alone(images, torch.zeros(2), torch.ones(2)), net(images, torch.zeros(2), torch.ones(2)))
 
 
-def test_of_a_learned_variance_the_noise_is_the_first_half(guided: Path, images: Tensor, tmp_path: Path) -> None:
+def test_with_a_learned_variance_the_noise_is_the_first_half_of_the_output(
+    guided: Path, images: Tensor, tmp_path: Path
+) -> None:
     net = load_denoiser(str(guided))
     alone = lib.UNet2DModel.from_config(net.model.config, out_channels=3).eval()
     weights = net.model.state_dict()
@@ -204,8 +206,8 @@ def test_of_a_learned_variance_the_noise_is_the_first_half(guided: Path, images:
         load_denoiser(str(diffusers_tiny.ddpm(tmp_path / "four", out_channels=4)))
 
 
-def test_xl_is_told_nothing_but_the_images_size(xl: Path, images: Tensor, tmp_path: Path) -> None:
-    """What the denoiser says at a whole step is what the library's own U-Net says with the pipeline's inputs."""
+def test_xl_is_conditioned_on_the_image_size_only(xl: Path, images: Tensor, tmp_path: Path) -> None:
+    """At a whole step the denoiser equals the library's own U-Net with the pipeline's inputs."""
     latents = load_latents(str(xl))
     net = latents.denoiser
     assert not any(value.any() for value in net.conditions.values())  # trained on zeros where there is no text
@@ -226,7 +228,7 @@ def test_xl_is_told_nothing_but_the_images_size(xl: Path, images: Tensor, tmp_pa
         load_latents(str(refiner))
 
 
-def test_xls_autoencoder_is_spared_float16(xl: Path) -> None:
+def test_the_autoencoder_of_xl_stays_in_float32(xl: Path) -> None:
     latents = load_latents(str(xl), "float16")
     assert (latents.vae.dtype, latents.denoiser.model.dtype) == (torch.float32, torch.float16)
 

@@ -81,10 +81,10 @@ class Elsewhere(PlainPurifier):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[torch.Tensor] = []
+        self.inputs: list[torch.Tensor] = []
 
     def forward(self, images: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
-        self.seen.append(images)
+        self.inputs.append(images)
         return torch.zeros(images.shape)
 
 
@@ -97,9 +97,9 @@ def test_a_defense_purifies_on_the_default_device(wrap: Any, monkeypatch: pytest
     purifier = Elsewhere()
     purified = Defense(wrap(purifier)).images(IMAGES.clone().requires_grad_(), generator=make_generator(0))
     assert purified.device == IMAGES.device
-    (seen,) = purifier.seen
-    assert seen.device == META
-    assert seen.requires_grad  # so that attacks go through
+    (inputs,) = purifier.inputs
+    assert inputs.device == META
+    assert inputs.requires_grad  # so that attacks go through
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS[:3], ids=["bare", "straight through", "watched"])

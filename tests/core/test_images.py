@@ -64,8 +64,8 @@ def test_every_format_is_read_by_content_not_by_name(kind: str, tmp_path: Path) 
     loaded = images.load(path)
     assert (loaded.format, tuple(loaded.pixels.shape)) == (kind, (3, 16, 24))
     assert np.abs(levels(loaded.pixels).astype(int) - np.asarray(gradient()).astype(int)).mean() < 12
-    found = images.probe(path)
-    assert (found.format, found.width, found.height, found.animated) == (kind, 24, 16, False)
+    header = images.probe(path)
+    assert (header.format, header.width, header.height, header.animated) == (kind, 24, 16, False)
 
 
 def test_16_bit_grey_is_scaled_not_clipped() -> None:

@@ -117,9 +117,9 @@ while True:
         child.kill()
         child.wait()
     with runs.open_run(tmp_path, {"n": 1}) as run:
-        found = run.rows()
-    assert len(found) >= 6
-    assert [row["key"] for row in found] == [str(i) for i in range(len(found))]
+        rows = run.rows()
+    assert len(rows) >= 6
+    assert [row["key"] for row in rows] == [str(i) for i in range(len(rows))]
 
 
 def test_a_start_that_another_process_is_faster_than_writes_nothing(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from codefend.core.text_edits import Edit, lookalikes, rewordings, rewrite, typo
 def test_rewrite_applies_edits_from_the_right() -> None:
     edits = [Edit(0, 2, ("b", "a")), Edit(3, 1, ()), Edit(4, 1, ("e", "x"))]
     assert rewrite("abcde", edits) == [*"bac", "e", "x"]
-    assert not Edit(0, 2, ()).apart(Edit(1, 1, ()))
-    assert Edit(0, 1, ()).apart(Edit(1, 1, ()))
-    assert not Edit(1, 1, ()).apart(Edit(1, 1, ("x",)))
+    assert not Edit(0, 2, ()).disjoint(Edit(1, 1, ()))
+    assert Edit(0, 1, ()).disjoint(Edit(1, 1, ()))
+    assert not Edit(1, 1, ()).disjoint(Edit(1, 1, ("x",)))
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,4 +1,4 @@
-"""Rows of small evaluations, and a run folder that the code of 2026-11-29 left half done for later code to finish."""
+"""Rows of small evaluations, and a half-finished run folder of the code of 2026-11-29 for later code to resume."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ SETTINGS = (
     "panels=0",
     "adaptive=jpeg,bridge",
 )
-FILES = ("config.json", "bench.json", "rows.jsonl")  # of a run, under 200 KB; attacked images are made again
-DROPPED = ("caption | jpeg | T2 |", "vqa | none | T0 |", "vqa | bridge | T2 |")  # beginnings of keys: made again
+FILES = ("config.json", "bench.json", "rows.jsonl")  # of a run, under 200 KB; attacked images are computed again
+DROPPED = ("caption | jpeg | T2 |", "vqa | none | T0 |", "vqa | bridge | T2 |")  # beginnings of keys: computed again
 TIMES = {"seconds", "purify_seconds", "generate_seconds", "ms_per_image"}
 
-# Every attack once, two steps long, on one image: their numbers must not move when their files do.
+# Every attack once, two steps long, on one image: their numbers must not change when their files move.
 EVERY_ATTACK = (
     *("pgd", "apgd:restarts=2", "apgd-targeted", "apgd-margin", "feature", "cw", "mifgsm", "dim"),
     *("ssa-cwa", "pureproof", "square", "universal", "patch", "stadv", "perc-al", "corruption", "noise"),
@@ -66,7 +66,7 @@ def whole(place: Path) -> dict[str, Any]:
 
 
 def resumed(place: Path) -> dict[str, Any]:
-    """The old run, with what it lacks made by the code of today."""
+    """The old run, resumed by the current code."""
     shutil.copytree(OLD_RUN, place / "run")
     before = rows_of(place / "run")
     rows = evaluated(place / "run", SETTINGS)
@@ -76,21 +76,21 @@ def resumed(place: Path) -> dict[str, Any]:
 
 
 def golden() -> dict[str, Any]:
-    """All rows of the small evaluation: those of the old run, and those that it lacks."""
+    """All rows of the small evaluation: those of the old run, and its missing ones."""
     missing: dict[str, Any] = kit.load("evaluation")
     return rows_of(OLD_RUN) | missing
 
 
 def keep_old_run(run: Path) -> None:
-    """Store the run folder without some of its rows, and those apart."""
+    """Store the run folder without some of its rows, and these rows separately."""
     shutil.rmtree(OLD_RUN, ignore_errors=True)
     OLD_RUN.mkdir()
     for name in FILES:
         shutil.copy(run / name, OLD_RUN / name)
     lines = (run / "rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if not json.loads(line)["key"].startswith(DROPPED)]
-    assert len(kept) < len(lines)
-    (OLD_RUN / "rows.jsonl").write_text("".join(kept), encoding="utf-8")
+    remaining = [line for line in lines if not json.loads(line)["key"].startswith(DROPPED)]
+    assert len(remaining) < len(lines)
+    (OLD_RUN / "rows.jsonl").write_text("".join(remaining), encoding="utf-8")
     kit.save("evaluation", {key: row for key, row in rows_of(run).items() if key.startswith(DROPPED)})
 
 
@@ -116,7 +116,7 @@ def attacks(place: Path) -> dict[str, Any]:
 
 
 def report(place: Path) -> dict[str, Any]:
-    """What ``codefend report`` writes beside the HTML of a finished run: the columns of the exports, the files."""
+    """The files of ``codefend report`` on a finished run, and the columns of its export."""
     shutil.copytree(OLD_RUN, place / "run")
     outcome = kit.run_well("report", place / "run", "--rows", place / "rows.csv")
     header = (place / "rows.csv").read_text(encoding="utf-8").partition("\n")[0]

@@ -1,4 +1,4 @@
-"""A transcript of the gateway as a process: fixed requests, what the upstream received, what the client got back."""
+"""A transcript of the gateway as a process: requests to it, its requests to the upstream, and its responses."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SETTINGS = {  # by environment: the spelling of flags may change, these names ar
     "CODEFEND_SCORES": "exact",  # the default when the golden was recorded; clients see none now
 }
 DATA_URL = re.compile(r"data:image/[a-z]+;base64,[A-Za-z0-9+/=]+")
-CONTRACT = ("content-type", "retry-after", "www-authenticate", "x-upstream", "allow")  # beside x-codefend-*
+CONTRACT = ("content-type", "retry-after", "www-authenticate", "x-upstream", "allow")  # besides x-codefend-*
 ONWARD = ("authorization", "x-api-key", "content-type", "x-custom", "x-codefend-policy", "anthropic-version")
 
 
@@ -49,7 +49,7 @@ ONWARD = ("authorization", "x-api-key", "content-type", "x-custom", "x-codefend-
 
 @dataclass
 class Upstream:
-    """A server that keeps what it is sent."""
+    """A server that records its requests."""
 
     requests: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
@@ -67,9 +67,9 @@ class Upstream:
                 requests.append({"method": self.command, "path": self.path, "headers": headers, "body": body})
                 self.reply(json.loads(body) if body[:1] == b"{" else {})
 
-            def reply(self, asked: dict[str, Any]) -> None:
-                status = 429 if asked.get("model") == "busy" else 200
-                if asked.get("stream"):
+            def reply(self, request: dict[str, Any]) -> None:
+                status = 429 if request.get("model") == "busy" else 200
+                if request.get("stream"):
                     kind, data = "text/event-stream", b'data: {"n": 1}\n\ndata: [DONE]\n\n'
                 else:
                     kind, data = "application/json", json.dumps({"echo": self.path, "ok": status == 200}).encode()
@@ -99,7 +99,7 @@ class Upstream:
 
 @contextlib.contextmanager
 def process(upstream: str, settings: dict[str, str], *, patience: float = 120) -> Iterator[int]:
-    """``codefend serve`` in a process of its own; its port once it is ready. A clean stop is part of the contract."""
+    """``codefend serve`` in a separate process; yields its port once ready. A clean stop is part of the contract."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -150,7 +150,7 @@ def ask(
         connection.close()
 
 
-# --- what is asked ---------------------------------------------------------------------------------------------------
+# --- requests ---------------------------------------------------------------------------------------------------------
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> str:
@@ -175,7 +175,7 @@ def cases() -> dict[str, tuple[Any, ...]]:
     """Name to method, path, body and headers."""
     image = Image.fromarray(kit.input_image())
     png, jpeg = encoded(image), encoded(image, "JPEG", quality=95)
-    shown, large = image_url(f"data:image/png;base64,{png}"), encoded(image.resize((80, 60)))
+    small, large = image_url(f"data:image/png;base64,{png}"), encoded(image.resize((80, 60)))
     frames = encoded(image, "GIF", save_all=True, append_images=[Image.new("RGB", image.size)])
     claude = {"type": "base64", "media_type": "image/png", "data": png}
     headers = AUTHORIZED | {"x-custom": "kept", "x-request-id": "golden-1"}
@@ -193,15 +193,15 @@ def cases() -> dict[str, tuple[Any, ...]]:
         "other key header": ("POST", CHAT, chat(text("hi")), JSON | {"x-api-key": KEY}),
         "text": post(chat(text("hi"))),
         "plain text": post({"model": "m", "messages": [{"role": "user", "content": "hi"}]}),
-        "image": post(chat(text("what?"), shown)),
-        "again": post(chat(text("what?"), shown)),
+        "image": post(chat(text("what?"), small)),
+        "again": post(chat(text("what?"), small)),
         "jpeg": post(chat(image_url(f"data:image/jpeg;base64,{jpeg}"))),
-        "streamed": post(chat(text("what?"), shown, stream=True)),
+        "streamed": post(chat(text("what?"), small, stream=True)),
         "busy upstream": post(chat(text("hi")) | {"model": "busy"}),
         "responses": post(
             {
                 "model": "m",
-                "input": [{"role": "user", "content": [{"type": "input_image", "image_url": shown_url(png)}]}],
+                "input": [{"role": "user", "content": [{"type": "input_image", "image_url": data_url(png)}]}],
             },
             "/v1/responses",
         ),
@@ -218,12 +218,12 @@ def cases() -> dict[str, tuple[Any, ...]]:
             {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": [{"type": "odd"}]}]},
             "/v1/messages",
         ),
-        "detect": post(chat(shown), x_codefend_policy="detect"),
-        "detect above": post(chat(shown), x_codefend_policy="detect", x_codefend_threshold="1.5"),
-        "block": post(chat(shown), x_codefend_policy="block", x_codefend_threshold="0.1"),
-        "unknown policy": post(chat(shown), x_codefend_policy="hope"),
+        "detect": post(chat(small), x_codefend_policy="detect"),
+        "detect above": post(chat(small), x_codefend_policy="detect", x_codefend_threshold="1.5"),
+        "block": post(chat(small), x_codefend_policy="block", x_codefend_threshold="0.1"),
+        "unknown policy": post(chat(small), x_codefend_policy="hope"),
         "unknown part": post(chat({"type": "hologram", "hologram": {"data": png}})),
-        "hidden image": post(chat(text("hi"), extra={"deep": [shown]})),
+        "hidden image": post(chat(text("hi"), extra={"deep": [small]})),
         "image link in text": post(chat(text("see ![x](https://example.test/a.png)"))),
         "data url in text": post(chat(text(f"see ![x](data:image/png;base64,{png})"))),
         "remote image": post(chat(image_url("https://example.test/a.png"))),
@@ -232,7 +232,7 @@ def cases() -> dict[str, tuple[Any, ...]]:
         "not base64": post(chat(image_url("data:image/png;base64,@@@@"))),
         "animation": post(chat(image_url(f"data:image/gif;base64,{frames}"))),
         "too many pixels": post(chat(image_url(f"data:image/png;base64,{large}"))),
-        "too many images": post(chat(shown, shown, shown)),
+        "too many images": post(chat(small, small, small)),
         "too large": post(chat(text("x" * 70_000))),
         "broken json": post(b'{"model": '),
         "doubled key": post(b'{"model": "m", "model": "n", "messages": []}'),
@@ -243,41 +243,41 @@ def cases() -> dict[str, tuple[Any, ...]]:
     }
 
 
-def shown_url(data: str) -> str:
+def data_url(data: str) -> str:
     return f"data:image/png;base64,{data}"
 
 
-# --- what is recorded ------------------------------------------------------------------------------------------------
+# --- the record -------------------------------------------------------------------------------------------------------
 
 
 def transcript() -> dict[str, Any]:
-    """Each case's answer, and what reached the upstream of it."""
-    found = {}
+    """The response to each case, and the requests that reached the upstream."""
+    responses = {}
     with Upstream().serving() as upstream, process(upstream.url, SETTINGS) as port:
         for name, case in cases().items():
             before = len(upstream.requests)
             status, headers, body = ask(port, *case)
             onward = [_onward(request) for request in upstream.requests[before:]]
-            found[name] = {"status": status, "headers": _headers(headers), "body": _body(body), "upstream": onward}
+            responses[name] = {"status": status, "headers": _headers(headers), "body": _body(body), "upstream": onward}
         metrics = ask(port, "GET", "/metrics", None, AUTHORIZED)[2].decode()
     names = sorted({line.split()[2] for line in metrics.splitlines() if line.startswith("# TYPE")})
-    return {"cases": found, "metrics": [name for name in names if name.startswith("codefend")]}
+    return {"cases": responses, "metrics": [name for name in names if name.startswith("codefend")]}
 
 
 def _headers(headers: dict[str, str]) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
+    stable: dict[str, Any] = {}
     for name, value in headers.items():
         if name == "x-codefend-score":
-            kept[name] = [None if part == "-" else float(part) for part in value.split(",")]
+            stable[name] = [None if part == "-" else float(part) for part in value.split(",")]
         elif name == "x-codefend-ms" or (name == "x-codefend-request-id" and value != "golden-1"):
-            kept[name] = "(varies)"
+            stable[name] = "(varies)"
         elif name in CONTRACT or name.startswith("x-codefend-"):
-            kept[name] = value
-    return kept
+            stable[name] = value
+    return stable
 
 
 def _body(body: bytes) -> Any:
-    """The answer; of an error everything but its words, which must be one line."""
+    """The response; for errors without the message, which must be one line."""
     try:
         data = json.loads(body)
     except ValueError:
@@ -298,7 +298,7 @@ def _onward(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _described(value: Any) -> Any:
-    """A body whose image files are replaced by what is in them."""
+    """A body whose image files are replaced by descriptions of their pixels."""
     if isinstance(value, dict):
         return {key: _described(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -76,7 +76,7 @@ def run(*arguments: object) -> Outcome:
 
 
 def run_well(*arguments: object) -> Outcome:
-    """As ``run``, and it must succeed."""
+    """As ``run``; asserts that the command succeeds."""
     outcome = run(*arguments)
     assert outcome.code == 0, f"codefend {' '.join(map(str, arguments))}: {outcome.code}\n{outcome.err}"
     return outcome
@@ -111,7 +111,7 @@ def deterministic() -> Iterator[None]:
 
 
 def machine() -> dict[str, str]:
-    """What float32 results depend on to the last bit: processor, its instruction set, and the libraries' versions."""
+    """All that decides the last bits of float32 results: processor, instruction set, versions of libraries."""
     lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
     flags = " ".join(flag for flag in sorted(cpu.get("flags", "").split()) if flag.startswith(("avx", "amx", "fma")))
@@ -177,10 +177,10 @@ def differences(
         return differences(old, new, relative=relative, absolute=absolute, grow=grow, names=names, at=at + step)
 
     if isinstance(recorded, Mapping) and isinstance(current, Mapping):
-        found = [] if grow else [f"{at}.{key}: is new" for key in current if key not in recorded]
-        found += [f"{at}.{key}: is missing" for key in recorded if key not in current]
+        changes = [] if grow else [f"{at}.{key}: is new" for key in current if key not in recorded]
+        changes += [f"{at}.{key}: is missing" for key in recorded if key not in current]
         both = [key for key in recorded if key in current]
-        return found + [line for key in both for line in inner(recorded[key], current[key], f".{key}")]
+        return changes + [line for key in both for line in inner(recorded[key], current[key], f".{key}")]
     if isinstance(recorded, list) and isinstance(current, list):
         if names and all(isinstance(item, str) for item in recorded):
             return [f"{at}: {item!r} is missing" for item in recorded if item not in current]

@@ -54,11 +54,11 @@ AREAS = {
 }
 
 
-def main(wanted: list[str]) -> None:
-    unknown = sorted(set(wanted) - set(AREAS))
+def main(selected: list[str]) -> None:
+    unknown = sorted(set(selected) - set(AREAS))
     if unknown:
         sys.exit(f"error: unknown area {unknown[0]!r}; choose {', '.join(AREAS)}")
-    for area in wanted or AREAS:
+    for area in selected or AREAS:
         with tempfile.TemporaryDirectory() as place:
             os.chdir(place)
             AREAS[area](Path(place))

@@ -36,15 +36,15 @@ def written() -> dict[str, Any]:
 
 
 def rewritten() -> dict[str, Any]:
-    """The same as the gateway sends it on: system text apart, and beside parts of other kinds."""
-    found = {}
+    """The same as the gateway forwards it: separate system text, next to parts of other kinds."""
+    texts = {}
     url = "data:image/png;base64," + base64.b64encode((kit.DATA / "input.png").read_bytes()).decode()
     with kit.deterministic():
         for name in ("adashield-static", "gepa-pocket"):
             settings = {"CODEFEND_PURIFIER": "identity", "CODEFEND_PROMPT": name}
             with Upstream().serving() as upstream, process(upstream.url, settings) as port:
-                found[name] = [_sent(port, upstream, text(QUERIES[1]), image_url(url))]
-    return found
+                texts[name] = [_sent(port, upstream, text(QUERIES[1]), image_url(url))]
+    return texts
 
 
 def generated() -> list[Any]:
@@ -61,11 +61,11 @@ def generated() -> list[Any]:
 def answered() -> dict[str, Any]:
     """Answers of the embedded pocket about one image, bare and behind the soft prefix."""
     url = "data:image/png;base64," + base64.b64encode((kit.DATA / "input.png").read_bytes()).decode()
-    found = {}
+    texts = {}
     for name in ("none", "soft-pocket"):
         with process("pocket", {"CODEFEND_PURIFIER": "identity", "CODEFEND_PROMPT": name}) as port:
-            found[name] = [_answer(port, text(query), image_url(url)) for query in QUERIES[::2]]
-    return found
+            texts[name] = [_answer(port, text(query), image_url(url)) for query in QUERIES[::2]]
+    return texts
 
 
 def _sent(port: int, upstream: Upstream, *parts: object) -> Any:

@@ -60,7 +60,7 @@ def gradient() -> dict[str, float]:
     """Adaptive attacks live on it: sums of the gradient of the mean output, per purifier."""
     import codefend
 
-    found = {}
+    norms = {}
     with kit.deterministic():
         for name in ("bridge", "bridge-detail", "diffpure:t=0.05,steps=2", "median", "blur"):
             images = batch().requires_grad_()
@@ -68,8 +68,8 @@ def gradient() -> dict[str, float]:
             purifier: Any = codefend.load_purifier(name)
             (purifier(images, generator=torch.Generator().manual_seed(SEED)) * weights).sum().backward()
             assert images.grad is not None
-            found[name] = float(images.grad.square().sum().sqrt())
-    return found
+            norms[name] = float(images.grad.square().sum().sqrt())
+    return norms
 
 
 def kinds_of_files() -> dict[str, Image.Image]:
@@ -116,7 +116,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def small(path: Path) -> dict[str, Any]:
-    """What a network made, which differs by a level between processors: size and means alone."""
+    """Size and means of a network's output, whose pixels differ by a level between processors."""
     with Image.open(path) as image:
         means = np.asarray(image.convert("RGB")).reshape(-1, 3).mean(0)
         return {"mode": image.mode, "size": list(image.size), "means": [float(mean) for mean in means]}

@@ -18,7 +18,7 @@ VERBS = (
 PROMPT_VERBS = ("list", "show", "apply", "table")
 LISTS = ("purifiers", "attacks", "victims", "tasks", "prompts", "presets")
 PASSING = ("ablation-",)  # presets that may become recipe files
-PRESETS = {  # preset to the verb that takes it, with what it needs beside
+PRESETS = {  # preset to the verb that takes it, with its required settings
     "pairs": ("pairs", "pairs"),
     "own-pairs": ("pairs", "own-pairs", "--set", "victim=hf:x"),
     "pocket": ("train", "pocket"),
@@ -127,24 +127,24 @@ def presets() -> dict[str, Any]:
 
 def mistakes(place: Path) -> dict[str, Any]:
     """Exit code of each mistake, what it printed, how many lines tell of it, and which files it left behind."""
-    found = {}
+    records = {}
     for arguments in MISTAKES:
         outcome = kit.run(*(word.format(image=kit.DATA / "input.png") for word in arguments))
-        found[" ".join(arguments)] = {
+        records[" ".join(arguments)] = {
             "code": outcome.code,
             "out": outcome.out,
             "errors": sum(line.startswith("error: ") for line in outcome.err.splitlines()),
             "traceback": "Traceback" in outcome.err,
             "left": sorted(p.name for p in place.iterdir()),
         }
-    return found
+    return records
 
 
 def library_errors() -> dict[str, Any]:
     """Errors of the front door: one class, and the nearest name in the message."""
     import codefend
 
-    found = {}
+    records = {}
     calls = {
         "purifier": lambda: codefend.load_purifier("brigde"),
         "purifier option": lambda: codefend.load_purifier("bridge", sigmma=1),
@@ -159,15 +159,15 @@ def library_errors() -> dict[str, Any]:
         except codefend.UserError as error:
             words = set(re.findall(r"[a-z-]+", str(error)))
             nearest = words & {"bridge", "sigma", "pocket", "caption", "test", "limit"}
-            found[name] = {"one line": "\n" not in str(error), "names": sorted(nearest)}
-    return found
+            records[name] = {"one line": "\n" not in str(error), "names": sorted(nearest)}
+    return records
 
 
 def tasks() -> dict[str, Any]:
-    """The frozen test sets: what is asked about which images."""
+    """The frozen test sets: questions and images."""
     import codefend
 
-    found = {}
+    records = {}
     for name in ("caption", "vqa", "caption-shift", "vqa-shift", "easy-vqa"):
         task = codefend.load_task(name, limit=5)
         examples = [
@@ -182,14 +182,14 @@ def tasks() -> dict[str, Any]:
             for example in task.examples
         ]
         metrics = {key: _scores(metric, task) for key, metric in task.metrics.items()}
-        found[name] = {
+        records[name] = {
             "examples": examples,
             "count": len(codefend.load_task(name).examples),
             "headline": task.headline,
             "target": task.target,
             "metrics": metrics,
         }
-    return found
+    return records
 
 
 def _scores(metric: Any, task: Any) -> list[float | None]:

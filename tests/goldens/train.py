@@ -39,7 +39,7 @@ def small_bank(folder: Path) -> Path:
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run, without what a clock said."""
+    """The rows of a run, without times."""
     lines = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
 
@@ -128,11 +128,11 @@ def mined(place: Path) -> dict[str, Any]:
 
 def peers(place: Path) -> dict[str, Any]:
     bank = small_bank(place / "bank")
-    found = {}
+    curves = {}
     for name in PEERS:
         banks = [] if name in ("flowpure-gauss", "adbm") else [f"pairs={bank}"]
-        found[name] = trained(place / name, name, *banks, "batch=2", "steps=2", "save_every=2", "seed=5")
-    return found
+        curves[name] = trained(place / name, name, *banks, "batch=2", "steps=2", "save_every=2", "seed=5")
+    return curves
 
 
 def pocket(place: Path) -> dict[str, Any]:

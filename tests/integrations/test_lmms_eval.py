@@ -100,7 +100,7 @@ def test_images_are_read_a_batch_at_a_time(module: Any, monkeypatch: pytest.Monk
     assert read == [2, 4, 6]
 
 
-def test_images_that_a_camera_turned_are_asked_about_apart(module: Any) -> None:
+def test_images_with_exif_rotation_are_batched_separately(module: Any) -> None:
     upright, turned = photograph(0).resize((20, 16)), photograph(4).resize((20, 16))
     turned.getexif()[0x0112] = 6  # orientation: shown 16 wide and 20 high
     documents = [{"images": [upright]}, {"images": [turned]}]
@@ -130,7 +130,7 @@ def test_likelihood_is_the_defended_victims(module: Any) -> None:
         ready(module, documents, victim="black").loglikelihood(requests(["left?"], right, documents))
 
 
-def test_what_cannot_be_run_is_refused(module: Any) -> None:
+def test_unsupported_requests_are_refused(module: Any) -> None:
     for content, words in (([], "without images"), (["film.mp4"], "a str is not an image")):
         with pytest.raises(CodefendError, match=words):
             ready(module, [{"images": content}]).generate_until(requests(["a"], {}, []))

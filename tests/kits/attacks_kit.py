@@ -1,4 +1,4 @@
-"""A victim of a few numbers, what may stand before it, and images with saturated pixels."""
+"""A small victim, purifiers to put before it, and images with saturated pixels."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from purifiers_kit import PlainPurifier
 
 
 class ToyVictim:
-    """A random conv net with one of eight letters in mind; a text stands for the letter its length points at.
+    """A random conv net with one of eight letters in mind; the length of a text selects its letter.
 
-    Its answers are longer: that letter, and for each of 48 features one of two signs of its own.
+    Its answers are longer: that letter, then one of two characters for each of 48 features.
     """
 
     name = "toy"
@@ -115,7 +115,7 @@ VICTIMS: dict[str, Callable[[], Victim]] = {
 
 def make_objective(spec: AttackSpec, victim: Victim, clean: Tensor) -> Objective:
     answers, target = list(ANSWERS), ["target"] * 3
-    if spec.goal.startswith("answer"):  # its answers before, and its answers to other images
+    if spec.goal.startswith("answer"):  # its answers to the clean and to other images
         answers, target = victim.generate(clean, PROMPTS), victim.generate(sample_images(seed=2), PROMPTS)
     return objective_for(spec, victim, PROMPTS, answers, target, clean, sample_images(seed=2))
 

@@ -19,7 +19,7 @@ _FLAGS = (
 
 
 class Browser:
-    """One tab. ``folder`` is its empty profile; `events` are what the browser said in between."""
+    """One tab. ``folder`` is its empty profile; `events` are the messages of the browser between answers."""
 
     def __init__(self, folder: Path) -> None:
         assert CHROMIUM is not None
@@ -49,8 +49,8 @@ class Browser:
             answer = self._read()
             if answer.get("id") == self._count:
                 assert "error" not in answer, answer["error"]
-                found: dict[str, Any] = answer["result"]
-                return found
+                result: dict[str, Any] = answer["result"]
+                return result
             self.events.append(answer)
 
     def _read(self) -> dict[str, Any]:
@@ -59,8 +59,8 @@ class Browser:
             assert data, "the browser is gone"
             self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\0")
-        found: dict[str, Any] = json.loads(line)
-        return found
+        message: dict[str, Any] = json.loads(line)
+        return message
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page."""
@@ -93,9 +93,9 @@ class Browser:
         file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
 
     def problems(self) -> list[Any]:
-        """Errors of scripts and of the content policy so far, apart from requests that the gateway refused."""
-        said = [event["params"] for event in self.events if event.get("method") in _PROBLEMS]
-        return [p for p in said if p.get("entry", {}).get("source") != "network"]
+        """Errors of scripts and of the content policy so far, without requests that the gateway refused."""
+        problems = [event["params"] for event in self.events if event.get("method") in _PROBLEMS]
+        return [p for p in problems if p.get("entry", {}).get("source") != "network"]
 
     def close(self) -> None:
         self._process.kill()

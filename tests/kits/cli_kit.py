@@ -67,7 +67,7 @@ class BlackBox:
 
 
 class Steps(PlainPurifier):
-    """A purifier without a gradient, as it says itself."""
+    """A purifier that declares that it has no gradient."""
 
     name, differentiable = "steps", False
 

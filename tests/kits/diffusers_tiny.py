@@ -50,7 +50,7 @@ def stable_diffusion(folder: Path, *, consistency: bool = False) -> Path:
 
 
 def stable_diffusion_xl(folder: Path, *, zeros: bool = True, **changes: Any) -> Path:
-    """The same with two text encoders, and a U-Net that is told the pooled text and the picture's sizes."""
+    """As `stable_diffusion`, with two text encoders and a U-Net conditioned on the pooled text and the image's size."""
     torch.manual_seed(0)
     words = _tokenizer(folder / "words")
     parts = {

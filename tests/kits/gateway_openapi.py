@@ -7,7 +7,7 @@ from typing import Any
 from gateway_kit import png, url
 
 TEXT = {"type": "string", "maxLength": 40}
-# One good picture, some that are not, addresses that must not be fetched, and anything else.
+# One valid image, invalid ones, addresses that must not be fetched, and arbitrary values.
 PNG = url(png(1))
 REFERENCES = [
     PNG,

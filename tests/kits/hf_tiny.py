@@ -64,10 +64,10 @@ def _size(side: int) -> dict[str, int]:
     return {"height": side, "width": side}
 
 
-Made = tuple[Any, Any]  # model, processor
+ModelAndProcessor = tuple[Any, Any]
 
 
-def llava() -> Made:
+def llava() -> ModelAndProcessor:
     words = tokenizer(image_token="<image>")
     eye = tf.CLIPVisionConfig(**EYE, image_size=28, patch_size=14, projection_dim=32)
     config = tf.LlavaConfig(
@@ -80,7 +80,7 @@ def llava() -> Made:
     return tf.LlavaForConditionalGeneration(config), processor
 
 
-def llava_onevision() -> Made:
+def llava_onevision() -> ModelAndProcessor:
     words = tokenizer(image_token="<image>", video_token="<video>")
     grid = [[28, 28], [28, 56], [56, 28], [56, 56]]
     eye = tf.SiglipVisionConfig(**EYE, image_size=28, patch_size=14, vision_use_head=False)
@@ -103,7 +103,7 @@ def llava_onevision() -> Made:
     return tf.LlavaOnevisionForConditionalGeneration(config), processor
 
 
-def _qwen(version: str) -> Made:
+def _qwen(version: str) -> ModelAndProcessor:
     words = tokenizer(
         image_token="<|image_pad|>",
         video_token="<|video_pad|>",
@@ -141,15 +141,15 @@ def _qwen(version: str) -> Made:
     return model(config), kind(reader, words, no_videos(), chat_template=chat)
 
 
-def qwen2_5_vl() -> Made:
+def qwen2_5_vl() -> ModelAndProcessor:
     return _qwen("2_5")
 
 
-def qwen3_vl() -> Made:
+def qwen3_vl() -> ModelAndProcessor:
     return _qwen("3")
 
 
-def _idefics(prefix: str) -> Made:
+def _idefics(prefix: str) -> ModelAndProcessor:
     words = tokenizer(
         image_token="<image>",
         fake_image_token="<fake_token_around_image>",
@@ -173,15 +173,15 @@ def _idefics(prefix: str) -> Made:
     return getattr(tf, f"{prefix}ForConditionalGeneration")(config), processor
 
 
-def idefics3() -> Made:
+def idefics3() -> ModelAndProcessor:
     return _idefics("Idefics3")
 
 
-def smolvlm() -> Made:
+def smolvlm() -> ModelAndProcessor:
     return _idefics("SmolVLM")
 
 
-def internvl() -> Made:
+def internvl() -> ModelAndProcessor:
     words = tokenizer(
         start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>"
     )
@@ -210,13 +210,13 @@ def _opt(words: Any) -> Any:
     return tf.OPTConfig(**shape, **IDS, vocab_size=len(words), word_embed_proj_dim=32, max_position_embeddings=512)
 
 
-def blip2() -> Made:
+def blip2() -> ModelAndProcessor:
     words = tokenizer()
     reader = _pil("blip", "Blip")(size=_size(28))
     return tf.Blip2ForConditionalGeneration(_blip("Blip2", _opt(words), words)), tf.Blip2Processor(reader, words, 4)
 
 
-def blip2_t5() -> Made:
+def blip2_t5() -> ModelAndProcessor:
     words = tokenizer()
     text = tf.T5Config(
         d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=len(words), decoder_start_token_id=0, **IDS
@@ -225,7 +225,7 @@ def blip2_t5() -> Made:
     return tf.Blip2ForConditionalGeneration(_blip("Blip2", text, words)), tf.Blip2Processor(reader, words, 4)
 
 
-def instructblip() -> Made:
+def instructblip() -> ModelAndProcessor:
     words = tokenizer()
     reader = _pil("blip", "Blip")(size=_size(28))
     config = _blip("InstructBlip", _opt(words), words)
@@ -233,7 +233,7 @@ def instructblip() -> Made:
     return tf.InstructBlipForConditionalGeneration(config), processor
 
 
-def paligemma() -> Made:
+def paligemma() -> ModelAndProcessor:
     words = tokenizer(image_token="<image>")
     reader = _pil("siglip", "Siglip")(size=_size(28))
     reader.image_seq_length = 4
@@ -256,7 +256,7 @@ def paligemma() -> Made:
     return tf.PaliGemmaForConditionalGeneration(config), processor
 
 
-def gemma3() -> Made:
+def gemma3() -> ModelAndProcessor:
     words = tokenizer(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>")
     config = tf.Gemma3Config(
         text_config={**LLM, **IDS, "vocab_size": len(words), "head_dim": 8, "sliding_window": 64},
@@ -291,7 +291,7 @@ FAMILIES = {
 }
 
 
-def build(name: str) -> Made:
+def build(name: str) -> ModelAndProcessor:
     """The family's model and processor with weights ten times the usual spread, so that pixels matter."""
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -59,7 +59,7 @@ def _sides(prompt: str) -> list[int]:
 
 
 class Killed(Suggestible):
-    """Gives ``left`` answers, then the process is interrupted."""
+    """Gives ``left`` answers, then interrupts the process."""
 
     def __init__(self, left: int) -> None:
         super().__init__()

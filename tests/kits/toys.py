@@ -64,15 +64,15 @@ class ToyVictim:
         return torch.stack(losses)
 
     def margins(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> list[Tensor]:
-        logits, found = self.logits(images), []
+        logits, margins = self.logits(images), []
         for i, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
             words = [WORDS.index(w) for w in target.split() if w in WORDS]
             places = [0] if "left" in prompt else [1] if "right" in prompt else [0, 1]
             own = torch.tensor(words[: len(places)])
             rows = logits[i, places[: len(own)]]
             others = rows.scatter(1, own[:, None], -torch.inf).amax(1)
-            found.append(rows.gather(1, own[:, None])[:, 0] - others)
-        return found
+            margins.append(rows.gather(1, own[:, None])[:, 0] - others)
+        return margins
 
     def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
         self.calls += 1
@@ -111,7 +111,7 @@ class Leaky(Smooth):
 
 
 class Jitter(PlainPurifier):
-    """Adds noise: randomized, otherwise no defense."""
+    """Adds noise: randomized, but no defense."""
 
     def __init__(self, sigma: float = 0.02) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Quantize(PlainPurifier):
 
 
 class Shatter(PlainPurifier):
-    """Lets everything through; its gradient is that of a tiny, furious ripple."""
+    """Changes almost nothing; its gradient is dominated by a ripple of high frequency."""
 
     def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         return images + 1e-4 * torch.sin(1e6 * images)
@@ -191,8 +191,8 @@ def task(name: str, split: str = "test", limit: int | None = None) -> Task:
 def purifier(name: str, **options: Any) -> Purifier:
     if name not in PURIFIERS:
         raise CodefendError(f"unknown purifier {name!r}")
-    made: Purifier = PURIFIERS[name](**options)
-    return made
+    loaded: Purifier = PURIFIERS[name](**options)
+    return loaded
 
 
 def loaders(victim: Any = None) -> Loaders:

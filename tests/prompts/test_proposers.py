@@ -103,7 +103,7 @@ def test_an_endpoint_gets_the_key_of_the_environment(monkeypatch: pytest.MonkeyP
 
 
 def test_no_message_shows_a_key(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv(KEY_VARIABLE, "secret\r\n")  # as a file made on Windows gives it
+    monkeypatch.setenv(KEY_VARIABLE, "secret\r\n")  # as in a file from Windows
     complete, requests = endpoint({"choices": [{"message": {"content": "be careful."}}]})
     assert FallbackProposer(ModelProposer(complete, "m"), EditOperators())("prefix", "", [FAILURE], 1) == "be careful."
     assert requests[0].headers["authorization"] == "Bearer secret"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from codefend.tasks.image_metrics import psnr, ssim
+from codefend.tasks.image_metrics import psnr
 
 
 def random_images(*shape: int, seed: int = 0) -> Tensor:
@@ -24,16 +24,11 @@ def noisy(images: Tensor, sigma: float) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(3, 32, 48), (2, 11, 11), (1, 64, 13)])
 @pytest.mark.parametrize("sigma", [0.01, 0.1, 0.5])
-def test_both_match_scikit_image(shape: tuple[int, int, int], sigma: float) -> None:
+def test_psnr_matches_scikit_image(shape: tuple[int, int, int], sigma: float) -> None:
     skimage = pytest.importorskip("skimage.metrics")
     a = random_images(*shape)
     b = noisy(a, sigma)
     for i, (x, y) in enumerate(zip(a.double().numpy(), b.double().numpy(), strict=True)):
-        expected = skimage.structural_similarity(
-            x, y, channel_axis=0, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-        )
-        assert ssim(a, b)[i].item() == pytest.approx(expected, abs=1e-4)
-        assert ssim(a.double(), b.double())[i].item() == pytest.approx(expected, abs=1e-7)
         assert psnr(a, b)[i].item() == pytest.approx(skimage.peak_signal_noise_ratio(x, y, data_range=1.0), abs=1e-3)
 
 
@@ -43,28 +38,19 @@ def test_psnr_of_a_constant_offset() -> None:
     torch.testing.assert_close(psnr(a, b), torch.tensor([20.0, 40.0]), atol=1e-3, rtol=0)
 
 
-def test_equal_images_have_infinite_psnr_and_ssim_1() -> None:
+def test_equal_images_have_infinite_psnr() -> None:
     a = random_images(2, 16, 16)
     assert psnr(a, a).tolist() == [math.inf, math.inf]
-    torch.testing.assert_close(ssim(a, a), torch.ones(2))
 
 
-def test_scores_stay_per_image() -> None:
-    a = random_images(2, 24, 24)
-    b = torch.stack([a[0], noisy(a, 0.2)[1]])
-    assert ssim(a, b)[0] > 0.9999 > 0.9 > ssim(a, b)[1]
-    torch.testing.assert_close(ssim(a, b)[1:], ssim(a[1:], b[1:]))
-
-
-@pytest.mark.parametrize("metric", [psnr, ssim])
-def test_the_gradient_points_to_the_clean_image(metric) -> None:  # type: ignore[no-untyped-def]
+def test_the_gradient_points_to_the_clean_image() -> None:
     clean = random_images(2, 16, 16).double()
     images = noisy(clean.float(), 0.1).double().requires_grad_()
-    score = metric(images, clean)
+    score = psnr(images, clean)
     (gradient,) = torch.autograd.grad(score.sum(), images)
     assert gradient.isfinite().all()
-    assert (metric(images + 1e-3 * gradient / gradient.abs().max(), clean) > score).all()
-    assert torch.autograd.gradcheck(lambda x: metric(x, clean[:1, :1, :11, :11]), images[:1, :1, :11, :11])
+    assert (psnr(images + 1e-3 * gradient / gradient.abs().max(), clean) > score).all()
+    assert torch.autograd.gradcheck(lambda x: psnr(x, clean[:1, :1, :11, :11]), images[:1, :1, :11, :11])
 
 
 def test_wrong_shapes_are_named() -> None:
@@ -72,5 +58,3 @@ def test_wrong_shapes_are_named() -> None:
         psnr(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 9))
     with pytest.raises(ValueError, match="two batches"):
         psnr(torch.zeros(3, 8, 8), torch.zeros(3, 8, 8))
-    with pytest.raises(ValueError, match="11 pixels"):
-        ssim(torch.zeros(1, 3, 10, 20), torch.zeros(1, 3, 10, 20))

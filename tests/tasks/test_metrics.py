@@ -67,13 +67,13 @@ def test_cider_d_matches_pycocoevalcap() -> None:
     close(m.cider_d(CAPTIONS[:2], examples(pair)), [4.517038, 3.00482])
 
 
-def test_cider_d_with_bound_frequencies_does_not_depend_on_the_cut() -> None:
+def test_cider_d_with_bound_frequencies_does_not_depend_on_the_parts() -> None:
     cider = m.caption_metrics(REFERENCES)["cider_d"]
     parts = [cider(CAPTIONS[i : i + 1], examples(REFERENCES[i : i + 1])) for i in range(6)]
     close(torch.cat(parts), CIDER)
 
 
-def test_cider_d_scores_nothing_where_it_has_no_meaning() -> None:
+def test_cider_d_is_nan_where_it_is_undefined() -> None:
     assert m.cider_d(CAPTIONS[:1], examples(REFERENCES[:1])).isnan().all()  # one image: every idf is zero
     scores = m.cider_d(CAPTIONS, examples((*REFERENCES[:5], ())))
     assert scores.isnan().tolist() == [False] * 5 + [True]
@@ -247,7 +247,7 @@ def test_exact_tags_on_the_shipped_captions() -> None:
     assert strict(both, known.examples).mean() < 0.1
 
 
-def test_untargeted_success_counts_only_what_was_right_before() -> None:
+def test_untargeted_success_counts_correct_clean_answers_only() -> None:
     questions = examples([["yes"], ["yes"], ["yes"], ["yes"], ()])
     success = m.untargeted_success(m.vqa_accuracy, ["yes", "yes", "no", "no", "yes"])
     scores = success(["no", "yes", "no", "yes", "no"], questions)
@@ -295,7 +295,7 @@ def test_every_metric_gives_one_score_per_example(name: str) -> None:
 # --- means and intervals ---------------------------------------------------------------------------------------------
 
 
-def test_mean_score_leaves_out_what_was_not_scored() -> None:
+def test_mean_score_leaves_out_unscored_examples() -> None:
     assert m.mean_score(torch.tensor([1.0, math.nan, 0.0, 1.0])) == (pytest.approx(2 / 3), 3)
     mean, count = m.mean_score(torch.tensor([math.nan]))
     assert math.isnan(mean)
@@ -321,7 +321,7 @@ def test_bootstrap_interval_is_reproducible_and_takes_a_generator() -> None:
     assert seeded[0] == seeded[1] != seeded[2]
 
 
-def test_bootstrap_resamples_the_same_way_whatever_fits_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bootstrap_does_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = torch.rand(37, generator=torch.Generator().manual_seed(5))
     whole = m.bootstrap_interval(scores, samples=101)
     monkeypatch.setattr(intervals, "BLOCK", 37 * 10)

@@ -1,4 +1,4 @@
-"""The photographs task: crops from the seed, of held-out photographs or of one's own."""
+"""The photographs task: crops from the seed, of held-out photographs or of the user's."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_without_a_limit_there_are_eight_crops_of_each() -> None:
     assert len(task.examples) == 8 * len(HELD_OUT)
 
 
-def test_no_training_sees_the_held_out() -> None:
+def test_held_out_photographs_are_not_used_in_training() -> None:
     """Scenes and trainings take scikit-image's photographs by these names; scikit-learn's two are others."""
     assert not set(PHOTOGRAPHS) & set(HELD_OUT)
 

@@ -120,7 +120,7 @@ def test_vqa_joins_questions_with_their_annotations(folder: Path) -> None:
     assert first.prompt == "Is this food?\nAnswer the question using a single word or phrase."
     assert [first.kind, second.kind] == ["yes/no", "number"]
     assert second.references == ("1",) * 10
-    assert second.image.shape == (3, 16, 12)  # found by the number that ends the file name
+    assert second.image.shape == (3, 16, 12)  # matched by the number at the end of the file name
     assert task.metrics[task.headline](["Yes.", "two"], task.examples).tolist() == [1.0, 0.0]
     assert vqa(folder).examples[0].prompt == "Is this food?"
 

@@ -1,4 +1,4 @@
-"""Scenes: a function of the seed, disjoint in object pairs, and what is said about them is true."""
+"""Scenes: a function of the seed, disjoint in object pairs, with correct captions and answers."""
 
 from __future__ import annotations
 
@@ -91,16 +91,16 @@ def test_a_tinted_drawing_has_its_colour(name: str) -> None:
 
 def questions(scenes: list[Scene], kind: str) -> list[tuple[Scene, language.Dialogue]]:
     rng = np.random.default_rng(0)
-    asked = [(s, language.ask(s, kind, rng)) for s in scenes]
-    return [(s, d) for s, d in asked if d is not None]
+    pairs = [(s, language.ask(s, kind, rng)) for s in scenes]
+    return [(s, d) for s, d in pairs if d is not None]
 
 
 def test_existence_is_balanced_true_and_hard() -> None:
-    asked = questions(many("train", 800), "existence")
-    yes = [d.answer == "yes" for _, d in asked]
+    pairs = questions(many("train", 800), "existence")
+    yes = [d.answer == "yes" for _, d in pairs]
     assert 0.44 < np.mean(yes) < 0.56
     hard = 0
-    for scene, dialogue in asked:
+    for scene, dialogue in pairs:
         phrases = {o.phrase for o in scene.objects} | {o.thing.name for o in scene.objects}
         named = next(p for p in sorted(_all_phrases(), key=len, reverse=True) if f" {p} " in dialogue.question)
         assert (named in phrases) == (dialogue.answer == "yes"), dialogue
@@ -131,11 +131,11 @@ def test_relations_follow_the_pixels(train: list[Scene]) -> None:
 
 def test_counts_positions_colours_and_objects_are_right(train: list[Scene]) -> None:
     for scene, d in questions(train, "count"):
-        wanted = len(scene.objects)
+        expected = len(scene.objects)
         for category, word in language.CATEGORIES.items():
             if word in d.question:
-                wanted = sum(o.thing.category == category for o in scene.objects)
-        assert d.answer == language.NUMBERS[wanted]
+                expected = sum(o.thing.category == category for o in scene.objects)
+        assert d.answer == language.NUMBERS[expected]
     for scene, d in questions(train, "position"):
         assert any(o.place == d.answer and o.thing.name in d.question for o in scene.objects)
     for scene, d in questions(train, "colour"):

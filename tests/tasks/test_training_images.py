@@ -1,4 +1,4 @@
-"""Training images: what a folder of one's own photographs changes, and what it must not."""
+"""Training images: shares, and the effect of a folder of the user's photographs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_shares_can_be_set() -> None:
     assert float(share) == pytest.approx(0.75, abs=0.15)
 
 
-def test_runs_from_before_own_photographs_resume() -> None:
+def test_runs_older_than_own_photographs_resume() -> None:
     assert not {"photographs", "views", "shares", "shard"} & set(PairsConfig().recorded())
     assert "photographs" not in BridgeConfig().recorded()
     assert PairsConfig(photographs="mine").recorded()["photographs"] == "mine"

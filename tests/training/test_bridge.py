@@ -153,12 +153,12 @@ def test_a_kind_that_is_left_out_is_not_mined(without: tuple[str, ...], features
 
 def test_answers_are_attacked_targeted_and_untargeted() -> None:
     texts = [(f"q{i}", f"a{i}") for i in range(4)]
-    seen = set()
+    attacked_answers = set()
     for seed in range(8):
         guide = ToyGuide()
         mined(seed=seed, texts=texts, guide=guide)
-        seen |= {targets for targets, _ in guide.pocket.losses}
-    assert seen == {("a0", "a1", "a2", "a3"), ("a1", "a2", "a3", "a0")}
+        attacked_answers |= {targets for targets, _ in guide.pocket.losses}
+    assert attacked_answers == {("a0", "a1", "a2", "a3"), ("a1", "a2", "a3", "a0")}
 
 
 def test_leaving_out_every_kind_is_refused() -> None:
@@ -175,8 +175,8 @@ def test_the_first_images_stay_clean_and_are_not_mined() -> None:
     _, attacked = loss_of(CONFIG, guide).pairs(Pairs(clean, None), 0, gen())
     assert torch.equal(attacked[0], clean[0])
     assert all(r > 0.5 for r in reach(attacked)[1:])
-    _, given = loss_of(CONFIG, guide).pairs(Pairs(clean, clean + 0.1), 0, gen())
-    assert torch.equal(given, torch.cat([clean[:1], clean[1:] + 0.1]))
+    _, attacked = loss_of(CONFIG, guide).pairs(Pairs(clean, clean + 0.1), 0, gen())
+    assert torch.equal(attacked, torch.cat([clean[:1], clean[1:] + 0.1]))
 
 
 def terms(config: BridgeConfig, texts: Any = ()) -> tuple[dict[str, float], ToyGuide]:
@@ -357,8 +357,8 @@ def test_batches_for_the_language_model_are_scenes_with_texts() -> None:
 def test_a_share_of_the_pairs_is_compressed_under_its_own_perturbation() -> None:
     clean = torch.rand(64, 3, 16, 16, generator=gen())
     attacked = (clean + 4 / 255 * torch.randn(clean.shape, generator=gen(1)).sign()).clamp(0, 1)
-    kept = bridge.compress_clean(clean, attacked, np.random.default_rng(0), share=0.0)
-    assert all(torch.equal(a, b) for a, b in zip(kept, (clean, attacked), strict=True))
+    pairs = bridge.compress_clean(clean, attacked, np.random.default_rng(0), share=0.0)
+    assert all(torch.equal(a, b) for a, b in zip(pairs, (clean, attacked), strict=True))
     coded, perturbed = bridge.compress_clean(clean, attacked, np.random.default_rng(0), share=0.25)
     changed = (coded - clean).abs().amax((1, 2, 3)) > 0
     assert 8 < int(changed.sum()) < 24

@@ -128,7 +128,7 @@ def test_the_average_has_a_short_memory_at_first() -> None:
         assert average.module[0].item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_gradient_is_clipped_unless_told_otherwise() -> None:
+def test_the_gradient_is_clipped_by_default() -> None:
     slope = nn.Parameter(torch.ones(1))
     for clip, change in ((1.0, 1.0), (None, 100.0)):
         optimizer = torch.optim.SGD([slope], lr=1.0)

@@ -1,4 +1,4 @@
-"""Banks as Parquet: what is left out, row groups made elsewhere, and replacement."""
+"""Banks as Parquet: what is left out, row groups of other origin, and replacement."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def bank_of(folder: Path, targets: list[str]) -> Path:
 
 
 @pytest.mark.parametrize("without", [("lite2",), ("words",), ("words", "lite0"), ("mine",), ("lite1",)])
-def test_a_table_leaves_out_what_its_bank_does(tmp_path: Path, without: tuple[str, ...]) -> None:
+def test_a_table_leaves_out_the_same_pairs_as_its_bank(tmp_path: Path, without: tuple[str, ...]) -> None:
     pytest.importorskip("pyarrow", reason="optional: the extra parquet")
     bank = bank_of(tmp_path / "bank", ["mine", "lite0", "lite2", "lite2"])
     table = pair_tables.write_table(bank, tmp_path / "table")

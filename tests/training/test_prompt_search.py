@@ -108,7 +108,7 @@ def test_result_and_card_say_where_no_policy_helps(tmp_path: Path) -> None:
     assert "no better than no prompt" in (result.folder / "README.md").read_text()
 
 
-def test_a_black_box_is_searched_with_a_surrogates_attacks(tmp_path: Path) -> None:
+def test_a_search_for_a_black_box_attacks_a_surrogate(tmp_path: Path) -> None:
     with pytest.raises(CodefendError, match="only answers text: name a white box"):
         optimize_prompt(CONFIG, tmp_path / "a", loaders=search_loaders(black_box()))
     with pytest.raises(CodefendError, match="takes no embeddings"):
@@ -221,7 +221,7 @@ def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["stadv", "patch"])
-def test_an_attack_with_a_bound_of_its_own_is_not_clipped_to_the_ball(name: str) -> None:
+def test_an_attack_with_its_own_bound_is_not_clipped_to_the_ball(name: str) -> None:
     toy = task("questions", "train", 4)
     generator = torch.Generator().manual_seed(0)
     noisy = [replace(e, image=quantize8(torch.rand(3, 24, 24, generator=generator))) for e in toy.examples]

@@ -162,7 +162,7 @@ def test_half_precision_keeps_gradients(images: Tensor, tmp_path: Path) -> None:
 
 
 def test_a_model_spread_over_devices_keeps_its_gradients(images: Tensor, tmp_path: Path) -> None:
-    """As ``device=auto`` leaves a model that is too large: hooks on each part, the language model kept on disk."""
+    """As ``device=auto`` leaves a model that is too large: hooks on each part, the language model on disk."""
     accelerate = pytest.importorskip("accelerate")
     whole = victim("llava")
     whole.save(tmp_path / "model")
@@ -172,11 +172,11 @@ def test_a_model_spread_over_devices_keeps_its_gradients(images: Tensor, tmp_pat
     how = {"main_device": "cpu", "force_hooks": True, "offload_dir": str(tmp_path / "disk")}
     accelerate.dispatch_model(spread.model, device_map=places, **how)
     assert any(p.device.type == "meta" for p in spread.model.parameters())
-    found = []
+    gradients = []
     for v in (whole, spread):
         x = images.clone().requires_grad_()
-        found.append(torch.autograd.grad(v.loss(x, PROMPTS, TARGETS).sum(), x)[0])
-    assert torch.allclose(*found, atol=1e-6)
+        gradients.append(torch.autograd.grad(v.loss(x, PROMPTS, TARGETS).sum(), x)[0])
+    assert torch.allclose(*gradients, atol=1e-6)
     assert spread.generate(images, PROMPTS) == whole.generate(images, PROMPTS)
 
 
@@ -198,7 +198,7 @@ def test_quantized_weights_keep_gradients(bits: str, images: Tensor, tmp_path: P
 
 
 def test_layouts_of_older_checkpoints_load(images: Tensor, tmp_path: Path) -> None:
-    """Most of the hub: the image processor in a file of its own, named after the torchvision class."""
+    """Most of the hub: the image processor in a separate file, named after the torchvision class."""
     v = victim("qwen2_5_vl")
     v.save(tmp_path)
     whole = json.loads((tmp_path / "processor_config.json").read_text())
@@ -210,9 +210,9 @@ def test_layouts_of_older_checkpoints_load(images: Tensor, tmp_path: Path) -> No
 
 
 def test_chat_templates_end_where_the_answer_begins() -> None:
-    asked = question(victim("qwen2_5_vl").processor, "qwen2_5_vl", "what?")
-    assert asked.endswith("what?<|im_end|>\n<|im_start|>assistant\n")
-    assert asked.count("<|image_pad|>") == 1
+    text = question(victim("qwen2_5_vl").processor, "qwen2_5_vl", "what?")
+    assert text.endswith("what?<|im_end|>\n<|im_start|>assistant\n")
+    assert text.count("<|image_pad|>") == 1
     ends = {
         name: victim(name).processor.tokenizer.convert_ids_to_tokens(victim(name)._end) for name in ("llava", "gemma3")
     }
@@ -253,7 +253,7 @@ TEMPLATES = {  # a chat template, and the tokens of the answer "a red" by it
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_answers_are_read_as_their_template_writes_them(name: str, images: Tensor) -> None:
+def test_answers_are_tokenized_as_in_their_chat_template(name: str, images: Tensor) -> None:
     template, expected = TEMPLATES[name]
     model, processor = hf_tiny.build("idefics3")
     processor.chat_template = template.replace("IMAGE", "<image>")
@@ -266,7 +266,7 @@ def test_answers_are_read_as_their_template_writes_them(name: str, images: Tenso
 
 
 @every_family
-def test_an_answer_goes_on_where_the_question_ends(name: str) -> None:
+def test_an_answer_continues_where_the_question_ends(name: str) -> None:
     v, tokenizer = victim(name), victim(name).processor.tokenizer
     if not v.processor.chat_template:
         assert v._answer("what?", "a red") == [*tokenizer("a red", add_special_tokens=False)["input_ids"], *v._end]
@@ -275,20 +275,20 @@ def test_an_answer_goes_on_where_the_question_ends(name: str) -> None:
     turns = [{"role": "user", "content": asking}]
     turns += [{"role": "assistant", "content": [{"type": "text", "text": "a red"}]}]
     whole = tokenizer.apply_chat_template(turns, chat_template=v.processor.chat_template, tokenize=False)
-    asked, said = question(v.processor, v.kind, "what?"), v._answer("what?", "a red")
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (asked, whole)]
-    assert ids[1][: len(ids[0]) + len(said)] == ids[0] + said
+    opening, answer = question(v.processor, v.kind, "what?"), v._answer("what?", "a red")
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (opening, whole)]
+    assert ids[1][: len(ids[0]) + len(answer)] == ids[0] + answer
 
 
 def test_layouts_of_images_that_fill_their_tiles_hold_no_masks(images: Tensor) -> None:
     v = HFVictim(*hf_tiny.build("idefics3"), name="idefics3")
     text = question(v.processor, v.kind, PROMPTS[0])
     (layout,) = v._lay_out(images[:1], PROMPTS[:1])
-    given = v.processor(images=[np.zeros((40, 52, 3), dtype=np.uint8)], text=[text], return_tensors="pt")
-    assert set(layout) == set(given) - {"pixel_values"}
-    assert all(torch.equal(value, given[key]) for key, value in layout.items())
+    inputs = v.processor(images=[np.zeros((40, 52, 3), dtype=np.uint8)], text=[text], return_tensors="pt")
+    assert set(layout) == set(inputs) - {"pixel_values"}
+    assert all(torch.equal(value, inputs[key]) for key, value in layout.items())
     held = sum(value.untyped_storage().nbytes() for value in layout.values())
-    assert held < given["pixel_attention_mask"].nbytes / 10
+    assert held < inputs["pixel_attention_mask"].nbytes / 10
 
 
 @pytest.mark.parametrize(
@@ -306,12 +306,12 @@ def test_a_device_may_have_a_number(
     loaded = MagicMock()
     monkeypatch.setattr(loading, "load_victim", loaded)
     load(f"hf:{name}:{options}" if options else f"hf:{name}")
-    found, chosen = loaded.call_args.args
-    assert (found, chosen.device, chosen.dtype) == (name, *expected)
+    source, chosen = loaded.call_args.args
+    assert (source, chosen.device, chosen.dtype) == (name, *expected)
 
 
 @pytest.mark.parametrize(
-    ("asked", "environment", "expected"),
+    ("setting", "environment", "expected"),
     [
         ("auto", {}, "auto"),
         ("auto", {"CODEFEND_DEVICE": "cpu"}, None),
@@ -325,7 +325,7 @@ def test_a_device_may_have_a_number(
     ],
 )
 def test_a_victim_is_on_the_configured_device(
-    asked: str, environment: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+    setting: str, environment: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a machine with two GPUs."""
     for name in ("CODEFEND_DEVICE", "WORLD_SIZE", "LOCAL_RANK"):
@@ -334,8 +334,8 @@ def test_a_victim_is_on_the_configured_device(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(devices, "device_named", lambda name, said: torch.device(name))
-    placement = loading._placement(loading.HFOptions(device=asked))
+    monkeypatch.setattr(devices, "device_named", lambda name, setting: torch.device(name))
+    placement = loading._placement(loading.HFOptions(device=setting))
     assert placement.get("device_map") == expected
     assert placement["dtype"] == (torch.float32 if expected is None else "auto")
 

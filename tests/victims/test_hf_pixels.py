@@ -137,11 +137,11 @@ def test_resampling_equals_pillow_for_every_filter() -> None:
         for _ in range(8):
             tall, wide, height, width = (int(side) for side in rng.integers(12, 60, 4))
             pixels = rng.integers(0, 256, (3, tall, wide), dtype=np.uint8)
-            seen = resize(
+            expected_levels = resize(
                 pixels, (height, width), resample=PILImageResampling(filter_), data_format=way, input_data_format=way
             )
             ours = ops.resize(torch.from_numpy(pixels)[None].double(), height, width, filter_)[0]
-            assert np.array_equal(ours.numpy(), seen), (filter_, tall, wide, height, width)
+            assert np.array_equal(ours.numpy(), expected_levels), (filter_, tall, wide, height, width)
 
 
 def test_an_unknown_processor_is_an_error_with_its_name() -> None:

@@ -1,4 +1,4 @@
-"""The black-box victim against a real server on this machine: what is sent, what is kept, what goes wrong."""
+"""The black-box victim against a real server on this machine: requests, cache and errors."""
 
 from __future__ import annotations
 
@@ -87,18 +87,18 @@ def refusal(status: int, message: str) -> Callable[[dict[str, Any]], Reply]:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    made = Server()
-    yield made
-    made.http.shutdown()
-    made.http.server_close()
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
 
 
 @pytest.fixture
 def ask(server: Server, tmp_path: Path) -> Callable[..., endpoint.OpenAIVictim]:
-    def made(options: str = "", model: str = "llava:7b") -> endpoint.OpenAIVictim:
+    def load(options: str = "", model: str = "llava:7b") -> endpoint.OpenAIVictim:
         return endpoint.OpenAIVictim(f"openai:{server.url}#{model}?cache={tmp_path / 'a.sqlite'}{options}")
 
-    return made
+    return load
 
 
 def grey(*levels: int) -> torch.Tensor:
@@ -144,15 +144,15 @@ def test_requests_to_busy_and_failing_servers_are_retried(server: Server, ask: A
     assert len(server.requests) == 4
 
 
-def test_answers_before_an_error_are_kept(server: Server, ask: Ask) -> None:
+def test_answers_before_an_error_are_cached(server: Server, ask: Ask) -> None:
     fine: Callable[[dict[str, Any]], Reply | None] = lambda body: None  # noqa: E731
     server.script = [fine, fine, refusal(429, "quota")]
     with pytest.raises(CodefendError, match=r"too many requests.*rerun the command"):
         ask("&concurrency=1&retries=0").generate(grey(1, 2, 3, 4), ["a"] * 4)
-    asked = len(server.requests)
-    assert asked == 3  # what was still waiting is not sent
+    count = len(server.requests)
+    assert count == 3  # pending requests are not sent
     assert ask().generate(grey(1, 2, 3, 4), ["a"] * 4) == ["a 1", "a 2", "a 3", "a 4"]
-    assert len(server.requests) == asked + 2
+    assert len(server.requests) == count + 2
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_concurrency_and_rate_are_limited(server: Server, ask: Ask) -> None:
     server.hold = 0.0
     start = time.monotonic()
     ask("&rpm=600&concurrency=8").generate(grey(*range(20, 25)), ["a"] * 5)
-    assert time.monotonic() - start >= 0.4  # five requests, a tenth of a second apart
+    assert time.monotonic() - start >= 0.4  # five requests, one every tenth of a second
 
 
 def test_retries_count_for_the_rate(server: Server, ask: Ask) -> None:
@@ -277,7 +277,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_an_unusable_cache_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "no.sqlite").write_bytes(b"this is no database, and long enough to be seen as none" * 20)
+    (tmp_path / "no.sqlite").write_bytes(b"this is no database, and long enough not to pass for one" * 20)
     with pytest.raises(CodefendError, match="cannot use the answer cache"):
         AnswerCache(tmp_path / "no.sqlite")
     with pytest.raises(CodefendError, match="cannot use the answer cache"):

@@ -38,11 +38,11 @@ def rows() -> list[Tensor]:
 
 def plainly(llm: Any, rows: list[Tensor]) -> Tensor:
     """Row by row through Transformers."""
-    found = []
+    logits = []
     for row, read in zip(rows[1:], READS, strict=True):
         states = llm.model(inputs_embeds=torch.cat([rows[0], row])[None]).last_hidden_state[0]
-        found.append(llm.lm_head(states[SHARED:][list(read)]))
-    return torch.cat(found)
+        logits.append(llm.lm_head(states[SHARED:][list(read)]))
+    return torch.cat(logits)
 
 
 def packed(llm: Any, rows: list[Tensor]) -> Tensor:
@@ -74,7 +74,7 @@ def test_a_row_does_not_see_the_others(llm: Any, rows: list[Tensor]) -> None:
     assert not torch.allclose(before[5], after[5])
 
 
-def test_gradients_reach_adapters_too(llm: Any, rows: list[Tensor]) -> None:
+def test_gradients_reach_adapters(llm: Any, rows: list[Tensor]) -> None:
     from copy import deepcopy
 
     peft = pytest.importorskip("peft")

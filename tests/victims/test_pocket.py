@@ -1,4 +1,4 @@
-"""The pocket victim: pretrained parts are read rightly, losses are per example, gradients reach the pixels."""
+"""The pocket victim: pretrained parts are read correctly, losses are per example, gradients reach the pixels."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def images() -> torch.Tensor:
 def test_the_language_model_is_the_instruct_model(bare_pocket: Pocket) -> None:
     text = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     out = bare_pocket.llm(input_ids=torch.tensor(bare_pocket.encode([text])), use_cache=True)
-    said = []
+    tokens = []
     for _ in range(8):
         token = out.logits[:, -1:].argmax(-1)
-        said.append(int(token))
+        tokens.append(int(token))
         out = bare_pocket.llm(input_ids=token, past_key_values=out.past_key_values)
-    assert "Paris" in bare_pocket.tokenizer.decode(said)
+    assert "Paris" in bare_pocket.tokenizer.decode(tokens)
 
 
 @pytest.mark.weights
@@ -66,8 +66,8 @@ def test_loss_does_not_depend_on_the_batch(bare_pocket: Pocket, images: torch.Te
 
 @pytest.mark.weights
 def test_margins_are_positive_for_the_models_own_answer(bare_pocket: Pocket, images: torch.Tensor) -> None:
-    said = bare_pocket.generate(images, PROMPTS, max_new_tokens=3)
-    for answers, own in ((said, True), (TARGETS, False)):
+    own_answers = bare_pocket.generate(images, PROMPTS, max_new_tokens=3)
+    for answers, own in ((own_answers, True), (TARGETS, False)):
         margins = bare_pocket.margins(images, PROMPTS, answers)
         lengths = [len(ids) + 1 for ids in bare_pocket.encode(answers)]  # and the end mark
         assert [len(m) for m in margins] == lengths

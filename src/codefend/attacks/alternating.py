@@ -18,7 +18,7 @@ from codefend.types import Budget, CodefendError
 
 @dataclass(kw_only=True)
 class AlternatingAttack(TextAttack):
-    """In turns: the prompt for the present image, then the image for that prompt; the best pair is returned.
+    """Alternate between the prompt, for the current image, and the image, for that prompt; return the best pair.
 
     Co-Attack is one round; VLAttack alternates. ``budget.steps`` is divided among the rounds of the image attack; the
     text attack evaluates ``queries`` prompts per round.
@@ -52,19 +52,19 @@ class AlternatingAttack(TextAttack):
         image_budget = replace(budget, steps=max(budget.steps // self.rounds, 1))
         self.image.on_gradient = self.on_gradient
         for turn in range(self.rounds):
-            _, present = self.text(objective, x, prompts, text_budget, generator=generator)
-            x = self.image(objective(present), clean, image_budget, generator=generator)
-            losses = nan_to_inf(self.score(objective(present), x, budget.eot, turn))
+            _, current = self.text(objective, x, prompts, text_budget, generator=generator)
+            x = self.image(objective(current), clean, image_budget, generator=generator)
+            losses = nan_to_inf(self.score(objective(current), x, budget.eot, turn))
             better = losses < best
             best, best_images = torch.where(better, losses, best), choose(better, x, best_images)
-            pairs = zip(better.tolist(), present, best_prompts, strict=True)
+            pairs = zip(better.tolist(), current, best_prompts, strict=True)
             best_prompts = [new if improved else old for improved, new, old in pairs]
         return best_images, best_prompts
 
 
 @dataclass(kw_only=True)
 class TargetedAlternatingAttack(AlternatingAttack):
-    """The same with a planted instruction instead of typing errors, towards ``sentence``."""
+    """`AlternatingAttack` with a planted instruction instead of typing errors, towards ``sentence``."""
 
     sentence: str = PlantedInstruction.sentence  # the answer that the attacker wants
     name: str = "joint-targeted"

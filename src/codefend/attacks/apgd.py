@@ -4,10 +4,10 @@ Two rules differ from the paper's, as in the Adversarial Robustness Toolbox, who
 language model's loss (docs/notebook): a step counts as progress when it is below the best so far, not below the last;
 and after a return to the best point the momentum is that of the move which led there.
 
-A third rule is for stochastic objectives. The lowest of many noisy losses is a lucky one: no later iterate improves on
-it, so the step size halves at every checkpoint and the search returns to that point again and again. With
+A third rule is for stochastic objectives. The lowest of many noisy losses is biased downwards: no later iterate
+improves on it, so the step size halves at every checkpoint and the search returns to that point repeatedly. With
 ``Budget.eot`` above 1 the best point is therefore evaluated again on fresh samples at each checkpoint, with its
-gradient: one more gradient in 2 to 20 steps. Where the present iterate is lower than that, it becomes the best.
+gradient: one more gradient in 2 to 20 steps. Where the current iterate is lower than that, it becomes the best.
 """
 
 from __future__ import annotations

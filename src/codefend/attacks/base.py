@@ -92,7 +92,7 @@ class TextAttack(AttackBase, ABC):
     """An attack on prompts, images or both; returns the pairs with the lowest objective, one per example.
 
     Its objective is a function of the prompts that gives an objective of the images, so that an attack on both can
-    hand the objective of its present prompts to any image attack. ``budget.steps`` is the number of evaluations per
+    pass the objective of its current prompts to any image attack. ``budget.steps`` is the number of evaluations per
     example; norm and eps bound the change of the images.
     """
 
@@ -149,7 +149,7 @@ class BestImages:
         self.losses = nan_to_inf(losses)
 
     def update(self, images: Tensor, losses: Tensor) -> Tensor:
-        """Keep the examples that improved; returns which did, ``[B]`` bool."""
+        """Replace the examples that improved; returns the mask of these, ``[B]`` bool."""
         better = losses < self.losses  # False for nan
         self.images = choose(better, images.detach(), self.images)
         self.losses = torch.where(better, losses, self.losses)
@@ -170,7 +170,7 @@ class BestPrompts:
         return [float(loss) for loss in losses.tolist()]
 
     def update(self, prompts: Sequence[str], step: int) -> list[bool]:
-        """Evaluate ``prompts`` and keep those that improved; returns which did."""
+        """Evaluate ``prompts`` and replace those that improved; returns for each whether it did."""
         losses = self._score(prompts, step)
         better = [new < old for new, old in zip(losses, self.losses, strict=True)]
         for i in (i for i, improved in enumerate(better) if improved):

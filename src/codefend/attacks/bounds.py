@@ -1,6 +1,6 @@
 """Attacks with a bound of their own (a patch, a flow, a colour distance) next to those inside ``Budget``'s ball.
 
-`quantize_attacked` and `excess` treat both alike, so that the evaluation needs no case for each.
+`quantize_attacked` and `excess` treat both alike, so that the evaluation needs no special cases.
 """
 
 from __future__ import annotations

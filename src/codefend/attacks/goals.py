@@ -1,4 +1,4 @@
-"""From the goal of an attack to its objective on a batch. Objectives, and torch with them, load when one is made."""
+"""Build the objective for the goal of an attack. This module imports torch only when it builds one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from codefend.attacks.base import PromptObjective
 
 BLACK_BOX = "only answers text: use square-text, mf-tt or a text attack"
-# What a goal needs of the victim, and the sentence's end where the victim lacks it.
+# The capability that a goal requires, and the end of the error message for a victim without it.
 NEEDS: dict[Goal, tuple[type, str]] = {
     "untargeted": (HasLoss, BLACK_BOX),
     "targeted": (HasLoss, BLACK_BOX),
@@ -38,11 +38,11 @@ def objective_for(
     *,
     reference: Victim | None = None,
 ) -> Objective:
-    """What ``spec`` lowers on this batch; ``target`` is one sentence for all images or one each.
+    """The objective of ``spec`` on this batch; ``target`` is one sentence for all images or one for each.
 
     ``reference`` is the undefended victim whose features ("feature") or words ("feature-words") of the clean images
     the attack turns away from; by default ``victim``. Raises CodefendError when the attack needs a target sentence or
-    image that was not given, or a capability that the victim lacks.
+    image that is missing, or a capability that the victim lacks.
     """
     from codefend.attacks import objectives
 
@@ -76,9 +76,9 @@ def objective_for(
 def prompt_objective_for(
     spec: TextAttackSpec, victim: Victim, answers: Sequence[str], target: str | Sequence[str]
 ) -> PromptObjective:
-    """What ``spec`` lowers, as a function of the prompts: likelihoods, or similarity of a black box's answers.
+    """The objective of ``spec`` as a function of the prompts: likelihoods, or similarity of a black box's answers.
 
-    Raises CodefendError when the attack needs a target sentence that was not given, or a gradient of a black box.
+    Raises CodefendError when the attack needs a target sentence that is missing, or a gradient of a black box.
     """
     from codefend.attacks import objectives
 
@@ -99,7 +99,7 @@ def _targets(spec: AttackSpec | TextAttackSpec, target: str | Sequence[str], cou
 
 
 def _capable(spec: AttackSpec | TextAttackSpec, victim: Victim) -> Any:
-    """``victim``, which has what the goal needs. Raises CodefendError when it has not."""
+    """Return ``victim``. Raises CodefendError when it lacks the capability that the goal requires."""
     capability, problem = NEEDS.get(spec.goal, (object, ""))
     if not isinstance(victim, HasLoss | HasFeatures) and spec.goal in NEEDS:
         problem = BLACK_BOX

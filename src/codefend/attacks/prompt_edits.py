@@ -32,7 +32,7 @@ class PromptEdits(TextAttack):
     @staticmethod
     @abstractmethod
     def menu(units: Sequence[str]) -> list[Edit]:
-        """Every single edit that may be made to ``units``, characters or words."""
+        """Every single edit that is allowed in ``units``, characters or words."""
 
     def __call__(
         self,
@@ -63,7 +63,7 @@ class PromptEdits(TextAttack):
         if len(edits) >= self.edits or (edits and add < 0.5):
             edits.pop(int(out * len(edits)))
         addition = menu[min(int(new * len(menu)), len(menu) - 1)]
-        return [edit for edit in edits if edit.apart(addition)] + [addition]
+        return [edit for edit in edits if edit.disjoint(addition)] + [addition]
 
 
 @dataclass(kw_only=True)

@@ -65,7 +65,7 @@ class PlantedInstruction(TextAttack):
 
 @dataclass(kw_only=True)
 class PromptInjection(PlantedInstruction):
-    """The same with the five forms of Liu et al. 2024, arXiv 2310.12815."""
+    """`PlantedInstruction` with the five forms of Liu et al. 2024, arXiv 2310.12815."""
 
     templates: tuple[str, ...] = INJECTIONS
     name: str = "injection"

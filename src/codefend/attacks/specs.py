@@ -20,7 +20,7 @@ Goal = Literal[
     "feature",  # turn the vision tokens away from the clean image's
     "feature-target",  # turn them towards another image's
     "feature-text",  # turn them towards the sentence, in a space that tokens and words share
-    "feature-words",  # turn each of them away from the word it is nearest to
+    "feature-words",  # turn each of them away from its nearest word
     "answer",  # change the text of the answer, from answers alone
     "answer-target",  # bring the text of the answer close to the sentence, from answers alone
 ]
@@ -65,7 +65,7 @@ class TextAttackSpec:
     summary: str
     source: str
     threat: Threat
-    algorithm: str | Callable[..., TextAttack]  # takes ``sentence``, too, where the goal is "targeted"
+    algorithm: str | Callable[..., TextAttack]  # also takes ``sentence`` where the goal is "targeted"
     goal: Goal = "untargeted"
     steps: int = 100  # usual ``Budget.steps``: evaluations, or gradient steps of an attack on both
     changes: Literal["prompt", "image", "both"] = "prompt"
@@ -76,7 +76,7 @@ class TextAttackSpec:
         return "ball" if self.changes == "both" else "none"
 
     def build(self, sentence: str = "") -> TextAttack:
-        """A new instance that wants ``sentence``; "" leaves the algorithm's own."""
+        """A new instance that forces ``sentence``; "" leaves the algorithm's default."""
         options = {"sentence": sentence} if sentence and self.goal in NEEDS_SENTENCE else {}
         attack: TextAttack = _load(self.algorithm)(name=self.name, **options)
         return attack

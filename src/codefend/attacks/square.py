@@ -34,14 +34,14 @@ def pyramid(side: int, like: Tensor) -> Tensor:
 
 @dataclass(kw_only=True)
 class SquareAttack(ImageAttack):
-    """Random search that keeps what lowers the objective; ``budget.steps`` is the number of queries per image."""
+    """Random search that keeps improvements of the objective; ``budget.steps`` is the number of queries per image."""
 
     p_init: float = 0.8  # share of the pixels in the first square (AutoAttack's; the paper has 0.05 l-inf, 0.1 l2)
     name: str = "square"
 
     def perturb(self, objective: Objective, clean: Tensor, budget: Budget, generator: Generator | None) -> Tensor:
         best = self.best_of(objective, clean, budget.eot)
-        # The search goes on from its own start even where the clean image still scores lower.
+        # The search continues from its own start even where the clean image still scores lower.
         walk = self.best_of(objective, self._start(clean, budget, generator), budget.eot, 0)
         for query in range(1, budget.steps):
             p = self.p_init / 2 ** sum(query * 10_000 // budget.steps > mark for mark in _SCHEDULE)
@@ -111,9 +111,9 @@ def _move_l2(images: Tensor, clean: Tensor, p: float, budget: Budget, generator:
         new[0].view(batch, 1, side, 1),
         new[1].view(batch, 1, 1, side),
     )
-    kept = delta[pick]
-    norm = kept.square().sum((2, 3), keepdim=True).sqrt().clamp_min(1e-12)
-    patch = signs * eta + kept / norm
+    window = delta[pick]
+    norm = window.square().sum((2, 3), keepdim=True).sqrt().clamp_min(1e-12)
+    patch = signs * eta + window / norm
     patch = patch / patch.square().sum((2, 3), keepdim=True).sqrt().clamp_min(1e-12)
     delta = delta * (1 - old_mask)
     delta[pick] = patch * share.sqrt().view(batch, channels, 1, 1)

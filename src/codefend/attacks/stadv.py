@@ -13,7 +13,7 @@ from codefend.attacks.base import ImageAttack, mean_gradient
 from codefend.attacks.norms import choose
 from codefend.types import Budget, Objective
 
-ROUNDING = 1 / 255  # what 8 bits and float32 may add to a pixel
+ROUNDING = 1 / 255  # tolerance of a pixel for 8-bit and float32 rounding
 
 
 def warp(images: Tensor, flow: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from codefend.attacks.base import AttackBase
 
 @dataclass
 class Trace:
-    """Loss curves and gradient statistics of one attack call, on the CPU: ``trace.attach(attack)``, attack, read."""
+    """Loss curves and gradient statistics of one attack call, on the CPU. Call ``trace.attach(attack)`` first."""
 
     losses: list[Tensor] = field(default_factory=list)  # per step [B]
     gradient_norms: list[Tensor] = field(default_factory=list)  # per gradient step [B], l2

@@ -66,7 +66,7 @@ def _exceeds(rows: Sequence[Any], limit: float) -> bool:
         raise CodefendError("--max-asr: the run holds no attack")
     exceeded = False
     for group, rate in (defended or rates).items():
-        above = not rate.share <= limit  # also nan: a defense without one correct clean answer has shown nothing
+        above = not rate.share <= limit  # also nan: without a correct clean answer nothing was measured
         exceeded |= above
         cell = f"{group.task} {group.defense} {group.threat} {eps_label(group.eps, rows[0]['norm'])}".strip()
         share = f"{rate.share:.0%}" if rate.n else "no clean image is answered correctly"

@@ -165,7 +165,7 @@ def attack(
     max_pixels: MaxPixels = MAX_PIXELS,
     overwrite: Overwrite = False,
 ) -> None:
-    """Attack an image within a budget, through the defense if one is given, and print both answers.
+    """Attack an image within a budget, optionally through a defense, and print both answers.
 
     Example: codefend attack photo.png -o adversarial.png --defense bridge
     """

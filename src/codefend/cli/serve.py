@@ -69,7 +69,7 @@ def _parameter(name: str, kind: Any, text: str, section: str) -> inspect.Paramet
 
 
 def _flag_type(annotation: Any) -> type:
-    """What the command line reads; the settings themselves check choices, ranges and lists."""
+    """The type that the command line parses; the settings check choices, ranges and lists."""
     kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     kind = next(kind for kind in kinds if kind is not type(None))
     return kind if get_origin(kind) is None and kind in (bool, int, float, Path) else str
@@ -89,4 +89,4 @@ def _default_text(default: Any) -> str:
 
 @app.command(cls=_LazyCommand, help=_HELP)
 def serve() -> None:
-    """Replaced by the command that `build_command` makes."""
+    """A placeholder: `_LazyCommand` builds the real command."""

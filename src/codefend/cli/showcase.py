@@ -1,4 +1,4 @@
-"""What the gateway's page can show with an embedded model: samples that it knows, and attacks on it."""
+"""Sample images and attacks for the gateway's page, with an embedded model."""
 
 from __future__ import annotations
 

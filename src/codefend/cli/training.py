@@ -123,7 +123,7 @@ def card(
         str, typer.Option("--defense", help="The defense's name in that run; default: the weights folder.")
     ] = "",
 ) -> None:
-    """Rewrite the model card of weights, with a defense's results from an evaluation if one is given.
+    """Rewrite the model card of weights, optionally with a defense's results from an evaluation.
 
     Example: codefend card runs/bridge/weights runs/full --defense bridge
     """

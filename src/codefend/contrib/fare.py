@@ -1,7 +1,7 @@
 """FARE: fine-tune a pocket's image encoder adversarially, without labels (Schlarmann et al. 2024, arXiv 2402.12336).
 
 The loss is max over |d| <= eps of ||phi(x + d) - phi_orig(x)||^2: on an adversarial image the encoder must have the
-features that the original encoder has on the clean one. Connector and language model stay as they are.
+features that the original encoder has on the clean one. Connector and language model stay unchanged.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _load_encoder(name: object, state: dict[str, Tensor], folder: str) -> Encode
 def _export(
     folder: Path, base: dict[str, object], state: dict[str, Tensor], tuned: dict[str, torch.nn.Parameter]
 ) -> None:
-    """The pocket's own tensors as they are and the encoder's in 16 bits, as `victims.pocket.load_pocket` reads them."""
+    """Write the pocket's tensors unchanged and the encoder's in 16 bits, as `victims.pocket.load_pocket` reads them."""
     encoder = {f"encoder.{name}": value.detach().to(torch.float16) for name, value in tuned.items()}
     save_checkpoint(folder / "model.safetensors", {**state, **encoder})
     write_atomic(folder / "config.json", json.dumps(base, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Names of before 2026-11-30 that saved configs and scripts may still hold. To be removed in 2027-06."""
+"""Names from before 2026-11-30 that saved configs and scripts may still use. To be removed in 2027-06."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ Specs are for the command line and for saved configs; in Python, pass objects an
 - ``NAME[:KEY=VALUE,...][+prompt=POLICY]``: an entry of a registry, a folder, or ``PREFIX:ID_OR_FOLDER``, with options.
   ``bridge``, ``bridge:sigma=0.1``, ``hf:org/model:dtype=bfloat16``, ``none+prompt=doubt`` (`parse_spec`)
 - ``openai:URL#MODEL[?KEY=VALUE&...]``: an endpoint (`parse_endpoint`)
-- ``ENCODER[@SIDE]``: an encoder and the side in pixels that it sees; several are joined by ``+`` (`parse_encoders`)
+- ``ENCODER[@SIDE]``: an encoder and the side in pixels of its input; several are joined by ``+`` (`parse_encoders`)
 - lists are joined by commas; `split_specs` keeps the options of one spec together
 """
 
@@ -77,7 +77,7 @@ def parse_options(items: Sequence[str]) -> dict[str, str]:
 
 
 def split_specs(items: Sequence[str]) -> tuple[str, ...]:
-    """Join what a split at commas has torn: ``("apgd:steps=9", "eot=2", "cw")`` -> ``("apgd:steps=9,eot=2", "cw")``."""
+    """Rejoin specs split at commas: ``("apgd:steps=9", "eot=2", "cw")`` -> ``("apgd:steps=9,eot=2", "cw")``."""
     specs: list[str] = []
     for item in items:
         key, equals, _ = item.partition("=")
@@ -134,7 +134,7 @@ def parse_endpoint(text: str) -> Endpoint:
 
 
 def parse_encoders(text: str) -> list[tuple[str, int | None]]:
-    """Parse ``ENCODER[@SIDE]`` or several joined by ``+``, each once: names, and sides in pixels (None: as it comes).
+    """Parse ``ENCODER[@SIDE]`` or several joined by ``+``, each once: names, and sides in pixels (None: unchanged).
 
     Raises CodefendError for a side that is not a positive multiple of 32.
 

@@ -6,7 +6,7 @@ Text attacks search these edits; the prompt generator is trained to undo them.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -18,35 +18,33 @@ class Edit:
     length: int
     by: tuple[str, ...]
 
-    def apart(self, other: Edit) -> bool:
+    def disjoint(self, other: Edit) -> bool:
         """Whether both can be applied in either order: they touch different units and start at different ones."""
         first, second = sorted((self, other), key=lambda edit: edit.start)
         return first.start != second.start and first.start + first.length <= second.start
 
 
 def rewrite(units: Sequence[str], edits: Sequence[Edit]) -> list[str]:
-    """Apply edits that are pairwise `apart` to ``units``, from the last to the first so that positions stay valid."""
+    """Apply pairwise `disjoint` edits to ``units``, from the last to the first so that positions stay valid."""
     changed = list(units)
     for edit in sorted(edits, key=lambda e: e.start, reverse=True):
         changed[edit.start : edit.start + edit.length] = edit.by
     return changed
 
 
-Menu = Callable[[Sequence[str]], list[Edit]]  # all single edits of these units
-
 _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 
 
 def _neighbours(letter: str) -> str:
-    """Keys beside and below or above ``letter`` on a QWERTY keyboard, in its case; "" for other characters."""
+    """Adjacent keys of ``letter`` on a QWERTY keyboard, in its case; "" for other characters."""
     for number, row in enumerate(_ROWS):
         at = row.find(letter.lower())
         if at < 0:
             continue
-        beside = row[max(at - 1, 0) : at] + row[at + 1 : at + 2]
+        same_row = row[max(at - 1, 0) : at] + row[at + 1 : at + 2]
         above = _ROWS[number - 1][at : at + 2] if number else ""
         below = _ROWS[number + 1][max(at - 1, 0) : at + 1] if number + 1 < len(_ROWS) else ""
-        near = beside + above + below
+        near = same_row + above + below
         return near.upper() if letter.isupper() else near
     return ""
 

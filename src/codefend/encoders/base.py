@@ -1,4 +1,4 @@
-"""What every image encoder offers."""
+"""The base class of image encoders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class Encoder(nn.Module):
-    """A frozen image encoder: images ``[B, 3, H, W]`` in [0, 1], differentiable in them.
+    """A frozen image encoder of images ``[B, 3, H, W]`` in [0, 1], differentiable in the images.
 
     A subclass writes `features`. H and W are multiples of ``multiple``.
     """
@@ -24,7 +24,7 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def local_features(self, images: Tensor) -> Tensor:
-        """Features ``[B, T, D]`` of an early layer that see nearby pixels alone; `features` unless overridden."""
+        """Features ``[B, T, D]`` of an early layer that depend on nearby pixels alone; `features` unless overridden."""
         return self.features(images)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from codefend.types import CodefendError, Victim
 if TYPE_CHECKING:
     from codefend.core.runs import Run
 
-# Mistakes in code or settings: a retry would not help, and would hide them.
+# Mistakes in code or settings, which a retry would only hide.
 NO_RETRY = (CodefendError, TypeError, AttributeError, NameError, AssertionError, NotImplementedError)
 
 

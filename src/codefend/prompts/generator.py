@@ -1,4 +1,4 @@
-"""The prefix generator: a small language model with LoRA that reads a query and writes text to stand around it.
+"""The prefix generator: a small language model with LoRA that reads a query and writes text to put around it.
 
 After CoDefend (Zhu et al. 2025, arXiv 2510.11096); trained by ``codefend.training.prompt_search.generator``.
 """
@@ -62,7 +62,7 @@ class GeneratedPolicy:
 
 
 def around(text: str, place: Place) -> tuple[str, str]:
-    """What stands before and after a query when ``text`` stands at ``place``; nothing for no text."""
+    """The text before and after a query for ``text`` at ``place``; empty without a text."""
     if not text:
         return "", ""
     return (f"{text}\n", "") if place == "before" else ("", f"\n{text}")
@@ -75,7 +75,7 @@ def query_context(writer: Writer, query: str) -> list[int]:
 
 
 def usable(text: str) -> str:
-    """The generated text, cleaned; "" when it is not fit to stand around a query."""
+    """The generated text, cleaned; "" when it cannot be used."""
     try:
         return clean_proposal(text, max_chars=MAX_PREFIX)
     except BadProposal:
@@ -83,7 +83,7 @@ def usable(text: str) -> str:
 
 
 def is_faithful(query: str, text: str) -> bool:
-    """Whether a text may stand around a query: a sentence of the bank, or words of the query itself, spelled right.
+    """Whether a text may be put around a query: a sentence of the bank, or correctly spelled words of the query.
 
     A small model sometimes replaces a word of the query by one that it knows better.
     """

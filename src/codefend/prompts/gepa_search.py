@@ -37,7 +37,7 @@ class GepaConfig:
 
 
 def policy_of(candidate: Mapping[str, str]) -> PromptPolicy:
-    """GEPA's candidate as a policy, with prefix and suffix on lines of their own."""
+    """GEPA's candidate as a policy, with prefix and suffix on separate lines."""
     prefix, suffix = candidate.get("prefix", ""), candidate.get("suffix", "")
     texts = {
         "system": candidate.get("system", ""),
@@ -97,7 +97,7 @@ class GepaAdapter:
         reflective_dataset: Mapping[str, Sequence[Mapping[str, Any]]],
         components_to_update: list[str],
     ) -> dict[str, str]:
-        """New texts; those that the run proposed before at this point are repeated."""
+        """New texts; proposals that the run already holds for this point are reused."""
         texts = {}
         for name in components_to_update:
             self.turn += 1
@@ -121,7 +121,7 @@ class _ErrorLogger:
 def balanced_items(answers: AnswerCache, policy: PromptPolicy, items: Sequence[Item], limit: int) -> list[Item]:
     """Of the first ``limit`` items those that ``policy`` gets wrong, and as many others; all items if there are none.
 
-    GEPA compares a proposal with its parent on a minibatch, which tells nothing where both answer everything right.
+    GEPA compares a proposal with its parent on a minibatch, which shows nothing where both answer everything correctly.
     """
     wrong: list[Item] = []
     right: list[Item] = []

@@ -1,7 +1,7 @@
 """Edit operators: proposals for a prompt policy without a language model.
 
 A proposal adds, drops, replaces or reorders one sentence. New sentences come from the bank that suits the mistakes:
-attacked images call for doubt, planted instructions for firmness, clean and harmless examples for helpfulness.
+doubt for attacked images, firmness for planted instructions, helpfulness for clean and harmless examples.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Prompt policies: the text around the user's prompt as data, and what every kind of policy offers."""
+"""Prompt policies: the text around the user's prompt as data, and the protocols of all kinds of policies."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import ClassVar, Protocol, runtime_checkable
 from codefend.core.files import write_atomic
 from codefend.types import CodefendError, Victim
 
-MAX_CHARS = 20_000  # of one field; a longer prompt is a mistake, and costs every request
+MAX_CHARS = 20_000  # per field; a longer prompt is a mistake that every request pays for
 
 
 @runtime_checkable
 class Policy(Protocol):
-    """What every policy has: the prompt that it makes of a prompt, and a fingerprint."""
+    """A function from prompt to prompt, with a name and a fingerprint."""
 
     @property
     def name(self) -> str: ...
     @property
     def key(self) -> str:
-        """A fingerprint of all that decides the result; the name doesn't count."""
+        """A fingerprint of everything that decides the result, without the name."""
         ...
 
     def __call__(self, prompt: str) -> str: ...

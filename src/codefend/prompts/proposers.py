@@ -124,7 +124,7 @@ class Endpoint:
 
 def _key() -> str:
     """The endpoint's key, "" for none. Raises CodefendError for one that no header can carry; the message hides it."""
-    key = os.environ.get(KEY_VARIABLE, "").strip()  # a file's line end is no part of it
+    key = os.environ.get(KEY_VARIABLE, "").strip()  # without the line end of a file
     if not (key.isascii() and key.isprintable()):  # the client's own error would quote it
         raise CodefendError(f"{KEY_VARIABLE} holds characters that no key has; copy it again")
     return key

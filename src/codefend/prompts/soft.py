@@ -79,7 +79,7 @@ _CAPABILITIES: dict[type, type[SoftPromptedVictim]] = {HasMargins: _WithMargins,
 
 @dataclass(frozen=True)
 class SoftPolicy:
-    """A learned prefix ``[K, D]`` for the victim called ``victim``; the text of a prompt stays as it is."""
+    """A learned prefix ``[K, D]`` for the victim called ``victim``; the text of a prompt stays unchanged."""
 
     name: str
     prefix: Tensor

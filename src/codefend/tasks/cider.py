@@ -34,7 +34,7 @@ class DocumentFrequencies:
 def caption_tokens(text: str) -> list[str]:
     """Lower-case words without punctuation; clitics are split off ("dog's" -> dog 's) and inner hyphens stay.
 
-    Does what COCO caption evaluation does (Penn Treebank tokens, punctuation removed) without its Java. Rare forms
+    As COCO caption evaluation (Penn Treebank tokens, punctuation removed), without Java. Rare forms
     differ: abbreviations lose their periods, a slash parts words, and symbols such as & and $ are dropped.
     """
     tokens: list[str] = []
@@ -51,7 +51,7 @@ def caption_tokens(text: str) -> list[str]:
 def document_frequencies(references: Iterable[Sequence[str]]) -> DocumentFrequencies:
     """Count n-grams (1 to 4) over the reference captions of a whole test set; an image without captions is no document.
 
-    Bind the result to ``cider_d`` when a set is scored in parts, or scores would depend on how it was cut.
+    Bind the result to ``cider_d`` when a set is scored in parts; otherwise the scores depend on the parts.
     """
     counts: Counter[Ngram] = Counter()
     documents = 0

@@ -75,8 +75,8 @@ def captions(scene: Scene) -> tuple[str, ...]:
     """Four captions; the pocket is trained on the first."""
     parts = [a(o.phrase) for o in scene.objects]
     placed = [f"{p} {where(o.place)}" for p, o in zip(parts, scene.objects, strict=True)]
-    beside = parts[0] if len(parts) == 1 else f"{listing(parts[:-1])} next to {parts[-1]}"
-    return (listing(parts), f"a picture of {listing(parts)}", f"there is {listing(placed)}", beside)
+    adjacent = parts[0] if len(parts) == 1 else f"{listing(parts[:-1])} next to {parts[-1]}"
+    return (listing(parts), f"a picture of {listing(parts)}", f"there is {listing(placed)}", adjacent)
 
 
 def detail(scene: Scene) -> str:

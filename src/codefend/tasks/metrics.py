@@ -72,7 +72,7 @@ def corpus_bleu4(answers: Sequence[str], examples: Sequence[Example]) -> float:
     scored = [(a, e.references) for a, e in zip(answers, examples, strict=True) if e.references]
     if not scored:
         return math.nan
-    streams = [  # sacrebleu wants the i-th reference of every answer, None where an answer has fewer
+    streams = [  # sacrebleu expects the i-th reference of every answer, None where an answer has fewer
         [_spaced(references[i]) if i < len(references) else None for _, references in scored]
         for i in range(max(len(references) for _, references in scored))
     ]
@@ -140,13 +140,13 @@ def tag_recall(answers: Sequence[str], examples: Sequence[Example]) -> Tensor:
 
 
 def all_tags(answers: Sequence[str], examples: Sequence[Example]) -> Tensor:
-    """1 where every tag is present ("every object of the caption right"), else 0, ``[N]``; nan without tags."""
+    """1 where every tag is present (every object is named), else 0, ``[N]``; nan without tags."""
     recall = tag_recall(answers, examples)
     return torch.where(recall.isnan(), recall, (recall == 1).to(recall.dtype))
 
 
 def exact_tags(things: Iterable[str], colours: Iterable[str]) -> Metric:
-    """The metric "names exactly what the first reference names": 1 or 0, ``[N]``; nan where that names nothing.
+    """The metric that is 1 where an answer names exactly the things of the first reference, else 0; nan if it has none.
 
     Every thing with its colour where the reference gives one, and no other word of the vocabulary: a thing that isn't
     there, a wrong colour, or a colour where the reference has none makes the caption wrong. A colour belongs to the
@@ -183,11 +183,11 @@ def _mentions(text: str, things: frozenset[str], colours: frozenset[str]) -> fro
 
 
 def attack_success(clean: Tensor, attacked: Tensor, *, threshold: float = 0.5) -> Tensor:
-    """Untargeted success from two score vectors: 1 where right (``threshold`` or more) became wrong, else 0, ``[N]``.
+    """Untargeted success from two score vectors: 1 where a correct answer became a wrong one, else 0, ``[N]``.
 
-    nan where the clean answer was wrong or either wasn't scored, so the mean is over the right denominator. Use a
-    metric in [0, 1] (``vqa_accuracy``, ``all_tags``), or set ``threshold`` for one that isn't. Raises ValueError when
-    the shapes differ.
+    An answer is correct at ``threshold`` or more. nan where the clean answer was wrong or either wasn't scored, so that
+    the mean is over correct clean answers. Use a metric in [0, 1] (``vqa_accuracy``, ``all_tags``), or another
+    threshold. Raises ValueError when the shapes differ.
     """
     if clean.shape != attacked.shape:
         raise ValueError(f"clean and attacked scores differ in shape: {tuple(clean.shape)}, {tuple(attacked.shape)}")
@@ -196,7 +196,7 @@ def attack_success(clean: Tensor, attacked: Tensor, *, threshold: float = 0.5) -
 
 
 def untargeted_success(metric: Metric, clean_answers: Sequence[str], *, threshold: float = 0.5) -> Metric:
-    """The metric "``metric`` called the clean answer right and calls this one wrong"; see ``attack_success``."""
+    """The metric that is 1 where ``metric`` accepts the clean answer and rejects this one; see ``attack_success``."""
 
     def success(answers: Sequence[str], examples: Sequence[Example]) -> Tensor:
         return attack_success(metric(clean_answers, examples), metric(answers, examples), threshold=threshold)
@@ -205,10 +205,9 @@ def untargeted_success(metric: Metric, clean_answers: Sequence[str], *, threshol
 
 
 def targeted_success(target: str, clean_answers: Sequence[str] | None = None) -> Metric:
-    """The metric "the answer holds ``target`` word for word" (case and punctuation aside): 1 or 0.
+    """The metric that is 1 where the answer contains ``target`` word for word (case and punctuation ignored), else 0.
 
-    nan where ``clean_answers``, when given, hold it already: there the attacker has nothing to do. Raises ValueError
-    when the target has no words.
+    nan where the clean answer already contains it. Raises ValueError when the target has no words.
     """
     if not caption_tokens(target):
         raise ValueError(f"the target {target!r} has no words")

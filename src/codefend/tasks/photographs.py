@@ -1,7 +1,7 @@
-"""Crops of photographs without labels: a victim is judged by how far a defense restores what it sees without attack.
+"""Crops of photographs without labels: the metric is how closely a defense restores the clean features and answers.
 
-The held-out photographs of scikit-image (CC0 or public domain) or a folder of your own. Crops of one photograph are no
-independent examples: with four photographs the figures describe these, not photographs in general.
+The held-out photographs of scikit-image (CC0 or public domain) or a folder of your own. Crops of one photograph are not
+independent examples: with four photographs the results describe these, not photographs in general.
 """
 
 from __future__ import annotations

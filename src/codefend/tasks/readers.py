@@ -2,7 +2,7 @@
 
 Images are decoded on access only, by ``LazyExamples``. Every reader takes
 
-- ``size``: pixels; see ``resize_and_crop``. Without it images keep their own sizes, and batches must hold one each.
+- ``size``: pixels; see ``resize_and_crop``. Without it images keep their own sizes, and batches hold one image.
 - ``limit``: at most so many examples, the fixed subset that ``subset`` picks.
 
 and raises CodefendError for missing or malformed files (naming the place in it) and for missing images.
@@ -86,8 +86,8 @@ def resize_and_crop(image: Tensor, size: int) -> Tensor:
 
 
 def subset(items: Sequence[T], limit: int | None) -> list[T]:
-    """At most ``limit`` items spread over the whole list, in its order: always the same ones for the same length, and
-    those of a smaller limit among those of a larger one. Raises CodefendError when ``limit`` is below 1."""
+    """At most ``limit`` items spread over the whole list, in its order: the same items for the same length, and a
+    smaller limit takes a subset of those of a larger one. Raises CodefendError when ``limit`` is below 1."""
     if limit is None:
         return list(items)
     if limit < 1:
@@ -141,9 +141,9 @@ def read_vqa(
 ) -> Task:
     """Read VQAv2's pair of files: one example per question, ``kind`` its answer type ("yes/no", "number", "other").
 
-    ``{question}`` in ``prompt`` stands for the question; LLaVA-like models want "{question}\\nAnswer the question using
-    a single word or phrase.". Questions without annotation are left out. An image id is looked for as a file name
-    without its ending, else as the number that a file name ends with (``COCO_val2014_000000262148.jpg``).
+    ``{question}`` in ``prompt`` stands for the question; LLaVA-like models expect "{question}\\nAnswer the question
+    using a single word or phrase.". Questions without annotation are left out. An image id is a file name
+    without its ending, else the number at the end of a file name (``COCO_val2014_000000262148.jpg``).
     """
     source, annotations = _Json(questions_json), _Json(annotations_json)
     answers = {row.get("question_id", int, str): row for row in annotations.rows("annotations")}
@@ -275,7 +275,7 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _existing(folder: Path, named_paths: Iterable[tuple[str, Path | None]]) -> list[Path]:
-    """The paths; raises CodefendError with the number of those that are no files and the first one's name."""
+    """The paths; raises CodefendError with the number of those that are missing and the first one's name."""
     if not folder.is_dir():
         raise CodefendError(f"the image folder {folder} is not a folder")
     paths: list[Path] = []

@@ -160,7 +160,7 @@ def _photographic(rng: np.random.Generator, photograph: Tensor) -> Tensor:
     left = int(rng.integers(photograph.shape[2] - side + 1))
     crop = photograph[None, :, top : top + side, left : left + side]
     crop = F.interpolate(crop, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)[0]
-    contrast = float(rng.uniform(0.35, 0.8))  # strong textures would hide objects from people, too
+    contrast = float(rng.uniform(0.35, 0.8))  # strong textures would also hide objects from people
     return (crop - crop.mean()) * contrast + float(rng.uniform(0.4, 0.65))
 
 

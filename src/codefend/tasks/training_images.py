@@ -19,7 +19,7 @@ from codefend.core import images
 from codefend.tasks.scenes import SIZE, compose, load_photographs
 from codefend.types import CodefendError
 
-# Photographs of scikit-image kept for evaluation, never trained on: all CC0 or public domain.
+# Photographs of scikit-image that are reserved for evaluation and never trained on: all CC0 or public domain.
 HELD_OUT = ("astronaut", "chelsea", "coffee", "rocket")
 SHARES = (0.5, 0.2, 0.3)  # scenes, photographs, dead leaves
 OWN_SHARES = (0.35, 0.5, 0.15)  # the same where the user has photographs of their own

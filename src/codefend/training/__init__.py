@@ -20,8 +20,8 @@ class TrainingConfig(Protocol):
 def train(config: Any, folder: str | Path, *, tracker: str = "") -> Path:
     """Run the training that ``config`` describes and return the folder with the weights.
 
-    ``tracker`` also sends the rows to TensorBoard, wandb, MLflow and so on (`tracking`); it is no part of the config.
-    Raises CodefendError when the config is not a training's, for a tracker that is not available, or as the training.
+    ``tracker`` also sends the rows to TensorBoard, wandb, MLflow and so on (`tracking`); it is not part of the config.
+    Raises CodefendError when the config is not a training's or the tracker is not available, and as the training does.
     """
     from codefend.training.tracking import tracked
 

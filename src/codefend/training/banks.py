@@ -1,4 +1,4 @@
-"""Banks of pairs to draw batches from: in memory, or streamed, where shards are read when they are drawn from."""
+"""Banks of pairs to draw batches from: in memory, or streamed, where shards are read on demand."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Bank:
 
 
 class StreamedBank:
-    """The pairs of some folders, safetensors or Parquet, read as they are drawn; the last shards stay in memory."""
+    """The pairs of some folders, safetensors or Parquet, read on demand; the last shards stay in memory."""
 
     def __init__(self, folders: Sequence[str]) -> None:
         """Raises CodefendError when a folder, or all of them, hold no pairs."""

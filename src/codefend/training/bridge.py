@@ -1,6 +1,6 @@
 """Train the bridge: supervised diffusion from adversarial to clean images, guided by frozen encoders and the victim.
 
-A step takes pairs (x_c, x_a) from a bank, or mines x_a by an attack through the present purifier with fresh noise, and
+A step takes pairs (x_c, x_a) from a bank, or mines x_a by an attack through the current purifier with fresh noise, and
 descends L = bridge + features + words + direction. Each term has a weight in `BridgeConfig`; zero turns it off.
 """
 
@@ -74,7 +74,7 @@ class BridgeConfig:
     warmup: int = 50
     save_every: int = 50  # steps
     # The fields from here on are recorded only where they differ from their defaults: older runs resume.
-    stream: bool = False  # read shards as they are drawn instead of holding all in memory
+    stream: bool = False  # read shards on demand instead of holding all in memory
     micro: int = 1  # micro-batches a step, shared by the processes of `accelerate launch`
     without: tuple[str, ...] = ()  # attack kinds and target networks that banks and mining leave out
     noise_free: float = 0.5  # share of images, and of mined steps, without noise
@@ -221,7 +221,7 @@ class BridgeLoss:
         return x_c, torch.cat([x_c[:clean], x_a[clean:]])
 
     def mine(self, x_c: Tensor, texts: Sequence[Text], number: int, generator: Generator) -> Tensor:
-        """Attack through the present purifier; noise, objective and budget are drawn for each micro-batch."""
+        """Attack through the current purifier; noise, objective and budget are drawn for each micro-batch."""
         c, rng = self.config, np.random.default_rng([self.config.seed, 8, number])
         noisy = rng.random() < 1 - c.noise_free
         sigma = float(rng.uniform(c.min_sigma, c.max_sigma)) if noisy else 0.0

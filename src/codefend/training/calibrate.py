@@ -43,10 +43,10 @@ def calibrate(folder: str | Path, config: CalibrateConfig) -> Detector:
     """Fit, set the threshold, measure, and write ``detector`` into ``folder``'s config.json; returns it.
 
     Half of the pairs fit the score, the other half measures the detection rate at the threshold. New clean images set
-    the threshold and measure its false-positive rate. All images, also beneath the perturbations, are used unchanged,
-    after JPEG compression and with sensor noise (`training.camera`). Banks of the training are refused: their residuals
-    are smaller than those of new images. Raises CodefendError for that, too few images, or a folder that is no
-    purifier's.
+    the threshold and measure its false-positive rate. All images, also those below the perturbations, are used
+    unchanged, after JPEG compression and with sensor noise (`training.camera`). Banks of the training are refused:
+    their residuals are smaller than those of new images. Raises CodefendError for that, too few images, or a folder
+    that is no purifier's.
     """
     purifier = purifiers.load(Path(folder))
     if not isinstance(purifier, NetPurifier):

@@ -1,6 +1,6 @@
 """Sensor noise and JPEG artefacts, which most photographs have.
 
-A network trained on rendered or clean images alone takes them for an attack.
+A network trained on rendered or clean images alone mistakes them for an attack.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def fit(folder: str | Path, config: Mapping[str, Any], build: Callable[[], Train
     """Train what ``build`` returns in the run folder ``folder`` and return it; the same call resumes.
 
     ``config`` is what the folder records; another one is refused on resumption. ``build`` loads data and models and is
-    called before the folder exists, so that a mistake in a name leaves nothing behind. Every step appends a row: the
+    called before the folder exists, so that a wrong name fails early. Every step appends a row: the
     loss terms, "loss" (their sum), "grad_norm" before clipping, "rate" (share of the learning rate) and "seconds".
 
     Under ``accelerate launch`` the processes share the micro-batches, and the first one writes.
@@ -118,8 +118,8 @@ def fit(folder: str | Path, config: Mapping[str, Any], build: Callable[[], Train
             processes.wait()
         start = restore_training(checkpoint, training)
         label = str(config.get("train", "training"))
-        shown = progress(label, training.steps, done=start) if run is not None else nullcontext(_ignore)
-        with shown as advance:
+        bar = progress(label, training.steps, done=start) if run is not None else nullcontext(_ignore)
+        with bar as advance:
             for step, row in optimize(training, checkpoint, start=start, processes=processes):
                 append({"key": f"step-{step}", "step": step, **row})
                 advance(1, f"loss {row['loss']:.3f}")
@@ -289,7 +289,7 @@ class MovingAverage(AveragedModel, Generic[Model]):
         return self._source[0]
 
     def update(self) -> None:
-        """Take the model's present parameters into the average."""
+        """Update the average with the model's current parameters."""
         self.update_parameters(self.source)
 
 
@@ -323,7 +323,7 @@ def restore_training(path: Path, training: Training[Any]) -> int:
     tensors, state = load_checkpoint(path)
     for name, parameter in training.parameters.items():
         parameter.data.copy_(tensors[f"net/{name}"])
-        if f"step/{name}" in tensors:  # Adam keeps its count on the CPU, its moments beside the parameter
+        if f"step/{name}" in tensors:  # Adam keeps its count on the CPU, its moments on the parameter's device
             moments = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
             training.optimizer.state[parameter] = {"step": tensors[f"step/{name}"], **moments}
     for name, value in averaged_parameters(training).items():

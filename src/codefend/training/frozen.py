@@ -1,4 +1,4 @@
-"""The frozen networks that banks of pairs attack and trainings are guided by: encoders, and a pocket's words."""
+"""Frozen networks that are attacked for banks of pairs and guide trainings: encoders, and a pocket's words."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What guides a bridge: encoders' features, and the victim's words.
+"""Guides of a bridge: encoders' features, and the victim's words.
 
-The pocket has word scores, which cost little more than its encoder; any other white box is compared by its own answers.
+The pocket has word scores, which cost little more than its encoder; any other white box guides by its own answers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Guide(Protocol):
         ...
 
     def objective(self, clean: Tensor) -> Objective:
-        """What mining lowers, in turn with the features' objective."""
+        """The objective of mining, in turn with the features' objective."""
         ...
 
     def divergence(self, clean: Tensor, purified: Tensor) -> Tensor:

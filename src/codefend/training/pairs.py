@@ -1,4 +1,4 @@
-"""Make and read pairs of adversarial and clean images: what supervised purification is trained on.
+"""Make and read pairs of adversarial and clean images, the training data of supervised purification.
 
 A bank is a run folder: ``rows.jsonl`` describes the attack of each pair (kind, target network, eps, steps, decrease of
 the objective); ``pairs-00000.safetensors`` and so on hold the images as 8-bit ``clean`` and ``attacked``.

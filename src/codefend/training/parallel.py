@@ -26,7 +26,7 @@ class Processes:
 
     @classmethod
     def join(cls) -> Processes:
-        """This process among those of its launcher; alone without one. Call it before anything is put on a device."""
+        """This process among those of its launcher, or a single one. Call it before anything is put on a device."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         from accelerate import PartialState
@@ -42,7 +42,7 @@ class Processes:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Wait until every process is here."""
+        """Wait for all processes."""
         if self._state is not None:
             self._state.wait_for_everyone()
 

@@ -1,4 +1,4 @@
-"""Pairs that are trained on several times, with a stronger perturbation each time: "free" adversarial training.
+"""Pairs that are used several times, with a stronger perturbation each time: "free" adversarial training.
 
 The backward pass that computes the network's gradient also computes the image's, so the perturbation can ascend the
 loss that the network descends at no further cost (Shafahi et al. 2019, arXiv 1904.12843). It starts where the bank's
@@ -22,7 +22,7 @@ class _Replay(NamedTuple):
 
 
 class Replays:
-    """The present perturbations of the micro-batches that this process trains on, one for each slot of a step."""
+    """The current perturbations of the micro-batches that this process trains on, one for each slot of a step."""
 
     def __init__(self, *, max_eps: float, rel_step: float) -> None:
         """``max_eps``: largest l-inf radius, pixels; ``rel_step``: step in units of each image's radius."""

@@ -1,7 +1,7 @@
 """Send a training's rows to an experiment tracker of `accelerate`.
 
 The run folder remains the record: the tracker receives a row after it is on disk, a resumed training sends new rows
-only, and after an error of the tracker the training continues without it. It is no part of the recorded config.
+only, and after an error of the tracker the training continues without it. It is not part of the recorded config.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class TrackerListener:
         arguments = {NAME_ARGUMENTS[self.name]: run.dir.resolve().name} if self.name in NAME_ARGUMENTS else {}
         settings = {key: value if isinstance(value, int | float) else str(value) for key, value in run.config.items()}
         try:
-            # A tracker that writes files does so in a folder of its own name inside the run folder.
+            # A tracker that writes files does so in a folder of its name inside the run folder.
             local = self.kind.requires_logging_directory
             tracker = self.kind(self.name, run.dir) if local else self.kind(PROJECT, **arguments)
             tracker.start()

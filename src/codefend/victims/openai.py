@@ -27,7 +27,7 @@ PREFIX = "openai:"
 
 @dataclass(frozen=True)
 class Options:
-    """What may follow the model. ``rpm``: requests per minute, retries included; 0: no limit."""
+    """The options behind the model's name. ``rpm``: requests per minute, retries included; 0: no limit."""
 
     rpm: float = 0.0
     concurrency: int = 4
@@ -86,7 +86,7 @@ class OpenAIVictim:
         failed = threading.Event()
 
         def answer(url: str, prompt: str) -> str:
-            if failed.is_set():  # requests that still wait are not sent
+            if failed.is_set():  # pending requests are not sent
                 return ""
             try:
                 return self._answer(client, url, prompt)
@@ -160,7 +160,7 @@ class OpenAIVictim:
         """The error for the user: one line, cause then remedy."""
         import openai
 
-        resume = "answers so far are kept: rerun the command to resume"
+        resume = "answers so far are saved: rerun the command to resume"
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
             return CodefendError(
                 f"{self.url} refused the key; set {self.options.key} to one that may use {self.model!r}"
@@ -170,7 +170,7 @@ class OpenAIVictim:
                 f"{self.url} knows no model {self.model!r}, or isn't the API's address (most end in /v1)"
             )
         if isinstance(error, openai.RateLimitError):
-            return CodefendError(f"{self.url} kept refusing: too many requests, or no quota; lower ?rpm=; {resume}")
+            return CodefendError(f"{self.url} still refuses: too many requests, or no quota; lower ?rpm=; {resume}")
         if isinstance(error, openai.APITimeoutError):
             return CodefendError(
                 f"{self.url} did not answer within {self.options.timeout:g} s; raise ?timeout=; {resume}"

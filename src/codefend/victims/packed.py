@@ -1,4 +1,4 @@
-"""A Llama decoder over packed rows: the same function as the Transformers model, without computing unused outputs.
+"""A Llama decoder over packed rows: equal to the Transformers model, without computing unused outputs.
 
 Rows of different lengths are concatenated, so nothing is computed for padding; the common start of all rows is computed
 once; and the last layer computes only the queried positions. Projections may be any modules (LoRA included), on any
@@ -107,7 +107,7 @@ def _layer(
 
 
 def _rotate(x: Tensor, rotation: Rotation, *, back: bool = False) -> Tensor:
-    """Rotary embedding of ``[N, heads, head]`` (Su et al. 2021, halves apart as in Llama), or its inverse."""
+    """Rotary embedding of ``[N, heads, head]`` (Su et al. 2021, in separate halves as in Llama), or its inverse."""
     cos, sin = (part[:, None, : x.shape[-1] // 2].to(x.dtype) for part in rotation)
     first, second = x.chunk(2, dim=-1)
     sin = -sin if back else sin
@@ -172,7 +172,7 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor, groups: int, scale: float) -> Te
 
 
 def _fold(x: Tensor, groups: int) -> Tensor:
-    """``[R, L, heads, width]`` to ``[R * groups, heads per group * L, width]``: heads that share keys side by side."""
+    """``[R, L, heads, width]`` to ``[R * groups, heads per group * L, width]``, grouped by shared keys."""
     rows, length, heads, width = x.shape
     return x.transpose(1, 2).reshape(rows * groups, heads // groups * length, width)
 

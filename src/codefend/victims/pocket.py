@@ -107,7 +107,7 @@ class Pocket(nn.Module):
     def _context(
         self, images: Tensor, prompts: Sequence[str], prefix: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Embeddings of BEFORE, and for each example what follows: ``[image, prefix, prompt, AFTER]``, ``[L_i, D]``."""
+        """Embeddings of BEFORE, and for each example those of ``[image, prefix, prompt, AFTER]``, ``[L_i, D]``."""
         vision = self.connector(self._tokens(images))
         before, *questions = self.embed([BEFORE, *(f"\n{prompt}{AFTER}" for prompt in prompts)])
         soft = [] if prefix is None else [prefix.to(self.device)]
@@ -130,7 +130,7 @@ class Pocket(nn.Module):
     ) -> Tensor:
         """Mean negative log-likelihood of each target and the end token, ``[B]``, differentiable in the images.
 
-        ``prefix`` ``[K, D]``: a soft prefix, embeddings before every prompt; the loss is differentiable in it, too.
+        ``prefix`` ``[K, D]``: a soft prefix, embeddings before every prompt; the loss is also differentiable in it.
         """
         logits, answers = self._answer_logits(images, prompts, targets, prefix)
         nll = F.cross_entropy(logits, self._ids([i for a in answers for i in a]), reduction="none")
@@ -204,7 +204,7 @@ def _add_lora(llm: Any, rank: int) -> None:
 
 
 def merge_lora(llm: Any) -> None:
-    """Merge the adapters into the weights, in place: the same function, a third faster."""
+    """Merge the adapters into the weights, in place: the same outputs, a third faster."""
     from peft.tuners.lora import Linear
 
     for module in list(llm.modules()):

@@ -109,7 +109,7 @@ def _state(tensors: Sequence[Any], config: Any) -> dict[str, Tensor]:
 
 
 def _rotate_halves(weight: Tensor, heads: int) -> Tensor:
-    """GGUF interleaves the two halves of each rotary head; Transformers keeps them apart."""
+    """GGUF interleaves the two halves of each rotary head; Transformers stores them separately."""
     out, width = weight.shape
     return weight.view(heads, out // heads // 2, 2, width).transpose(1, 2).reshape(out, width)
 

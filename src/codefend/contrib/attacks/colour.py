@@ -1,6 +1,6 @@
 """CIEDE2000 colour difference, differentiable (CIE 142-2001; equation numbers of Sharma, Wu & Dalal 2005).
 
-``[B, 3, H, W]`` in and ``[B, H, W]`` out; 1 is about what an eye can just tell apart side by side.
+``[B, 3, H, W]`` in and ``[B, H, W]`` out; 1 is about the just noticeable difference.
 """
 
 from __future__ import annotations

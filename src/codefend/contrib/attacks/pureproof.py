@@ -1,9 +1,9 @@
-"""PureProof (CVPR 2026): a perturbation made to survive diffusion purification. A reconstruction.
+"""PureProof (CVPR 2026): a perturbation that survives diffusion purification. A reconstruction.
 
 Built from a description of the paper, not from its text or code: the loss is
 ``beta * SRA + (1 - beta) * ARA + SCR`` with SRA the objective at the one-step denoised image x0(x_t, t),
 t ~ U{1..T_p}; ARA its mean over K images re-noised from x0 and denoised again; and SCR = (1 - t/T_p) |x0' - x0|^2,
-which keeps the re-noised predictions on the first. Ours: re-noising at the same t, and SCR as a mean over pixels.
+which keeps the re-noised predictions close to the first. Ours: re-noising at the same t, and SCR as a mean over pixels.
 """
 
 from __future__ import annotations

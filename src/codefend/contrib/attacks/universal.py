@@ -12,14 +12,14 @@ from codefend.attacks.base import ImageAttack
 from codefend.attacks.norms import direction, length, spread, uniform
 from codefend.types import Budget, Objective
 
-Batch = tuple[Objective, Tensor]  # an objective and the images [B, 3, H, W] it was made for
+Batch = tuple[Objective, Tensor]  # an objective and its images [B, 3, H, W]
 
 
 @dataclass(kw_only=True)
 class UniversalPerturbation(ImageAttack):
     """``fit`` one delta on batches, ``apply`` it to any images of that size.
 
-    Called as an attack it fits on the images it is given: one delta for the batch, lowest mean objective.
+    Called as an attack, it fits one delta on the batch, with the lowest mean objective.
     """
 
     rel_step: float = 2.5  # times eps / steps

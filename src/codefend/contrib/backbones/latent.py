@@ -208,7 +208,7 @@ def save_adapters(
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The config beside adapters. Raises CodefendError when it is missing or damaged."""
+    """The config next to the adapters. Raises CodefendError when it is missing or damaged."""
     try:
         meta: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return {**meta, "base": str(meta["base"]), "rank": int(meta["rank"])}

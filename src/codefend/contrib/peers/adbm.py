@@ -1,4 +1,4 @@
-"""ADBM (Li et al. 2025, arXiv 2408.00315): a bridge at large noise, with perturbations made in the training loop.
+"""ADBM (Li et al. 2025, arXiv 2408.00315): a bridge at large noise, with attacks in the training loop.
 
 At test time it adds noise and denoises by DDIM: `DiffPure` with eta 0.
 """
@@ -39,7 +39,7 @@ class AdbmConfig(PeerConfig):
 
 
 def adbm_training_loss(config: AdbmConfig, pocket: Pocket) -> PeerLoss:
-    """ADBM's loss on perturbations that are made through the present network."""
+    """ADBM's loss on attacks through the current network."""
 
     def loss(net: PurifierNet, clean: Tensor, attacked: Tensor, number: int, generator: Generator) -> Losses:
         sigma, end = sample_bridge_levels(len(clean), times=config.times, generator=generator)

@@ -1,4 +1,4 @@
-"""What the peers have in common: another paper's purifier on our network, started from our prior, on our images.
+"""Shared parts of the peers: another paper's purifier on our network, started from our prior, on our images.
 
 As in `purifiers.diffusion`, everything is in VE coordinates on [0, 1] pixels and the network predicts the clean image,
 here ``D``; a velocity or a noise prediction is a linear function of it, so each paper's loss is a squared error of D
@@ -68,7 +68,7 @@ def train_peer(
 ) -> Path:
     """Train in ``folder`` and return the folder with the weights; the same call resumes.
 
-    ``load_loss`` loads the networks that the loss needs; ``options`` are what the purifier must know of the training.
+    ``load_loss`` loads the networks that the loss needs; ``options`` are training settings that the purifier needs.
     Raises CodefendError when pairs, prior or victim are missing, or the folder was made with another config.
     """
     recorded = {"train": "peer", "method": config.method, **asdict(config)}

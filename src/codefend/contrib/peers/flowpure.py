@@ -57,7 +57,7 @@ class FlowPureGaussConfig(PeerConfig):
 
 
 def sample_flow_times(count: int, *, generator: Generator | None = None) -> Tensor:
-    """Shares ``s`` of the path left to go, ``[count]``, uniform; FlowPure's own t is 1 - s."""
+    """Remaining shares ``s`` of the path, ``[count]``, uniform; FlowPure's own t is 1 - s."""
     return torch.rand(count, generator=generator).clamp_min(SMALLEST)
 
 
@@ -74,7 +74,7 @@ def flow_loss(net: Denoiser, clean: Tensor, attacked: Tensor, s: Tensor) -> Tens
 def gauss_flow_loss(
     net: Denoiser, clean: Tensor, s: Tensor, *, noise: float = 0.3, generator: Generator | None = None
 ) -> Tensor:
-    """The same from noise to clean images, x_a := x_c + ``noise`` n (FlowPure-Gauss), ``[B]``.
+    """Conditional flow matching from noise to clean images, x_a := x_c + ``noise`` n (FlowPure-Gauss), ``[B]``.
 
     The point at s is x_c with noise s * noise, so the network has the inputs of the unconditional prior.
     """

@@ -64,7 +64,7 @@ class AttackConfig:
     seed: int = 0
 
     def budget(self, spec: AttackSpec | TextAttackSpec) -> Budget:
-        """What an attack may spend on these examples."""
+        """The budget of an attack on these examples."""
         steps = self.cheap_steps if spec.goal.startswith("feature") else self.steps
         if isinstance(spec, TextAttackSpec):
             steps = min(spec.steps, self.steps if spec.changes == "both" else self.queries)
@@ -73,7 +73,7 @@ class AttackConfig:
 
 @dataclass(frozen=True)
 class BankConfig:
-    """What a policy is searched on (train images, ``seen`` attacks) and selected on (val images, ``held_out``)."""
+    """The examples of the search (train images, ``seen`` attacks) and of the selection (val images, ``held_out``)."""
 
     tasks: tuple[str, ...] = ("caption", "vqa")
     purifier: str = "bridge"  # in front of the victim; "none": no purifier
@@ -93,7 +93,7 @@ def check_attacks(names: Sequence[str], config: AttackConfig, label: str) -> Non
     """
     for number, name in enumerate(names):
         if name in names[:number]:
-            raise CodefendError(f"attack {name!r} is named twice; it can stand in one place")
+            raise CodefendError(f"attack {name!r} is named twice; name it once")
         lookup("attack", name, EVERY_ATTACK)
     check_radius(config.eps)
     for key, value in (("steps", config.steps), ("cheap_steps", config.cheap_steps), ("queries", config.queries)):
@@ -107,7 +107,7 @@ def load_purifiers(labels: Sequence[str], loaders: Loaders) -> dict[str, Purifie
     for label in labels:
         defense = load_defense(label, loaders)
         if defense.policy is not None:
-            raise CodefendError(f"{label!r} names a prompt policy: set policies apart from purifiers here")
+            raise CodefendError(f"{label!r} names a prompt policy: list policies separately from purifiers here")
         purifiers[label] = defense.purifier
     return purifiers
 

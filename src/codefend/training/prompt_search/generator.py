@@ -3,7 +3,7 @@
 Imitation (Peters and Schaal 2007; with the best of n only: RAFT, Dong et al. 2023, arXiv 2304.06767): for each query,
 sentences of a bank, the query's own sentences and samples of the generator compete. Their reward is the victim's
 log-likelihood of the right answer; the generator learns to write the better ones. Query pairs (`query_pairs`) teach it
-to repeat a damaged query as it was, and to leave a plain one alone.
+to repeat a damaged query in its original form, and to leave a plain one alone.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def add_adapters(writer: Writer, config: GeneratorConfig) -> None:
 
 
 def policy_of(writer: Writer, config: GeneratorConfig, name: str) -> GeneratedPolicy:
-    """The policy of the writer as it is now; its key changes with every step of the training."""
+    """The policy of the writer's current weights; its key changes with every step of the training."""
     values = [p.detach().half().contiguous().numpy().tobytes() for _, p in sorted(writer.adapters().items())]
     key = fingerprint(b"".join([REQUEST.encode(), config.place.encode(), str(config.tokens).encode(), *values]))
     return GeneratedPolicy(name, writer, config.tokens, key, config.place)

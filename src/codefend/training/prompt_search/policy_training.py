@@ -1,4 +1,4 @@
-"""What the trainings of learned policies share: batches of items, the schedule, and the rows of the run folder."""
+"""Shared parts of the trainings of learned policies: batches of items, the schedule, and the rows of the run folder."""
 
 from __future__ import annotations
 

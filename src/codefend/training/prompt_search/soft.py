@@ -29,7 +29,7 @@ class SoftConfig:
     batch: int = 4
     lr: float = 3e-3
     warmup: int = 10
-    clean_share: float = 0.4  # of a batch: clean items, so that the clean score holds
+    clean_share: float = 0.4  # of a batch: clean items, to preserve the clean score
     check_every: int = 60  # steps between candidates, which are evaluated on the selection set
     start: str = "Answer from what the picture shows and nothing else."
 

@@ -1,4 +1,4 @@
-"""From a model id or folder to a victim: dtype, device, quantization, and processors without torchvision."""
+"""Load a victim from a model id or folder: dtype, device, quantization, and processors without torchvision."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class HFOptions:
     """``device``: "cpu", "cuda:1", or "auto": the device that ``CODEFEND_DEVICE`` names, a launched process's own GPU,
     else spread over all devices (accelerate).
 
-    Layers that fit on no accelerator are kept in memory or on disk: slow, with the same gradients. Both this and the
+    Layers that fit on no accelerator stay in memory or on disk: slow, with the same gradients. Both this and the
     quantizations are tested on tiny models on a CPU (the latter where bitsandbytes is installed), not on several GPUs.
     """
 
@@ -133,7 +133,7 @@ def load_processor(source: str, config: Any, **extra: Any) -> Any:
     from transformers import AutoImageProcessor, AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    # Looked up by the config's class; ids whose processor class is named in their files only go the library's way.
+    # Looked up by the config's class; the library loads ids whose processor class only their files name.
     kind: Any = PROCESSOR_MAPPING.get(type(config), None)
     if kind is None:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False, **extra)

@@ -24,7 +24,7 @@ Family = Callable[[Any, Levels, Tensor], Tensor]  # processor, arithmetic, level
 
 
 def pixel_values(processor: Any, images: Tensor, *, exact: bool = False) -> Tensor:
-    """What ``processor`` (an image processor) makes of images ``[B, 3, H, W]`` in [0, 1], in float32.
+    """The ``pixel_values`` of an image processor for images ``[B, 3, H, W]`` in [0, 1], in float32.
 
     ``exact`` repeats its 8-bit rounding to the level; without it the function is smooth, for attacks.
     Raises CodefendError for an unknown family of processors.

@@ -24,7 +24,7 @@ def question(processor: Any, kind: str, prompt: str) -> str:
 
 
 def answer_lead(processor: Any, kind: str, prompt: str, answer: str) -> str | None:
-    """What the chat template writes between `question` and ``answer``: nothing or a space, as behind "Assistant:".
+    """The text of the chat template between `question` and ``answer``: nothing or a space, as after "Assistant:".
 
     None without such a place: no template, none that takes answers, or an answer that opens in another way.
     """
@@ -61,7 +61,7 @@ def _render_answer(processor: Any, prompt: str, answer: str) -> str:
     """Question and answer as the chat template writes them; empty where it takes no answers."""
     parts = [{"type": "text", "text": answer}]
     for content in (parts, answer):  # some templates take an answer's parts, some plain text
-        with suppress(Exception):  # jinja's errors or Python's own, as the template has it
+        with suppress(Exception):  # jinja's errors or Python's own, depending on the template
             turns = [_user_turn(prompt), {"role": "assistant", "content": content}]
             whole = _render(processor, turns, open_answer=False)
             if repr(parts) not in whole:
@@ -75,4 +75,4 @@ def _render(processor: Any, turns: list[dict[str, Any]], *, open_answer: bool) -
         turns, chat_template=_template(processor), tokenize=False, add_generation_prompt=open_answer
     )
     begins = tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return str(text).removeprefix(tokenizer.bos_token) if begins else str(text)  # or it would begin twice
+    return str(text).removeprefix(tokenizer.bos_token) if begins else str(text)  # otherwise it would begin twice

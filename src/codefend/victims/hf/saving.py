@@ -18,7 +18,7 @@ PROCESSOR_FILE = "processor_config.json"
 def save_victim(victim: HFVictim, folder: Path) -> None:
     """Safetensors, configs, tokenizer and processor. Raises CodefendError when the folder cannot be written.
 
-    The stand-in for a video processor is left out: what it would have read is no part of a victim.
+    The stand-in for a video processor is left out: victims read no videos.
     """
     try:
         victim.model.save_pretrained(folder)

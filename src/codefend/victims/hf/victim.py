@@ -34,7 +34,7 @@ Layout = Mapping[str, Tensor]  # what the processor gives for one example, witho
 
 
 class HFVictim:
-    """``model`` and ``processor`` of one checkpoint. Frozen, in eval mode, on the device and in the dtype it has."""
+    """``model`` and ``processor`` of one checkpoint. Frozen, in eval mode; device and dtype stay unchanged."""
 
     def __init__(self, model: Any, processor: Any, *, name: str, max_new_tokens: int = 48) -> None:
         self.model, self.processor, self.name = model, processor, name
@@ -65,7 +65,7 @@ class HFVictim:
         return torch.stack([part.mean() for part in nll.split([len(answer) for answer in answers])])
 
     def margins(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> list[Tensor]:
-        """For each image ``[A_i]``: the logit of each token of its target less the largest other logit there."""
+        """For each image ``[A_i]``: the logit of each token of its target minus the largest other logit there."""
         logits, answers = self._read(images, prompts, targets)
         flat = torch.tensor([token for answer in answers for token in answer], device=logits.device)[:, None]
         others = logits.scatter(1, flat, -torch.inf).amax(1)
@@ -99,7 +99,7 @@ class HFVictim:
         question_ids = batch["input_ids"]
         length = question_ids.shape[1]
         if out.shape[1] >= length and torch.equal(out[:, :length], question_ids):
-            out = out[:, length:]  # some families return the question, too, others only the answer
+            out = out[:, length:]  # some families return question and answer, others only the answer
         return [text.strip() for text in self.processor.tokenizer.batch_decode(out, skip_special_tokens=True)]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -209,7 +209,7 @@ class HFVictim:
         return torch.cat([row[place.to(row.device)] for row, place in zip(out.logits, places, strict=True)])
 
     def _read_decoder(self, images: Tensor, layouts: Sequence[Layout], answers: Sequence[list[int]]) -> Tensor:
-        """The same for language models that read the question with an encoder (FlanT5 in BLIP-2)."""
+        """As `_read_causal`, for language models that read the question with an encoder (FlanT5 in BLIP-2)."""
         batch = self._collate(layouts, left=False)
         rows = [torch.tensor(answer) for answer in answers]
         labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100).to(self.model.device)
