@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 GROUPS = {
     "Use": ("purify", "ask", "caption", "serve", "export"),
     "Measure": ("attack", "eval", "report", "leaderboard", "demo"),
-    "Train": ("pairs", "train", "calibrate", "card", "optimize-prompt", "prompts"),
+    "Train": ("pairs", "train", "build-victim", "calibrate", "card", "optimize-prompt", "prompts"),
     "Inspect": ("list", "doctor"),
 }
 EXAMPLES = {
