@@ -46,8 +46,7 @@ def wrap(
     >>> isinstance(client, OpenAI)
     True
     """
-    inner: Any = getattr(client, "_client", None)
-    copy: Any = getattr(client, "copy", None)
+    inner, copy = (getattr(client, name, None) for name in ("_client", "copy"))
     http = _http_library(inner)
     if http is None or not callable(copy):
         raise CodefendError(f"cannot wrap {type(client).__name__}; give an OpenAI or Anthropic client")
