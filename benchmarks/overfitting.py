@@ -43,6 +43,7 @@ def cosines(net: PurifierNet, clean: Tensor, level: float, args: argparse.Namesp
         return cosine(clip(net(images + level * noise_like(images, generator), torch.ones_like(sigma), sigma)))
 
     single = n_fgsm(net, cosine, clean, eps=eps, sigma=sigma, start=1.0, generator=generator)
+    net.requires_grad_(False)  # which the step has reset
     single = torch.minimum(torch.maximum(single, clean - args.eps / 255), clean + args.eps / 255)
     budget = Budget(eps=args.eps / 255, steps=20, eot=args.samples if level else 1)
     strong = PGD()(objective, clean, budget, generator=generator)
@@ -67,7 +68,7 @@ def main() -> None:
         net = load_net(folder)[0]
         for level in args.sigmas:
             cells = " | ".join(f"{value:.3f}" for value in cosines(net, clean, level, args))
-            print(f"| {folder.parent.name} | {level:g} | {cells} |", flush=True)
+            print(f"| {folder} | {level:g} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":
