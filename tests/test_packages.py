@@ -57,7 +57,7 @@ def call(*words: object, cwd: Path = ROOT, code: int = 0) -> str:
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The wheels of codefend and codefend-models, in this order."""
     if missing := [name for name in ("build", "hatchling", "twine") if find_spec(name) is None]:
-        pytest.skip(f"the dev extra, whose {missing[0]} is missing, builds packages")
+        pytest.skip(f"the release extra, whose {missing[0]} is missing, builds packages")
     out = tmp_path_factory.mktemp("dist")
     for folder in (ROOT, MODELS):
         call(sys.executable, "-m", "build", "--no-isolation", "--wheel", "-o", out, folder)
