@@ -46,23 +46,29 @@ def wrap(
     >>> isinstance(client, OpenAI)
     True
     """
-    inner, copy = (getattr(client, name, None) for name in ("_client", "copy"))
+    inner: Any = getattr(client, "_client", None)
+    copy: Any = getattr(client, "copy", None)
     http = _http_library(inner)
     if http is None or not callable(copy):
         raise CodefendError(f"cannot wrap {type(client).__name__}; give an OpenAI or Anthropic client")
     options: dict[str, Any] = {"prompt": prompt, "policy": policy, "threshold": threshold, "on_error": on_error}
     engine = local_engine(purifier, image_links=image_links, tools=tools, **options)
-    asynchronous = isinstance(inner, http.AsyncClient)
-    transport = (_async_transport if asynchronous else _sync_transport)(http, inner, engine)
-    outer = (http.AsyncClient if asynchronous else http.Client)(
-        transport=transport,
+    wrapped: Client = _without_websockets(copy(http_client=_purifying(http, inner, engine)))
+    return wrapped
+
+
+def _purifying(http: Any, inner: Any, engine: Engine) -> Any:
+    """An HTTP client that purifies requests and sends them with ``inner``."""
+    kind, build = (
+        (http.Client, _sync_transport) if isinstance(inner, http.Client) else (http.AsyncClient, _async_transport)
+    )
+    return kind(
+        transport=build(http, inner, engine),
         base_url=inner.base_url,
         timeout=inner.timeout,
         headers=inner.headers,
         follow_redirects=inner.follow_redirects,
     )
-    wrapped: Client = _without_websockets(copy(http_client=outer))
-    return wrapped
 
 
 class _NoAddress:
