@@ -39,6 +39,13 @@ def test_another_value_changes_the_readme(name: str) -> None:
     assert ROOT / "README.md" in tool.outdated(changed)
 
 
+def test_no_line_begins_with_a_marker() -> None:
+    """Markdown takes such a line for a block of its own and breaks the paragraph."""
+    for path in tool.pages():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert not line.lstrip(" *").startswith("<!--="), f"{path.name}: {line}"
+
+
 def test_figures_are_complete() -> None:
     for figure in FIGURES.values():
         assert figure.n >= 1, figure.id
