@@ -1,4 +1,4 @@
-"""What attacks share: hooks, gradients and the choice of the best images."""
+"""The base classes of attacks: hooks, gradients and the choice of the best images."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_best_images_are_returned_not_the_last() -> None:
     assert (recorded[-1] > 0.049).all()
 
 
-def test_eot_is_not_fooled_by_a_lucky_sample() -> None:
+def test_with_eot_a_lucky_sample_does_not_win() -> None:
     # Every draw adds heavy noise; only moving the mean truly helps. One sample picks luck, many pick progress.
     noise = seeded(5)
     clean = torch.full((16, 3, 4, 4), 0.5)

@@ -1,4 +1,4 @@
-"""The low-frequency attack: its spectrum, and what that is good for."""
+"""The low-frequency attack: its spectrum, and a purifier that it survives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norms and 8 bits: what stays in the ball, and what rounding does."""
+"""Norms: projection into the ball, and rounding to 8 bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objectives: the sign conventions, one number per image, and what happens behind a defense."""
+"""Objectives: sign conventions, one number per image, and gradients through a defense."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_answers_can_be_scored_without_a_loss(images: Tensor) -> None:
     assert objective(images).tolist() == expected
 
 
-def test_counted_counts_calls(images: Tensor) -> None:
+def test_call_counter_counts_calls(images: Tensor) -> None:
     counted = CallCounter(untargeted(ToyVictim(), PROMPTS, ANSWERS))
     counted(images)
     counted(images)

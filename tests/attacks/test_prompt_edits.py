@@ -16,7 +16,7 @@ def test_glyph_edits_change_a_few_letters_only() -> None:
     assert all(1 <= count <= 2 for count in differing)
 
 
-def test_searches_keep_to_their_edits_and_improve_with_steps() -> None:
+def test_searches_stay_within_their_edits_and_improve_with_steps() -> None:
     clean, victim = sample_images(), PromptReader()
     objective: PromptObjective = prompt_objective_for(TEXT_ATTACKS["characters"], victim, ANSWERS, "")
     few, many = (

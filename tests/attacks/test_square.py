@@ -1,4 +1,4 @@
-"""Square attack, and what score attacks share."""
+"""Square attack, and tests of all score attacks."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_square_takes_tiny_images(size: int) -> None:
 
 @pytest.mark.parametrize("attack", [SquareAttack(), RGF(), SPSA()], ids=lambda attack: attack.name)
 @pytest.mark.parametrize("queries", [50, 333])
-def test_score_attacks_spend_their_queries_and_no_gradient(attack: Any, queries: int) -> None:
+def test_score_attacks_use_their_queries_and_no_gradient(attack: Any, queries: int) -> None:
     counted = CallCounter(untargeted(ToyVictim(), PROMPTS, ANSWERS))
 
     def black_box(images: Tensor) -> Tensor:

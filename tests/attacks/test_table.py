@@ -1,4 +1,4 @@
-"""Every attack of the table keeps one contract."""
+"""Every attack of the table fulfils one contract."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ AUGMENTED = (
     "low-frequency",
 )  # no gradient at the image itself
 every_attack = pytest.mark.parametrize("spec", ATTACKS.values(), ids=lambda spec: spec.name)
-# eps and norm mean nothing to an attack with a bound of its own.
+# eps and norm mean nothing to an attack with its own bound.
 every_case = pytest.mark.parametrize(
     ("spec", "norm", "victim"),
     [
@@ -82,7 +82,7 @@ def built(spec: AttackSpec) -> Any:
 
 
 @every_case
-def test_every_attack_keeps_the_contract(spec: AttackSpec, norm: str, victim: str) -> None:
+def test_every_attack_fulfils_the_contract(spec: AttackSpec, norm: str, victim: str) -> None:
     objective, clean = setup(spec, victim)
     budget, before, attack = budget_of(spec, norm), clean.clone(), built(spec)
     adv = attack(objective, clean, budget, generator=seeded())
@@ -176,7 +176,7 @@ def test_trace_records_every_step(spec: AttackSpec) -> None:
 
 @pytest.mark.parametrize("spec", [s for s in ATTACKS.values() if s.threat == "white-box"], ids=lambda s: s.name)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_nonfinite_gradients_are_counted_and_do_no_harm(spec: AttackSpec, poison: float) -> None:
+def test_nonfinite_gradients_are_counted_and_ignored(spec: AttackSpec, poison: float) -> None:
     clean = sample_images()
     mask = torch.zeros_like(clean)
     mask[0, :, :2] = 1  # 96 poisoned entries of the first example

@@ -1,4 +1,4 @@
-"""Every text attack of the table keeps one contract."""
+"""Every text attack of the table fulfils one contract."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class BlackBox:
 
 @every_attack
 @pytest.mark.parametrize("defended", [False, True])
-def test_every_attack_keeps_the_contract(spec: TextAttackSpec, defended: bool) -> None:
+def test_every_attack_fulfils_the_contract(spec: TextAttackSpec, defended: bool) -> None:
     clean, victim = sample_images(), PromptReader()
     attacked_victim = DefendedVictim(victim, Defense(purifier=Dim(), name="dim")) if defended else victim
     objective = prompt_objective_for(spec, attacked_victim, ANSWERS, "target")
@@ -82,7 +82,7 @@ def test_trace_records_every_evaluation(spec: TextAttackSpec) -> None:
 
 
 @every_attack
-def test_spec_is_filled_in(spec: TextAttackSpec) -> None:
+def test_every_spec_is_complete(spec: TextAttackSpec) -> None:
     assert TEXT_ATTACKS[spec.name] is spec
     assert spec.build("x").name == spec.name
     assert spec.summary

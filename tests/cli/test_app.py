@@ -1,4 +1,4 @@
-"""The front of the command line and its verbs for runs: what they print, write and return."""
+"""The command line and its verbs for runs: output, files and exit codes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments: list[str], text: str
         ),
     ],
 )
-def test_what_goes_wrong_inside_a_verb(
+def test_errors_inside_a_verb_set_the_exit_code(
     error: BaseException, code: int, text: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in(monkeypatch, "cli.demo", run_demo=raising(error))
@@ -78,7 +78,7 @@ def test_what_goes_wrong_inside_a_verb(
     assert err.startswith(text)
 
 
-def test_bugs_are_not_dressed_up_as_user_errors(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bugs_are_not_reported_as_user_errors(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (ValueError("a bug"), ModuleNotFoundError("x", name="codefend.gone")):
         stand_in(monkeypatch, "cli.demo", run_demo=raising(error))
         with pytest.raises(type(error)):
@@ -148,7 +148,7 @@ def presets(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return calls
 
 
-def test_run_verbs_hand_over_config_and_folder(presets: list[tuple[Any, ...]], tmp_path: Path, run: Run) -> None:
+def test_run_verbs_pass_config_and_folder_on(presets: list[tuple[Any, ...]], tmp_path: Path, run: Run) -> None:
     settings = ("--set", "steps=3", "--set", "model.width=4")
     changed = Config(steps=3, model=Inner(4))
     assert run("train", "tiny", "--run", tmp_path, *settings) == (0, f"{tmp_path}\n", "")
@@ -202,7 +202,7 @@ def test_max_asr_decides_the_exit_code(
     assert run("eval", "--run", tmp_path)[0] == 0  # without --max-asr
 
 
-def test_max_asr_wants_a_share_and_an_attack(
+def test_max_asr_needs_a_share_and_an_attack(
     presets: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Run
 ) -> None:
     assert run("eval", "--run", tmp_path, "--max-asr", 25)[0] == 2
@@ -211,7 +211,7 @@ def test_max_asr_wants_a_share_and_an_attack(
     assert (code, "the run holds no attack" in err) == (2, True)
 
 
-def test_a_misspelt_precision_is_told_before_anything_starts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_precision_is_reported_first(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CODEFEND_PRECISION", "float16")
     code, out, err = run("list", "victims")
     assert (code, out) == (2, "")
@@ -269,13 +269,13 @@ def test_run_verbs_refuse_with_one_line(
     assert presets == []
 
 
-def test_a_report_on_what_is_no_run(run: Run, tmp_path: Path) -> None:
+def test_a_report_needs_a_run_folder(run: Run, tmp_path: Path) -> None:
     code, out, err = run("report", tmp_path)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "not a run folder" in err
 
 
-def test_demo_returns_its_own_code(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_demo_returns_its_exit_code(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     stand_in(monkeypatch, "cli.demo", run_demo=lambda folder: 0 if folder == tmp_path else 1)
     assert run("demo", "--run", tmp_path)[0] == 0
     assert run("demo")[0] == 1

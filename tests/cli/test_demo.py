@@ -39,7 +39,7 @@ def run(folder: Path, config: EvalConfig = TOY, victim: object = None) -> tuple[
     return code, console.export_text()
 
 
-def test_works(tmp_path: Path) -> None:
+def test_a_working_defense_passes(tmp_path: Path) -> None:
     code, output = run(tmp_path)
     assert code == 0
     last = output.strip().splitlines()[-1]
@@ -53,7 +53,7 @@ def test_works(tmp_path: Path) -> None:
     assert run(tmp_path) == (code, output)  # again, from the rows
 
 
-def test_defense_that_does_nothing(tmp_path: Path) -> None:
+def test_a_defense_without_effect_fails(tmp_path: Path) -> None:
     config = replace(TOY, defenses=("none", "rounded"), adaptive=("rounded",))
     rows = evaluate(config, tmp_path, loaders=toys.loaders())
     works, sentence = verdict(rows, "rounded")
@@ -61,13 +61,13 @@ def test_defense_that_does_nothing(tmp_path: Path) -> None:
     assert sentence.startswith("CoDefend does not work on this machine: under an oblivious")
 
 
-def test_attack_that_does_nothing(tmp_path: Path) -> None:
+def test_an_attack_without_effect_is_inconclusive(tmp_path: Path) -> None:
     code, output = run(tmp_path, replace(TOY, eps=(1.0,)))
     assert code == 1
     assert "Inconclusive, because the attack is too weak" in output
 
 
-def test_model_that_knows_nothing(tmp_path: Path) -> None:
+def test_a_model_without_correct_answers_fails(tmp_path: Path) -> None:
     class Mute(toys.ToyVictim):
         def generate(self, images: object, prompts: object) -> list[str]:
             return [""] * len(images)  # type: ignore[arg-type]
@@ -77,7 +77,7 @@ def test_model_that_knows_nothing(tmp_path: Path) -> None:
     assert "the model scores only 0% on clean images." in output
 
 
-def test_missing_plots_do_not_cost_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_verdict_does_not_need_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(run_dir: Path) -> Path:
         raise CodefendError("the HTML report needs matplotlib")
 

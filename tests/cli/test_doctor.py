@@ -34,7 +34,7 @@ def test_a_missing_extra_names_its_command(run: Run, monkeypatch: pytest.MonkeyP
     assert "missing starlette: pip install 'codefend[gateway]'" in out
 
 
-def test_every_verb_stands_in_one_group_of_the_help(run: Run) -> None:
+def test_every_verb_is_in_one_group_of_the_help(run: Run) -> None:
     import typer
 
     verbs = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]

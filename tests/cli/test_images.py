@@ -37,7 +37,7 @@ def test_purify_writes_the_image(dark: Path, run: Run) -> None:
 
 
 @pytest.mark.usefixtures("toys")
-def test_purify_says_what_failed_last_and_exits_with_1(dark: Path, run: Run) -> None:
+def test_purify_lists_failures_last_and_exits_with_1(dark: Path, run: Run) -> None:
     (dark.parent / "bad.png").write_bytes(b"no")
     (dark.parent / "big.png").write_bytes(images.encode(torch.zeros(3, 20, 20)))
     command = ("purify", dark.parent, "-o", dark.parent / "out", "--purifier", "brighten", "--max-pixels", 100)
@@ -102,7 +102,7 @@ def test_attack_stays_in_its_budget_and_shows_both_answers(dark: Path, run: Run)
 
 @pytest.mark.usefixtures("toys")
 @pytest.mark.parametrize("name", ["stadv", "patch"])
-def test_attack_with_a_bound_of_its_own_is_not_clipped_to_the_ball(tmp_path: Path, run: Run, name: str) -> None:
+def test_an_attack_with_its_own_bound_is_not_clipped_to_the_ball(tmp_path: Path, run: Run, name: str) -> None:
     image = images.quantize8(torch.rand(3, 24, 24, generator=torch.Generator().manual_seed(0)) * 0.8)
     images.save(tmp_path / "in.png", image)
     command = ("attack", tmp_path / "in.png", "--attack", name, "--question", "how?", "--eps", "1/255", "--steps", 8)

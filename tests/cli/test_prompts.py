@@ -1,4 +1,4 @@
-"""The verbs of the prompt side with toys behind them: what they print, write and return."""
+"""The verbs for prompts on toys: output, files and exit codes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def optimize(run: Run, folder: Path, *more: str) -> tuple[int, str, str]:
     return run("optimize-prompt", "--victim", "toy", "--run", folder, *SEARCH, *more)
 
 
-def test_a_search_and_what_can_be_done_with_its_policy(run: Run, toys: dict[str, Any], tmp_path: Path) -> None:
+def test_a_search_and_the_uses_of_its_policy(run: Run, toys: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     code, out, err = optimize(run, folder)
     assert code == 0
@@ -67,9 +67,7 @@ def test_a_search_and_what_can_be_done_with_its_policy(run: Run, toys: dict[str,
     ]
 
 
-def test_a_search_is_interrupted_and_goes_on_with_the_same_command(
-    run: Run, toys: dict[str, Any], tmp_path: Path
-) -> None:
+def test_an_interrupted_search_resumes_with_the_same_command(run: Run, toys: dict[str, Any], tmp_path: Path) -> None:
     toys["toy"] = Killed(100)
     code, out, err = optimize(run, tmp_path / "run")
     assert (code, out) == (130, "")
@@ -86,7 +84,7 @@ def test_a_search_is_interrupted_and_goes_on_with_the_same_command(
     assert "holds a run with another config: seed was 0, now 1" in err
 
 
-def test_a_search_that_finds_nothing_says_so(run: Run, toys: dict[str, Any], tmp_path: Path) -> None:
+def test_a_search_without_a_better_policy_reports_it(run: Run, toys: dict[str, Any], tmp_path: Path) -> None:
     code, out, err = optimize(run, tmp_path / "run", "--set", "gepa.evaluations=20")
     assert code == 0
     assert out
@@ -104,7 +102,7 @@ def test_a_search_that_finds_nothing_says_so(run: Run, toys: dict[str, Any], tmp
         (["--set", "bank.held_out=apdg"], "did you mean 'apgd'"),
     ],
 )
-def test_mistakes_leave_nothing_behind(
+def test_mistakes_create_no_folder(
     run: Run, toys: dict[str, Any], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     code, out, err = optimize(run, tmp_path / "run", *arguments)
@@ -196,7 +194,7 @@ def test_the_table_measures_pairs_against_each_alone(run: Run, toys: dict[str, A
     assert len(read_rows(tmp_path / "run")) == before
 
 
-def test_a_policy_that_changed_is_not_the_frozen_one(run: Run, toys: dict[str, Any], tmp_path: Path) -> None:
+def test_a_changed_policy_is_refused(run: Run, toys: dict[str, Any], tmp_path: Path) -> None:
     save_policy(PromptPolicy("mine", prefix="a "), tmp_path / "mine.json")
     arguments = ["--purifier", "none", "--prompt", tmp_path / "mine.json", "--set", "tasks=questions"]
     assert table(run, tmp_path / "run", *arguments)[0] == 0
@@ -206,7 +204,7 @@ def test_a_policy_that_changed_is_not_the_frozen_one(run: Run, toys: dict[str, A
     assert "frozen" in err
 
 
-def test_a_prompt_that_scares_shows_as_refusals(run: Run, toys: dict[str, Any], tmp_path: Path) -> None:
+def test_refusals_caused_by_a_prompt_are_reported(run: Run, toys: dict[str, Any], tmp_path: Path) -> None:
     assert "altered" in str(PROMPTS["doubt"].policy)
 
     class Jumpy(Suggestible):
@@ -221,7 +219,7 @@ def test_a_prompt_that_scares_shows_as_refusals(run: Run, toys: dict[str, Any], 
     assert (cells["none"]["clean_cost"], cells["doubt"]["clean_cost"]) == (0, 1)
 
 
-def test_purifiers_of_a_table_keep_their_options_and_unknown_ones_leave_nothing(
+def test_purifiers_of_a_table_keep_their_options_and_unknown_ones_create_no_folder(
     run: Run, toys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(name: str, **options: object) -> Any:
@@ -251,7 +249,7 @@ def test_purifiers_of_a_table_keep_their_options_and_unknown_ones_leave_nothing(
         ("attack.queries=0", "attack.queries must be 1 or more, not 0"),
     ],
 )
-def test_mistakes_of_a_table_leave_nothing_behind(
+def test_mistakes_of_a_table_create_no_folder(
     run: Run, toys: dict[str, Any], tmp_path: Path, setting: str, message: str
 ) -> None:
     code, _, err = table(run, tmp_path / "run", "--set", setting)

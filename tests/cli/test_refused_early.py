@@ -1,4 +1,4 @@
-"""A run folder of another config is refused before a model, task or purifier is loaded: that takes many seconds."""
+"""A run folder of another config is refused before a model, task or purifier is loaded, which takes many seconds."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def test_another_config_is_refused_before_anything_is_loaded(tmp_path: Path, ver
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_new_folder_is_not_made_before_all_is_loaded(tmp_path: Path, verb: str) -> None:
+def test_a_new_folder_is_created_after_loading(tmp_path: Path, verb: str) -> None:
     with pytest.raises(Loaded):
         VERBS[verb](tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
-def test_a_setting_that_cannot_be_is_told_before_the_folder(tmp_path: Path) -> None:
+def test_an_invalid_setting_is_reported_before_the_folder(tmp_path: Path) -> None:
     open_run(tmp_path, {"another": 1}).close()
     with pytest.raises(CodefendError, match="batch"):
         evaluate(replace(SMALL, batch=0), tmp_path, loaders=LOADERS)

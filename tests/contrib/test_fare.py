@@ -50,7 +50,7 @@ def test_fare_trains_an_encoder_that_a_pocket_reads(base: Path, tmp_path: Path) 
     change = (encoder(image) - original(image)).norm() / original(image).norm()
     assert 1e-3 < float(change) < 1
     assert "4/255" in (folder / "README.md").read_text()
-    again = train(FareConfig(**{**fare.__dict__, "victim": str(folder), "steps": 1}), tmp_path / "again")  # goes on
+    again = train(FareConfig(**{**fare.__dict__, "victim": str(folder), "steps": 1}), tmp_path / "again")  # resumes
     assert runs.read_rows(tmp_path / "again")[0]["clean"] == 0  # the original is now the tuned one
     with pytest.raises(CodefendError, match="another encoder"):
         read_encoder(encoders.load("lite2"), load_checkpoint(again / "model.safetensors")[0], again)

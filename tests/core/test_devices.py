@@ -1,4 +1,4 @@
-"""The networks stand on one device and take images from another. No GPU here: PyTorch's `meta` device stands for it.
+"""Networks accept images from another device; PyTorch's `meta` device replaces a GPU in these tests.
 
 A meta tensor has a shape and a place but no values, and an operation that mixes it with a CPU tensor fails.
 """
@@ -77,7 +77,7 @@ def test_purifiers_follow_the_images(name: str) -> None:
 
 
 class Elsewhere(PlainPurifier):
-    """A purifier on another device: notes what it gets there, and gives an image back that can come home."""
+    """A purifier on another device that records its inputs and returns images that can be moved back."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def test_a_defense_on_the_images_device_changes_nothing(wrap: Any) -> None:
     assert (gradient.flatten(1).norm(dim=1) > 0).all()
 
 
-def test_mixed_precision_is_for_machines_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixed_precision_needs_hardware_support(monkeypatch: pytest.MonkeyPatch) -> None:
     def product() -> torch.dtype:
         with devices.mixed_precision(torch.device("cpu")):
             return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
@@ -124,7 +124,7 @@ def test_mixed_precision_is_for_machines_that_have_it(monkeypatch: pytest.Monkey
         product()
 
 
-def test_purifying_is_mixed_and_an_attack_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_purification_is_in_mixed_precision_and_attacks_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "_multiplies_bfloat16", lambda: True)  # emulated where there are no units
     purifier = purifiers.load("bridge")
     images = torch.rand(1, 3, 32, 32, generator=make_generator(1))

@@ -1,4 +1,4 @@
-"""Files are there whole or not at all."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from codefend.types import CodefendError
 SRC = str(Path(files.__file__).parents[2])
 
 
-def test_write_atomic_replaces_whole_and_makes_folders(tmp_path: Path) -> None:
+def test_write_atomic_replaces_files_and_creates_folders(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "er" / "file.bin"
     write_atomic(path, b"one")
     write_atomic(path, "zwei")
@@ -40,7 +40,7 @@ def test_write_atomic_keeps_the_old_file_when_the_writer_fails(tmp_path: Path) -
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.bin"]
 
 
-def test_two_writers_of_one_file_leave_what_the_last_wrote_whole(tmp_path: Path) -> None:
+def test_of_two_writers_the_last_one_wins(tmp_path: Path) -> None:
     path = tmp_path / "file.bin"
 
     def interrupted(stream: Any) -> None:
@@ -54,7 +54,7 @@ def test_two_writers_of_one_file_leave_what_the_last_wrote_whole(tmp_path: Path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.bin"]
 
 
-def test_what_a_killed_writer_left_is_soon_reused(tmp_path: Path) -> None:
+def test_the_temporary_file_of_a_killed_writer_is_reused(tmp_path: Path) -> None:
     script = f"""
 import os, signal, sys; sys.path.insert(0, {SRC!r})
 from codefend.core.files import write_atomic
@@ -72,7 +72,7 @@ write_atomic({str(tmp_path / "file.bin")!r}, half)
     write_atomic(tmp_path / ("\u5199" * 83 + ".bin"), b"x")  # 253 bytes, of 255 that a name may have
 
 
-def test_write_atomic_says_what_is_in_the_way(tmp_path: Path) -> None:
+def test_write_atomic_names_the_obstacle(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     for place in (tmp_path / "file" / "below", tmp_path / "folder"):

@@ -1,4 +1,4 @@
-"""The one door for images: what comes in is converted, what is wrong is one clear line, what goes out is whole."""
+"""Reading and writing images: conversions, one-line errors, complete files."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_tiny_images_are_read(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_animations_are_refused_unless_the_first_frame_is_asked_for(kind: str) -> None:
+def test_animations_are_refused_without_first_frame(kind: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
     assert images.probe(data).animated
@@ -186,7 +186,7 @@ def test_animations_are_refused_unless_the_first_frame_is_asked_for(kind: str) -
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_file_cut_in_half_is_one_line(kind: str, tmp_path: Path) -> None:
+def test_a_truncated_file_is_a_one_line_error(kind: str, tmp_path: Path) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     data = encoded(noise, kind)
     path = tmp_path / f"cut.{kind.lower()}"
@@ -201,7 +201,7 @@ def test_a_file_cut_in_half_is_one_line(kind: str, tmp_path: Path) -> None:
     ("data", "text"),
     [(b"", "empty"), (b"hello", "not an image"), (b"<svg></svg>", "not an image"), (b"%PDF-1.7", "not an image")],
 )
-def test_what_is_no_image_is_named(data: bytes, text: str) -> None:
+def test_files_that_are_no_images_are_named(data: bytes, text: str) -> None:
     with pytest.raises(CodefendError, match=text):
         images.load(data)
 
@@ -252,7 +252,7 @@ def test_gif_frame_larger_than_its_canvas_is_held_to_the_limit() -> None:
 
 
 def loads_or_is_refused(data: bytes, max_pixels: int) -> bool:
-    """True when ``data`` is a proper image or one clear line; anything else is raised or false."""
+    """Whether ``data`` is a valid image or a one-line CodefendError; other exceptions propagate."""
     try:
         pixels = images.load(data, max_pixels=max_pixels).pixels
     except CodefendError as error:
@@ -325,7 +325,7 @@ def test_alpha_is_flattened_on_white_when_the_format_has_none() -> None:
     torch.testing.assert_close(pixels[:, 0, 0], torch.tensor([1.0, 128 / 255, 128 / 255]), atol=1 / 255, rtol=0)
 
 
-def test_metadata_is_dropped_but_the_rgb_profile_is_kept() -> None:
+def test_metadata_is_dropped_except_the_rgb_profile() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     exif = Image.Exif()
     exif[0x010E] = "a secret"

@@ -1,4 +1,4 @@
-"""Killed work goes on: whole rows, whole files, the same seeds, and no mixing of two configs in one folder."""
+"""Run folders after a kill: complete rows and files, the same seeds, and one config per folder."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_rows_are_keyed_and_survive_reopening(tmp_path: Path) -> None:
     assert runs.read_rows(tmp_path / "run") == again.rows()
 
 
-def test_what_is_not_a_number_becomes_null(tmp_path: Path) -> None:
+def test_nan_and_infinity_become_null(tmp_path: Path) -> None:
     with runs.open_run(tmp_path, {}) as run:
         run.append({"key": "a", "score": float("nan"), "pair": (torch.tensor(2.0), float("inf")), "at": Path("x")})
         assert run.rows() == [{"key": "a", "score": None, "pair": [2.0, None], "at": "x"}]
@@ -63,7 +63,7 @@ def test_what_is_not_a_number_becomes_null(tmp_path: Path) -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(cut=st.integers(0, 200))
-def test_any_torn_tail_is_dropped_and_whole_rows_stay(cut: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_an_incomplete_last_row_is_dropped(cut: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("torn")
     rows = [{"key": f"k{i}", "text": "ü" * i} for i in range(6)]
     with runs.open_run(folder, {}) as run:
@@ -122,7 +122,7 @@ while True:
     assert [row["key"] for row in rows] == [str(i) for i in range(len(rows))]
 
 
-def test_a_start_that_another_process_is_faster_than_writes_nothing(tmp_path: Path) -> None:
+def test_a_process_that_loses_the_race_for_a_folder_writes_nothing(tmp_path: Path) -> None:
     script = f"""
 import fcntl, os
 guard = os.open({str(tmp_path / ".lock")!r}, os.O_RDWR | os.O_CREAT)
@@ -145,7 +145,7 @@ input()
 
 
 @pytest.mark.parametrize("resume", [True, False])
-def test_a_run_made_between_the_check_and_the_lock_is_not_mixed_with(
+def test_a_run_created_between_check_and_lock_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
 ) -> None:
     lock = runs.Run._lock
@@ -182,7 +182,7 @@ def test_another_config_is_refused_and_the_keys_are_named(tmp_path: Path) -> Non
     assert not (tmp_path / "new").exists()
 
 
-def test_folders_that_cannot_be_a_run(tmp_path: Path) -> None:
+def test_unusable_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CodefendError, match="is a file"):
         runs.open_run(tmp_path / "file", {})
@@ -201,7 +201,7 @@ def test_folders_that_cannot_be_a_run(tmp_path: Path) -> None:
         runs.read_rows(tmp_path / "nowhere")
 
 
-def test_environment_is_noted_once_and_names_no_machine(tmp_path: Path) -> None:
+def test_the_environment_is_recorded_once_without_machine_names(tmp_path: Path) -> None:
     for _ in range(2):
         runs.open_run(tmp_path, {}).close()
     (line,) = (tmp_path / "environment.jsonl").read_text().splitlines()

@@ -61,7 +61,7 @@ def test_nested_keys_leave_the_rest_alone() -> None:
     assert Settings().model.width == 32
 
 
-def test_settings_that_go_together_may_come_in_any_order() -> None:
+def test_dependent_settings_may_come_in_any_order() -> None:
     @dataclass(frozen=True)
     class Even:
         whole: int = 4
@@ -115,6 +115,6 @@ def test_number_reads_fractions() -> None:
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "nan/255", "inf/255"])
-def test_what_is_not_finite_is_no_number(text: str) -> None:
+def test_numbers_must_be_finite(text: str) -> None:
     with pytest.raises(CodefendError, match="not a finite number"):
         override(Settings(), {"eps": text})

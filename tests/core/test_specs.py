@@ -1,4 +1,4 @@
-"""Specs: every form of the grammar is read, malformed ones are refused, and what is formatted is read back."""
+"""Specs: every form of the grammar is parsed, malformed ones are refused, and formatting round-trips."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_specs_are_parsed(text: str, expected: Spec) -> None:
     assert parse_spec(text) == expected
 
 
-def test_what_follows_a_known_name_must_be_options() -> None:
+def test_a_known_name_may_be_followed_by_options_only() -> None:
     with pytest.raises(CodefendError, match="key=value"):
         parse_spec("jpeg:75", names=["jpeg"])
     assert parse_spec("other:75", names=["jpeg"]) == Spec("other:75")
@@ -45,7 +45,7 @@ def test_a_prompt_policy_needs_both_sides(text: str) -> None:
         parse_spec(text)
 
 
-def test_a_folder_is_a_name_whatever_its_letters(tmp_path: Path) -> None:
+def test_the_path_of_a_folder_may_contain_any_characters(tmp_path: Path) -> None:
     folder = tmp_path / "run:a=1"
     folder.mkdir()
     assert parse_spec(str(folder)) == Spec(str(folder))
@@ -62,7 +62,7 @@ def test_options_stay_with_their_spec_in_a_list() -> None:
     assert specs.split_specs(["apgd:steps=9", "eot=2", "cw"]) == ("apgd:steps=9,eot=2", "cw")
 
 
-def test_a_formatted_spec_is_read_back() -> None:
+def test_a_formatted_spec_is_parsed_again() -> None:
     @dataclass
     class Options:
         sigma: float = 0.05
@@ -80,12 +80,12 @@ def test_endpoints_are_parsed() -> None:
 
 
 @pytest.mark.parametrize("text", ["openai:", "openai:http://x/v1", "openai:ftp://x#m", "openai:http://u:p@x/v1#m"])
-def test_what_is_no_endpoint_is_refused(text: str) -> None:
+def test_malformed_endpoints_are_refused(text: str) -> None:
     with pytest.raises(CodefendError):
         parse_endpoint(text)
 
 
 @pytest.mark.parametrize("text", ["lite0@", "lite0@30", "lite0@0", "lite0@big"])
-def test_an_encoder_sees_a_multiple_of_32_pixels(text: str) -> None:
+def test_the_side_of_an_encoder_is_a_multiple_of_32(text: str) -> None:
     with pytest.raises(CodefendError, match="multiple of 32"):
         parse_encoders(text)

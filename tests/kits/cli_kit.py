@@ -1,4 +1,4 @@
-"""A command line in this process, and toys that stand in for whole modules."""
+"""A command line in this process, and toys that replace whole modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gateway's surface as an OpenAPI document: what the fuzzer makes its requests from."""
+"""The gateway's surface as an OpenAPI document, from which the fuzzer generates requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The prefix generator: its gate, and what it may write."""
+"""The prefix generator: its gate, and the filter of its texts."""
 
 from __future__ import annotations
 
@@ -72,5 +72,5 @@ def test_a_gate_needs_layers_after_it_and_lessons_need_pairs() -> None:
         ("What is here?", "", True),
     ],
 )
-def test_only_words_of_the_query_may_stand_around_it(query: str, text: str, expected: bool) -> None:
+def test_only_words_of_the_query_may_be_put_around_it(query: str, text: str, expected: bool) -> None:
     assert is_faithful(query, text) is expected

@@ -16,7 +16,7 @@ def item(number: int, is_right: bool) -> Item:
     return Item(f"{number}", "clean", "clean", "none", "t", random_image(), "q", "x", lambda answer: float(is_right))
 
 
-def test_gepa_gets_as_many_right_answers_as_wrong_ones(tmp_path: Path) -> None:
+def test_gepa_gets_equal_numbers_of_correct_and_wrong_answers(tmp_path: Path) -> None:
     policy, mixed = PromptPolicy("p"), [item(i, i % 5 != 0) for i in range(20)]  # four wrong ones
     with open_run(tmp_path, {}) as run:
         answers = AnswerCache(Suggestible(), run)

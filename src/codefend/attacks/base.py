@@ -72,7 +72,7 @@ class ImageAttack(AttackBase, ABC):
     """An attack on the pixels; a subclass implements `perturb`.
 
     Returns the images with the lowest objective, inside the budget (or the attack's own bound, `bounds.OwnBound`) and
-    inside [0, 1]. With ``eps`` 0 the images are returned unchanged, unless the attack has a bound of its own.
+    inside [0, 1]. With ``eps`` 0 the images are returned unchanged, unless the attack has its own bound.
     """
 
     def __call__(

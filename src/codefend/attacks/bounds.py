@@ -1,4 +1,4 @@
-"""Attacks with a bound of their own (a patch, a flow, a colour distance) next to those inside ``Budget``'s ball.
+"""Attacks with their own bound (a patch, a flow, a colour distance) next to those inside ``Budget``'s ball.
 
 `quantize_attacked` and `excess` treat both alike, so that the evaluation needs no special cases.
 """
@@ -25,7 +25,7 @@ class OwnBound(Protocol):
 
 
 def quantize_attacked(attack: object, images: Tensor, clean: Tensor, budget: Budget) -> Tensor:
-    """Attacked images as 8-bit uploads: inside the ball, unless the attack has a bound of its own."""
+    """Attacked images as 8-bit uploads: inside the ball, unless the attack has its own bound."""
     if isinstance(attack, OwnBound):
         return quantize8(images)
     return quantize_in_budget(images, clean, budget)

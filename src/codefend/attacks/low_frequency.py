@@ -1,7 +1,7 @@
 """Low-frequency attack: a perturbation of few cosines, against purifiers that remove or drown high frequencies.
 
 DiffBreak (Kassis et al. 2025, arXiv 2411.16598) finds that perturbations at low frequencies survive diffusion
-purification, and bounds them by LPIPS, which needs a network of its own. Here the same kind of perturbation is written
+purification, and bounds them by LPIPS, which needs a further network. Here the same kind of perturbation is written
 in the discrete cosine basis (Guo, Frank & Weinberger 2018, arXiv 1809.08758) and bounded by ``Budget``'s ball, so that
 its figures compare with those of other attacks at equal eps. Written from the papers' descriptions.
 """

@@ -1,4 +1,4 @@
-"""Every attack in one place: what it is, its source, what it needs, what it lowers, what bounds it."""
+"""The table of all attacks: summary, source, requirements, objective and bound."""
 
 from __future__ import annotations
 

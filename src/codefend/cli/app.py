@@ -144,4 +144,4 @@ def summary(entry: Any) -> str:
 
 
 for verbs in (images, training, evaluation, prompts, serve, doctor):
-    app.add_typer(verbs.app)  # without a name: their verbs stand at the top level
+    app.add_typer(verbs.app)  # without a name: at the top level

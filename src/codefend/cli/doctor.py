@@ -12,7 +12,7 @@ import typer
 app = typer.Typer()
 
 CORE = ("torch", "numpy", "pillow", "safetensors")
-EXTRAS = {  # extra -> modules that it brings, and what it is for
+EXTRAS = {  # extra -> its modules, and its purpose
     "pocket": (("transformers", "tokenizers", "gguf", "peft"), "the embedded victim"),
     "bench": (("matplotlib", "jinja2", "sacrebleu"), "reports"),
     "train": (("skimage", "sklearn"), "training"),

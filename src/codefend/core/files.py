@@ -49,8 +49,8 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[IO[bytes]], 
 def _open_part(path: Path) -> tuple[Path, IO[bytes]]:
     """An empty hidden neighbour of ``path``, locked against other writers until it is closed.
 
-    Its name is fixed, so that the leftover of a killed process is reused; while another writer holds it, the thread
-    gets a name of its own.
+    Its name is fixed, so that the leftover of a killed process is reused; while another writer holds it, the name
+    is that of the thread.
     """
     part = path.with_name(f".{path.name[:60]}.part")  # at most 240 bytes plus the suffix: a name may have 255
     stream = _hold(part)

@@ -85,7 +85,7 @@ class Training(Generic[Batch]):
     """Of the same parameters in the same order."""
     micro: int = 1
     clip: float | None = 1.0
-    """Norm to which the gradient is clipped; None: it isn't."""
+    """Norm to which the gradient is clipped; None: no clipping."""
     prepare: Callable[[Log], None] | None = None
     """A stage before the first step of a new run. It may append rows; the first checkpoint holds its result."""
 

@@ -90,7 +90,7 @@ def _open(path: str | Path) -> Any:
     try:
         file = parquet.ParquetFile(path)
         names = set(file.schema_arrow.names)
-    except Exception as error:  # pyarrow raises errors of its own and OSError
+    except Exception as error:  # pyarrow raises its own errors and OSError
         raise CodefendError(f"{path} is no Parquet file: {str(error).splitlines()[0]}") from error
     if not {"clean", "attacked"} <= names:
         raise CodefendError(f"{path} has no columns clean and attacked, but {', '.join(sorted(names))}")

@@ -67,14 +67,14 @@ class TrackerListener:
             tracker = self.kind(self.name, run.dir) if local else self.kind(PROJECT, **arguments)
             tracker.start()
             tracker.store_init_configuration(settings)
-        except Exception as error:  # each tracker has errors of its own
+        except Exception as error:  # each tracker raises its own errors
             raise CodefendError(f"the tracker {self.name} cannot start: {_first_line(error)}") from error
         return tracker
 
     def _try(self, method: str, *arguments: Any, **options: Any) -> None:
         try:
             getattr(self.tracker, method)(*arguments, **options)
-        except Exception as error:  # each tracker has errors of its own
+        except Exception as error:  # each tracker raises its own errors
             self.broken = True
             message = f"the tracker {self.name} failed, the training continues without it: {_first_line(error)}"
             print(message, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Query pairs, on which the generator is trained: a query as it arrives, and the text to write for it.
+"""Query pairs, on which the generator is trained: a query as received, and the text to write for it.
 
 For queries with typing errors or planted instructions the target is the original query; for plain or harmless ones it
 is no text.
@@ -21,8 +21,8 @@ DATA: dict[str, list[str]] = json.loads(Path(__file__).with_suffix(".json").read
 # Questions about images of all kinds, so that the generator isn't tied to those of its items; templates of questions
 # about many things, so that it learns to repeat a query and not the most frequent ones.
 QUESTIONS, TEMPLATES, THINGS = DATA["questions"], DATA["templates"], DATA["things"]
-# Planted instructions. Words and positions differ from those of the bench's attacks (`attacks/text.py`): the generator
-# should learn what an instruction is, not theirs.
+# Planted instructions. Words and positions differ from those of the bench's attacks (`attacks.prompt_injection`): the
+# generator should learn to recognize any instruction.
 PLANTED, HARMLESS = DATA["planted"], DATA["harmless"]
 
 
