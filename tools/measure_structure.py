@@ -1,0 +1,80 @@
+"""Measure a checkout: rooms, pairs of rooms with an import, lines, and the files that a command visits.
+
+Usage: python tools/measure_structure.py [SRC] [--journey COMMAND ...], e.g. --journey purify photo.png -o clean.png
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+
+def main(arguments: list[str]) -> None:
+    at = arguments.index("--journey") if "--journey" in arguments else len(arguments)
+    src = Path(arguments[0] if at else "src").resolve()
+    package = src / "codefend"
+    files = sorted(package.rglob("*.py"))
+    print(f"rooms {len({room(package, file) for file in files})}")
+    print(f"pairs of rooms with an import {len(pairs(package, files))}")
+    print(f"lines {sum(len(file.read_text(encoding='utf-8').splitlines()) for file in files)}")
+    if at < len(arguments):
+        journey(src, arguments[at + 1 :])
+
+
+def room(package: Path, file: Path) -> str:
+    return file.relative_to(package).parts[0].removesuffix(".py")
+
+
+def pairs(package: Path, files: list[Path]) -> set[tuple[str, str]]:
+    """Ordered pairs of rooms: one imports the other, or names one of its modules in a string."""
+    modules = {module_name(package, file): file for file in files}
+    edges = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            for name in names_in(node):
+                while name not in modules and "." in name:
+                    name = name.rpartition(".")[0]
+                if name in modules:
+                    edges.add((room(package, file), room(package, modules[name])))
+    return {(a, b) for a, b in edges if a != b}
+
+
+def module_name(package: Path, file: Path) -> str:
+    return ".".join((package.name, *file.relative_to(package).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def names_in(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [name.name for name in node.names]
+    if isinstance(node, ast.ImportFrom) and node.module:
+        return [f"{node.module}.{name.name}" for name in node.names]
+    if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("codefend."):
+        return [node.value.partition(":")[0]]
+    return []
+
+
+def journey(src: Path, command: list[str]) -> None:
+    """Run ``codefend COMMAND`` and count the calls of the package's functions, their files and changes of file."""
+    sys.path.insert(0, str(src))
+    from codefend.cli import main as codefend
+
+    calls: list[str] = []
+
+    def record(frame: FrameType, event: str, _: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(str(src)) and not code.co_name.startswith("<"):
+            calls.append(code.co_filename)
+
+    sys.setprofile(record)
+    codefend(command)
+    sys.setprofile(None)
+    changes = sum(a != b for a, b in pairwise(calls))
+    print(f"journey: {len(calls)} calls in {len(set(calls))} files with {changes} changes of file")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
