@@ -14,7 +14,7 @@ import toys
 from codefend.bench import EvalConfig, evaluate, results
 from codefend.bench.config import check
 from codefend.cli import demo
-from codefend.cli.demo import DEMO, run_demo, verdict
+from codefend.cli.demo import ADAPTIVE, DEMO, adaptive_verdict, run_demo, verdict
 from codefend.types import CodefendError
 
 TOY = replace(
@@ -22,10 +22,10 @@ TOY = replace(
     victim="toy",
     tasks=("questions", "captions"),
     defenses=("none", "leaky"),
-    adaptive=("leaky",),
     limit=4,
     panels=1,
 )
+TOY_ADAPTIVE = replace(ADAPTIVE, victim="toy", tasks=("captions",), defenses=("leaky",), attacks=("apgd",), limit=4)
 
 
 @pytest.fixture(autouse=True)
@@ -35,26 +35,27 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(folder: Path, config: EvalConfig = TOY, victim: object = None) -> tuple[int, str]:
     console = Console(file=io.StringIO(), record=True, width=160)
-    code = run_demo(folder, config=config, defense="leaky", loaders=toys.loaders(victim), console=console)
+    code = run_demo(
+        folder, config=config, adaptive=TOY_ADAPTIVE, defense="leaky", loaders=toys.loaders(victim), console=console
+    )
     return code, console.export_text()
 
 
 def test_a_working_defense_passes(tmp_path: Path) -> None:
     code, output = run(tmp_path)
     assert code == 0
-    last = output.strip().splitlines()[-1]
-    assert last.startswith("CoDefend works on this machine: under an oblivious attack the undefended model keeps ")
-    assert last.endswith(
-        "and with leaky 100% (4 of task questions and 4 of task captions); "
-        "under an adaptive attack leaky keeps 0% (fewer images)."
-    )
-    assert "captions T2" in output
+    works, adaptive = output.strip().splitlines()[-2:]
+    assert works.startswith("CoDefend works on this machine: under an oblivious attack the undefended model keeps ")
+    assert works.endswith("and with leaky 100% (4 of task questions and 4 of task captions).")
+    assert adaptive.startswith("An attacker who knows leaky: at 2/255 it ")
+    assert "at 8/255 it is broken (0% of its clean score is left)" in adaptive
     assert (tmp_path / "report.html").is_file()
+    assert (tmp_path / "adaptive" / "report.html").is_file()
     assert run(tmp_path) == (code, output)  # again, from the rows
 
 
 def test_a_defense_without_effect_fails(tmp_path: Path) -> None:
-    config = replace(TOY, defenses=("none", "rounded"), adaptive=("rounded",))
+    config = replace(TOY, defenses=("none", "rounded"))
     rows = evaluate(config, tmp_path, loaders=toys.loaders())
     works, sentence = verdict(rows, "rounded")
     assert not works
@@ -88,10 +89,20 @@ def test_the_verdict_does_not_need_plots(tmp_path: Path, monkeypatch: pytest.Mon
     assert "No report: the HTML report needs matplotlib" in output
 
 
+def test_each_radius_says_what_was_measured(tmp_path: Path) -> None:
+    rows = evaluate(replace(TOY_ADAPTIVE, defenses=("smooth",)), tmp_path, loaders=toys.loaders())
+    assert adaptive_verdict(rows, "smooth").startswith(
+        "An attacker who knows smooth: at 2/255 it holds (100% of its clean score is left); "
+        "at 8/255 it holds (100% of its clean score is left). "
+    )
+
+
 def test_demo_is_small_enough_for_two_slow_cores() -> None:
     check(DEMO)
+    check(ADAPTIVE)
     assert DEMO.limit is not None
-    assert DEMO.adaptive_limit is not None
-    gradients = len(DEMO.tasks) * DEMO.steps * (DEMO.limit + DEMO.adaptive_limit * len(DEMO.adaptive))
-    answers = len(DEMO.tasks) * (2 * DEMO.limit * len(DEMO.defenses) + DEMO.adaptive_limit * len(DEMO.adaptive))
-    assert gradients * 0.3 + answers * 0.2 < 150  # seconds; models and purifiers come on top, five minutes are promised
+    assert ADAPTIVE.limit is not None
+    gradients = len(DEMO.tasks) * DEMO.steps * DEMO.limit
+    answers = len(DEMO.tasks) * 2 * DEMO.limit * len(DEMO.defenses) + ADAPTIVE.limit * (1 + len(ADAPTIVE.eps))
+    cheap = len(ADAPTIVE.eps) * ADAPTIVE.steps * ADAPTIVE.eot * ADAPTIVE.limit
+    assert gradients * 0.3 + answers * 0.2 + cheap * 0.07 < 150  # seconds of one core; models come on top
