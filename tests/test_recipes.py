@@ -99,6 +99,15 @@ def test_a_recipe_repeats_the_training_of_the_shipped_weights(
         assert runs[folder]["count"] == sum(kind["pairs"] for kind in bank["made"])  # some were interrupted
 
 
+def test_the_recipe_of_the_second_victim_repeats_the_training_of_the_shipped_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = json.loads((asset("weights/smolvlm-pocket") / "training.json").read_text())
+    first = config(calls("smolvlm-pocket.sh", tmp_path)[0], capsys)
+    expected = {key: value for key, value in training["config"].items() if key != "train"}
+    assert {key: first[key] for key in expected} == expected
+
+
 def test_every_training_has_a_recipe() -> None:
     text = "".join((RECIPES / name).read_text() for name in NAMES)
     trainings = {"pocket", "smolvlm-pocket", "prior", "bridge", "hgd", "flowpure", "flowpure-gauss", "adbm"}

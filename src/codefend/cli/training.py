@@ -74,14 +74,14 @@ def build_victim(
 ) -> None:
     """Write a trained victim as a complete Transformers checkpoint, which loads without CoDefend.
 
-    Example: codefend build-victim smolvlm-pocket --weights runs/smolvlm/weights -o runs/checkpoint
+    Example: codefend build-victim smolvlm-pocket -o runs/checkpoint
     """
+    from codefend.core.assets import asset
     from codefend.core.registry import lookup
     from codefend.victims import smolvlm_pocket
 
-    buildable = {smolvlm_pocket.NAME: (smolvlm_pocket.shipped_weights, smolvlm_pocket.build_checkpoint)}
-    shipped, build = lookup("victim", name, buildable)
-    print(build(weights or shipped(), out))
+    build = lookup("victim", name, {smolvlm_pocket.NAME: smolvlm_pocket.build_checkpoint})
+    print(build(weights or asset(f"weights/{name}"), out))
 
 
 @app.command()

@@ -126,8 +126,9 @@ def curve(rows: Sequence[Row], points: int = POINTS) -> list[Row]:
 def _text(training: Mapping[str, Any]) -> str:
     kind, config, steps = training["kind"], training["config"], training["steps"]
     lines = [f"# {kind}", "", SUMMARIES[kind], ""]
-    lines += [f"- Training: {steps} of {config.get('steps', steps)} steps, {training['hours']:.1f} hours in them; "]
-    lines[-1] += f"{_settings(config)}."
+    lines += [f"- Training: {steps} of {config.get('steps', steps)} steps"]
+    lines[-1] += f" after {config['distill_steps']} of distillation" if "distill_steps" in config else ""
+    lines[-1] += f", {training['hours']:.1f} hours in them; {_settings(config)}."
     attacks = [_attacks(bank) for bank in training["pairs"]]
     if config.get("mined") or config.get("replay", 1) > 1 or kind in ("adbm", "fare"):
         attacks.append(_mined(kind, config))

@@ -29,10 +29,10 @@ def _pocket(folder: Path) -> WhiteBox:
     return load_pocket(folder)
 
 
-def _smolvlm(folder: Path | None = None) -> WhiteBox:
-    from codefend.victims.smolvlm_pocket import load_smolvlm, shipped_weights
+def _smolvlm(folder: Path) -> WhiteBox:
+    from codefend.victims.smolvlm_pocket import load_smolvlm
 
-    return load_smolvlm(folder or shipped_weights())
+    return load_smolvlm(folder)
 
 
 def _weights(folder: Path) -> WhiteBox:
@@ -69,7 +69,7 @@ VICTIMS: dict[str, VictimSpec] = {
     "smolvlm-pocket": VictimSpec(
         "smolvlm-pocket",
         "SmolVLM's architecture at pocket size: a ViT with 16-pixel patches and SmolLM2-135M; white-box",
-        _smolvlm,
+        lambda: _smolvlm(asset("weights/smolvlm-pocket")),
     ),
     "openai:URL#model": VictimSpec(
         "openai:URL#model",

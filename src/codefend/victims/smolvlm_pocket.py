@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from codefend.core.assets import find_asset
 from codefend.types import CodefendError
 from codefend.victims.answers import default_cache
 
@@ -46,6 +44,14 @@ CHAT_TEMPLATE = (
     "{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+CARD_METADATA = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: image-text-to-text
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+tags: [adversarial-robustness, codefend]
+---
+"""
 LORA_SCALE = 2.0  # lora_alpha / rank, as in `victims.pocket`
 ADAPTERS = "lora."  # start of the adapters' names in a weights folder
 VERSION = 1  # of the checkpoints that `build_checkpoint` writes; the cache holds one folder for each
@@ -86,17 +92,6 @@ def architecture(text: Any, vision: Mapping[str, int] = VISION) -> Any:
 
 
 # --- weights and checkpoints -----------------------------------------------------------------------------------------
-
-
-def shipped_weights() -> Path:
-    """The folder of the shipped weights. Raises CodefendError when there are none."""
-    folder = find_asset(f"weights/{NAME}")
-    if folder is None:
-        raise CodefendError(
-            f"{NAME} comes without weights; train it with `codefend train {NAME} --run DIR`, then give DIR/weights as "
-            "the victim, or to `codefend build-victim` as --weights"
-        )
-    return folder
 
 
 def is_weights(folder: Path) -> bool:
@@ -145,9 +140,9 @@ def build_checkpoint(weights: Path, folder: Path) -> Path:
             checkpoint = Path(temporary) / "checkpoint"
             model.save_pretrained(checkpoint)
             build_processor(tokenizer).save_pretrained(checkpoint)
-            for name in ("README.md", "LICENSE"):
-                if (weights / name).is_file():
-                    shutil.copyfile(weights / name, checkpoint / name)
+            card = weights / "README.md"
+            text = card.read_text(encoding="utf-8") if card.is_file() else f"# {NAME}\n"
+            (checkpoint / "README.md").write_text(CARD_METADATA + text, encoding="utf-8")
             checkpoint.replace(folder)
     except OSError as error:
         raise CodefendError(f"cannot write {folder}: {error.strerror or error}") from error
