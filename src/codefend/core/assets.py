@@ -35,5 +35,5 @@ def asset(name: str) -> Path:
 
 def assets(pattern: str) -> list[Path]:
     """Every installed file that matches ``pattern``, by name of its folder; one of this package hides one of models."""
-    found = {path.relative_to(root): path for root in reversed(roots()) for path in root.glob(pattern)}
-    return [found[name] for name in sorted(found)]
+    files = {path.relative_to(root): path for root in reversed(roots()) for path in root.glob(pattern)}
+    return [files[name] for name in sorted(files)]
