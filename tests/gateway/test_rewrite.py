@@ -131,6 +131,7 @@ def test_policy_touches_users_texts_and_the_system_text_only(case: tuple[Api, An
         assert rebuilt == body
 
 
+APIS: st.SearchStrategy[Api] = st.sampled_from(["chat", "responses", "messages", "texts", "other"])
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=20), PAYLOAD.map(url)),
     lambda inner: st.one_of(
@@ -146,10 +147,10 @@ JSON = st.recursive(
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.sampled_from(["chat", "responses", "messages", "other"]), JSON)
+@given(APIS, JSON)
 def test_any_json_is_refused_or_leaves_without_its_images(api: Api, content: Any) -> None:
     """Originals may stay only where a model reads plain text."""
-    body = {"messages": content, "input": content} if api != "other" else content
+    body = {"messages": content, "input": content} if api not in ("other", "texts") else content
     try:
         slots = survey(api, body)
     except Refused:
@@ -159,6 +160,19 @@ def test_any_json_is_refused_or_leaves_without_its_images(api: Api, content: Any
     for parent, key, value in leaves(rebuilt):
         if isinstance(value, str) and value.startswith("data:") and "ORIGINAL" in value:
             assert key in ("text", "content", "output", "input"), (parent, key)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("test", "strategies"),
+    [
+        (test_no_original_survives_and_nothing_else_changes, (bodies,)),
+        (test_any_json_is_refused_or_leaves_without_its_images, (APIS, JSON)),
+    ],
+)
+def test_ten_thousand_bodies(test: Any, strategies: tuple[Any, ...]) -> None:
+    settings(max_examples=10_000, deadline=None)(given(*strategies)(test.hypothesis.inner_test))()
 
 
 def leaves(value: Any, parent: Any = None, key: Any = None) -> list[tuple[Any, Any, Any]]:
