@@ -227,7 +227,7 @@ def test_build_victim_names_the_cause(model: TrainableSmolVLM, run: Run, tmp_pat
     out, weights = tmp_path / "out", kit.write_weights(model, tmp_path / "weights")
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "smolvlm-pocket" in error_line(run, "build-victim", "llava-pocket", "-o", out)
+    assert "give smolvlm-pocket" in error_line(run, "build-victim", "pocket", "-o", out)
     build = ("build-victim", "smolvlm-pocket", "-o")
     assert "codefend train smolvlm-pocket" in error_line(run, *build, out, "--weights", empty)
     assert "not empty" in error_line(run, *build, weights, "--weights", weights)

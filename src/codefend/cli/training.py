@@ -77,11 +77,12 @@ def build_victim(
     Example: codefend build-victim smolvlm-pocket -o runs/checkpoint
     """
     from codefend.core.assets import asset
-    from codefend.core.registry import lookup
+    from codefend.types import CodefendError
     from codefend.victims import smolvlm_pocket
 
-    build = lookup("victim", name, {smolvlm_pocket.NAME: smolvlm_pocket.build_checkpoint})
-    print(build(weights or asset(f"weights/{name}"), out))
+    if name != smolvlm_pocket.NAME:
+        raise CodefendError(f"victim {name!r} has no checkpoint to build; give {smolvlm_pocket.NAME}")
+    print(smolvlm_pocket.build_checkpoint(weights or asset(f"weights/{name}"), out))
 
 
 @app.command()
