@@ -104,7 +104,8 @@ def test_peers_train_along_the_golden_curves(tmp_path: Path, pocket: None) -> No
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_pocket_trains_along_the_golden_curve(tmp_path: Path, pocket: None) -> None:
-    pytest.importorskip("easy_vqa")
+    if find_spec("easy_vqa") is None:  # located, never imported: another test checks that
+        pytest.skip("easy-vqa is not installed")
     same("pocket", train.pocket(tmp_path), grow=True, names=True)
 
 
@@ -198,5 +199,6 @@ def test_library_errors_suggest_the_nearest_name() -> None:
 
 
 def test_tasks_ask_the_golden_questions_about_the_golden_images() -> None:
-    pytest.importorskip("easy_vqa")
+    if find_spec("easy_vqa") is None:  # located, never imported: another test checks that
+        pytest.skip("easy-vqa is not installed")
     same("tasks", surface.tasks())
