@@ -99,7 +99,7 @@ def test_a_recipe_repeats_the_training_of_the_shipped_weights(
         assert runs[folder]["count"] == sum(kind["pairs"] for kind in bank["made"])  # some were interrupted
 
 
-def test_the_recipe_of_the_second_victim_repeats_the_training_of_the_shipped_weights(
+def test_the_recipe_of_the_second_victim_has_the_settings_of_the_shipped_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     training = json.loads((asset("weights/smolvlm-pocket") / "training.json").read_text())
