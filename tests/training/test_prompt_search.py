@@ -193,7 +193,7 @@ def test_settings_out_of_range_are_refused(tmp_path: Path, change: dict[str, Any
         ({"bank": replace(BANK, tasks=("questoins",))}, "unknown task"),
         ({"bank": replace(BANK, tasks=("captions",))}, "no split 'val'"),
         ({"bank": replace(BANK, purifier="brigde")}, "unknown purifier"),
-        ({"bank": replace(BANK, purifier="jpeg+prompt=doubt")}, "names a prompt policy: set policies"),
+        ({"bank": replace(BANK, purifier="jpeg+prompt=doubt")}, "names a prompt policy: list policies separately"),
         ({"surrogate": "whiet"}, "unknown victim 'whiet'"),
     ],
 )
