@@ -22,7 +22,7 @@ OPTIONAL = {
     "LiteLLM": "its pins conflict with this project's",
     "lmms-eval": "brings torchvision, which does not fit the pinned torch",
     "datasets": "only read in one test of a Parquet bank",
-    "tensorboard": "an experiment tracker of the user's choice",
+    "one of the trackers": "an experiment tracker of the user's choice",
     "oidn": "a baseline's library of 88 MB",
     "Chromium": "a browser",
     "GPU": "hardware",
