@@ -1,4 +1,4 @@
-"""What to evaluate: the config that is saved beside the rows, and how its defenses and attacks are spelled."""
+"""What to evaluate: the config that is saved beside the rows, and how its defenses and attacks are written."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class PhotographsConfig(EvalConfig):
 
     victim: str = "encoders"
     tasks: tuple[str, ...] = ("photographs",)
-    # DiffPure at its best t on the pocket's tasks (LOG.md), and quicker.
+    # DiffPure at its best t on the pocket's tasks, and in fewer steps.
     defenses: tuple[str, ...] = ("none", "jpeg", "diffpure:t=0.03", "diffpure:t=0.05,steps=5", "bridge")
     attacks: tuple[str, ...] = ("feature",)
     steps: int = 20

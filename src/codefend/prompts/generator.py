@@ -36,7 +36,6 @@ class GeneratedPolicy:
     _cache: dict[str, str] = field(default_factory=dict, repr=False)
 
     empty: ClassVar[bool] = False
-    slow: ClassVar[bool] = True
 
     def prefix(self, query: str) -> str:
         """The text for a query; "" for none, and where the generated one cannot be used."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from codefend.core.files import write_atomic
 from codefend.types import CodefendError, Victim
@@ -39,11 +39,6 @@ class TextPolicy(Policy, Protocol):
         """Whether it never adds text."""
         ...
 
-    @property
-    def slow(self) -> bool:
-        """Whether it runs a model, and so doesn't belong on an event loop."""
-        ...
-
     def wrap(self, prompt: str) -> str: ...
     def around(self, prompt: str) -> tuple[str, str]: ...
 
@@ -73,8 +68,6 @@ class PromptPolicy:
     system: str = ""
     prefix: str = ""
     suffix: str = ""
-
-    slow: ClassVar[bool] = False
 
     def __call__(self, prompt: str) -> str:
         """Return one string for models without a system channel: system, blank line, prefix, prompt, suffix."""
