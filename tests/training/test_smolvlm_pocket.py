@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codefend.core.runs import load_checkpoint, read_rows
+from codefend.core.runs import load_checkpoint, read_rows, save_checkpoint
+from codefend.types import CodefendError
 
 pytest.importorskip("transformers")
 
@@ -194,3 +196,20 @@ def test_both_stages_resume_after_their_last_checkpoint(
     keys = [row["key"] for row in read_rows(tmp_path / "cut")]
     assert keys == [*(f"distill-{10 * i}" for i in range(1, 31)), *(f"step-{i}" for i in range(1, 5))]
     assert "SmolVLM" in (resumed / "README.md").read_text()
+
+
+def test_the_second_stage_goes_on_from_given_weights(tiny: module.SmolVLMConfig, tmp_path: Path) -> None:
+    first = train(tiny, tmp_path / "first")
+    further = replace(tiny, init=str(first), steps=1, save_every=1, lr_vision=0.0, lr_lora=0.0)
+    weights = train(further, tmp_path / "further")
+    expected, state = (load_checkpoint(folder / "model.safetensors")[0] for folder in (first, weights))
+    assert all(torch.equal(expected[name], state[name]) for name in expected)
+    assert [row["key"] for row in read_rows(tmp_path / "further")] == ["step-1"]
+
+
+def test_weights_of_another_architecture_are_refused(tiny: module.SmolVLMConfig, tmp_path: Path) -> None:
+    weights = train(replace(tiny, distill_steps=1), tmp_path / "first")
+    tensors, _ = load_checkpoint(weights / "model.safetensors")
+    save_checkpoint(weights / "model.safetensors", {name: value[..., :1] for name, value in tensors.items()})
+    with pytest.raises(CodefendError, match="another architecture"):
+        train(replace(tiny, init=str(weights)), tmp_path / "further")

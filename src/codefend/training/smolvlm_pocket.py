@@ -28,6 +28,7 @@ from codefend.core.files import write_atomic
 from codefend.core.images import load as load_image
 from codefend.core.runs import load_checkpoint, progress, save_checkpoint
 from codefend.encoders.views import fit_square
+from codefend.tasks.language import MIX
 from codefend.tasks.scenes import compose, load_photographs
 from codefend.training.card import write_card
 from codefend.training.fit import Log, Losses, Training, cosine_schedule, fit, optimize, restore_training
@@ -44,6 +45,7 @@ from codefend.training.pocket import (
     share,
     text_loss,
 )
+from codefend.types import CodefendError
 from codefend.victims.pocket import BEFORE, Pocket, load_unmerged
 from codefend.victims.smolvlm_pocket import (
     ADAPTERS,
@@ -56,6 +58,7 @@ from codefend.victims.smolvlm_pocket import (
     VISION,
     VisionTower,
     architecture,
+    read_weights,
 )
 
 Shapes = Sequence[tuple[Path, str]]  # image files of easy-vqa and the names of their shapes
@@ -68,6 +71,7 @@ class SmolVLMConfig:
     """Everything that decides the weights."""
 
     teacher: str = ""  # folder of pocket weights; empty: the shipped ones
+    init: str = ""  # folder of this victim's weights, from which stage 2 goes on; empty: stage 1 first
     seed: int = 0
     scenes: int = 6000  # in the data set of stage 1
     shapes: int = 1500  # images of easy-vqa's training split in it
@@ -80,6 +84,7 @@ class SmolVLMConfig:
     steps: int = 30  # stage 2
     batch: int = 4  # images a step
     questions: int = 5  # texts an image, besides its caption
+    mix: tuple[str, ...] = MIX  # kinds of a scene's questions
     easyvqa: float = 0.2  # share of images from easy-vqa's training split
     lr_vision: float = 1e-4
     lr_lora: float = 3e-4
@@ -92,7 +97,9 @@ class SmolVLMConfig:
 
 
 def train_smolvlm(config: SmolVLMConfig, folder: str | Path) -> Path:
-    """Train both stages in ``folder`` and return the folder with the weights; the same call resumes either stage.
+    """Train both stages in ``folder``, or the second alone, and return the folder with the weights.
+
+    The same call resumes either stage.
 
     Raises CodefendError when a weight package or scikit-image is missing, or the folder was made with another config.
     """
@@ -104,10 +111,16 @@ def _training(config: SmolVLMConfig, folder: Path) -> Training[Instructions]:
     shapes = load_shapes()
     torch.manual_seed(config.seed)  # the initial weights only
     model = TrainableSmolVLM(VisionTower(architecture(pocket.llm.config)).to(pocket.device), pocket)
+    if config.init:
+        _initialize(model, Path(config.init))
     optimizer = _optimizer(model.trainable, config)
     named = [(path, name) for path, dialogues in shapes if (name := shape_name(dialogues))]
     scenes = PocketConfig(
-        seed=config.seed + INSTRUCTION_SEED, batch=config.batch, questions=config.questions, easyvqa=config.easyvqa
+        seed=config.seed + INSTRUCTION_SEED,
+        batch=config.batch,
+        questions=config.questions,
+        mix=config.mix,
+        easyvqa=config.easyvqa,
     )
 
     def save(step: int) -> None:
@@ -123,7 +136,7 @@ def _training(config: SmolVLMConfig, folder: Path) -> Training[Instructions]:
         steps=config.steps,
         save=save,
         save_every=config.save_every,
-        prepare=partial(_distill, config, folder, model.tower, pocket, named),
+        prepare=None if config.init else partial(_distill, config, folder, model.tower, pocket, named),
     )
 
 
@@ -367,6 +380,18 @@ def instruction_loss(model: TrainableSmolVLM, batch: Instructions) -> Losses:
     prefixes = model.prefixes(images.to(model.pocket.device))
     mean, answers, captions = text_loss(model.pocket.llm, model.pocket.encode, prefixes, texts)
     return {"loss": mean, "answers": answers, "captions": captions}
+
+
+def _initialize(model: TrainableSmolVLM, folder: Path) -> None:
+    _, state = read_weights(folder)
+    parameters = model.trainable
+    if {name: p.shape for name, p in parameters.items()} != {name: v.shape for name, v in state.items()}:
+        raise CodefendError(
+            f"the weights in {folder} have another architecture; start from {NAME} weights of this version"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
 
 
 def _optimizer(parameters: Mapping[str, nn.Parameter], config: SmolVLMConfig) -> torch.optim.Optimizer:
