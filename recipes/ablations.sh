@@ -6,7 +6,7 @@ defenses=none
 for name in $names; do
   start="$PRIOR"
   [ "$name" != scratch ] || start=none
-  stage codefend train "ablation-$name" --run "$RUNS/ablations/$name" \
+  stage codefend train bridge --config "recipes/ablations/$name.toml" --run "$RUNS/ablations/$name" \
     --set "pairs=$RUNS/pairs" --set "victim=$POCKET" --set "prior=$start"
   defenses="$defenses,$RUNS/ablations/$name/weights"
 done

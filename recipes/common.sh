@@ -38,8 +38,9 @@ bank() {
   stage codefend pairs --run "$RUNS/$1" "${options[@]}"
 }
 
-# training PRESET RUN START BANKS KEY=VALUE...: train a bridge from the weights in START.
+# training PRESET RUN START BANKS KEY=VALUE...: train a bridge from the weights in START, with the settings of the file CONFIG.
 training() {
   settings "prior=$3" "pairs=$4" "victim=$POCKET" "${@:5}"
+  [ -z "${CONFIG:-}" ] || options+=(--config "$CONFIG")
   stage codefend train "$1" --run "$2" "${options[@]}"
 }

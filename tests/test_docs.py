@@ -66,6 +66,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Image.fromarray(np.full((32, 40, 3), 90, np.uint8)).save("photo.png")
     for name in ("photos", "runs/quick", "runs/bridge/weights", "runs/eval", "my/weights"):
         (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     return tmp_path
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from codefend.cli import main
-from codefend.cli.presets import PRESETS
 from codefend.core.assets import asset
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -22,6 +21,12 @@ SEEDS = 11, 12, 13, 21, 22, 31, 41, 51, 80, 81  # of the shipped bridges' banks
 BANKS = dict(zip(SEEDS, "abcdefghij", strict=True))
 BANKS |= {seed: f"views-{seed}" for seed in range(60, 74)}
 pytestmark = pytest.mark.skipif(shutil.which("timeout") is None, reason="recipes need GNU coreutils")
+
+
+@pytest.fixture(autouse=True)
+def from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes name files from the root of the repository, where they run."""
+    monkeypatch.chdir(RECIPES.parent)
 
 
 def run(name: str, stub: str, tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -114,7 +119,7 @@ def test_every_training_has_a_recipe() -> None:
     trainings |= {"codefend-r", "fare", "encoder", "robust"}
     assert all(f"codefend train {name} " in text for name in trainings)
     ablations = (RECIPES / "ablations.sh").read_text().partition('names="')[2].partition('"')[0].split()
-    assert {f"ablation-{name}" for name in ablations} == {name for name in PRESETS if name.startswith("ablation-")}
+    assert set(ablations) == {file.stem for file in RECIPES.glob("ablations/*.toml")}
 
 
 def test_a_stage_has_a_time_limit_and_names_the_way_to_resume(tmp_path: Path) -> None:

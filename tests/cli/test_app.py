@@ -143,7 +143,7 @@ def presets(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     stand_in(monkeypatch, "cli.presets", PRESETS={"pairs": preset, "tiny": preset, "quick": preset, "other": other})
     stand_in(monkeypatch, "training", train=lambda config, folder, *, tracker: reached("train")(config, folder))
     stand_in(monkeypatch, "training.pairs", make_pairs=reached("pairs"), PairsConfig=Config)
-    stand_in(monkeypatch, "bench", evaluate=reached("eval"), EvalConfig=Config)
+    stand_in(monkeypatch, "bench", evaluate=reached("eval"), EvalConfig=Config, TransferConfig=Inner)
     stand_in(monkeypatch, "bench.report", write_report=reached("report"), print_summary=lambda *_: print("tables"))
     return calls
 
@@ -163,6 +163,19 @@ def test_run_verbs_pass_config_and_folder_on(presets: list[tuple[Any, ...]], tmp
         ("report", tmp_path, None),
         ("report", tmp_path, Path("x.html")),
     ]
+
+
+def test_a_config_file_comes_between_preset_and_settings(
+    presets: list[tuple[Any, ...]], tmp_path: Path, run: Run
+) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text("steps = 3\nlimit = 4\n[model]\nwidth = 4\n")
+    for verb in (["train", "tiny"], ["pairs"], ["eval"]):
+        assert run(*verb, "--run", tmp_path, "--config", file, "--set", "limit=9")[0] == 0
+    assert [config for _, config, _ in presets] == [Config(steps=3, limit=9, model=Inner(4))] * 3
+    file.write_text("stepz = 3")
+    code, _, err = run("train", "tiny", "--run", tmp_path, "--config", file)
+    assert (code, "did you mean 'steps'" in err) == (2, True)
 
 
 def attacked(hits: int, n: int, *, defense: str = "bridge", threat: str = "T2") -> list[dict[str, Any]]:
@@ -195,7 +208,7 @@ def test_max_asr_decides_the_exit_code(
     code: int,
     words: str,
 ) -> None:
-    stand_in(monkeypatch, "bench", evaluate=lambda *_: rows, EvalConfig=Config)
+    stand_in(monkeypatch, "bench", evaluate=lambda *_: rows, EvalConfig=Config, TransferConfig=Inner)
     exit_code, out, err = run("eval", "--run", tmp_path, "--max-asr", 0.25)
     assert (exit_code, out) == (code, f"{tmp_path}\n")
     assert words in err
@@ -206,7 +219,7 @@ def test_max_asr_needs_a_share_and_an_attack(
     presets: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Run
 ) -> None:
     assert run("eval", "--run", tmp_path, "--max-asr", 25)[0] == 2
-    stand_in(monkeypatch, "bench", evaluate=lambda *_: [], EvalConfig=Config)
+    stand_in(monkeypatch, "bench", evaluate=lambda *_: [], EvalConfig=Config, TransferConfig=Inner)
     code, _, err = run("eval", "--run", tmp_path, "--max-asr", 0.25)
     assert (code, "the run holds no attack" in err) == (2, True)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from codefend.core.settings import check_keys, known_keys, number, override
+from codefend.core.settings import check_keys, known_keys, number, override, read_settings
 from codefend.types import CodefendError
 
 
@@ -118,3 +118,40 @@ def test_number_reads_fractions() -> None:
 def test_numbers_must_be_finite(text: str) -> None:
     with pytest.raises(CodefendError, match="not a finite number"):
         override(Settings(), {"eps": text})
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.toml", 'steps = 7\neps = "4/255"\nema = false\nnames = ["a", "b"]\n[model]\nwidth = 8\n'),
+        (
+            "a.json",
+            '{"steps": 7, "eps": "4/255", "ema": false, "limit": null, "names": ["a", "b"], "model": {"width": 8}}',
+        ),
+    ],
+)
+def test_settings_are_read_from_a_file(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    changed = override(Settings(limit=3), read_settings(tmp_path / name))
+    expected = Settings(steps=7, eps=4 / 255, ema=False, names=["a", "b"], model=Model(8))
+    assert changed == (replace(expected, limit=3) if name == "a.toml" else expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.toml", "steps = ", "neither valid TOML nor JSON"),
+        ("a.json", "[1]", "must hold keys and values"),
+        ("a.toml", "steps = 2026-11-30", "steps must be text, a number"),
+        ("a.toml", "names = [[1]]", "names must be text, a number"),
+        ("absent.toml", None, "cannot read"),
+    ],
+)
+def test_a_file_without_settings_is_refused_with_its_name(
+    tmp_path: Path, name: str, text: str | None, message: str
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(CodefendError, match=message) as error:
+        read_settings(tmp_path / name)
+    assert name in str(error.value)

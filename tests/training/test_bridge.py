@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from codefend.cli.presets import PRESETS
 from codefend.core import runs
+from codefend.core.settings import override, read_settings
 from codefend.encoders.views import View
 from codefend.purifiers.nets import NetConfig, PurifierNet, load_net, save_net
 from codefend.training import bridge, guides, mining
@@ -400,10 +400,11 @@ def test_a_run_from_before_a_setting_existed_resumes(tmp_path: Path) -> None:
 
 
 def test_each_ablation_changes_one_setting() -> None:
-    full = PRESETS["ablation-full"].build({})
-    family = {name: preset.build({}) for name, preset in PRESETS.items() if name.startswith("ablation-")}
+    files = Path(__file__).parents[2].glob("recipes/ablations/*.toml")
+    family = {file.stem: override(BridgeConfig(), read_settings(file)) for file in files}
+    full = family["full"]
     assert full == BridgeConfig(steps=300)
     assert len(family) == 11
     for name, config in family.items():
         changed = {key for key, value in vars(config).items() if value != getattr(full, key)}
-        assert len(changed) == {"ablation-full": 0, "ablation-one-encoder": 2}.get(name, 1), name
+        assert len(changed) == {"full": 0, "one-encoder": 2}.get(name, 1), name

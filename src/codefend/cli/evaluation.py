@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from codefend.cli.options import DryRun, RunFolder, Settings, preset_config, print_config
+from codefend.cli.options import ConfigFile, DryRun, RunFolder, Settings, preset_config, print_config
 from codefend.types import CodefendError
 
 app = typer.Typer()
@@ -21,6 +21,7 @@ def eval_(
     preset: Annotated[str, typer.Argument(help="See `codefend list presets`.")] = "quick",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Examples per task.")] = None,
     settings: Settings = [],  # noqa: B006  (Typer copies it)
+    file: ConfigFile = None,
     victim: Annotated[str, typer.Option("--victim", help="Short for --set victim=NAME.")] = "",
     max_asr: Annotated[
         float | None,
@@ -41,11 +42,11 @@ def eval_(
 
     Example: codefend eval quick --run runs/quick && codefend report runs/quick
     """
-    from codefend.bench import EvalConfig, evaluate
+    from codefend.bench import EvalConfig, TransferConfig, evaluate
 
     changes = [*([f"limit={limit}"] if limit else []), *([f"victim={victim}"] if victim else [])]
-    config = preset_config(preset, [*settings, *changes], EvalConfig)
-    if max_asr is not None and hasattr(config, "crafters"):
+    config = preset_config(preset, [*settings, *changes], EvalConfig, file=file)
+    if max_asr is not None and isinstance(config, TransferConfig):
         raise CodefendError("--max-asr is for one victim; a transfer matrix has several")
     if dry_run:
         print_config(config)

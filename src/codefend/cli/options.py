@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from codefend.core.compat import OLD_ABLATION
 from codefend.core.registry import lookup
 from codefend.types import CodefendError
 
@@ -16,6 +17,12 @@ MAX_PIXELS = 64_000_000  # equals images.MAX_PIXELS, whose import would load tor
 
 RunFolder = Annotated[Path, typer.Option("--run", help="Run folder; rerun the command to resume.")]
 Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; repeat.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", help="TOML or JSON file of settings; --set overrides it.", show_default=False
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the config and exit.")]
 VictimName = Annotated[str, typer.Option("--victim", help="The model: a name, hf:ID_OR_FOLDER or openai:URL#MODEL.")]
 DefenseName = Annotated[
@@ -28,16 +35,22 @@ FirstFrame = Annotated[bool, typer.Option("--first-frame", help="Use the first f
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")]
 
 
-def preset_config(name: str, items: Sequence[str], kind: type | None = None) -> Any:
-    """Build the config of preset ``name`` with ``key=value`` overrides.
+def preset_config(name: str, items: Sequence[str], kind: type | None = None, *, file: Path | None = None) -> Any:
+    """Build the config of preset ``name`` with the settings of ``file`` and ``key=value`` overrides.
 
-    Raises CodefendError for an unknown preset or key (the nearest is named) and for a preset of another verb.
+    Raises CodefendError for an unknown preset or key (the nearest is named), for a preset of another verb, and for a
+    file that cannot be read.
     """
     from codefend.cli.presets import PRESETS
-    from codefend.core.settings import check_keys
+    from codefend.core.settings import check_keys, read_settings
     from codefend.core.specs import parse_options
 
-    preset, settings = lookup("preset", name, PRESETS), parse_options(items)
+    if name.startswith(OLD_ABLATION):
+        raise CodefendError(
+            f"write bridge --config recipes/ablations/{name.removeprefix(OLD_ABLATION)}.toml for {name}"
+        )
+    preset = lookup("preset", name, PRESETS)
+    settings = {**(read_settings(file) if file else {}), **parse_options(items)}
     defaults = preset.build({})
     if kind is not None and not isinstance(defaults, kind):
         raise CodefendError(f"preset {name!r} belongs to another verb; see `codefend list presets`")

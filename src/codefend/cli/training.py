@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from codefend.cli.options import DryRun, RunFolder, Settings, preset_config, print_config
+from codefend.cli.options import ConfigFile, DryRun, RunFolder, Settings, preset_config, print_config
 
 app = typer.Typer()
 
@@ -19,6 +19,7 @@ def pairs(
     preset: Preset = "pairs",
     run: RunFolder = Path("runs/pairs"),
     settings: Settings = [],  # noqa: B006  (Typer copies it)
+    file: ConfigFile = None,
     parquet: Annotated[
         Path | None, typer.Option("--parquet", help="Also write the pairs as a Parquet data set into this folder.")
     ] = None,
@@ -30,7 +31,7 @@ def pairs(
     """
     from codefend.training.pairs import PairsConfig, make_pairs
 
-    config = preset_config(preset, settings, PairsConfig)
+    config = preset_config(preset, settings, PairsConfig, file=file)
     if dry_run:
         print_config(config)
         return
@@ -46,6 +47,7 @@ def train(
     preset: Preset,
     run: RunFolder,
     settings: Settings = [],  # noqa: B006
+    file: ConfigFile = None,
     tracker: Annotated[
         str, typer.Option("--tracker", help="Also log to tensorboard, wandb, mlflow, trackio, ...")
     ] = "",
@@ -57,7 +59,7 @@ def train(
     """
     from codefend import training
 
-    config = preset_config(preset, settings)
+    config = preset_config(preset, settings, file=file)
     if dry_run:
         print_config(config)
     else:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import tomllib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -35,6 +37,36 @@ def recorded(config: Any, *, later: str) -> dict[str, object]:
     names = [field.name for field in fields(config)]
     defaults = {f.name for f in fields(config)[names.index(later) :] if getattr(config, f.name) == f.default}
     return {name: value for name, value in asdict(config).items() if name not in defaults}
+
+
+def read_settings(path: str | Path) -> dict[str, str]:
+    """The settings of a TOML or ``.json`` file as ``override`` takes them; keys of nested tables are joined by dots.
+
+    Raises CodefendError when the file is missing, damaged, or holds a value that no setting has.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise CodefendError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CodefendError(f"{path} is neither valid TOML nor JSON by its ending: {error}") from error
+    if not isinstance(values, dict):
+        raise CodefendError(f"{path} must hold keys and values, such as steps = 300")
+    return dict(_as_text(values, path))
+
+
+def _as_text(values: Mapping[str, Any], path: Path, above: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        key = above + name
+        if isinstance(value, dict):
+            yield from _as_text(value, path, f"{key}.")
+            continue
+        parts = value if isinstance(value, list) else [value]
+        if not all(isinstance(part, str | int | float) or part is None for part in parts):
+            raise CodefendError(f"{path}: {key} must be text, a number, true, false or a list of these")
+        yield key, ",".join(str(part) for part in parts)
 
 
 def known_keys(config: Any) -> list[str]:
