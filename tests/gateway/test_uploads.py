@@ -44,6 +44,19 @@ def test_other_files_pass_as_they_are() -> None:
     assert file_received(upstream) == b"%PDF-1.7 \r\n\r\n any bytes \0"
 
 
+def test_only_the_routes_of_uploads_take_files() -> None:
+    async def work() -> None:
+        upstream = Upstream()
+        flags: dict[str, Any] = {"allow_uploads": True, "routes": "transcription,/v1/images/edits"}
+        async with gateway(upstream, **flags) as client:
+            for path in ("/v1/images/edits", "/v1/audio/transcriptions"):
+                answer = await client.post(path, files={"image": ("a.png", A, "image/png")})
+                assert answer.status_code in (400, 415)
+        assert not upstream.requests
+
+    run(work())
+
+
 def test_the_images_of_a_batch_are_purified() -> None:
     upstream = Upstream()
     batch = line(chat(A)) + b"\n\n" + line({"model": "m", "input": "a text"}, "/v1/embeddings") + b"\n" + line(chat(B))
@@ -76,6 +89,10 @@ def test_the_images_of_a_batch_of_messages_are_purified() -> None:
     ("content", "purpose", "flags", "code"),
     [
         (A[:60], "vision", {}, "invalid_image"),
+        (b"\0\0\0\x20ftypavif" + bytes(99), "vision", {}, "invalid_image"),
+        (b"\0\0\0\x18ftypheic" + bytes(99), "vision", {}, "invalid_image"),
+        (b"\xff\x0a" + bytes(99), "vision", {}, "invalid_image"),
+        (b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>", "vision", {}, "invalid_image"),
         (png(3, shade=0.8), "vision", {"policy": "block", "threshold": 0.5}, "image_blocked"),
         (line(chat(A)) + b"\n" + line(chat(A), "/v1/fine_tuning/jobs"), "batch", {}, "unknown_route"),
         (line(chat(A), method="DELETE"), "batch", {}, "unknown_route"),

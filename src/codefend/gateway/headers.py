@@ -16,6 +16,9 @@ _HOP_NAMES = (  # RFC 9110, 7.6.1
 )
 _HOP_BY_HOP = frozenset(_HOP_NAMES.split())
 KEY_HEADERS = frozenset({b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key"})
+# Some servers take these for the method or the path, which were checked here. Others choose whom the key bills.
+_REROUTING = frozenset(b"x-http-method-override x-http-method x-method-override x-original-url x-rewrite-url".split())
+_ACCOUNTS = frozenset({b"openai-organization", b"openai-project"})
 _OURS = b"x-codefend-"
 
 
@@ -31,9 +34,9 @@ def to_upstream(
     headers: Sequence[tuple[bytes, bytes]], *, drop: frozenset[bytes] = frozenset(), upstream_key: str | None
 ) -> Headers:
     """Drop what belongs to this hop or to the gateway, and ``drop``; put the upstream's key in, where there is one."""
-    drop = drop | _HOP_BY_HOP | _named_by_connection(headers) | {b"host", b"content-length", b"expect"}
+    drop = drop | _HOP_BY_HOP | _REROUTING | _named_by_connection(headers) | {b"host", b"content-length", b"expect"}
     if upstream_key is not None:
-        drop |= KEY_HEADERS
+        drop |= KEY_HEADERS | _ACCOUNTS
     passed = [(key, value) for key, value in headers if key not in drop and not key.startswith(_OURS)]
     if upstream_key is not None:
         passed += [(b"authorization", b"Bearer " + upstream_key.encode()), (b"x-api-key", upstream_key.encode())]

@@ -7,6 +7,7 @@ agree with this size (`Worker` checks that), so that nobody is queued as small w
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,6 +52,19 @@ def read_header(data: bytes) -> Header:
             return Header(name, width, height)
     what = "is not an image" if data else "is empty, not an image"
     raise InvalidHeader(f"the file {what} of a kind that can be read (PNG, JPEG, WebP, BMP, GIF, TIFF)")
+
+
+# AVIF and HEIC, JPEG XL, JPEG 2000, PSD, ICO, PNM, QOI, HDR, EXR, DDS, SVG
+_OTHER_IMAGES = re.compile(
+    rb"\0\0..ftyp(?:avi|hei|hev|mi[af]|msf)|\0\0\0\x0c(?:JXL|jP) |\xff\x0a|\xff\x4f\xff\x51|8BPS|\0\0[\1\2]\0"
+    rb"|P[1-7Ff]\s|qoif|#\?R|v/1\x01|DDS |\s*<(?:svg|(?:\?xml|!)[^\0]{0,4096}?<svg)",
+    re.DOTALL,
+)
+
+
+def is_other_image(data: bytes) -> bool:
+    """Whether a file is an image of a kind that is not read here: AVIF, HEIC, JPEG XL, SVG, PSD, ..."""
+    return _OTHER_IMAGES.match(data) is not None
 
 
 def _too_complex(what: str) -> InvalidHeader:

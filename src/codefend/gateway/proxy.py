@@ -190,10 +190,10 @@ class Proxy:
             return body
         if exchange.path == FILES:
             return await self._rewrite_upload(exchange, raw)
-        if self.settings.allow_uploads and api_of(exchange.path) == "other":
-            return raw
         if exchange.path in ("/v1/audio/transcriptions", "/v1/audio/translations"):
             check_audio_form(find(scope["headers"], b"content-type") or "", raw)
+            return raw
+        if self.settings.allow_uploads and self.routes.is_upload(scope["method"], exchange.path):
             return raw
         raise Refused(415, "unknown_content", "only application/json can be inspected for images")
 

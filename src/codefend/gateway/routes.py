@@ -102,12 +102,16 @@ class Routes:
         """Raise Refused (403, 404) for a route that is not served here."""
         if _matches(self._rules, method, path):
             return
-        if _matches(self._uploads, method, path):
+        if self.is_upload(method, path):
             message = "files and batches cannot be inspected and are not passed on here (--allow-uploads)"
             raise Refused(403, "uploads_refused", message)
         raise Refused(
             404, "unknown_route", f"{method} {path[:100]} is not served here; the operator's --routes name it"
         )
+
+    def is_upload(self, method: str, path: str) -> bool:
+        """Whether the route is one of files and batches."""
+        return _matches(self._uploads, method, path)
 
 
 def _rule(text: str) -> tuple[frozenset[str], re.Pattern[str]]:

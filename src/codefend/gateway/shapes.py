@@ -234,8 +234,11 @@ def _part(api: Api, part: dict[str, Any], place: Place, into: _Collected) -> Non
     text_keys = _TEXT_PARTS[api].get(kind)
     if text_keys is not None:
         check_keys(part, text_keys, place)
-        for key in text_keys & {"text", "refusal", "thinking"}:
-            expect_text(part.get(key), (*place, key))
+        for key in text_keys - {"input", "input_audio"}:
+            if key in ("text", "refusal", "thinking"):
+                expect_text(part.get(key), (*place, key))
+            elif key in part:
+                search(part[key], (*place, key))
         if kind == "input_audio":
             _audio(part.get(kind), (*place, kind))
     elif kind in _IMAGE_PARTS[api]:
@@ -280,8 +283,10 @@ def _image_part(api: Api, part: dict[str, Any], place: Place, into: _Collected) 
         return
     check_keys(part, frozenset({"image_url", "detail"}) if api == "responses" else frozenset({"image_url"}), place)
     value, here = part.get("image_url"), (*place, "image_url")
+    search(part.get("detail"), (*place, "detail"))
     if api == "chat" and isinstance(value, dict):
         check_keys(value, frozenset({"url", "detail"}), here)
+        search(value.get("detail"), (*here, "detail"))
         value, here = value.get("url"), (*here, "url")
     into.slots.append(Slot(here, expect_text(value, here), "url"))
 

@@ -22,9 +22,13 @@ _MEDIA_NAMES = (
     "prompt_embeds inline_data inlinedata document_url ref_image ref_images reference_images init_image mask_image "
     "image_base64 b64_json"
 )
-_MEDIA_KEYS = frozenset(_MEDIA_NAMES.split())
-_MEDIA_TYPES = _MEDIA_KEYS | {"document", "computer_screenshot"}
-_MAGIC64 = ("iVBORw0KGgo", "/9j/", "R0lGODlh", "R0lGODdh", "UklGR", "SUkqA", "TU0AK")
+_MEDIA_TYPES = frozenset(_MEDIA_NAMES.split()) | {"document", "computer_screenshot"}
+_MEDIA_KEYS = frozenset(name.replace("_", "") + plural for name in _MEDIA_NAMES.split() for plural in ("", "s"))
+# PNG, JPEG (also in the alphabet of URLs), GIF, WebP, TIFF, JPEG XL, JPEG 2000, PSD, HDR, ICO, QOI, PDF
+_MAGIC64 = (
+    *("iVBORw0KGgo", "/9j/", "_9j_", "R0lGODlh", "R0lGODdh", "UklGR", "SUkqA", "SUkrA", "TU0AK", "AAAADEpYTCAN"),
+    *("AAAADGpQICAN", "OEJQUw", "Iz9SQURJ", "AAABAA", "cW9pZg", "JVBERi0"),
+)
 _DATA_URL = re.compile(r"data:[^,\s]*,", re.IGNORECASE)
 _LONG = 512  # characters: shorter base64 is no image worth hiding
 _DEEPEST = 100  # lists and objects in one another; no API needs more than some twenty
@@ -38,8 +42,10 @@ _TAG_CONTENT = (
     r"(?:(?!https?:)\w++[+.-]*+://|data:|(?:[A-Za-z0-9+/=_-]\s{0,8}+){256}"
     r"|(?!https?:)[^\s<][^<]{0,4096}+</(?:img|image|video))"
 )
-_WRITTEN_DATA = re.compile(f"{_WRITTEN}data:|{_TAG}{_TAG_CONTENT}", re.IGNORECASE)
-_WRITTEN_ANY = re.compile(f"{_WRITTEN}(?:data:|https?:)|{_TAG}(?:https?:|{_TAG_CONTENT})", re.IGNORECASE)
+# What is still open after 60,000 characters could be closed beyond that overlap, and is refused as it is.
+_OPEN = r"!\[(?:[^\]!]|!(?!\[)){60000}+|<img\b[^<>]{60000}+"
+_WRITTEN_DATA = re.compile(f"{_WRITTEN}data:|{_TAG}{_TAG_CONTENT}|{_OPEN}", re.IGNORECASE)
+_WRITTEN_ANY = re.compile(f"{_WRITTEN}(?:data:|https?:)|{_TAG}(?:https?:|{_TAG_CONTENT})|{_OPEN}", re.IGNORECASE)
 _STEP, _OVERLAP = 1 << 18, 1 << 16
 
 # WAV, MP3, Ogg, FLAC, MP4 and WebM. The first bytes of MP4 are a length: more than 255 could begin a TGA image.
@@ -53,10 +59,15 @@ def search_rest(value: Mapping[str, Any], understood: set[str], place: Place) ->
     for key, inner in value.items():
         if key in understood:
             continue
-        if key in _MEDIA_KEYS or key.casefold() in _MEDIA_KEYS:
+        if _names_media(key):
             raise Refused(400, "unknown_content", f"{key!r} may hold an image here", where=spell((*place, key)))
         if not isinstance(inner, (int, float)):
             search(inner, (*place, key), free=key in _FREE)
+
+
+def _names_media(key: str) -> bool:
+    """Whether a key is one of media, however it is spelt: ``image_url``, ``imageUrls``, ``Image-URL``."""
+    return key.casefold().replace("_", "").replace("-", "") in _MEDIA_KEYS
 
 
 def search(value: Any, place: Place, *, free: bool = False) -> None:
@@ -66,7 +77,7 @@ def search(value: Any, place: Place, *, free: bool = False) -> None:
     for at, here in _containers(value, place):
         for step, inner in _items(here):
             typed = step == "type" and isinstance(inner, str) and inner in _MEDIA_TYPES
-            if not free and (typed or (isinstance(step, str) and step.casefold() in _MEDIA_KEYS)):
+            if not free and (typed or (isinstance(step, str) and _names_media(step))):
                 what = inner if typed else step
                 raise Refused(400, "unknown_content", f"{what!r} may hold an image here", where=spell((*at, step)))
             if isinstance(inner, str) and _looks_like_image(inner):
@@ -128,6 +139,11 @@ _SERVER_KEYS = {
     "web_search_options": "web_search",
     "plugins": "plugins",
     "container": "code_execution",
+    "search_parameters": "web_search",  # xAI
+    "enable_search": "web_search",  # Qwen
+    "data_sources": "data_sources",  # Azure
+    "connectors": "connectors",
+    "vector_store_ids": "file_search",  # LiteLLM
 }
 
 
@@ -136,9 +152,11 @@ def check_tools(body: Mapping[str, Any], allowed: Sequence[str]) -> None:
 
     A name stands for its dated versions, too: ``web_fetch`` allows ``web_fetch_20250910``.
     """
+    check_case(body, {"tools", *_SERVER_KEYS}, ())
     tools = body.get("tools")
     for i, tool in enumerate(tools if isinstance(tools, list) else ()):
-        kind = tool.get("type", "function") if isinstance(tool, dict) else "function"
+        check_case(expect_object(tool, ("tools", i)), {"type"}, ("tools", i))
+        kind = tool.get("type", "function" if {"function", "name"} & tool.keys() else None)
         if not isinstance(kind, str):
             raise unknown("tool", kind, ("tools", i))
         if not _CLIENT_TOOL.match(kind) and not _is_allowed(kind, allowed):
@@ -212,7 +230,8 @@ def _looks_like_image(text: str) -> bool:
     if head[:5].lower() == "data:" and (_DATA_URL.match(head) or ";base64" in head.lower()):
         return True
     bitmap = head.startswith("Qk") and head[8:13] == "AAAAA"  # BMP: "BM", a size, four reserved zero bytes
-    if len(text) < _LONG or not (bitmap or head.startswith(_MAGIC64)):
+    boxes = head.startswith("AAAA") and head[6:10] == "Z0eX"  # AVIF, HEIC, MP4: a length below 256, "ftyp"
+    if len(text) < _LONG or not (bitmap or boxes or head.startswith(_MAGIC64)):
         return False
     return not any(c in " .,;:!?" for c in text[: _LONG // 2])  # base64 has none of these, prose has them soon
 

@@ -9,7 +9,7 @@ from typing import Any
 from codefend.gateway.engine import Caller, Engine, Terms
 from codefend.gateway.errors import Refused
 from codefend.gateway.forms import Part, read_form, replace_contents
-from codefend.gateway.probe import InvalidHeader, read_header
+from codefend.gateway.probe import InvalidHeader, is_other_image, read_header
 from codefend.gateway.routes import Routes, api_of, check_path
 from codefend.gateway.wire import check_simple, dump, parse
 
@@ -39,6 +39,10 @@ async def _rewrite_file(engine: Engine, part: Part, terms: Terms, caller: Caller
     try:
         read_header(part.content)
     except InvalidHeader as error:
+        if is_other_image(part.content):
+            raise Refused(
+                400, "invalid_image", "an image of a kind that cannot be purified; send PNG or JPEG"
+            ) from error
         if "is not an image" in str(error):
             return part.content
     image = await engine.purify_file(part.content, terms, caller)
