@@ -5,7 +5,8 @@ Images are float32 ``[B, 3, H, W]``, RGB, in ``[0, 1]``; every radius ``eps`` is
 - `purify` cleans one image: a path, PIL image, array or tensor.
 - `load_purifier`, `load_victim`, `load_task` load by name; `Defense` and `DefendedVictim` put a purifier in front of a
   model; the result is a victim like any other.
-- `attack` makes adversarial images; `evaluate` with an `EvalConfig` measures defenses under a grid of attacks.
+- `attack` makes adversarial images; `evaluate` with an `EvalConfig` measures defenses under a grid of attacks;
+  `certify` gives an answer with the l2 radius inside which no attack changes it.
 - `wrap` returns an OpenAI or Anthropic client whose images are purified before they leave the process.
 - `CodefendError`, a ValueError, is raised for input that the caller can correct.
 
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from codefend.attacks import attack
     from codefend.bench import EvalConfig, evaluate
+    from codefend.bench.smoothing import certify
     from codefend.defense import DefendedVictim, Defense, StraightThrough
     from codefend.gateway.client import wrap
     from codefend.purifiers import load as load_purifier
@@ -39,6 +41,7 @@ _LAZY = {
     "attack": ("codefend.attacks", "attack"),
     "evaluate": ("codefend.bench", "evaluate"),
     "EvalConfig": ("codefend.bench", "EvalConfig"),
+    "certify": ("codefend.bench.smoothing", "certify"),
     "Purifier": ("codefend.purifiers.base", "Purifier"),
     "Defense": ("codefend.defense", "Defense"),
     "DefendedVictim": ("codefend.defense", "DefendedVictim"),
@@ -63,6 +66,7 @@ __all__ = [
     "Task",
     "__version__",
     "attack",
+    "certify",
     "evaluate",
     "load_purifier",
     "load_task",

@@ -129,6 +129,13 @@ class HasWordScores(Protocol):
 
 
 @runtime_checkable
+class AnswersGreedily(Protocol):
+    """A victim that says whether its answer is a function of image and prompt: greedy decoding, no sampling."""
+
+    greedy: bool
+
+
+@runtime_checkable
 class WhiteBox(Victim, HasLoss, HasFeatures, Protocol):
     """A victim with gradients: loss and features are differentiable in the images."""
 

@@ -38,7 +38,7 @@ def stripes(like: Tensor) -> Tensor:
 class ToyVictim:
     """Answers a colour word to "left?" and "right?", both words with "and" to anything else."""
 
-    name = "toy"
+    name, greedy = "toy", True
 
     def __init__(self, *, checker: float = 200.0, striped: float = 0.0) -> None:
         self.checker, self.striped = checker, striped
@@ -121,6 +121,19 @@ class Jitter(PlainPurifier):
         return images + self.sigma * torch.randn(images.shape, generator=generator)
 
 
+class Noise(PlainPurifier):
+    """Adds noise that certificates know of, and does nothing else."""
+
+    stochastic = True
+
+    def __init__(self, sigma: float = 0.25) -> None:
+        super().__init__()
+        self.noise = sigma
+
+    def forward(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+        return images + self.noise * torch.randn(images.shape, generator=generator) if self.noise else images
+
+
 class Quantize(PlainPurifier):
     """Rounds to few levels: removes small perturbations, and every gradient but a vanishing one."""
 
@@ -153,6 +166,7 @@ PURIFIERS: dict[str, Any] = {
     "smooth": Smooth,
     "leaky": Leaky,
     "jitter": Jitter,
+    "noise": Noise,
     "quantize": Quantize,
     "shatter": Shatter,
     "rounded": Rounded,

@@ -1,4 +1,4 @@
-"""Verbs that measure: eval, report, leaderboard, demo."""
+"""Verbs that measure: eval, certify, report, leaderboard, demo."""
 
 from __future__ import annotations
 
@@ -74,6 +74,35 @@ def _exceeds(rows: Sequence[Any], limit: float) -> bool:
         verdict = f"above {limit:.0%}" if above else "ok"
         print(f"attack success: {cell}: {rate.hits}/{rate.n} ({share}) {verdict}", file=sys.stderr)
     return exceeded
+
+
+@app.command()
+def certify(
+    run: RunFolder,
+    preset: Annotated[str, typer.Argument(help="See `codefend list presets`.")] = "certify",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Examples per task.")] = None,
+    settings: Settings = [],  # noqa: B006  (Typer copies it)
+    file: ConfigFile = None,
+    victim: Annotated[str, typer.Option("--victim", help="Short for --set victim=NAME.")] = "",
+    estimate: Annotated[bool, typer.Option("--estimate", help="Measure and print the cost, and exit.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Certify answers by randomized smoothing: no change of a smaller l2 norm changes them. Rerun to resume.
+
+    The purifier is the denoiser behind its own noise; the victim must answer greedily. Questions: the answer's text.
+    Captions: the objects that they name, all together. All settings: class CertifyConfig.
+
+    Example: codefend certify --run runs/certify --limit 8 && codefend report runs/certify
+    """
+    from codefend.bench.certify import CertifyConfig, run_certify
+
+    changes = [*([f"limit={limit}"] if limit else []), *([f"victim={victim}"] if victim else [])]
+    config = preset_config(preset, [*settings, *changes], CertifyConfig, file=file)
+    if dry_run:
+        print_config(config)
+        return
+    run_certify(config, run, estimate_only=estimate)
+    print(run)
 
 
 @app.command()

@@ -133,6 +133,10 @@ _EVALUATIONS = {
         _EVAL,
         {"defenses": _DEFENSES, "attacks": (*_SEEN, *_UNSEEN), "seen": _SEEN, "threats": ("T0",), **_STRATA},
     ),
+    "certify": Preset(
+        "certificates of 64 questions at two noise levels, 1,000 draws each: `codefend certify`",
+        "codefend.bench.certify:CertifyConfig",
+    ),
     "transfer": Preset(
         "transfer: attacks crafted on --set crafters=A,B, judged on these and --set judges=openai:URL#MODEL",
         "codefend.bench:TransferConfig",

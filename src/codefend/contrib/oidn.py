@@ -80,15 +80,15 @@ class Oidn(Purifier):
 
     def __init__(self, options: OidnOptions | None = None, **names: Any) -> None:
         super().__init__(options, **names)
-        self.stochastic = self.options.sigma > 0
+        self.stochastic, self.noise = self.options.sigma > 0, self.options.sigma
         self.net = OidnNet(load_tensors())
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
         images = images.float()
         if next(self.net.parameters()).device != images.device:
             self.net.to(images.device)
-        if self.options.sigma > 0:
-            images = images + self.options.sigma * noise_like(images, generator)
+        if self.noise > 0:
+            images = images + self.noise * noise_like(images, generator)
         result: Tensor = self.net(clip(images))
         return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -48,6 +49,8 @@ class Purifier(nn.Module):
 
     name: str = "purifier"
     stochastic: bool = False  # adds noise, drawn from ``generator`` when given
+    noise: float = 0.0  # standard deviation of the Gaussian noise that a call adds first, pixels in [0, 1]; 0: none
+    noise_later: bool = False  # draws noise after that, too
     differentiable: bool = True
     surrogate: bool = False  # its gradient is not its own, see `codefend.defense.StraightThrough`
     evaluations: int = 0  # network evaluations per image
@@ -155,6 +158,17 @@ class Purifier(nn.Module):
             purified = torch.cat([self.transform(part, generator) for part in torch.split(work, size)])
         return clip(purified[..., :height, :width].to(images.dtype))
 
+    def behind_noise(self) -> Purifier:
+        """What this purifier does to images that have its ``noise`` already, for certificates (`codefend.certify`).
+
+        Its gate and its guidance see the noisy images only. Raises CodefendError for a purifier without noise.
+        """
+        if not self.noise:
+            raise CodefendError(f"purifier {self.name} adds no noise to its input; use one that does: bridge:sigma=0.1")
+        rest = copy.copy(self)
+        rest.noise, rest.stochastic = 0.0, self.noise_later
+        return rest
+
     def score(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         """Detection score per image ``[B]``, see `judge`; costs one purification."""
         return self._judge(images, self.transformed(images, generator=generator))
@@ -208,6 +222,7 @@ class WrappedPurifier(Purifier):
         self.purifier = purifier
         self.name, self.evaluations = purifier.name, purifier.evaluations
         self.stochastic, self.differentiable = purifier.stochastic, purifier.differentiable
+        self.noise, self.noise_later = purifier.noise, purifier.noise_later
         self.surrogate, self.multiple, self.tiled = purifier.surrogate, purifier.multiple, purifier.tiled
         self.detector, self.gate, self.guidance = purifier.detector, purifier.gate, purifier.guidance
 
@@ -216,6 +231,9 @@ class WrappedPurifier(Purifier):
 
     def transformed(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         return self.purifier.transformed(images, generator=generator)
+
+    def behind_noise(self) -> Purifier:
+        return self.purifier.behind_noise()
 
     def judge(self, images: Tensor, purified: Tensor) -> Tensor:
         return self.purifier.judge(images, purified)

@@ -52,11 +52,18 @@ class Bridge(NetPurifier):
         super().__init__(net, options, **names)
         o = self.options
         self.evaluations, self.stochastic, self.gate = o.evaluations, o.sigma > 0, o.gate
+        self.noise = o.sigma
         self.guidance = Guidance.by_encoders(o.guided, o.guides) if o.guided else None
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
         o = self.options
         clean = bridge_purify(
-            self.net, images, evaluations=o.evaluations, sigma=o.sigma, checkpoint=o.checkpoint, generator=generator
+            self.net,
+            images,
+            evaluations=o.evaluations,
+            sigma=o.sigma,
+            noisy=not self.noise,
+            checkpoint=o.checkpoint,
+            generator=generator,
         )
         return clean if o.strength == 1 else images + o.strength * (clean - images)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Generator, Tensor
 
 from codefend.purifiers.base import NetPurifier
-from codefend.purifiers.diffusion import diffpure
+from codefend.purifiers.diffusion import diffpure, diffpure_levels
 from codefend.purifiers.nets import PurifierNet
 from codefend.types import CodefendError
 
@@ -43,9 +43,18 @@ class DiffPure(NetPurifier):
     def __init__(self, net: PurifierNet, options: DiffPureOptions | None = None, **names: Any) -> None:
         super().__init__(net, options, **names)
         self.evaluations = self.options.steps or max(1, round(1000 * self.options.t))
+        self.noise = float(diffpure_levels(self.options.t, 1)[0])
+        self.noise_later = self.options.eta > 0 and self.evaluations > 1
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
         o = self.options
         return diffpure(
-            self.net, images, t=o.t, steps=self.evaluations, eta=o.eta, checkpoint=o.checkpoint, generator=generator
+            self.net,
+            images,
+            t=o.t,
+            steps=self.evaluations,
+            eta=o.eta,
+            noisy=not self.noise,
+            checkpoint=o.checkpoint,
+            generator=generator,
         )

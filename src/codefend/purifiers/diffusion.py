@@ -166,13 +166,14 @@ def diffpure(
     t: float = 0.15,  # VP time: DiffPure's ImageNet setting for 4/255
     steps: int = 150,
     eta: float = 1.0,
+    noisy: bool = False,  # the images have the noise of time t already
     checkpoint: bool = False,
     generator: Generator | None = None,
 ) -> Tensor:
     """Diffuse to time ``t``, then denoise with an unconditional prior (DiffPure, Nie et al. 2022, eq. 4 and 5)."""
     levels = diffpure_levels(t, steps)
-    noisy = images + float(levels[0]) * noise_like(images, generator)
-    return denoise_from(net, noisy, levels, eta=eta, checkpoint=checkpoint, generator=generator)
+    start = images if noisy else images + float(levels[0]) * noise_like(images, generator)
+    return denoise_from(net, start, levels, eta=eta, checkpoint=checkpoint, generator=generator)
 
 
 def evaluate(net: Denoiser, x: Tensor, s: Tensor, sigma: Tensor, *, checkpoint: bool = False) -> Tensor:
@@ -245,6 +246,7 @@ def bridge_purify(
     *,
     evaluations: int = 1,
     sigma: float = 0.0,  # noise added before the first evaluation, pixels in [0, 1]
+    noisy: bool = False,  # the images have this noise already
     checkpoint: bool = False,
     generator: Generator | None = None,
 ) -> Tensor:
@@ -257,7 +259,7 @@ def bridge_purify(
     One evaluation returns the network's prediction. Shift and noise shrink together along the line through x0: the
     noise level at s is s sigma, and a perfect network gives the same image for any number of evaluations.
     """
-    x = images + sigma * noise_like(images, generator) if sigma > 0 else images
+    x = images + sigma * noise_like(images, generator) if sigma > 0 and not noisy else images
     times = [0.5**k for k in range(evaluations)] + [0.0]
     for s, s_next in pairwise(times):
         x0 = evaluate(net, x, per_image(s, x), per_image(s * sigma, x), checkpoint=checkpoint)

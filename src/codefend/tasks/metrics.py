@@ -38,6 +38,7 @@ __all__ = [
     "document_frequencies",
     "exact_match",
     "exact_tags",
+    "holds_phrase",
     "mean_score",
     "normalize_answer",
     "paired_difference_interval",
@@ -133,7 +134,7 @@ def tag_recall(answers: Sequence[str], examples: Sequence[Example]) -> Tensor:
     image has isn't punished.
     """
     recalls = [
-        sum(_holds(answer, tag) for tag in example.tags) / len(example.tags) if example.tags else math.nan
+        sum(holds_phrase(answer, tag) for tag in example.tags) / len(example.tags) if example.tags else math.nan
         for answer, example in zip(answers, examples, strict=True)
     ]
     return torch.tensor(recalls)
@@ -213,10 +214,10 @@ def targeted_success(target: str, clean_answers: Sequence[str] | None = None) ->
         raise ValueError(f"the target {target!r} has no words")
 
     def success(answers: Sequence[str], examples: Sequence[Example]) -> Tensor:
-        scores = torch.tensor([float(_holds(a, target)) for a, _ in zip(answers, examples, strict=True)])
+        scores = torch.tensor([float(holds_phrase(a, target)) for a, _ in zip(answers, examples, strict=True)])
         if clean_answers is None:
             return scores
-        before = [_holds(clean, target) for clean, _ in zip(clean_answers, examples, strict=True)]
+        before = [holds_phrase(clean, target) for clean, _ in zip(clean_answers, examples, strict=True)]
         return scores.masked_fill(torch.tensor(before, dtype=torch.bool), math.nan)
 
     return success
@@ -256,7 +257,7 @@ def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
     return row[-1]
 
 
-def _holds(text: str, phrase: str) -> bool:
+def holds_phrase(text: str, phrase: str) -> bool:
     """Whether the words of ``phrase`` occur in ``text`` side by side and in order."""
     return f" {_spaced(phrase)} " in f" {_spaced(text)} "
 

@@ -23,6 +23,8 @@ class EncoderVictim:
     Raises CodefendError for an unknown encoder or one without classes.
     """
 
+    greedy = True
+
     def __init__(self, encoder: str, side: int | None = None) -> None:
         self.name = encoder if side is None else f"{encoder}@{side}"
         model = encoders.load(encoder).to(default_device())

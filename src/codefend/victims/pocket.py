@@ -60,6 +60,7 @@ class Pocket(nn.Module):
     """
 
     name = "pocket"
+    greedy = True
 
     def __init__(self, encoder: str = "lite0", *, rank: int = 32, vocabulary: Sequence[str] = ()) -> None:
         super().__init__()

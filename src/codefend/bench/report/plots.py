@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from codefend.bench.results import BARE, CLEAN, THREATS, WORST, Entry
 
 if TYPE_CHECKING:
+    from codefend.bench.report.certificates import Curve
     from codefend.bench.report.transfer import TransferCell
 
 # Okabe & Ito 2008: distinct with any kind of colour vision.
@@ -75,6 +76,24 @@ def heat_map(cells: Sequence[TransferCell]) -> str:
         axis.set_ylabel("crafted on")
         axis.spines[:].set_visible(False)
         figure.colorbar(image, label="attack success rate")
+        return _svg(figure)
+
+
+def certified_accuracy(curves: Sequence[Curve]) -> str:
+    """Certified accuracy against radius, one falling line of steps per defense."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axis = figure.subplots()
+        for place, curve in enumerate(curves):
+            radii = sorted(row[curve.radius] if row[curve.right] else 0.0 for row in curve.rows)
+            shares = [1 - index / len(radii) for index in range(1, len(radii) + 1)]
+            start = sum(radius > 0 for radius in radii) / len(radii)
+            label = f"{curve.defense} (noise {curve.rows[0]['sigma']:.3g}, n={len(radii)})"
+            axis.step([0.0, *radii], [start, *(min(s, start) for s in shares)], where="post", label=label,
+                      color=COLOURS[place % len(COLOURS)])  # fmt: skip
+        axis.set(xlabel="certified radius (l2)", ylabel="certified accuracy", ylim=(0, 1.02), xlim=(0, None))
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
         return _svg(figure)
 
 

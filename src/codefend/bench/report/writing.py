@@ -1,4 +1,4 @@
-"""Write and print the report of a run folder, whether it holds one run or a transfer matrix."""
+"""Write and print the report of a run folder: one run, a transfer matrix or certificates."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codefend.bench.report.board import write_board
+from codefend.bench.report.certificates import is_certified, print_certificates, write_certificates
 from codefend.bench.report.exports import csv_text, markdown_text, write_rows
 from codefend.bench.report.reading import read_report
 from codefend.bench.report.tables import overview, summary_tables
 from codefend.bench.report.transfer import is_matrix, pair_folders, print_matrix, write_matrix
 from codefend.core.files import write_atomic
+from codefend.core.runs import read_rows
 from codefend.types import CodefendError
 
 if TYPE_CHECKING:
@@ -21,9 +23,11 @@ if TYPE_CHECKING:
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     """Write ``out`` (HTML; ``report.html`` in the run folder by default) with a ``.md`` and a ``.csv`` next to it.
 
-    A transfer matrix has no ``.csv``: each pair's own folder has. Returns the HTML file. Raises CodefendError when the
-    folder is no evaluation, or matplotlib or Jinja are missing.
+    A transfer matrix has no ``.csv``, as each pair's own folder has one; certificates have none. Returns the HTML file.
+    Raises CodefendError when the folder is no evaluation, or matplotlib or Jinja are missing.
     """
+    if is_certified(run_dir):
+        return write_certificates(run_dir, out)
     if is_matrix(run_dir):
         return write_matrix(run_dir, out)
     report = read_report(run_dir)
@@ -44,6 +48,9 @@ def export_rows(run_dir: str | Path, out: str | Path) -> Path:
 
     Raises CodefendError when the folder is no evaluation, for another ending, or when pyarrow is missing.
     """
+    if is_certified(run_dir):
+        write_rows(read_rows(run_dir), Path(out))
+        return Path(out)
     folders = pair_folders(run_dir) if is_matrix(run_dir) else [Path(run_dir)]
     write_rows([row for folder in folders for row in read_report(folder).rows], Path(out))
     return Path(out)
@@ -51,6 +58,9 @@ def export_rows(run_dir: str | Path, out: str | Path) -> Path:
 
 def print_summary(run_dir: str | Path, console: Console) -> None:
     """Print the leaderboards, the results and the warnings, or the tables of a transfer matrix."""
+    if is_certified(run_dir):
+        print_certificates(run_dir, console)
+        return
     if is_matrix(run_dir):
         print_matrix(run_dir, console)
         return

@@ -114,19 +114,22 @@ class FlowPure(NetPurifier):
     def __init__(self, net: PurifierNet, options: FlowOptions | None = None, **names: Any) -> None:
         super().__init__(net, options, **names)
         self.evaluations, self.stochastic = self.options.steps, self.options.noise > 0
+        self.noise = self.options.start * self.options.noise
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
-        return flow_purify(self.net, images, self.options, generator=generator)
+        return flow_purify(self.net, images, self.options, noisy=not self.noise, generator=generator)
 
 
-def flow_purify(net: Denoiser, images: Tensor, options: FlowOptions, *, generator: Generator | None = None) -> Tensor:
+def flow_purify(
+    net: Denoiser, images: Tensor, options: FlowOptions, *, noisy: bool = False, generator: Generator | None = None
+) -> Tensor:
     """Euler integration of the flow from s = ``start`` to 0, one evaluation a step.
 
     An Euler step of v = (D - x) / s is x <- D + (s'/s)(x - D). With ``noise`` the image first gets the noise of
-    ``start``: the paper's white-box variants are start = 1/2 and 1/3 of a noise of 0.3.
+    ``start``: the paper's white-box variants are start = 1/2 and 1/3 of a noise of 0.3. ``noisy``: they have it.
     """
     o = options
-    x = images + o.start * o.noise * noise_like(images, generator) if o.noise > 0 else images
+    x = images if noisy or not o.noise else images + o.start * o.noise * noise_like(images, generator)
     for now, then in pairwise(torch.linspace(o.start, 0, o.steps + 1, dtype=torch.float64).tolist()):
         share, level = (0.0, now * o.noise) if o.noise > 0 else (now, 0.0)
         x0 = evaluate(net, x, per_image(share, x), per_image(level, x), checkpoint=o.checkpoint)

@@ -36,6 +36,8 @@ Layout = Mapping[str, Tensor]  # what the processor gives for one example, witho
 class HFVictim:
     """``model`` and ``processor`` of one checkpoint. Frozen, in eval mode; device and dtype stay unchanged."""
 
+    greedy = True
+
     def __init__(self, model: Any, processor: Any, *, name: str, max_new_tokens: int = 48) -> None:
         self.model, self.processor, self.name = model, processor, name
         self.max_new_tokens = max_new_tokens

@@ -1,0 +1,120 @@
+"""The report of certificates: certified accuracy against radius, as tables and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+import torch
+
+from codefend.bench.report.table import Table, number, with_interval
+from codefend.bench.smoothing import lower_bound
+from codefend.core.files import write_atomic
+from codefend.core.runs import Row, read_config, read_rows
+from codefend.tasks.intervals import Interval, bootstrap_interval
+from codefend.types import CodefendError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # l2, pixels in [0, 1]
+NOTES = (
+    "certified accuracy at r: share of the examples whose smoothed answer is right and has a certified radius above r "
+    "(l2, pixels in [0, 1]); abstentions count as wrong. Brackets: 95% bootstrap interval over examples.",
+    "Each certificate is wrong with probability alpha at most. A caption's objects are certified together: alpha is "
+    "divided by the number of objects of the task (Bonferroni).",
+    "A certificate holds for the vote over many noisy draws, not for a single answer, and in real arithmetic.",
+)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The certificates of one defense on one task, by what they say of the image."""
+
+    task: str
+    defense: str
+    rows: list[Row]
+    right: str = "right"  # the columns of the rows that are read
+    radius: str = "radius"
+
+    def certified(self, at: float) -> Interval:
+        """Certified accuracy at radius ``at``."""
+        flags = [float(row[self.right] and row[self.radius] > at) for row in self.rows]
+        return bootstrap_interval(torch.tensor(flags), samples=1000)
+
+
+def is_certified(folder: str | Path) -> bool:
+    """Whether ``folder`` holds certificates. Raises CodefendError when it is no run folder."""
+    return "selection" in read_config(folder)
+
+
+def read_curves(folder: str | Path) -> list[Curve]:
+    """All curves of a run. Raises CodefendError when it has no rows yet."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in read_rows(folder):
+        groups.setdefault((row["task"], row["defense"]), []).append(row)
+    if not groups:
+        raise CodefendError(f"{folder} has no certificates yet; rerun `codefend certify --run {folder}` to resume")
+    curves = []
+    for (task, defense), rows in groups.items():
+        if "objects" in rows[0]:
+            curves += [
+                Curve(f"{task}: every object is named", defense, rows),
+                Curve(f"{task}: every object is named, and no other", defense, rows, "exact", "exact_radius"),
+            ]
+        else:
+            curves.append(Curve(task, defense, rows))
+    return sorted(curves, key=lambda curve: curve.task)
+
+
+def tables(folder: str | Path) -> list[Table]:
+    """Certified accuracy at a few radii, a table for each task."""
+    config, curves = read_config(folder), read_curves(folder)
+    titles = dict.fromkeys(curve.task for curve in curves)
+    return [_table(title, [c for c in curves if c.task == title], float(config["alpha"])) for title in titles]
+
+
+def _table(title: str, curves: Sequence[Curve], alpha: float) -> Table:
+    lines = []
+    for curve in curves:
+        rows = curve.rows
+        right = sum(bool(row[curve.right]) for row in rows) / len(rows)
+        abstained = sum(row[curve.radius] == 0 for row in rows) / len(rows)
+        most = rows[0]["sigma"] * NormalDist().inv_cdf(lower_bound(rows[0]["draws"], rows[0]["draws"], alpha))
+        certified = [with_interval(curve.certified(radius)) for radius in RADII]
+        counts = (str(len(rows)), str(rows[0]["draws"]))
+        lines.append((curve.defense, f"{rows[0]['sigma']:.3g}", *counts, number(right), number(abstained), *certified))
+        lines[-1] += (number(most),)
+    columns = ("defense", "sigma", "n", "draws", "accuracy", "abstained", *(f"r = {r:g}" for r in RADII), "largest r")
+    return Table(title, columns, tuple(lines), NOTES, frozenset({"defense"}))
+
+
+def print_certificates(folder: str | Path, console: Console) -> None:
+    """Show the tables on a terminal."""
+    for table in tables(folder):
+        console.print(table.rich())
+        console.print()
+
+
+def write_certificates(folder: str | Path, out: str | Path | None = None) -> Path:
+    """Write ``out`` (HTML; ``report.html`` in the folder by default) with a ``.md`` next to it; the HTML's path.
+
+    Raises CodefendError when the folder holds no certificates, or matplotlib or Jinja are missing.
+    """
+    path = Path(out) if out else Path(folder) / "report.html"
+    path = path / "report.html" if path.is_dir() else path
+    try:
+        from codefend.bench.report.page import inline, render
+        from codefend.bench.report.plots import certified_accuracy
+    except ModuleNotFoundError as error:
+        raise CodefendError(f"the HTML report needs {error.name}: pip install 'codefend[bench]'") from error
+    curves, parts = read_curves(folder), tables(folder)
+    plots = [inline(certified_accuracy([c for c in curves if c.task == table.title])) for table in parts]
+    write_atomic(path, render("certificates.html", tables=list(zip(parts, plots, strict=True)), notes=NOTES))
+    lines = ["# Certified answers", "", *(f"- {note}" for note in NOTES), ""]
+    lines += [line for table in parts for line in table.markdown() if not line.startswith("- ")]
+    write_atomic(path.with_suffix(".md"), "\n".join(lines))
+    return path
