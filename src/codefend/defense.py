@@ -15,14 +15,18 @@ from torch import Generator, Tensor
 
 from codefend.core.devices import default_device
 from codefend.core.specs import literal, parse_spec
+from codefend.core.votes import elect
 from codefend.prompts.policy import attach
 from codefend.purifiers.base import Purifier, WrappedPurifier
-from codefend.types import HasFeatures, HasLoss, HasMargins, HasWordScores, Victim
+from codefend.types import CodefendError, HasFeatures, HasLoss, HasMargins, HasWordScores, Victim
 
 
 @dataclass(frozen=True)
 class Defense:
     """A purifier, a prompt policy, or both; ``None`` applies none.
+
+    With ``votes`` above 1 the victim answers that many times, each under noise of its own, and the answer is the one
+    that most others are like (`core.votes.elect`). Raises CodefendError for votes behind a purifier without noise.
 
     >>> import torch
     >>> from codefend import Defense, load_purifier
@@ -36,10 +40,17 @@ class Defense:
     purifier: Purifier | None = None
     policy: Callable[[str], str] | None = None  # of codefend.prompts: text around the query, or a soft prefix
     name: str = "none"
+    votes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.votes < 1:
+            raise CodefendError(f"votes must be 1 or more, not {self.votes}")
+        if self.votes > 1 and (self.purifier is None or not self.purifier.stochastic):
+            raise CodefendError(f"votes={self.votes} need a purifier that adds noise, or all answers are the same")
 
     @classmethod
     def from_spec(cls, text: str) -> Defense:
-        """Build the defense of a spec of the command line or a saved config, such as ``bridge:sigma=0.1+prompt=doubt``.
+        """Build the defense of a spec of the command line or a saved config, such as ``bridge:sigma=0.1+votes=8``.
 
         A purifier without a gradient is wrapped in `StraightThrough`. Raises CodefendError for an unknown
         name or option.
@@ -49,9 +60,10 @@ class Defense:
         spec = parse_spec(text)
         policy = prompts.load_any(spec.prompt) if spec.prompt else None
         if spec.name == "none":
-            return cls(None, policy)
+            return cls(None, policy, votes=spec.votes)
         purifier = purifiers.load(spec.name, **{key: literal(value) for key, value in spec.options.items()})
-        return cls(purifier if purifier.differentiable else StraightThrough(purifier), policy, purifier.name)
+        differentiable = purifier if purifier.differentiable else StraightThrough(purifier)
+        return cls(differentiable, policy, purifier.name, spec.votes)
 
     def images(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         """Purify images ``[B, 3, H, W]`` on the default device; the result is on the device of ``images``."""
@@ -136,6 +148,10 @@ class DefendedVictim:
         self.name = f"{victim.name}+{defense.name}"
 
     def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
+        turns = [self._answer_once(images, prompts) for _ in range(self.defense.votes)]
+        return turns[0] if len(turns) == 1 else [turn[elect(turn)] for turn in zip(*turns, strict=True)]
+
+    def _answer_once(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
         with torch.no_grad():
             purified = self._purified(images)
         answers: list[str] = self.victim.generate(purified, self.defense.prompts(prompts))

@@ -31,10 +31,11 @@ class Case(NamedTuple):
 class EvalConfig:
     """One evaluation. Defenses and attacks may carry options: ``bridge:evaluations=2``, ``apgd:steps=50,restarts=3``.
 
-    A defense may end in a prompt policy, ``bridge+prompt=doubt`` or ``none+prompt=policy.json``: an attacker at T2 sees
-    both. With ``craft_victim`` every attack is a transfer (T1), whatever ``threats`` says: the images are made on that
-    victim, behind ``surrogate`` if one is set, and judged on ``victim``, which may then be a black box. The defense
-    ``none`` is the bare victim; all its rows are T0, as there is nothing to adapt to.
+    A defense may end in a prompt policy, ``bridge+prompt=doubt`` or ``none+prompt=policy.json``, and in a number of
+    answers to vote on, ``bridge+votes=8``: an attacker at T2 knows all. With ``craft_victim`` every attack is a
+    transfer (T1), whatever ``threats`` says: the images are made on that victim, behind ``surrogate`` if one is set,
+    and judged on ``victim``, which may then be a black box. The defense ``none`` is the bare victim; all its rows are
+    T0, as there is nothing to adapt to.
 
     Adaptive attacks, and their settings:
 
@@ -179,15 +180,17 @@ class DefenseChoice:
     name: str
     options: dict[str, Any]
     prompt: str = ""
+    votes: int = 1
 
     @classmethod
     def parse(cls, text: str) -> DefenseChoice:
-        """Read ``name``, ``name:key=value,...`` and either with ``+prompt=POLICY`` behind it.
+        """Read ``name``, ``name:key=value,...`` and either with ``+prompt=POLICY`` and ``+votes=N`` behind it.
 
         Raises CodefendError for a malformed option or an empty policy.
         """
         spec = parse_spec(text)
-        return cls(text, spec.name, {key: literal(value) for key, value in spec.options.items()}, spec.prompt)
+        options = {key: literal(value) for key, value in spec.options.items()}
+        return cls(text, spec.name, options, spec.prompt, spec.votes)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class EvaluatedDefense:
         purifier = self.defense.purifier
         if purifier is None or self.gradient == "exact":
             return self.defense
-        return Defense(StraightThrough(purifier), self.defense.policy, self.label)
+        return replace(self.defense, purifier=StraightThrough(purifier))
 
 
 def load_defense(label: str, loaders: Loaders) -> Defense:
@@ -44,7 +44,7 @@ def load_defense(label: str, loaders: Loaders) -> Defense:
     choice = DefenseChoice.parse(label)
     policy = loaders.policy(choice.prompt) if choice.prompt else None
     purifier = None if choice.name == BARE else loaders.purifier(choice.name, **choice.options)
-    return Defense(purifier, policy, label)
+    return Defense(purifier, policy, label, choice.votes)
 
 
 def evaluated_defense(label: str, loaders: Loaders, image: Tensor, seed: int = 0) -> EvaluatedDefense:
@@ -60,7 +60,10 @@ def evaluated_defense(label: str, loaders: Loaders, image: Tensor, seed: int = 0
     randomized = purifier.stochastic or is_random(purifier, image, seed)
     exact = purifier.differentiable and has_gradient(purifier, image, seed)
     gradient = "exact" if exact else "straight-through"
-    return EvaluatedDefense(label, defense, randomized, gradient, _cost(purifier, image, seed))
+    cost = _cost(purifier, image, seed)
+    for column in ("ms_per_image", "multiply_adds", "evaluations"):
+        cost[column] *= defense.votes
+    return EvaluatedDefense(label, defense, randomized, gradient, cost)
 
 
 def is_random(purifier: Purifier, image: Tensor, seed: int) -> bool:

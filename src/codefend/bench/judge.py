@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +107,14 @@ def submit(bench: Bench, cell: Cell, batch: int, images: Tensor, examples: Seque
     defense, recorder = judged_defense(bench, cell, batch), None
     if defense.purifier is not None:
         recorder = RecordingPurifier(defense.purifier, rounded=evaluated.by_agreement)
-        defense = Defense(recorder, defense.policy, defense.name)
+        defense = replace(defense, purifier=recorder)
     draws = [make_generator(bench.config.seed, *names, turn) for turn in range(times)]
     seed, start = draws[0].initial_seed(), time.perf_counter()
     answers = [DefendedVictim(evaluated.victim, defense, generator=d).generate(images, prompts) for d in draws]
     total, purify = time.perf_counter() - start, 0.0 if recorder is None else recorder.seconds
     count, purified, detection = len(images) * times, [images], [None] * len(images)
     if recorder is not None:
-        outputs = [output.to(images.device) for output in recorder.outputs]
+        outputs = [output.to(images.device) for output in recorder.outputs[:: defense.votes]]  # the first of each vote
         detection = first_detection(recorder.purifier, images, outputs[0], seed).tolist()
         purified = [quantize8(output) for output in outputs] if recorder.rounded else outputs
     return Submissions(answers, purified, detection, purify / count, (total - purify) / count, seed)

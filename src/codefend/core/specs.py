@@ -2,8 +2,9 @@
 
 Specs are for the command line and for saved configs; in Python, pass objects and keywords. The grammar, in full:
 
-- ``NAME[:KEY=VALUE,...][+prompt=POLICY]``: an entry of a registry, a folder, or ``PREFIX:ID_OR_FOLDER``, with options.
-  ``bridge``, ``bridge:sigma=0.1``, ``hf:org/model:dtype=bfloat16``, ``none+prompt=doubt`` (`parse_spec`)
+- ``NAME[:KEY=VALUE,...][+prompt=POLICY][+votes=N]``: an entry of a registry, a folder, or ``PREFIX:ID_OR_FOLDER``,
+  with options. ``bridge``, ``bridge:sigma=0.1+votes=8``, ``hf:org/model:dtype=bfloat16``, ``none+prompt=doubt``
+  (`parse_spec`)
 - ``openai:URL#MODEL[?KEY=VALUE&...]``: an endpoint (`parse_endpoint`)
 - ``ENCODER[@SIDE]``: an encoder and the side in pixels of its input; several are joined by ``+`` (`parse_encoders`)
 - lists are joined by commas; `split_specs` keeps the options of one spec together
@@ -21,6 +22,7 @@ from urllib.parse import parse_qsl, urlsplit
 from codefend.types import CodefendError
 
 PROMPT = "+prompt="  # between a purifier and a prompt policy
+VOTES = "+votes="  # behind both: the number of answers under different noise that are voted on
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Spec:
     name: str
     options: Mapping[str, str] = field(default_factory=dict)
     prompt: str = ""  # a prompt policy's name or file; "" for none
+    votes: int = 1
 
 
 @dataclass(frozen=True)
@@ -42,27 +45,31 @@ class Endpoint:
 
 
 def parse_spec(text: str, names: Collection[str] = ()) -> Spec:
-    """Parse ``NAME[:KEY=VALUE,...][+prompt=POLICY]``; what follows one of ``names`` and a colon must be options.
+    """Parse ``NAME[:KEY=VALUE,...][+prompt=POLICY][+votes=N]``; after one of ``names`` and a colon stand options.
 
-    Raises CodefendError for a malformed option or an empty policy.
+    Raises CodefendError for a malformed option, an empty policy, or votes that are no number.
 
     >>> parse_spec("bridge:sigma=0.1,gate=true+prompt=doubt")
-    Spec(name='bridge', options={'sigma': '0.1', 'gate': 'true'}, prompt='doubt')
+    Spec(name='bridge', options={'sigma': '0.1', 'gate': 'true'}, prompt='doubt', votes=1)
     >>> parse_spec("hf:org/model:device=cuda:1").name
     'hf:org/model'
     """
+    text, voted, count = text.partition(VOTES)
+    if voted and not (count.isdecimal() and int(count) >= 1):
+        raise CodefendError(f"{text}{VOTES}{count}: votes is a whole number of answers, such as {text}{VOTES}8")
+    votes = int(count) if voted else 1
     head, plus, prompt = text.partition(PROMPT)
     if plus and not (head and prompt):
         raise CodefendError(f"defense {text!r}: write PURIFIER{PROMPT}POLICY, such as none{PROMPT}doubt")
     options = re.fullmatch(r"(.*?):(\w+=.*)", head, flags=re.DOTALL)
     name, _, tail = head.rpartition(":")
     if Path(head).is_dir():
-        return Spec(head, prompt=prompt)
+        return Spec(head, prompt=prompt, votes=votes)
     if options is not None:
         name, tail = options.groups()
     elif name not in names:
-        return Spec(head, prompt=prompt)
-    return Spec(name, parse_options([item for item in tail.split(",") if item]), prompt)
+        return Spec(head, prompt=prompt, votes=votes)
+    return Spec(name, parse_options([item for item in tail.split(",") if item]), prompt, votes)
 
 
 def parse_options(items: Sequence[str]) -> dict[str, str]:
