@@ -7,7 +7,7 @@ from typing import Any
 from typer.core import TyperGroup
 
 GROUPS = {
-    "Use": ("purify", "ask", "caption", "serve", "export"),
+    "Use": ("purify", "ask", "caption", "serve", "mcp-proxy", "export"),
     "Measure": ("attack", "eval", "certify", "report", "leaderboard", "demo"),
     "Train": ("pairs", "train", "build-victim", "calibrate", "card", "optimize-prompt", "prompts"),
     "Inspect": ("list", "doctor"),

@@ -73,7 +73,7 @@ def create_app(
     """
     prompt = load_any(settings.prompt)
     engine = build_engine(settings, purifier=purifier, prompt=prompt)
-    lane = Lane(engine.worker, settings.part(LaneOptions, **_lane_options(settings)))
+    lane = build_lane(settings, engine.worker)
     meters, keys = Meters(), Keys(_keys(settings))
     engine.lane = lane
     options = settings.part(FetchOptions, **_fetch_options(settings))
@@ -210,12 +210,15 @@ def build_worker(name: str, options: WorkerOptions, purifier: Purifier | None = 
     return Worker(purifier or purifiers.load(name), options)
 
 
-def _lane_options(settings: Settings) -> dict[str, Any]:
-    return {
-        "torch_threads": 0 if settings.isolate else settings.torch_threads,
-        "timeout_s": settings.purify_timeout_s,
-        "cache_bytes": settings.cache_mb << 20,
-    }
+def build_lane(settings: Settings, worker: Runner) -> Lane:
+    """The queue in front of ``worker``."""
+    options = settings.part(
+        LaneOptions,
+        torch_threads=0 if settings.isolate else settings.torch_threads,
+        timeout_s=settings.purify_timeout_s,
+        cache_bytes=settings.cache_mb << 20,
+    )
+    return Lane(worker, options)
 
 
 def _fetch_options(settings: Settings) -> dict[str, Any]:

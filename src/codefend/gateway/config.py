@@ -52,6 +52,9 @@ Part = TypeVar("Part")
 Names = Annotated[tuple[str, ...], NoDecode]  # with commas between them
 
 
+NO_UPSTREAM = "none"  # for what purifies images without passing requests on
+
+
 def is_embedded(upstream: str) -> bool:
     """Whether the upstream is a victim in this process instead of the address of a server."""
     return upstream == "pocket" or upstream.startswith("hf:")
@@ -216,7 +219,7 @@ class Settings(BaseSettings):
     @field_validator("upstream")
     @classmethod
     def _complete_upstream(cls, value: str) -> str:
-        if is_embedded(value):
+        if is_embedded(value) or value == NO_UPSTREAM:
             return value
         url = urlsplit(value)
         if url.scheme not in ("http", "https") or not url.hostname or url.fragment or url.username:
