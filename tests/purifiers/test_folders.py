@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Generator, Tensor
 
 from codefend.core import images
+from codefend.core.images import from_pil
+from codefend.purifiers import load
 from codefend.purifiers.base import Purifier
 from codefend.purifiers.folders import MANIFEST, FolderOptions, FolderReport, plan, purify_paths
 from codefend.types import CodefendError
@@ -349,3 +352,11 @@ def test_large_images_are_shrunk_first_and_stay_so(tmp_path: Path) -> None:
     assert images.load(tmp_path / "out" / "small.png").pixels.shape == images.load(small).pixels.shape
     with pytest.raises(CodefendError, match="max_side"):
         run([source.parent], tmp_path / "out", max_side=8)
+
+
+def test_files_are_shrunk_as_the_gateway_shrinks_them(tmp_path: Path) -> None:
+    source = image_file(tmp_path / "large.png", size=(40, 60))
+    purify_paths(lambda: load("identity"), [source], tmp_path / "out.png", FolderOptions("identity", max_side=15))
+    expected = images.quantize8(images.load(source, max_side=15).pixels)
+    assert torch.equal(images.load(tmp_path / "out.png").pixels, expected)
+    assert torch.equal(from_pil(load("identity").purify(Image.open(source), max_side=15)).pixels, expected)

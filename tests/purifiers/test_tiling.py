@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from codefend.purifiers import grid, load, tiling
+from codefend.purifiers import grid, load
 from codefend.purifiers.base import Purifier
 
 
@@ -90,11 +90,10 @@ def test_gradient_passes_through_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_longest_side_is_limited_and_aspect_kept(
     size: tuple[int, int], longest: int | None, expected: tuple[int, int]
 ) -> None:
-    pixels = torch.full((4, *size), 0.25)
-    shrunk = tiling.limit_side(pixels, longest)
-    assert shrunk.shape == (4, *expected)
-    assert torch.allclose(shrunk, torch.full_like(shrunk, 0.25), atol=1e-5)
-    assert (shrunk is pixels) is (size == expected)
+    image = Image.new("RGB", size[::-1], (64, 64, 64))
+    shrunk = load("identity").purify(image, max_side=longest)
+    assert shrunk.size == expected[::-1]
+    assert shrunk.getextrema() == ((64, 64),) * 3
 
 
 def test_pil_images_are_shrunk_with_their_alpha_channel() -> None:

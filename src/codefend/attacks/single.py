@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from codefend.attacks.goals import objective_for
-from codefend.attacks.specs import NEEDS_SENTENCE
+from codefend.attacks.specs import NEEDS_IMAGE, NEEDS_SENTENCE
 from codefend.attacks.table import ATTACKS
 from codefend.core.registry import lookup
 from codefend.types import Budget, CodefendError, Victim
@@ -74,8 +74,8 @@ def check_target(attack: str, target: str | Sequence[str], target_images: object
     spec = lookup("attack", attack, ATTACKS)
     if spec.goal in NEEDS_SENTENCE and not target:
         raise CodefendError(f"attack {spec.name!r} needs --target, the sentence to force")
-    if spec.goal == "feature-target" and target_images is None:
-        raise CodefendError(f"attack {spec.name!r} needs --target-image, an image whose features it imitates")
+    if spec.goal in NEEDS_IMAGE and target_images is None:
+        raise CodefendError(f"attack {spec.name!r} needs --target-image, an image that it imitates or hides")
 
 
 def _norm(norm: str) -> Literal["linf", "l2"]:

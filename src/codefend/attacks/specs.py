@@ -21,6 +21,7 @@ Goal = Literal[
     "feature-target",  # turn them towards another image's
     "feature-text",  # turn them towards the sentence, in a space that tokens and words share
     "feature-words",  # turn each of them away from its nearest word
+    "hidden-image",  # show another image once the victim has shrunk them
     "answer",  # change the text of the answer, from answers alone
     "answer-target",  # bring the text of the answer close to the sentence, from answers alone
 ]
@@ -29,6 +30,7 @@ Threat = Literal["white-box", "score", "control"]
 # "ball": Budget's norm and eps. Anything else is the attack's own limit, which no eps changes (`bounds.OwnBound`).
 Bound = Literal["ball", "flow", "colour", "patch", "none"]
 
+NEEDS_IMAGE: tuple[Goal, ...] = ("feature-target", "hidden-image")
 NEEDS_SENTENCE: tuple[Goal, ...] = ("targeted", "margin-targeted", "feature-text", "answer-target")
 
 

@@ -264,6 +264,19 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         steps=1,
         bound="none",
     ),
+    *(
+        AttackSpec(
+            f"scaling-{kernel}",
+            f"hides an image that models see once they have shrunk the attacked one by {kernel}",
+            "Xiao et al., USENIX Security 2019; Quiring et al., USENIX Security 2020",
+            "score",
+            "codefend.attacks.scaling:ScalingAttack",
+            "hidden-image",
+            steps=1,
+            bound="none",
+        )
+        for kernel in ("nearest", "nearest-exact", "bilinear", "bicubic", "area")
+    ),
 )
 
 

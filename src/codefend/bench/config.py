@@ -222,6 +222,8 @@ class AttackChoice:
         parsed = parse_spec(text)
         name, options = parsed.name, current_attack_options(parsed.options)
         spec = lookup("attack", name, EVERY_ATTACK)
+        if spec.goal == "hidden-image":
+            raise CodefendError(f"{name} needs images larger than the victim's: run `python benchmarks/scaling.py`")
         if hasattr(_built(spec), "restarts"):
             options = {"restarts": str(config.restarts), **options}
         adaptive = {key: options.pop(key) for key in ADAPTIVE if key in options}

@@ -49,7 +49,8 @@ def purify(
         int | None, typer.Option("--quality", min=1, max=100, help="Quality of JPEG and lossy WebP.")
     ] = None,
     max_side: Annotated[
-        int | None, typer.Option("--max-side", min=1, help="First shrink larger images to this longer side.")
+        int | None,
+        typer.Option("--max-side", min=1, help="First shrink larger images to this longer side, by area averaging."),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -154,7 +155,7 @@ def attack(
     ] = None,
     target: Annotated[str, typer.Option("--target", help="Sentence that a targeted attack forces.")] = "",
     target_image: Annotated[
-        Path | None, typer.Option("--target-image", help="Image whose features feature-target imitates.")
+        Path | None, typer.Option("--target-image", help="Image that feature-target imitates or scaling-* hides.")
     ] = None,
     eps: Annotated[str, typer.Option("--eps", help="Radius, pixels in [0, 1]: 8/255 or 0.03.")] = "8/255",
     norm: Annotated[str, typer.Option("--norm", help="linf or l2.")] = "linf",

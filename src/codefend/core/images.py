@@ -152,10 +152,13 @@ def is_pil(image: object) -> bool:
     return isinstance(image, Image.Image)
 
 
-def from_pil(image: Image.Image, *, background: tuple[int, int, int] = WHITE) -> LoadedImage:
-    """Convert a PIL image of any mode, EXIF orientation applied. Raises CodefendError when it cannot be converted."""
+def from_pil(image: Image.Image, *, background: tuple[int, int, int] = WHITE, max_side: int = 0) -> LoadedImage:
+    """Convert a PIL image of any mode, EXIF orientation applied; ``max_side`` as in `load`.
+
+    Raises CodefendError when it cannot be converted.
+    """
     with _decoding("the image", None):
-        return _from_decoded(_upright(image), "the image", image.format or "PNG", background)
+        return _from_decoded(_upright(image), "the image", image.format or "PNG", background, max_side)
 
 
 @contextmanager

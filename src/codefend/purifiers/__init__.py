@@ -173,6 +173,18 @@ _ROWS = (
     ),
     PurifierSpec("blur", "Gaussian blur (sigma)", "", _plain("codefend.purifiers.shallow:Blur")),
     PurifierSpec(
+        "area",
+        "against image-scaling attacks: means over the model's own pixels, in the image's size (side, gate)",
+        "after Quiring et al., USENIX Security 2020",
+        _plain("codefend.purifiers.rescale:Area"),
+    ),
+    PurifierSpec(
+        "scaling-median",
+        "the same by medians, of those pixels alone that decide what a model that shrinks images sees (side, gate)",
+        "Quiring et al., USENIX Security 2020",
+        _plain("codefend.purifiers.rescale:ScalingMedian"),
+    ),
+    PurifierSpec(
         "diffpure",
         "noise to time t, then denoising steps with an unconditional prior (t, steps, eta)",
         "Nie et al. 2022, arXiv 2205.07460",

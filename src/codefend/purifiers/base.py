@@ -188,15 +188,13 @@ class Purifier(nn.Module):
         return (images - purified).square().flatten(1).mean(1).sqrt()
 
     def purify(self, image: Image, *, seed: int = 0, max_side: int | None = None) -> Image:
-        """Purify a PIL image of any mode, keeping its size and alpha channel. ``max_side`` shrinks larger images.
+        """Purify a PIL image of any mode, keeping its size and alpha channel. ``max_side`` as in `images.load`.
 
         ``seed`` fixes the noise. Raises CodefendError for an image that cannot be converted to RGB.
         """
         from codefend.core.images import from_pil, to_pil
 
-        loaded = from_pil(image)
-        alpha = None if loaded.alpha is None else tiling.limit_side(loaded.alpha, max_side)
-        loaded = replace(loaded, pixels=tiling.limit_side(loaded.pixels, max_side), alpha=alpha)
+        loaded = from_pil(image, max_side=max_side or 0)
         with torch.no_grad():
             purified = self(loaded.pixels[None], generator=torch.Generator().manual_seed(seed))
         return to_pil(loaded.recombine(purified[0]))

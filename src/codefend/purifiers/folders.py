@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -45,13 +45,9 @@ class FolderOptions:
 
     def load(self, source: Path) -> images.LoadedImage:
         """Read an image with these options. Raises CodefendError as `images.load`."""
-        loaded = images.load(source, max_pixels=self.max_pixels, first_frame=self.first_frame)
-        if self.max_side is None:
-            return loaded
-        from codefend.purifiers.tiling import limit_side
-
-        alpha = None if loaded.alpha is None else limit_side(loaded.alpha, self.max_side)
-        return replace(loaded, pixels=limit_side(loaded.pixels, self.max_side), alpha=alpha)
+        return images.load(
+            source, max_pixels=self.max_pixels, first_frame=self.first_frame, max_side=self.max_side or 0
+        )
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
-"""Large images: transformed in overlapping tiles, to bound the network's memory, or shrunk."""
+"""Large images, transformed in overlapping tiles, to bound the network's memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from codefend.purifiers import grid
@@ -27,16 +26,3 @@ def blend_boxes(transform: Callable[[grid.Box], Tensor], image: Tensor) -> Tenso
         total[..., top:bottom, left:right] += output * weight
         weights[..., top:bottom, left:right] += weight
     return total / weights
-
-
-def limit_side(pixels: Tensor, longest: int | None) -> Tensor:
-    """Shrink ``[C, H, W]`` in [0, 1] so that no side is over ``longest``: antialiased, with the aspect ratio preserved.
-
-    The model must then get the shrunk image: the purified detail of a small copy cannot be put back into a large image.
-    """
-    height, width = pixels.shape[-2:]
-    if longest is None or max(height, width) <= longest:
-        return pixels
-    scale = longest / max(height, width)
-    size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    return F.interpolate(pixels[None], size, mode="bicubic", antialias=True, align_corners=False)[0].clamp(0, 1)
