@@ -154,9 +154,30 @@ def test_keys_are_compared_with_all_headers() -> None:
     keys = Keys(["sesame-open"])
     with pytest.raises(Refused):
         keys.match([(b"authorization", b"Bearer other-key")])
-    name, headers = keys.match([(b"x-api-key", b"sesame-open"), (b"authorization", b"bearer sesame-open")])
-    assert headers == {b"x-api-key", b"authorization"}
-    assert name not in "sesame-open"
+    match = keys.match([(b"x-api-key", b"sesame-open"), (b"authorization", b"bearer sesame-open")])
+    assert match.headers == {b"x-api-key", b"authorization"}
+    assert match.digest not in "sesame-open"
+
+
+def test_a_key_may_have_routes_of_its_own() -> None:
+    keys = "sesame-open\nembed-only embeddings models\nuploads-only uploads"
+    batch = json.dumps({"custom_id": "1", "method": "POST", "url": CHAT, "body": chat(png(1))}).encode()
+
+    async def work() -> list[Any]:
+        answers = []
+        async with gateway(Upstream(), api_keys=keys, allow_uploads=True) as client:
+            for key in ("sesame-open", "embed-only", "uploads-only"):
+                header = {"x-api-key": key}
+                answers.append(await client.post(CHAT, json=chat(png(1)), headers=header))
+                answers.append(await client.post("/v1/embeddings", json={"input": "x"}, headers=header))
+                files, data = {"file": ("a.jsonl", batch)}, {"purpose": "batch"}
+                answers.append(await client.post("/v1/files", files=files, data=data, headers=header))
+        return answers
+
+    answers = run(work())
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 403, 200, 403, 403, 403, 403]
+    assert {answer.json()["error"]["code"] for answer in answers if answer.status_code == 403} == {"route_refused"}
+    assert answers[-1].json()["error"]["param"] == "line 1", "a batch uses no route that its key may not use"
 
 
 def test_scores_are_for_operators() -> None:

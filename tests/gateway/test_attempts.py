@@ -329,7 +329,7 @@ def _length(body: bytes) -> bytes:
 def _status(base: str, path: str, rest: bytes) -> int:
     """Send a request as written, without a client that would tidy it up."""
     address = urlsplit(base)
-    with socket.create_connection((address.hostname, address.port), 10) as connection:  # type: ignore[arg-type]
+    with socket.create_connection((address.hostname, address.port), 10) as connection:
         head = f"POST {path} HTTP/1.1\r\nhost: gateway.test\r\nconnection: close\r\ncontent-type: {JSON}\r\n"
         connection.sendall(head.encode() + rest)
         connection.shutdown(socket.SHUT_WR)

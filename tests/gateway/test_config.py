@@ -61,6 +61,7 @@ def test_yaml(tmp_path: Path) -> None:
             "https://azure.test/openai/deployments/d?api-version=1",
         ),
         ("pocket", "pocket"),
+        ("smolvlm-pocket", "smolvlm-pocket"),
     ],
 )
 def test_upstreams(given: str, base: str) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -18,6 +19,7 @@ from torch import Tensor
 from codefend.cli.showcase import Showcase
 from codefend.core import images
 from codefend.gateway.app import create_app
+from codefend.gateway.config import model_name
 from codefend.gateway.pocket import pocket_transport
 from gateway_kit import Driver, Invert, b64, chat, gateway, image, png, run, served, settings, url, wait_for
 
@@ -102,6 +104,30 @@ def test_openai_chat() -> None:
     run(work())
 
 
+def test_the_model_goes_by_its_own_name(tmp_path: Path) -> None:
+    assert model_name("hf:HuggingFaceTB/SmolVLM-256M-Instruct") == "HuggingFaceTB/SmolVLM-256M-Instruct"
+    assert model_name(f"hf:{tmp_path}") == tmp_path.name, "no folder of this machine"
+
+    async def work() -> tuple[Any, ...]:
+        given = settings(upstream="smolvlm-pocket")
+        transport = pocket_transport(Painter(), name=given.upstream, showcase=Showcase())
+        app = create_app(given, purifier=Invert(), transport=transport, showcase=Showcase())
+        async with gateway(None, app=app) as client:  # type: ignore[arg-type]
+            info = (await client.get("/page/info")).json()
+            models = (await client.get("/v1/models")).json()["data"]
+            answer = (await client.post("/v1/chat/completions", json=chat(BRIGHT))).json()
+        return (
+            info["model"],
+            info["attack"],
+            models[0]["id"],
+            answer["model"],
+            answer["choices"][0]["message"]["content"],
+        )
+
+    name = "smolvlm-pocket"
+    assert run(work()) == (name, True, name, name, EXPECTED)
+
+
 def test_openai_responses() -> None:
     async def work() -> None:
         victim = Painter()
@@ -158,7 +184,7 @@ def test_what_else_the_official_clients_ask_for() -> None:
             assert (await ours.models.retrieve("pocket")).id == "pocket"
             assert (await theirs.messages.count_tokens(model="m", messages=BLOCKS)).input_tokens == 3
             assert (await ours.responses.input_tokens.count(model="m", input=ITEMS)).input_tokens == 3
-            with pytest.raises(openai.NotFoundError, match="pocket model has no POST /v1/embeddings") as caught:
+            with pytest.raises(openai.NotFoundError, match="the model pocket has no POST /v1/embeddings") as caught:
                 await ours.embeddings.create(model="m", input="x")
             assert caught.value.code == "not_found"
 

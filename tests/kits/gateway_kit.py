@@ -187,18 +187,18 @@ class Driver:
 
 
 @contextmanager
-def served(app: Starlette) -> Iterator[str]:
-    """The app behind a real server in a thread."""
+def served(app: Starlette, **options: Any) -> Iterator[str]:
+    """The app behind a real server in a thread, with more of uvicorn's options."""
     import uvicorn
 
     from codefend.gateway.serve import HTTP
 
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", **HTTP))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", **HTTP, **options))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_for(lambda: server.started)
     try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield f"{'https' if options else 'http'}://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(10)

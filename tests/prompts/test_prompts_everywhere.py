@@ -117,7 +117,7 @@ def test_a_soft_prefix_works_in_front_of_the_embedded_model_only(
 ) -> None:
     victim, soft = Suggestible(), save_folder(soft_policy(), tmp_path / "soft")
     monkeypatch.setattr("codefend.victims.load", lambda name: victim)
-    with pytest.raises(CodefendError, match="works in front of the embedded pocket, not of a server"):
+    with pytest.raises(CodefendError, match="works in front of an embedded model, not of a server"):
         create_app(settings(prompt=str(soft)), purifier=Invert())
     prefixes: list[Tensor | None] = []
     victim_generate = victim.generate

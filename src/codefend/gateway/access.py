@@ -10,6 +10,7 @@ import hmac
 import ipaddress
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from codefend.gateway.errors import Refused
 from codefend.gateway.headers import find
 from codefend.gateway.options import AccessOptions
-from codefend.gateway.routes import error_api_of
+from codefend.gateway.routes import Routes, error_api_of
 from codefend.gateway.telemetry import Meters, log
 
 OPEN = frozenset({"/healthz", "/readyz", "/"})  # the page holds no data; the routes it calls need the key
@@ -31,21 +32,36 @@ _KEY_HEADERS = (KEY_HEADER, b"authorization", b"x-api-key")
 _PROBES = frozenset({"/healthz", "/readyz"})  # of load balancers, which address a machine by number
 
 
+@dataclass(frozen=True)
+class Match:
+    """The key of a request: a short digest, the headers that hold it, and its routes if it may not use all."""
+
+    digest: str = ""
+    headers: frozenset[bytes] = frozenset()
+    routes: Routes | None = None
+
+
 class Keys:
-    """The keys that clients may present; none: everyone may ask. They can be replaced while requests run."""
+    """The keys that clients may present; none: everyone may ask. They can be replaced while requests run.
+
+    Routes may stand behind a key: ``KEY chat models``.
+    """
 
     def __init__(self, keys: Sequence[str] = ()) -> None:
-        self._digests: list[bytes] = []
+        self._routes: dict[bytes, Routes | None] = {}  # by digest of the key
         self.replace(keys)
 
     def __len__(self) -> int:
-        return len(self._digests)
+        return len(self._routes)
 
     def replace(self, keys: Sequence[str]) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        entries = [key.split() for key in keys]
+        self._routes = {
+            hashlib.sha256(key.encode()).digest(): Routes(routes) if routes else None for key, *routes in entries
+        }
 
-    def match(self, headers: Sequence[tuple[bytes, bytes]]) -> tuple[str, frozenset[bytes]]:
-        """A short digest of the request's key, and the names of all headers that hold it. Raises Refused (400, 401)."""
+    def match(self, headers: Sequence[tuple[bytes, bytes]]) -> Match:
+        """Find the request's key. Raises Refused (400, 401)."""
         digests: set[bytes] = set()
         names: set[bytes] = set()
         for name, value in headers:
@@ -53,7 +69,7 @@ class Keys:
                 continue
             key = value[7:].strip() if name == b"authorization" and value[:7].lower() == b"bearer " else value
             digest = hashlib.sha256(key).digest()
-            matches = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them, always
+            matches = [hmac.compare_digest(digest, known) for known in self._routes]  # all of them, always
             if any(matches):
                 digests.add(digest)
                 names.add(name)
@@ -61,14 +77,16 @@ class Keys:
             raise Refused(401, "invalid_api_key", "this gateway needs a key: Authorization: Bearer ...")
         if len(digests) > 1:
             raise Refused(400, "invalid_header", "the request holds two different keys of this gateway")
-        return digests.pop().hex()[:8], frozenset(names)
+        digest = digests.pop()
+        return Match(digest.hex()[:8], frozenset(names), self._routes[digest])
 
 
 class Access:
     """Pure ASGI. A request that passes has ``scope["codefend.key"]``, a short digest that names its key, and
     ``scope["codefend.client"]``, that or the address.
 
-    ``scope["codefend.key_headers"]`` names the headers that held a key, so that none is passed on.
+    ``scope["codefend.key_headers"]`` names the headers that held a key, so that none is passed on;
+    ``scope["codefend.routes"]`` are the key's own routes, or None.
     """
 
     def __init__(self, app: ASGIApp, keys: Keys, options: AccessOptions, meters: Meters) -> None:
@@ -92,14 +110,15 @@ class Access:
         path = scope.get("path", "")
         address = scope["client"][0] if scope.get("client") else ""
         scope["codefend.address"] = visible_address(address, self.options.log_client)
-        scope["codefend.key"], scope["codefend.key_headers"] = "", frozenset()
+        scope["codefend.key"] = ""
         _check_framing(scope)
         if path not in _PROBES:
             self._check_host(scope)
         if path.startswith("/page/"):
             _check_same_site(scope)
-        if self.keys and path not in OPEN:
-            scope["codefend.key"], scope["codefend.key_headers"] = self.keys.match(scope["headers"])
+        match = self.keys.match(scope["headers"]) if self.keys and path not in OPEN else Match()
+        scope["codefend.key"], scope["codefend.key_headers"] = match.digest, match.headers
+        scope["codefend.routes"] = match.routes
         scope["codefend.client"] = scope["codefend.key"] or address
         if path.startswith("/v1/"):
             self._check_rate(scope["codefend.client"])

@@ -23,7 +23,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from codefend import __version__, purifiers
 from codefend.gateway.access import Access, Keys, client_fields
 from codefend.gateway.budget import BodyBudget
-from codefend.gateway.config import Settings, is_embedded
+from codefend.gateway.config import EMBEDDED, Settings, is_embedded, model_name
 from codefend.gateway.engine import Engine, Terms
 from codefend.gateway.errors import error_body
 from codefend.gateway.fetch import Fetcher, Resolve, resolve
@@ -84,7 +84,8 @@ def create_app(
     proxy = Proxy(engine, settings, meters, upstream, budget)
     _observe(meters, engine, lane, fetcher, budget, settings)
     demo = settings.with_demo and isinstance(prompt, TextPolicy)  # a soft prefix is in the model: none is undefended
-    page = Page(proxy, demo=demo, showcase=settings.upstream == "pocket" and showcase is not None)
+    name = model_name(settings.upstream) if is_embedded(settings.upstream) else None
+    page = Page(proxy, demo=demo, model=name, showcase=settings.upstream in EMBEDDED and showcase is not None)
     app = Starlette(
         routes=[Mount("/v1", app=proxy), *_operations(meters, lane), *(_page(page) if settings.page else [])],
         exception_handlers={HTTPException: partial(_plain_error, meters)},
@@ -198,9 +199,9 @@ def _text_policy(prompt: AnyPolicy, settings: Settings) -> TextPolicy | None:
     """The policy that is written into requests. Raises CodefendError for a soft prefix in front of a server."""
     if isinstance(prompt, TextPolicy):
         return None if prompt.empty else prompt
-    if settings.upstream != "pocket":
+    if not is_embedded(settings.upstream):
         raise CodefendError(
-            f"{prompt.name!r} is a soft prefix: it works in front of the embedded pocket, not of a server"
+            f"{prompt.name!r} is a soft prefix: it works in front of an embedded model, not of a server"
         )
     return None
 

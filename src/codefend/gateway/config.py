@@ -53,11 +53,18 @@ Names = Annotated[tuple[str, ...], NoDecode]  # with commas between them
 
 
 NO_UPSTREAM = "none"  # for what purifies images without passing requests on
+EMBEDDED = ("pocket", "smolvlm-pocket")  # victims with shipped weights, for which the page has samples and attacks
 
 
 def is_embedded(upstream: str) -> bool:
     """Whether the upstream is a victim in this process instead of the address of a server."""
-    return upstream == "pocket" or upstream.startswith("hf:")
+    return upstream in EMBEDDED or upstream.startswith("hf:")
+
+
+def model_name(upstream: str) -> str:
+    """What clients call an embedded model: its name or id, without the folders of this machine."""
+    name = upstream.removeprefix("hf:")
+    return Path(name).name if Path(name).is_dir() else name
 
 
 def _setting(default: Any, section: str, text: str, **limits: Any) -> Any:
@@ -69,9 +76,15 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
 
-    upstream: str = _setting(..., "Server", "URL of an OpenAI- or Anthropic-compatible server, pocket or hf:ID")
+    upstream: str = _setting(
+        ...,
+        "Server",
+        "URL of an OpenAI- or Anthropic-compatible server; or pocket, smolvlm-pocket or hf:ID, in this process",
+    )
     host: str = _setting("127.0.0.1", "Server", "address to listen on")
     port: int = _setting(8800, "Server", "port to listen on", ge=0, le=65535)
+    tls_cert: Path | None = _setting(None, "Server", "certificate chain to serve HTTPS with, as a PEM file")
+    tls_key: Path | None = _setting(None, "Server", "private key of tls_cert, as a PEM file")
     allowed_hosts: Names = _setting((), "Server", "accepted Host headers; default: loopback names when bound to one")
     cors_origins: Names = _setting((), "Server", "origins of web pages that may call the API")
     page: bool = _setting(True, "Server", "serve the page at /")
@@ -105,7 +118,9 @@ class Settings(BaseSettings):
     prompt: str = _setting("none", "Prompts", "prompt policy by name or JSON file")
     prompt_everywhere: bool = _setting(False, "Prompts", "apply the prompt policy to requests without images as well")
 
-    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = _setting((), "Access", "keys that clients must present")
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = _setting(
+        (), "Access", "keys that clients must present, each with its routes if not all"
+    )
     api_keys_file: Path | None = _setting(None, "Access", "file that holds api_keys, one a line")
     routes: Names = _setting(DEFAULT_ROUTES, "Access", "groups of API routes that are served, or paths like /v1/x/*")
     allow_tools: Names = _setting((), "Access", "tools by which the upstream loads content itself, like mcp, web_fetch")
@@ -199,8 +214,11 @@ class Settings(BaseSettings):
     @field_validator("api_keys")
     @classmethod
     def _check_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
-        if any(len(key.get_secret_value()) < 8 for key in keys):
-            raise ValueError("a key needs at least 8 characters")
+        for key in keys:
+            name, *routes = key.get_secret_value().split()
+            if len(name) < 8:
+                raise ValueError("a key needs at least 8 characters")
+            Routes(routes)
         return keys
 
     @field_validator("noise_secret")
@@ -223,7 +241,7 @@ class Settings(BaseSettings):
             return value
         url = urlsplit(value)
         if url.scheme not in ("http", "https") or not url.hostname or url.fragment or url.username:
-            raise ValueError("expected http(s)://host[:port][/path][?query], 'pocket' or hf:ID_OR_FOLDER")
+            raise ValueError(f"expected http(s)://host[:port][/path][?query], {', '.join(EMBEDDED)} or hf:ID_OR_FOLDER")
         _ = url.port  # raises ValueError for an invalid one
         path = url.path.rstrip("/")
         return url._replace(path=path if _VERSIONED.search(path) else f"{path}/v1").geturl()
@@ -232,6 +250,8 @@ class Settings(BaseSettings):
     def _check_consistency(self) -> Settings:
         if self.remote_hosts and not self.allow_remote_images:
             raise ValueError("remote_hosts has no effect without allow_remote_images")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key are given together or not at all")
         return self
 
     @property

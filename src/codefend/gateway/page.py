@@ -22,14 +22,16 @@ _CHAT = "/v1/chat/completions"
 
 
 class Page:
-    """A few small routes. ``demo`` allows those that send an image without purifying it."""
+    """A few small routes. ``demo`` allows those that send an image without purifying it; ``model`` is embedded."""
 
-    def __init__(self, proxy: Proxy, *, demo: bool, showcase: bool) -> None:
+    def __init__(self, proxy: Proxy, *, demo: bool, showcase: bool, model: str | None = None) -> None:
         self.engine, self.proxy, self.demo, self.showcase = proxy.engine, proxy, demo, demo and showcase
+        self.model = model
 
     async def info(self, request: Request) -> Response:
         terms, limit = self.engine.terms, self.engine.limits.max_image_bytes
         facts = {"purifier": self.engine.worker.name, "policy": terms.mode, "threshold": terms.threshold}
+        facts["model"] = self.model
         return JSONResponse(facts | {"demo": self.demo, "attack": self.showcase, "max_image_bytes": limit})
 
     async def sample(self, request: Request) -> Response:
@@ -72,7 +74,7 @@ class Page:
     def _demo(self, path: str) -> Callable[[bytes, Lease], Coroutine[Any, Any, Response]]:
         async def work(raw: bytes, lease: Lease) -> Response:
             if not self.showcase:
-                raise Refused(403, "demo_off", "only with --upstream pocket can the page attack images")
+                raise Refused(403, "demo_off", "only with a pocket model as the upstream can the page attack images")
             return await self._ask(path, raw)
 
         return work

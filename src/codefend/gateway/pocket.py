@@ -1,4 +1,4 @@
-"""``--upstream pocket``: an embedded multimodal LLM as an upstream of its own, in this process.
+"""``--upstream pocket``, ``smolvlm-pocket`` or ``hf:ID``: an embedded multimodal LLM as an upstream of its own.
 
 The only module of the gateway that imports victims, and only when that option is given.
 """
@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from codefend.core import images
 from codefend.gateway import dialects
+from codefend.gateway.config import model_name
 from codefend.gateway.dialects import Answer
 from codefend.gateway.errors import Api, Refused, error_body
 from codefend.gateway.limits import payload
@@ -34,7 +35,6 @@ from codefend.prompts.policy import attach
 from codefend.types import CodefendError, Victim
 
 Done = TypeVar("Done")
-MODEL = "pocket"
 
 
 class Showcase(Protocol):
@@ -47,9 +47,9 @@ class Showcase(Protocol):
 
 
 def pocket_transport(
-    victim: Victim | None = None, *, name: str = MODEL, policy: object = None, showcase: Showcase | None = None
+    victim: Victim | None = None, *, name: str = "pocket", policy: object = None, showcase: Showcase | None = None
 ) -> httpx2.AsyncBaseTransport:
-    """The embedded model, the pocket or ``hf:ID_OR_FOLDER``, behind a transport.
+    """The embedded model, a pocket by name or ``hf:ID_OR_FOLDER``, behind a transport.
 
     A soft prefix among policies becomes part of it; texts are handled elsewhere. Raises CodefendError when its packages
     or weights are missing, or the prefix was learned for another model.
@@ -58,7 +58,9 @@ def pocket_transport(
         from codefend import victims
 
         victim = victims.load(name)
-    return httpx2.ASGITransport(app=create_pocket(attach(victim, policy), showcase), raise_app_exceptions=False)
+    return httpx2.ASGITransport(
+        app=create_pocket(attach(victim, policy), showcase, model=model_name(name)), raise_app_exceptions=False
+    )
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ class _Abandoned(Exception):
 class _Server:
     """One question at a time, off the event loop; attacks in a thread of their own."""
 
-    def __init__(self, victim: Victim, showcase: Showcase | None) -> None:
-        self.victim, self.showcase = victim, showcase
+    def __init__(self, victim: Victim, showcase: Showcase | None, model: str) -> None:
+        self.victim, self.showcase, self.model = victim, showcase, model
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pocket")
         self._attacks = ThreadPoolExecutor(1, thread_name_prefix="attack")
         self._attacking = False
@@ -151,7 +153,7 @@ class _Server:
         question = _question(api, body)
         with torch.no_grad():
             text = self.victim.generate(question.image[None], [question.prompt])[0]
-        return Answer(MODEL, text, prompt_tokens=self._count(question.prompt), tokens=self._count(text))
+        return Answer(self.model, text, prompt_tokens=self._count(question.prompt), tokens=self._count(text))
 
     def _count(self, text: str) -> int:
         return len(text.split()) if not isinstance(self.victim, _HasTokens) else len(self.victim.encode([text])[0])
@@ -187,23 +189,23 @@ async def _respond(request: Request, work: Callable[[Api, Any], Awaitable[Respon
     return Response(refusal.body(api), status_code=refusal.status, media_type="application/json")
 
 
-def create_pocket(victim: Victim, showcase: Showcase | None = None) -> Starlette:
+def create_pocket(victim: Victim, showcase: Showcase | None = None, *, model: str = "pocket") -> Starlette:
     """Chat completions, responses and Anthropic messages for a victim that accepts one image and one prompt.
 
     ``/v1/demo/*`` is the page's: no request of a client reaches it.
     """
-    server = _Server(victim, showcase)
-    card = {"id": MODEL, "object": "model", "created": 0, "owned_by": "codefend"}
+    server = _Server(victim, showcase, model)
+    card = {"id": model, "object": "model", "created": 0, "owned_by": "codefend"}
 
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [card]})
 
-    async def model(request: Request) -> Response:
+    async def described(request: Request) -> Response:
         return JSONResponse(card)
 
     async def missing(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
-        message = f"the pocket model has no {request.method} {request.url.path[:100]}"
+        message = f"the model {model} has no {request.method} {request.url.path[:100]}"
         raw = error_body(error_api_of(request.url.path), status, "not_found", message)
         return Response(raw, status_code=status, media_type="application/json")
 
@@ -219,7 +221,7 @@ def create_pocket(victim: Victim, showcase: Showcase | None = None) -> Starlette
     return Starlette(
         routes=[
             Route("/v1/models", models),
-            Route(f"/v1/models/{MODEL}", model),
+            Route(f"/v1/models/{model}", described),
             *(Route(f"/v1/{path}", endpoint, methods=["POST"]) for path, endpoint in posts.items()),
         ],
         exception_handlers={HTTPException: missing},

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Coroutine, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import httpx2
@@ -124,9 +125,12 @@ class Proxy:
     def _check_head(self, scope: Scope) -> None:
         """Refuse by path, route and headers, before the body is read."""
         check_path(scope["path"])
-        self.routes.check(scope["method"], scope["path"])
+        self._check_route(scope, scope["method"], scope["path"])
         if find(scope["headers"], b"content-encoding") not in (None, "", "identity"):
             raise Refused(415, "unknown_content", "send the body without content-encoding")
+
+    def _check_route(self, scope: Scope, method: str, path: str) -> None:
+        self.routes.check(method, path, key=scope.get("codefend.routes"))
 
     async def _body(self, exchange: Exchange, receive: Receive) -> bytes:
         limit, headers = self.settings.max_body_bytes, exchange.scope["headers"]
@@ -201,7 +205,8 @@ class Proxy:
         scope, caller = exchange.scope, Caller(exchange.client, exchange.lease.take)
         content_type = find(scope["headers"], b"content-type") or ""
         with self._share(exchange.client), self._span("codefend.purify", exchange):
-            return await rewrite_upload(self.engine, self.routes, content_type, raw, self._terms(scope), caller)
+            check_route = partial(self._check_route, scope)
+            return await rewrite_upload(self.engine, check_route, content_type, raw, self._terms(scope), caller)
 
     def _terms(self, scope: Scope) -> Terms:
         mode = find(scope["headers"], b"x-codefend-policy")

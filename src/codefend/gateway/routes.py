@@ -98,9 +98,11 @@ class Routes:
                     raise ValueError(f"unknown route {name!r}; {hint}")
                 self._rules.append(_rule(text))
 
-    def check(self, method: str, path: str) -> None:
-        """Raise Refused (403, 404) for a route that is not served here."""
+    def check(self, method: str, path: str, *, key: Routes | None = None) -> None:
+        """Raise Refused (403, 404) for a route that is not served here, or not to a key with routes of its own."""
         if _matches(self._rules, method, path):
+            if key is not None and not _matches(key._rules, method, path):
+                raise Refused(403, "route_refused", f"this key may not use {method} {path[:100]}")
             return
         if self.is_upload(method, path):
             message = "files and batches cannot be inspected and are not passed on here (--allow-uploads)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from starlette.applications import Starlette
 
 from codefend.gateway.access import LOOPBACK
 from codefend.gateway.app import create_app
-from codefend.gateway.config import Settings
+from codefend.gateway.config import EMBEDDED, Settings
 from codefend.gateway.telemetry import configure_logging, configure_tracing, log
 from codefend.types import CodefendError
 
@@ -50,9 +51,11 @@ class _Server(uvicorn.Server):
 
 
 def serve(load: Callable[[], Settings], *, showcase: Callable[[], Showcase] | None = None) -> int:
-    """Serve until SIGINT or SIGTERM; 0 after a clean stop. On SIGHUP keys, policy and routes are loaded again.
+    """Serve until SIGINT or SIGTERM; 0 after a clean stop.
 
-    ``showcase`` is called for the embedded pocket only. Raises CodefendError for what is wrong before the start.
+    On SIGHUP keys, policy, routes and the certificate are loaded again.
+
+    ``showcase`` is called for embedded pocket models only. Raises CodefendError for what is wrong before the start.
     """
     settings = load()
     configure_logging(settings.log_level)
@@ -62,9 +65,10 @@ def serve(load: Callable[[], Settings], *, showcase: Callable[[], Showcase] | No
         host, port = listener.getsockname()[:2]
         if not settings.allowed_hosts and host in LOOPBACK:
             settings = settings.model_copy(update={"allowed_hosts": (*LOOPBACK, settings.host)})
+        scheme = "http" if settings.tls_cert is None else "https"
         named = {"upstream": settings.upstream.partition("?")[0], "purifier": settings.purifier}
         log.info("starting", extra={"fields": named})  # loading a model can take its time
-        build = showcase if settings.upstream == "pocket" and settings.page else None
+        build = showcase if settings.upstream in EMBEDDED and settings.page else None
         app = create_app(settings, showcase=None if build is None else build())
         keep_loop_free()
         config = uvicorn.Config(
@@ -75,12 +79,13 @@ def serve(load: Callable[[], Settings], *, showcase: Callable[[], Showcase] | No
             date_header=False,
             lifespan="on",
             timeout_graceful_shutdown=round(settings.drain_s),
+            **tls_options(settings),
             **HTTP,
         )
         server = _Server(config, app, settings.lame_duck_s)
-        log.info("listening", extra={"fields": {"url": f"http://{host}:{port}", **named}})
+        log.info("listening", extra={"fields": {"url": f"{scheme}://{host}:{port}", **named}})
         _warn(settings, host)
-        _reload_on_sighup(app, load)
+        _reload_on_sighup(app, config, load)
         server.run(sockets=[listener])
     return 0 if server.started else 1
 
@@ -93,10 +98,28 @@ def _warn(settings: Settings, host: str) -> None:
         log.warning("no keys are set: everyone who reaches this address may use it")
 
 
-def _reload_on_sighup(app: Starlette, load: Callable[[], Settings]) -> None:
+def tls_options(settings: Settings) -> dict[str, Any]:
+    """Uvicorn's options for HTTPS, none without a certificate. Raises CodefendError for one that does not load."""
+    if settings.tls_cert is None:
+        return {}
+    _load_chain(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), settings)
+    return {"ssl_certfile": settings.tls_cert, "ssl_keyfile": settings.tls_key}
+
+
+def _load_chain(context: ssl.SSLContext, settings: Settings) -> None:
+    try:
+        context.load_cert_chain(str(settings.tls_cert), settings.tls_key, password="")  # never ask for one
+    except (OSError, ValueError) as error:
+        raise CodefendError(f"cannot serve HTTPS with {settings.tls_cert} and {settings.tls_key}: {error}") from error
+
+
+def _reload_on_sighup(app: Starlette, config: uvicorn.Config, load: Callable[[], Settings]) -> None:
     def reload(sig: int, frame: FrameType | None) -> None:
         try:
-            app.state.reload(load())
+            settings = load()
+            if settings.tls_cert is not None and config.is_ssl:
+                _load_chain(config.ssl, settings)  # for connections to come
+            app.state.reload(settings)
         except CodefendError as error:
             log.error("settings not reloaded", extra={"fields": {"error": str(error)}})
         else:

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any
 
@@ -104,6 +104,19 @@ def configure_logging(level: str) -> None:
 def configure_tracing() -> None:
     """Send traces where OpenTelemetry's own variables say, unless its SDK is set up already.
 
+    Raises CodefendError as `tracer_provider` does.
+    """
+    with suppress(ModuleNotFoundError):
+        if type(import_module("opentelemetry.trace").get_tracer_provider()).__name__ != "ProxyTracerProvider":
+            return  # set up by `opentelemetry-instrument`
+    provider = tracer_provider()
+    if provider is not None:
+        import_module("opentelemetry.trace").set_tracer_provider(provider)
+
+
+def tracer_provider() -> Any:
+    """The provider that OpenTelemetry's own variables describe, or None.
+
     ``OTEL_TRACES_EXPORTER`` is ``console``, ``otlp`` or ``none``; an ``OTEL_EXPORTER_OTLP_*ENDPOINT`` alone means otlp.
     Raises CodefendError when what they ask for is not installed.
     """
@@ -111,12 +124,12 @@ def configure_tracing() -> None:
     default = "otlp" if any(os.environ.get(name) for name in endpoints) else "none"
     kind = os.environ.get("OTEL_TRACES_EXPORTER") or default
     if kind == "none" or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
-        return
+        return None
     if kind not in _EXPORTERS:
         raise CodefendError(f"OTEL_TRACES_EXPORTER={kind} is not known here; choose {', '.join(_EXPORTERS)} or none")
     module, name, package = _EXPORTERS[kind]
     try:
-        api, sdk = import_module("opentelemetry.trace"), import_module("opentelemetry.sdk.trace")
+        sdk = import_module("opentelemetry.sdk.trace")
         export, resources = (
             import_module("opentelemetry.sdk.trace.export"),
             import_module("opentelemetry.sdk.resources"),
@@ -124,12 +137,10 @@ def configure_tracing() -> None:
         exporter = getattr(import_module(module), name)()
     except ModuleNotFoundError as error:
         raise CodefendError(f"traces by {kind} need another package: pip install {package}") from error
-    if type(api.get_tracer_provider()).__name__ != "ProxyTracerProvider":  # set up by `opentelemetry-instrument`
-        return
     named = {"service.name": os.environ.get("OTEL_SERVICE_NAME") or "codefend"}
     provider = sdk.TracerProvider(resource=resources.Resource.create(named))
     provider.add_span_processor(export.BatchSpanProcessor(exporter))
-    api.set_tracer_provider(provider)
+    return provider
 
 
 _EXPORTERS = {  # module, class, package

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from collections.abc import Callable
 from typing import Any
 
 from codefend.gateway.engine import Caller, Engine, Terms
 from codefend.gateway.errors import Refused
 from codefend.gateway.forms import Part, read_form, replace_contents
 from codefend.gateway.probe import InvalidHeader, is_other_image, read_header
-from codefend.gateway.routes import Routes, api_of, check_path
+from codefend.gateway.routes import api_of, check_path
 from codefend.gateway.wire import check_simple, dump, parse
+
+CheckRoute = Callable[[str, str], None]  # of method and path; raises Refused
 
 FILES = "/v1/files"
 MESSAGE_BATCHES = "/v1/messages/batches"
@@ -19,7 +22,7 @@ _MAX_LINES = 50_000  # OpenAI's limit for a batch
 
 
 async def rewrite_upload(
-    engine: Engine, routes: Routes, content_type: str, raw: bytes, terms: Terms, caller: Caller
+    engine: Engine, check_route: CheckRoute, content_type: str, raw: bytes, terms: Terms, caller: Caller
 ) -> bytes:
     """Purify the images of an upload to ``/v1/files``. Raises Refused."""
     form = read_form(content_type, raw)
@@ -29,7 +32,7 @@ async def rewrite_upload(
         if not part.is_file:
             contents.append(part.content)
         elif is_batch:
-            contents.append(await _rewrite_batch(engine, routes, part, terms, caller))
+            contents.append(await _rewrite_batch(engine, check_route, part, terms, caller))
         else:
             contents.append(await _rewrite_file(engine, part, terms, caller))
     return replace_contents(form, contents).write()
@@ -50,7 +53,7 @@ async def _rewrite_file(engine: Engine, part: Part, terms: Terms, caller: Caller
     return base64.b64decode(image.data)
 
 
-async def _rewrite_batch(engine: Engine, routes: Routes, part: Part, terms: Terms, caller: Caller) -> bytes:
+async def _rewrite_batch(engine: Engine, check_route: CheckRoute, part: Part, terms: Terms, caller: Caller) -> bytes:
     """One request a line: ``{"custom_id": ..., "method": ..., "url": ..., "body": {...}}``."""
     lines = [line for line in part.content.split(b"\n") if line.strip()]
     if len(lines) > _MAX_LINES:
@@ -58,7 +61,7 @@ async def _rewrite_batch(engine: Engine, routes: Routes, part: Part, terms: Term
     rewritten = []
     for number, line in enumerate(lines, start=1):
         try:
-            rewritten.append(await _rewrite_line(engine, routes, line, terms, caller))
+            rewritten.append(await _rewrite_line(engine, check_route, line, terms, caller))
         except Refused as refusal:
             where = f"line {number}" + (f": {refusal.where}" if refusal.where else "")
             status, code, message = refusal.status, refusal.code, refusal.message
@@ -66,7 +69,7 @@ async def _rewrite_batch(engine: Engine, routes: Routes, part: Part, terms: Term
     return b"\n".join(rewritten) + b"\n"
 
 
-async def _rewrite_line(engine: Engine, routes: Routes, line: bytes, terms: Terms, caller: Caller) -> bytes:
+async def _rewrite_line(engine: Engine, check_route: CheckRoute, line: bytes, terms: Terms, caller: Caller) -> bytes:
     request = await asyncio.to_thread(_parse, line)
     if not isinstance(request, dict) or set(request) != {"custom_id", "method", "url", "body"}:
         raise Refused(400, "invalid_request", "expected custom_id, method, url and body")
@@ -74,7 +77,7 @@ async def _rewrite_line(engine: Engine, routes: Routes, line: bytes, terms: Term
     if not isinstance(method, str) or not isinstance(url, str) or not isinstance(request["custom_id"], str):
         raise Refused(400, "invalid_request", "custom_id, method and url must be texts")
     check_path(url)
-    routes.check(method, url)
+    check_route(method, url)
     outcome = await engine.rewrite(api_of(url), request["body"], terms, caller)
     return await asyncio.to_thread(dump, request if outcome.body is None else request | {"body": outcome.body})
 
