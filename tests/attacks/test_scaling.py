@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from codefend.types import CodefendError
 class Answerer:
     name = "answerer"
 
-    def generate(self, images: Tensor, prompts: list[str]) -> list[str]:
+    def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
         return ["anything"] * len(images)
 
 

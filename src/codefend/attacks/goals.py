@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from codefend.attacks.specs import NEEDS_IMAGE, NEEDS_SENTENCE, AttackSpec, Goal, TextAttackSpec
+from codefend.attacks.specs import NEEDS_SENTENCE, AttackSpec, Goal, TextAttackSpec
 from codefend.types import CodefendError, HasFeatures, HasLoss, HasMargins, HasWordScores, Objective, Victim
 
 if TYPE_CHECKING:
@@ -47,8 +47,6 @@ def objective_for(
     from codefend.attacks import objectives
 
     targets = _targets(spec, target, len(prompts)) if spec.goal in NEEDS_SENTENCE else []
-    if spec.goal in NEEDS_IMAGE and target_images is None:
-        raise CodefendError(f"attack {spec.name!r} needs target images: give one, or one per image")
     model = _capable(spec, victim)
     match spec.goal:
         case "untargeted":
@@ -62,7 +60,7 @@ def objective_for(
         case "feature":
             return objectives.features_away(model, clean_images, reference=_capable(spec, reference or victim))
         case "feature-target":
-            return objectives.features_towards(model, target_images)
+            return objectives.features_towards(model, _target_images(spec, target_images))
         case "feature-text":
             return objectives.features_towards_text(model, targets)
         case "feature-words":
@@ -70,7 +68,8 @@ def objective_for(
         case "hidden-image":
             from codefend.attacks.scaling import HiddenImage
 
-            return HiddenImage(target_images, spec.name.removeprefix("scaling-"))
+            kernel: Any = spec.name.removeprefix("scaling-")
+            return HiddenImage(_target_images(spec, target_images), kernel)
         case "answer":
             return objectives.answers_away(victim, prompts, answers)
         case "answer-target":
@@ -100,6 +99,12 @@ def _targets(spec: AttackSpec | TextAttackSpec, target: str | Sequence[str], cou
     if not all(targets):
         raise CodefendError(f"attack {spec.name!r} needs a target sentence: the task has none, so give one")
     return targets
+
+
+def _target_images(spec: AttackSpec | TextAttackSpec, target_images: Tensor | None) -> Tensor:
+    if target_images is None:
+        raise CodefendError(f"attack {spec.name!r} needs target images: give one, or one per image")
+    return target_images
 
 
 def _capable(spec: AttackSpec | TextAttackSpec, victim: Victim) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +38,8 @@ class _Rescaling(Purifier):
     options_class = RescaleOptions
     options: RescaleOptions
 
-    def __init__(self, options: RescaleOptions | None = None, **names: object) -> None:
-        super().__init__(options, **names)
+    def __init__(self, options: RescaleOptions | None = None, *, name: str | None = None, defaults: Any = None) -> None:
+        super().__init__(options, name=name, defaults=defaults)
         self.gate, self.detector = self.options.gate, KernelDetector.at(self.options.side)
 
 
