@@ -10,7 +10,7 @@ COPY constraints.txt ./
 RUN /venv/bin/pip install --no-cache-dir -c constraints.txt torch $TORCH_OPTIONS
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY src ./src
-RUN /venv/bin/pip install --no-cache-dir -c constraints.txt ".[gateway]"
+RUN /venv/bin/pip install --no-cache-dir -c constraints.txt ".[gateway,redis]"
 
 FROM python:3.11-slim
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin codefend

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from codefend.gateway.config import Settings, load_settings
+from codefend.gateway.config import SECRETS, Settings, load_settings
 from codefend.types import CodefendError
 from gateway_kit import settings
 
@@ -127,7 +127,7 @@ def test_every_setting_but_keys_has_a_flag() -> None:
     from codefend.cli.serve import build_command
 
     flags = {parameter.name: parameter for parameter in build_command().params}
-    assert set(flags) - {"config"} == set(Settings.model_fields) - {"api_keys", "upstream_api_key", "noise_secret"}
+    assert set(flags) - {"config"} == set(Settings.model_fields) - set(SECRETS)
     assert all(parameter.help and parameter.rich_help_panel for parameter in flags.values())
 
 

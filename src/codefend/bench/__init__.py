@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["AttackChoice", "DefenseChoice", "EvalConfig", "PhotographsConfig", "TransferConfig", "evaluate"]
 
 
-def evaluate(config: EvalConfig, run_dir: str | Path, *, loaders: Loaders | None = None) -> list[Row]:
+def evaluate(config: EvalConfig, run_dir: str | Path, *, loaders: Loaders | None = None, workers: int = 1) -> list[Row]:
     """Evaluate ``config`` in ``run_dir`` and return all rows; the same call resumes after a kill.
+
+    ``workers`` processes make the same rows, each with models of its own; ``loaders`` must be picklable then.
 
     A ``TransferConfig`` fills a folder with one run for each pair of victims. ``loaders`` replaces the look-up of
     victims, tasks and purifiers by name, for your own objects.
@@ -51,7 +53,7 @@ def evaluate(config: EvalConfig, run_dir: str | Path, *, loaders: Loaders | None
     if isinstance(config, TransferConfig):
         from codefend.bench.transfer import run_matrix
 
-        return run_matrix(config, run_dir, loaders)
+        return run_matrix(config, run_dir, loaders, workers)
     from codefend.bench.grid import run_grid
 
-    return run_grid(config, run_dir, loaders)
+    return run_grid(config, run_dir, loaders, workers=workers)

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from codefend.attacks import NEEDS_SENTENCE
 from codefend.bench.adaptive import options_apply
-from codefend.bench.cells import Cell, row_key
+from codefend.bench.cells import Cell
 from codefend.bench.config import AdaptiveOptions, AttackChoice, EvalConfig, check
-from codefend.bench.craft import craft
 from codefend.bench.fingerprints import check_unchanged
-from codefend.bench.judge import attacked_rows, clean_rows
 from codefend.bench.loaders import Loaders
-from codefend.bench.results import BARE, CLEAN, score
-from codefend.bench.reuse import check_donor, reuse_attacked
+from codefend.bench.parallel import ParallelGrid
+from codefend.bench.results import BARE, CLEAN
+from codefend.bench.reuse import check_donor
 from codefend.bench.setup import Bench, open_bench
+from codefend.bench.work import CleanRows, clean_key, fill
 from codefend.core.runs import Row, Run, check_run, open_run, progress
-
-CleanRows = dict[tuple[str, str, str], Row]  # by task, defense, example
 
 
 def run_grid(
-    config: EvalConfig, run_dir: str | Path, loaders: Loaders | None = None, *, donor: Path | None = None
+    config: EvalConfig,
+    run_dir: str | Path,
+    loaders: Loaders | None = None,
+    *,
+    donor: Path | None = None,
+    workers: int = 1,
 ) -> list[Row]:
     """Fill the run folder with every row that it lacks and return them all; see ``evaluate``.
 
@@ -43,35 +42,14 @@ def run_grid(
     with open_run(run_dir, config.recorded()) as run:
         write_description(bench, run, total)
         rows = run.rows()
-        clean: CleanRows = {_clean_key(row): row for row in rows if row["attack"] == CLEAN}
+        clean: CleanRows = {clean_key(row): row for row in rows if row["attack"] == CLEAN}
         with progress("evaluate", total, done=len(rows)) as advance:
-            for cell, batch, indices in work:
-                advance(fill(bench, run, cell, batch, indices, clean, donor), f"{cell.defense} {cell.attack}")
+            if workers > 1:
+                ParallelGrid(bench, run, clean, donor, workers, loaders, advance).fill(work)
+            else:
+                for item in work:
+                    advance(fill(bench, run, item, clean, donor), f"{item[0].defense} {item[0].attack}")
         return run.rows()
-
-
-def fill(
-    bench: Bench, run: Run, cell: Cell, batch: int, indices: Sequence[int], clean: CleanRows, donor: Path | None
-) -> int:
-    """Make the rows of one batch unless all are there; how many were added.
-
-    A batch is made whole even where a kill left some of its rows: the others must not depend on that.
-    """
-    evaluated = bench.tasks[cell.task]
-    ids = [evaluated.ids[i] for i in indices]
-    if all(run.has(row_key(bench.config, cell, name)) for name in ids):
-        return 0
-    if cell.attack == CLEAN:
-        rows = clean_rows(bench, run.dir, cell, batch, indices)
-        clean |= {_clean_key(row): row for row in rows}
-    else:
-        before = [clean[cell.task, cell.defense, name] for name in ids]
-        skip, examples = already_broken(bench, cell, before), evaluated.examples(indices)
-        if donor is not None:
-            reuse_attacked(bench, run.dir, donor, cell, batch, examples, skip)
-        attacked = craft(bench, run.dir, cell, batch, examples, skip)
-        rows = attacked_rows(bench, run.dir, cell, batch, indices, attacked, before)
-    return sum(run.append(row) for row in rows)
 
 
 def grid(bench: Bench) -> Iterator[Cell]:
@@ -135,22 +113,3 @@ def write_description(bench: Bench, run: Run, total: int) -> None:
     before = json.loads(path.read_text(encoding="utf-8"))
     check_unchanged(run.dir, before.get("prompts", {}), bench.prompts(), what="prompt policy")
     check_unchanged(run.dir, before.get("weights", {}), bench.weights())
-
-
-def _clean_key(row: Row) -> tuple[str, str, str]:
-    return row["task"], row["defense"], row["example"]
-
-
-def already_broken(bench: Bench, cell: Cell, clean: Sequence[Row]) -> Tensor:
-    """Examples that a white-box attack may leave out, ``[B]`` bool: nothing is left to break.
-
-    Only through a deterministic defense, only untargeted, and only where the headline score is 0 already; never at T0,
-    where other defenses are judged on the same images, nor at T1.
-    """
-    evaluated, defense = bench.tasks[cell.task], bench.defenses[cell.defense]
-    allowed = bench.config.skip_wrong and cell.threat == "T2" and not defense.randomized
-    if not allowed or bench.attacks[cell.attack].spec.goal in NEEDS_SENTENCE:
-        return torch.zeros(len(clean), dtype=torch.bool)
-    headline = [score(row, metric=evaluated.headline) for row in clean]
-    right = [score(row, metric=evaluated.judge) for row in clean]
-    return torch.tensor([a == 0 and b == 0 for a, b in zip(headline, right, strict=True)])

@@ -50,9 +50,13 @@ def check_matrix(config: TransferConfig) -> None:
         check(single)
 
 
-def run_matrix(config: TransferConfig, run_dir: str | Path, loaders: Loaders | None = None) -> list[Row]:
+def run_matrix(
+    config: TransferConfig, run_dir: str | Path, loaders: Loaders | None = None, workers: int = 1
+) -> list[Row]:
     """Fill every pair's run folder and return all rows; the same call resumes. Raises CodefendError as ``evaluate``."""
     check_matrix(config)
+    if workers > 1:
+        raise CodefendError("a transfer matrix runs in one process; evaluate its pairs with --workers instead")
     loaders = loaders or Loaders()
     loaders = replace(loaders, victim=cache(loaders.victim))  # loading one takes seconds
     folder, rows = Path(run_dir), []

@@ -27,6 +27,9 @@ def eval_(
         float | None,
         typer.Option("--max-asr", min=0, max=1, help="Exit with 1 when an attack success rate is above this."),
     ] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Processes, each with models of its own; the rows are the same.")
+    ] = 1,
     dry_run: DryRun = False,
 ) -> None:
     """Attack and evaluate every defense on every task; results are rows in the run folder. Rerun to resume.
@@ -51,7 +54,7 @@ def eval_(
     if dry_run:
         print_config(config)
         return
-    rows = evaluate(config, run)
+    rows = evaluate(config, run, workers=workers)
     print(run)
     if max_asr is not None and _exceeds(rows, max_asr):
         raise typer.Exit(1)

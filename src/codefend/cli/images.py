@@ -34,8 +34,13 @@ ImageFile = Annotated[Path, typer.Argument(metavar="IMAGE", help="An image file.
 
 @app.command()
 def purify(
-    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Image files or folders.", show_default=False)],
-    out: Annotated[str, typer.Option("--out", "-o", help="An image file for one input, otherwise a folder.")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...", help="Images, folders, Parquet files, tar archives; paths or URLs.", show_default=False
+        ),
+    ],
+    out: Annotated[str, typer.Option("--out", "-o", help="An image file for one input, otherwise a folder or URL.")],
     purifier: PurifierName = "bridge",
     seed: Seed = 0,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images of one size per call.")] = 1,
@@ -53,12 +58,29 @@ def purify(
         typer.Option("--max-side", min=1, help="First shrink larger images to this longer side, by area averaging."),
     ] = None,
     overwrite: Overwrite = False,
+    column: Annotated[
+        str | None, typer.Option("--column", help="Image column of Parquet files; default: all of datasets' type.")
+    ] = None,
+    keep_others: Annotated[
+        bool, typer.Option("--keep-others", help="Also copy the files of folders that are no images.")
+    ] = False,
+    shard: Annotated[
+        str | None, typer.Option("--shard", metavar="I/N", help="Do part I of N, from 1/N to N/N.")
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes; with ray, the most of them.")] = 1,
+    engine: Annotated[str, typer.Option("--engine", help="local, or ray for a cluster.")] = "local",
+    worker_cpus: Annotated[float, typer.Option("--worker-cpus", help="Ray: cores of each worker.")] = 1,
+    worker_gpus: Annotated[float, typer.Option("--worker-gpus", help="Ray: GPUs of each worker, such as 0.5.")] = 0,
+    address: Annotated[
+        str | None, typer.Option("--address", help="Ray: the cluster; default: RAY_ADDRESS, else one on this machine.")
+    ] = None,
 ) -> None:
-    """Purify images and folders of images. Rerun the command to resume.
+    """Purify images, folders, Parquet files and tar archives. Rerun the command to resume.
 
     Example: codefend purify photos/ -o clean/
     """
     from codefend import purifiers
+    from codefend.cli.corpus import CorpusFlags, purify_as_corpus
     from codefend.purifiers.folders import FolderOptions, purify_paths
 
     options = FolderOptions(
@@ -73,6 +95,9 @@ def purify(
         overwrite=overwrite,
         max_side=max_side,
     )
+    flags = CorpusFlags(column, keep_others, shard, workers, engine, worker_cpus, worker_gpus, address)
+    if purify_as_corpus(paths, out, options, flags):
+        return
     outcome = purify_paths(lambda: purifiers.load(purifier), paths, out, options)
     skipped = f", {outcome.skipped} skipped (purified before)" if outcome.skipped else ""
     print(f"purified {outcome.done}{skipped} -> {out}")

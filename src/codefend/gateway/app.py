@@ -41,6 +41,7 @@ from codefend.gateway.page import Page
 from codefend.gateway.pool import Pool
 from codefend.gateway.proxy import Proxy
 from codefend.gateway.shapes import Inspection
+from codefend.gateway.shared_cache import SharedCache
 from codefend.gateway.telemetry import Meters, log
 from codefend.gateway.upstream import Upstream, connect
 from codefend.gateway.worker import Runner, Worker, WorkerOptions
@@ -75,7 +76,7 @@ def create_app(
     engine = build_engine(settings, purifier=purifier, prompt=prompt)
     lane = build_lane(settings, engine.worker)
     meters, keys = Meters(), Keys(_keys(settings))
-    engine.lane = lane
+    engine.lane, lane.shared = lane, _shared_cache(settings, engine, meters)
     options = settings.part(FetchOptions, **_fetch_options(settings))
     fetcher = Fetcher(options, max_bytes=settings.max_image_bytes, transport=fetch_transport, resolver=resolver)
     engine.fetch = fetcher
@@ -148,6 +149,8 @@ def _lifespan(
             for connection in connections:
                 await connection.aclose()
             engine.close()
+            if lane.shared is not None:
+                lane.shared.close()
             for runner in runners:
                 runner.close()
 
@@ -179,7 +182,9 @@ def build_engine(settings: Settings, *, purifier: Purifier | None = None, prompt
         if not isolate:
             return local
         pool_options = settings.part(PoolOptions, timeout_s=settings.purify_timeout_s)
-        return Pool(build, pool_options, name=local.name, threshold=local.threshold)
+        pool = Pool(build, pool_options, name=local.name, threshold=local.threshold)
+        pool.weights = local.weights
+        return pool
 
     isolate = settings.isolate and purifier is None  # an object given here cannot go to another process
     main = runner(settings.purifier, purifier, isolate)
@@ -220,6 +225,17 @@ def build_lane(settings: Settings, worker: Runner) -> Lane:
         cache_bytes=settings.cache_mb << 20,
     )
     return Lane(worker, options)
+
+
+def _shared_cache(settings: Settings, engine: Engine, meters: Meters) -> SharedCache | None:
+    """The cache of all replicas. Raises CodefendError for a missing package and an address that is none."""
+    if settings.cache_url is None or settings.noise_secret is None:
+        return None
+    facts = (__version__, engine.worker.name, engine.worker.weights, settings.part(Limits), settings.encoding)
+    secret, url = settings.noise_secret.get_secret_value().encode(), settings.cache_url.get_secret_value()
+    shared = SharedCache(url, secret, repr(facts), ttl_s=settings.cache_ttl_s)
+    shared.on_event = lambda event: meters.shared_cache.labels(event).inc()
+    return shared
 
 
 def _fetch_options(settings: Settings) -> dict[str, Any]:

@@ -45,7 +45,8 @@ from codefend.gateway.routes import DEFAULT_ROUTES, Routes
 from codefend.types import CodefendError
 
 PREFIX = "CODEFEND_"
-SECRETS = ("api_keys", "upstream_api_key", "noise_secret")  # from the environment or a file, never from a flag
+# From the environment or a file, never from a flag.
+SECRETS = ("api_keys", "upstream_api_key", "noise_secret", "cache_url")
 _VERSIONED = re.compile(r"/(v\d\w*|deployments)(/|$)")  # base paths that need no /v1: Gemini's and Azure's, for example
 
 Part = TypeVar("Part")
@@ -164,6 +165,11 @@ class Settings(BaseSettings):
         LaneOptions.batch_pixels, "Load", "pixels sent to a worker at a time; one image may have more", gt=0
     )
     cache_mb: int = _setting(LaneOptions.cache_bytes >> 20, "Load", "cache of purified images, in MiB", ge=0)
+    cache_url: SecretStr | None = _setting(
+        None, "Load", "Redis whose cache the replicas share: redis://host:6379; needs noise_secret"
+    )
+    cache_url_file: Path | None = _setting(None, "Load", "file that holds cache_url")
+    cache_ttl_s: int = _setting(3600, "Load", "time for which the shared cache holds an image", gt=0)
 
     upstream_api_key: SecretStr | None = _setting(None, "Upstream", "sent upstream in place of the client's key")
     upstream_api_key_file: Path | None = _setting(None, "Upstream", "file that holds upstream_api_key")
@@ -252,6 +258,8 @@ class Settings(BaseSettings):
             raise ValueError("remote_hosts has no effect without allow_remote_images")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key are given together or not at all")
+        if self.cache_url is not None and self.noise_secret is None:
+            raise ValueError("cache_url needs noise_secret, the same in all replicas: it authenticates the entries")
         return self
 
     @property

@@ -20,6 +20,7 @@ from cachetools import LRUCache
 
 from codefend.gateway.errors import Refused
 from codefend.gateway.options import LaneOptions
+from codefend.gateway.shared_cache import SharedCache
 from codefend.gateway.worker import Job, Purified, PurifyFailed, Result, Runner
 
 Key = tuple[str, str, str, float | None]  # client, digest of the file or of its pixels, mode, threshold
@@ -50,6 +51,7 @@ class Lane:
     worker: Runner
     options: LaneOptions = field(default_factory=LaneOptions)
     on_batch: Callable[[int, float], None] = lambda images, seconds: None
+    shared: SharedCache | None = None  # results of other replicas
 
     def __post_init__(self) -> None:
         self._ready = threading.Condition()
@@ -238,18 +240,29 @@ class Lane:
     def _run(self, tasks: list[_Task], alone: bool) -> None:
         start = time.perf_counter()
         try:
-            results = self.worker.run([task.job for task in tasks], alone=alone)
+            results = self._results(tasks, alone)
         except BaseException as error:  # the thread must survive, and nobody may wait forever
             results = [PurifyFailed("exception", f"{type(error).__name__} in the worker")] * len(tasks)
         seconds = time.perf_counter() - start
         self.on_batch(len(tasks), seconds)
-        if all(isinstance(result, Purified) for result in results):
+        if all(isinstance(result, Purified) and not result.cached for result in results):
             rate = seconds / sum(task.cost for task in tasks)
             self._rate = self.rate + _SMOOTHING * (rate - self.rate)
         for task, result in zip(tasks, results, strict=True):
             loop = task.future.get_loop()
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._settle, task, result)
+
+    def _results(self, tasks: list[_Task], alone: bool) -> list[Result]:
+        """From the shared cache, the rest from the worker."""
+        jobs = [(task.key[0], task.job) for task in tasks]
+        known = [None] * len(jobs) if self.shared is None else self.shared.fetch(jobs)
+        todo = [place for place, result in enumerate(known) if result is None]
+        fresh = self.worker.run([tasks[place].job for place in todo], alone=alone) if todo else []
+        results = dict(zip(todo, fresh, strict=True))
+        if self.shared is not None:
+            self.shared.store([(*jobs[i], result) for i, result in results.items() if isinstance(result, Purified)])
+        return [result or results[place] for place, result in enumerate(known)]
 
     # --- in the event loop ---
 

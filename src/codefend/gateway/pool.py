@@ -40,7 +40,7 @@ class Pool:
 
     def __init__(self, build: Build, options: PoolOptions, *, name: str, threshold: float | None = None) -> None:
         self.options, self.name, self.threshold = options, name, threshold
-        self.seconds_per_pixel = 0.0
+        self.seconds_per_pixel, self.weights = 0.0, ""
         self.on_restart: Callable[[str], None] = lambda reason: None
         self._children = [_Child(build, options, self._restarted) for _ in range(options.workers)]
         self._idle: list[_Child] = list(self._children)

@@ -34,6 +34,7 @@ class Meters:
         self.requests = counter("requests", "Requests answered", "route", "status")
         self.seconds = histogram("request_seconds", "Until the end of the answer", _SECONDS, "route")
         self.images = counter("images", "Images by what was done: purified, cached, reencoded", "result")
+        self.shared_cache = counter("shared_cache", "Images looked up: hit, miss, forged, error", "result")
         self.scores = histogram("score", "Detection scores of images", _SCORES)
         self.bypass = counter("bypass", "Images that went on without the purifier because it failed", "reason")
         self.refused = counter("refused", "Requests refused by the gateway itself", "code")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
-import hmac
 import secrets
 import threading
 import time
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from codefend.core import images
 from codefend.core.devices import device_named
+from codefend.core.noise import noise_seed, pixels_digest
 from codefend.gateway.errors import Refused
 from codefend.gateway.limits import check_size
 from codefend.gateway.options import Encoding, LaneOptions, Limits, Mode
@@ -77,6 +76,7 @@ class Runner(Protocol):
     name: str
     threshold: float | None  # calibrated for this purifier's score, if its weights carry one
     seconds_per_pixel: float  # measured when it was warmed up; 0 when it was not measured
+    weights: str  # digest of the purifier's weights
 
     def run(self, jobs: Sequence[Job], *, alone: bool = False) -> list[Result]: ...
     def reencode(self, job: Job) -> Purified: ...
@@ -120,7 +120,7 @@ class Worker:
     def __init__(self, purifier: Purifier, options: WorkerOptions | None = None) -> None:
         self.purifier, self.options = purifier, options or WorkerOptions()
         self.device = device_named(self.options.device, f"device {self.options.device}")
-        self.name = purifier.name
+        self.name, self.weights = purifier.name, purifier.weights_digest()
         self.threshold = None if purifier.detector is None else purifier.detector.threshold
         self._lock = threading.Lock()
 
@@ -199,19 +199,15 @@ class Worker:
             return Refused(400, "invalid_image", str(error))
         except MemoryError:
             return Refused(413, "image_too_large", "not enough memory to decode the image")
-        return _Decoded(index, loaded.pixels, loaded.format, self._digest(loaded.pixels))
-
-    def _digest(self, pixels: Tensor) -> bytes:
-        code = hmac.new(self.options.secret, f"{self.name}|{tuple(pixels.shape)}|".encode(), hashlib.sha256)
-        code.update(pixels.contiguous().numpy().data)
-        return code.digest()
+        digest = pixels_digest(self.options.secret, self.name, loaded.pixels)
+        return _Decoded(index, loaded.pixels, loaded.format, digest)
 
     def _purify(self, group: Sequence[_Decoded], jobs: Sequence[Job]) -> Sequence[Result]:
         try:
             batch = group[0].pixels[None] if len(group) == 1 else torch.stack([item.pixels for item in group])
             start = time.perf_counter()
             with self._lock, torch.no_grad():
-                purified, scores = self._forward(batch, int.from_bytes(group[0].digest[:7], "big"))
+                purified, scores = self._forward(batch, noise_seed(group[0].digest))
             seconds = (time.perf_counter() - start) / len(group)
         except PurifyFailed as error:
             return [error] * len(group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -120,6 +121,14 @@ class Purifier(nn.Module):
         if not isinstance(purifier, cls):
             raise CodefendError(f"{name_or_folder} holds a {type(purifier).__name__}, not a {cls.__name__}")
         return purifier
+
+    def weights_digest(self) -> str:
+        """Names the weights by 16 hex digits of their SHA-256."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
 
     def cost(self, height: int, width: int) -> int:
         """Multiply-adds of `transform` for one image of this size; 0 without a network, else counted by running it."""

@@ -9,45 +9,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from codefend.core import images
-from codefend.core.devices import default_device
 from codefend.core.files import write_atomic
-from codefend.core.runs import Run, make_generator, open_run, progress, read_config
+from codefend.core.runs import Run, open_run, progress, read_config
 from codefend.purifiers.base import Purifier
+from codefend.purifiers.image_files import FolderOptions, judge_group, purify_group, target_name
 from codefend.types import CodefendError
 
+__all__ = ["MANIFEST", "FolderOptions", "FolderReport", "ImageJob", "plan", "purify_paths"]
+
 MANIFEST = ".codefend"  # the run folder kept inside the output folder
-
-
-@dataclass(frozen=True)
-class FolderOptions:
-    """How to read, purify and write. ``purifier`` is its name: two purifiers never write into one folder."""
-
-    purifier: str = "bridge"
-    seed: int = 0
-    batch: int = 1  # images of one size per call
-    max_pixels: int = images.MAX_PIXELS
-    first_frame: bool = False
-    flatten: bool = False  # write opaque images: an alpha channel is copied unpurified, so it could carry an attack
-    format: str | None = None  # file name ending such as "png"; None keeps that of each file
-    quality: int | None = None  # 1-100 for JPEG and WebP
-    overwrite: bool = False
-    max_side: int | None = None  # longer side, pixels: larger images are shrunk first, and stay so
-
-    def fingerprint(self) -> dict[str, object]:
-        """The settings that decide the written pixels."""
-        names = ("purifier", "seed", "batch", "flatten", "format", "quality")
-        shrink = {} if self.max_side is None else {"max_side": self.max_side}
-        return {**{name: getattr(self, name) for name in names}, **shrink}
-
-    def load(self, source: Path) -> images.LoadedImage:
-        """Read an image with these options. Raises CodefendError as `images.load`."""
-        return images.load(
-            source, max_pixels=self.max_pixels, first_frame=self.first_frame, max_side=self.max_side or 0
-        )
 
 
 @dataclass(frozen=True)
@@ -124,7 +97,7 @@ def plan(
         images.format_of(f"x.{ending.lstrip('.')}")
     jobs: dict[Path, ImageJob] = {}
     for source, name in _find_images(sources, os.path.realpath(out), failed):
-        target = out / _target_name(name, ending)
+        target = out / target_name(name.as_posix(), "PNG", ending)
         job = ImageJob(source, target, name.as_posix())
         if os.path.realpath(source) == os.path.realpath(target):
             raise CodefendError(f"{source} would be overwritten by its own output; choose another folder")
@@ -156,16 +129,6 @@ def _find_images(sources: Sequence[Path], out: str, failed: list[tuple[str, str]
                     yield here / name, (here / name).relative_to(source)
 
 
-def _target_name(name: Path, ending: str | None) -> Path:
-    if ending is not None:
-        return name.with_suffix(f".{ending.lstrip('.')}")
-    try:
-        images.format_of(name)
-    except CodefendError:  # readable but not writable, or an odd name: a lossless format, appended to the name
-        return name.with_name(f"{name.name}.png")
-    return name if name.suffix else name.with_name(f"{name.name}.png")
-
-
 def _open_manifest(out: Path, options: FolderOptions) -> Run:
     folder, config = out / MANIFEST, options.fingerprint()
     with _readable_paths():
@@ -185,9 +148,8 @@ def _purify_one(
     if target.exists() and not options.overwrite:
         raise CodefendError(f"{target} exists already; use --overwrite to replace it")
     loaded = options.load(source)
-    job = ImageJob(source, target, source.name)
-    pixels = _purify_group(load_purifier(), [(job, loaded)], options)[0]
-    write_atomic(target, _encode(job, loaded, pixels, options))
+    pixels = purify_group(load_purifier(), [loaded], options.seed)[0]
+    write_atomic(target, options.encode(loaded, pixels, images.format_of(target)))
     return FolderReport(done=1)
 
 
@@ -205,7 +167,7 @@ def _purify_all(
     purifier = load_purifier()
     with progress("purify", len(jobs), done=len(done)) as advance:
         for start in range(0, len(jobs), options.batch):
-            # A chunk that is partly done is purified whole: the noise depends on all images of a call.
+            # A chunk that is partly done is purified whole: pixels depend on the size of a call, by rounding.
             chunk = jobs[start : start + options.batch]
             todo = set(chunk) - done
             if todo:
@@ -248,22 +210,15 @@ def _purify_chunk(
             groups.setdefault(tuple(loaded.pixels.shape), []).append((job, loaded))
     for group in groups.values():
         try:
-            results = _purify_group(purifier, group, options)
+            loaded_images = [loaded for _, loaded in group]
+            results = purify_group(purifier, loaded_images, options.seed)
         except CodefendError as error:
             report.failed += [(job.name, str(error)) for job, _ in group if job in todo]
             continue
-        scores = _scores(purifier, group, results)
+        scores = judge_group(purifier, loaded_images, results)
         for (job, loaded), pixels, score in zip(group, results, scores, strict=True):
             if job in todo:
                 _write(job, loaded, pixels, score, run, options, report)
-
-
-def _scores(purifier: Purifier, group: Sequence[tuple[ImageJob, images.LoadedImage]], results: Tensor) -> list[float]:
-    """The detection score of each image."""
-    with torch.no_grad():
-        batch = torch.stack([loaded.pixels for _, loaded in group]).to(default_device())
-        scores: list[float] = purifier.judge(batch, results.to(batch.device)).tolist()
-    return scores
 
 
 def _write(
@@ -276,7 +231,7 @@ def _write(
     report: FolderReport,
 ) -> None:
     try:
-        data = _encode(job, loaded, pixels, options)
+        data = options.encode(loaded, pixels, images.format_of(job.target))
         source, digest = job.stamp(), _digest(data)
         # The row comes first: a kill in between must not leave a file without a row, which a rerun would refuse.
         row = {"key": f"{source} {digest}", "source": source, "name": job.name, "digest": digest}
@@ -285,28 +240,6 @@ def _write(
         report.done += 1
     except CodefendError as error:
         report.failed.append((job.name, str(error)))
-
-
-def _purify_group(
-    purifier: Purifier, group: Sequence[tuple[ImageJob, images.LoadedImage]], options: FolderOptions
-) -> Tensor:
-    batch = torch.stack([loaded.pixels for _, loaded in group])
-    generator = make_generator(options.seed, "purify", *(job.name for job, _ in group))
-    try:
-        with torch.no_grad():
-            results = purifier(batch.to(default_device()), generator=generator).cpu()
-    except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
-            raise
-        raise CodefendError(f"not enough memory to purify {batch.shape[3]}x{batch.shape[2]} pixels") from error
-    if results.shape != batch.shape:
-        raise RuntimeError(f"the purifier changed the shape from {tuple(batch.shape)} to {tuple(results.shape)}")
-    return results
-
-
-def _encode(job: ImageJob, loaded: images.LoadedImage, pixels: Tensor, options: FolderOptions) -> bytes:
-    image = pixels if options.flatten else loaded.recombine(pixels)
-    return images.encode(image, images.format_of(job.target), quality=options.quality, icc=loaded.icc)
 
 
 def _digest(data: bytes) -> str:

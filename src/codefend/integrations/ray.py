@@ -1,0 +1,135 @@
+"""Ray: the engine of ``codefend purify --engine ray``, and `BatchPurifier` for Ray Data pipelines of your own.
+
+import ray
+from codefend.integrations.ray import BatchPurifier
+
+images = ray.data.read_parquet("s3://bucket/in/")
+purified = images.map_batches(
+    BatchPurifier, fn_constructor_kwargs={"purifier": "bridge"}, batch_size=16, num_cpus=1,
+    compute=ray.data.ActorPoolStrategy(min_size=1, max_size=8),
+)
+purified.write_parquet("s3://bucket/out/")
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from codefend.purifiers.batches import BatchPurifier
+from codefend.purifiers.corpus import Engine, Tick, Unit, UnitPurifier, UnitReport
+from codefend.purifiers.corpus.stores import Store
+from codefend.types import CodefendError
+
+__all__ = ["BatchPurifier", "RayOptions", "UnitActor", "on_ray"]
+
+_OBJECT_STORE = 200 << 20  # bytes, of a cluster that is started here: units and reports are small
+_BLOCKS = 10_000
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """``workers`` is the most actors at a time; Ray starts as many as there is work for."""
+
+    workers: int = 1
+    cpus: float = 1
+    gpus: float = 0
+    address: str | None = None  # None: RAY_ADDRESS, else a cluster on this machine for the time of the job
+
+
+class UnitActor:
+    """Purifies units of a corpus, for ``map_batches``; loads the purifier at its first unit."""
+
+    def __init__(self, purify: UnitPurifier, cpus: float) -> None:
+        import torch
+
+        torch.set_num_threads(max(1, int(cpus)))
+        self.purify = purify
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        answers = np.empty(len(batch["unit"]), dtype=object)
+        answers[:] = [self._answer(pickle.loads(unit)) for unit in batch["unit"]]
+        return {"answer": answers}
+
+    def _answer(self, unit: Unit) -> bytes:
+        try:
+            return pickle.dumps(self.purify(unit))
+        except CodefendError as error:  # ends the job; Ray would retry it and print a traceback
+            return pickle.dumps(error)
+
+
+def on_ray(options: RayOptions) -> Engine:
+    """The engine of a Ray cluster, which must reach sources and sink: a shared file system or an object store.
+
+    Raises CodefendError for a missing package and for a cluster that cannot be reached.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise CodefendError("--engine ray needs Ray: pip install 'codefend[ray]'") from error
+
+    def engine(purify: UnitPurifier, units: Iterable[Unit], tick: Tick) -> Iterator[UnitReport]:
+        purify = replace(purify, sink=Store(_absolute(purify.sink.url)))
+        items = [{"unit": pickle.dumps(replace(unit, source=_absolute(unit.source)))} for unit in units]
+        with _cluster(ray, options):
+            answers = ray.data.from_items(items, override_num_blocks=min(len(items), _BLOCKS)).map_batches(
+                UnitActor,
+                fn_constructor_args=(purify, options.cpus),
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=options.workers),
+                num_cpus=options.cpus,
+                num_gpus=options.gpus,
+            )
+            for row in answers.iter_rows():
+                answer = pickle.loads(row["answer"])
+                if isinstance(answer, CodefendError):
+                    raise answer
+                yield answer
+
+    return engine
+
+
+@contextmanager
+def _cluster(ray: Any, options: RayOptions) -> Iterator[None]:
+    """Connect to the cluster, or start one on this machine; both end with the block. One that is there stays."""
+    if ray.is_initialized():
+        yield
+        return
+    address = options.address or os.environ.get("RAY_ADDRESS")
+    quiet = {"logging_level": "warning", "log_to_driver": False, "include_dashboard": False}
+    try:
+        if address:
+            _check_reachable(address)
+            ray.init(address=address, logging_level="warning", log_to_driver=False)
+        else:
+            cores = max(1, round(options.workers * options.cpus))
+            ray.init(address="local", num_cpus=cores, object_store_memory=_OBJECT_STORE, **quiet)
+    except (ConnectionError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CodefendError(f"cannot reach the Ray cluster at {address or 'this machine'}: {reason}") from error
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise OSError for an address that does not answer: Ray itself waits for minutes."""
+    url = urlsplit(address if "://" in address else f"ray://{address}")
+    if url.hostname and url.port:
+        socket.create_connection((url.hostname, url.port), timeout=10).close()
+
+
+def _absolute(url: str) -> str:
+    """Workers have working folders of their own."""
+    return url if "://" in url else os.path.abspath(url)

@@ -1,0 +1,55 @@
+"""Groups of files: images are purified, other files copied."""
+
+from __future__ import annotations
+
+import shutil
+from typing import IO
+
+from codefend.purifiers.corpus.stores import Entry, Store
+from codefend.purifiers.corpus.unit_work import MAX_BYTES, UnitWork, UnreadableSource, reading
+from codefend.purifiers.corpus.units import Unit
+from codefend.purifiers.image_files import is_image_name
+
+
+def purify_group(unit: Unit, work: UnitWork) -> dict[str, str]:
+    """Write the files of a group; each is an output of its own, noted in the rows. Returns no other outputs."""
+    store = Store(unit.source)
+    waiting: list[tuple[str, bytes]] = []
+    for name, entry in unit.files:
+        if not is_image_name(name):
+            _copy(store, name, entry, work)
+            continue
+        try:
+            waiting.append((name, _content(store, name, entry)))
+        except UnreadableSource as error:
+            work.fail(name, str(error))
+        if len(waiting) >= work.options.batch:
+            _flush(waiting, work)
+            waiting = []
+    _flush(waiting, work)
+    return {}
+
+
+def _content(store: Store, name: str, entry: Entry) -> bytes:
+    if entry.size > MAX_BYTES:
+        raise UnreadableSource(f"{name} has {entry.size:,} bytes, over the limit of {MAX_BYTES:,}")
+    with reading(name), store.open(entry.path) as stream:
+        return stream.read()
+
+
+def _flush(waiting: list[tuple[str, bytes]], work: UnitWork) -> None:
+    for result in work.purify(waiting):
+        if not result.error:
+            data = result.data
+            work.sink.put(result.target, lambda stream, data=data: stream.write(data))  # type: ignore[misc]
+
+
+def _copy(store: Store, name: str, entry: Entry, work: UnitWork) -> None:
+    with reading(name):
+        source = store.open(entry.path)
+
+    def copy(stream: IO[bytes]) -> None:
+        shutil.copyfileobj(source, stream)
+
+    with source:
+        work.note({"name": name, "output": work.sink.put(name, copy)})

@@ -1,0 +1,219 @@
+"""Which units of a corpus are left to do, and who does them. Rerun the command to resume; shards may run at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from codefend.core.runs import plain
+from codefend.purifiers import load
+from codefend.purifiers.base import Purifier
+from codefend.purifiers.corpus.groups import purify_group
+from codefend.purifiers.corpus.meter import metered
+from codefend.purifiers.corpus.stores import Store
+from codefend.purifiers.corpus.tables import purify_table
+from codefend.purifiers.corpus.tars import purify_tar
+from codefend.purifiers.corpus.unit_work import UnitWork, UnreadableSource
+from codefend.purifiers.corpus.units import Unit, find_units, kind_of, take_shard
+from codefend.purifiers.image_files import FolderOptions
+from codefend.types import CodefendError
+
+CONFIG = ".codefend/config.json"
+MANIFESTS = ".codefend/manifest"
+_WRITERS = {"tar": purify_tar, "table": purify_table, "group": purify_group}
+_SETTLED = 1000  # lines of failures that a report holds
+
+
+@dataclass(frozen=True)
+class CorpusOptions:
+    """``files`` says how each image is read, purified and written; the rest, what is done with the corpus."""
+
+    files: FolderOptions = field(default_factory=FolderOptions)
+    column: str | None = None  # of Parquet files; None: every image column
+    keep_others: bool = False  # also copy the files of folders that are no images
+    shard: tuple[int, int] = (1, 1)  # number, from 1, and count
+
+    def fingerprint(self) -> dict[str, object]:
+        """The settings that decide what is written; shards share them."""
+        return {**self.files.fingerprint(), "layout": "corpus", "column": self.column, "keep_others": self.keep_others}
+
+
+@dataclass
+class UnitReport:
+    """What became of one unit."""
+
+    name: str
+    size: int  # bytes of the source
+    images: int = 0
+    failures: int = 0
+    failed: list[tuple[str, str]] = field(default_factory=list)  # the first ones: name, reason
+    unreadable: str = ""  # why the unit could not be read; nothing of it was written then
+
+
+@dataclass
+class CorpusReport:
+    """What became of all units of this shard, those of earlier runs in ``skipped``."""
+
+    images: int = 0
+    units: int = 0
+    skipped: int = 0  # units
+    failures: int = 0
+    failed: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, report: UnitReport) -> None:
+        unreadable = [(report.name, report.unreadable)] if report.unreadable else []
+        self.units += 1
+        self.images += report.images
+        self.failures += report.failures + len(unreadable)
+        self.failed += [*report.failed, *unreadable][: _SETTLED - len(self.failed)]
+
+
+@dataclass(frozen=True)
+class UnitPurifier:
+    """Does units one after the other. Picklable until it is called; loads the purifier once in each process."""
+
+    sink: Store
+    options: CorpusOptions
+    load_purifier: Callable[[str], Purifier] = load
+
+    def __call__(self, unit: Unit, tick: Callable[[int, int], None] = lambda images, size: None) -> UnitReport:
+        """Purify a unit, write it, then its manifest. Raises CodefendError when the sink cannot be written."""
+        purifier, report = _loaded(self.load_purifier, self.options.files.purifier), UnitReport(unit.name, unit.size)
+        with tempfile.TemporaryFile() as rows:
+            work = UnitWork(purifier, self.options.files, self.sink, rows, self.options.column, tick)
+            try:
+                outputs = _WRITERS[unit.kind](unit, work)
+            except UnreadableSource as error:
+                report.unreadable = str(error)
+                return report
+            summary = {"unit": unit.name, "images": work.images, "failed": work.failures, "outputs": outputs}
+            self.sink.put(f"{MANIFESTS}/{unit.manifest}", lambda stream: _write_manifest(stream, summary, rows))
+        report.images, report.failures, report.failed = work.images, work.failures, work.failed
+        return report
+
+
+_purifiers: dict[str, Purifier] = {}  # of this process, by name
+
+
+def _loaded(load_purifier: Callable[[str], Purifier], name: str) -> Purifier:
+    if name not in _purifiers:
+        _purifiers.clear()
+        _purifiers[name] = load_purifier(name)
+    return _purifiers[name]
+
+
+def _write_manifest(stream: IO[bytes], summary: dict[str, object], rows: IO[bytes]) -> None:
+    stream.write((json.dumps(plain(summary), ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
+    rows.seek(0)
+    shutil.copyfileobj(rows, stream)
+
+
+Tick = Callable[[int, int], None]
+Engine = Callable[[UnitPurifier, Iterable[Unit], Tick], Iterator[UnitReport]]
+
+
+def in_this_process(purify: UnitPurifier, units: Iterable[Unit], tick: Tick) -> Iterator[UnitReport]:
+    """The engine without an engine: one unit after the other."""
+    return (purify(unit, tick) for unit in units)
+
+
+def is_corpus(paths: Sequence[str], out: str) -> bool:
+    """Whether purifying needs this package: an URL, an archive or a table, or a folder that holds one."""
+    if any("://" in path or "::" in path for path in (*paths, out)):
+        return True
+    return any(kind_of(path) or _holds_units(Path(path)) for path in paths)
+
+
+def _holds_units(folder: Path) -> bool:
+    return folder.is_dir() and any(kind_of(path.name) for path in folder.rglob("*"))
+
+
+def purify_corpus(
+    sources: Sequence[str], sink: str, options: CorpusOptions, engine: Engine = in_this_process
+) -> CorpusReport:
+    """Purify archives, tables and folders, by path or fsspec URL, into the folder or URL ``sink``.
+
+    Raises CodefendError for a missing source, a source without images, a sink with another manifest or other files, a
+    column that holds no images, and when the sink cannot be written; never for a broken image or file, which are in the
+    report.
+    """
+    place, report = Store(sink), CorpusReport()
+
+    def units() -> Iterator[Unit]:
+        return take_shard(find_units(sources, place, keep_others=options.keep_others), options.shard)
+
+    _check_names(find_units(sources, place, keep_others=options.keep_others), place)
+    done = _open_sink(place, options)
+    count, size = 0, 0
+    for unit in units():
+        count, size = (count, size) if unit.manifest in done else (count + 1, size + unit.size)
+        report.skipped += unit.manifest in done
+    if count:
+        _check_weights(place, options)
+        todo = (unit for unit in units() if unit.manifest not in done)
+        with metered(size) as meter:
+            for result in engine(UnitPurifier(place, options), todo, meter.tick):
+                report.add(result)
+                meter.finish(result.images + result.failures, result.size)
+    return report
+
+
+def _check_names(units: Iterator[Unit], sink: Store) -> None:
+    """Raise CodefendError when there is nothing to do, or two units or a unit and its source have one name."""
+    names: set[int] = set()
+    for unit in units:
+        if hash(unit.name) in names:
+            raise CodefendError(f"two sources would both be written to {unit.name} in {sink.url}")
+        if any(entry.path == sink.path(name) and Store(unit.source).fs == sink.fs for name, entry in unit.files):
+            raise CodefendError(f"{unit.name} would be overwritten by its own output; choose another folder")
+        names.add(hash(unit.name))
+    if not names:
+        raise CodefendError(f"no images, Parquet files or tar archives found; {sink.url} is unchanged")
+
+
+def _open_sink(sink: Store, options: CorpusOptions) -> set[str]:
+    """Write the config of a new sink; the manifests that are there. Raises CodefendError for another config."""
+    saved, config = sink.read(CONFIG), plain(options.fingerprint())
+    before = None if saved is None else _parse(saved, sink)
+    settings = None if before is None else {key: value for key, value in before.items() if key != "weights"}
+    if settings == config:
+        return sink.names(MANIFESTS)
+    if not options.files.overwrite:
+        if settings is not None:
+            keys = [key for key in sorted({*settings, *config}) if settings.get(key) != config.get(key)]
+            changes = "; ".join(f"{key} was {settings.get(key)!r}, now {config.get(key)!r}" for key in keys)
+            raise CodefendError(f"{sink.url} was written with other options: {changes}. Choose another sink")
+        if sink.has_files():
+            raise CodefendError(f"{sink.url} holds other files; choose another sink, or use --overwrite")
+    sink.remove(MANIFESTS)
+    _write_config(sink, config)
+    return set()
+
+
+def _parse(saved: bytes, sink: Store) -> dict[str, object]:
+    try:
+        config = json.loads(saved)
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise CodefendError(f"{sink.path(CONFIG)} is damaged; remove it and use --overwrite")
+    return config
+
+
+def _write_config(sink: Store, config: dict[str, object]) -> None:
+    text = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    sink.put(CONFIG, lambda stream: stream.write(text))
+
+
+def _check_weights(sink: Store, options: CorpusOptions) -> None:
+    """Load the purifier before any worker does. Raises CodefendError for other weights than those of the sink."""
+    weights = _loaded(load, options.files.purifier).weights_digest()
+    config = _parse(sink.read(CONFIG) or b"", sink)
+    if config.setdefault("weights", weights) != weights:
+        raise CodefendError(f"{sink.url} was written with other weights of {options.files.purifier}; choose another")
+    _write_config(sink, config)

@@ -1,0 +1,150 @@
+"""Parquet files with images as ``datasets`` stores them, ``struct<bytes: binary, path: string>``, or as binary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import IO, Any
+
+from codefend.purifiers.corpus.stores import Store
+from codefend.purifiers.corpus.unit_work import MAX_BYTES, UnitWork, reading
+from codefend.purifiers.corpus.units import Unit
+from codefend.purifiers.image_files import PurifiedFile
+from codefend.types import CodefendError
+
+_ROWS = 16  # read at a time
+_GROUP_BYTES = 64 << 20  # of a row group that is written
+_GROUP_ROWS = 1000
+
+
+def purify_table(unit: Unit, work: UnitWork) -> dict[str, str]:
+    """Write the table anew, its other columns and metadata unchanged; returns its hash by name.
+
+    The image of a row that cannot be purified becomes null, with its reason in the rows of the manifest.
+    Raises UnreadableSource for a damaged file and CodefendError for a column that holds no images.
+    """
+    pa, parquet = _arrow()
+    store, (name, entry) = Store(unit.source), unit.files[0]
+    with reading(name):
+        source = store.open(entry.path)
+    with source:
+        with reading(name, pa.ArrowException):
+            table = parquet.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False)
+        columns = image_columns(pa, table.schema_arrow, name, work.column)
+
+        def write(stream: IO[bytes]) -> None:
+            with parquet.ParquetWriter(pa.PythonFile(stream, mode="w"), table.schema_arrow) as writer:
+                groups = _Groups(pa, writer)
+                for start, batch in _batches(pa, table, name):
+                    groups.add(_purified(pa, batch, columns, start, work))
+                groups.flush()
+
+        return {name: work.sink.put(name, write)}
+
+
+def image_columns(pa: Any, schema: Any, name: str, wanted: str | None) -> list[str]:
+    """The columns to purify: ``wanted``, or every one of the type that ``datasets`` gives images.
+
+    Raises CodefendError, naming the columns, when there is none or ``wanted`` holds no images.
+    """
+    found = [field.name for field in schema if _is_image_struct(pa, field.type)]
+    if wanted is None and found:
+        return found
+    known = ", ".join(f"{field.name}: {field.type}" for field in schema)[:300]
+    if wanted is None:
+        raise CodefendError(f"{name} has no image column (struct<bytes, path>); name a binary one: --column ({known})")
+    if wanted not in schema.names:
+        raise CodefendError(f"{name} has no column {wanted!r}; it has {known}")
+    kind = schema.field(wanted).type
+    if not (_is_image_struct(pa, kind) or _is_bytes(pa, kind)):
+        raise CodefendError(f"column {wanted!r} of {name} holds {kind}, no images; it has {known}")
+    return [wanted]
+
+
+def _is_image_struct(pa: Any, kind: Any) -> bool:
+    if not pa.types.is_struct(kind) or kind.num_fields != 2:
+        return False
+    fields = {field.name: field.type for field in (kind.field(0), kind.field(1))}
+    return set(fields) == {"bytes", "path"} and _is_bytes(pa, fields["bytes"])
+
+
+def _is_bytes(pa: Any, kind: Any) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _batches(pa: Any, table: Any, name: str) -> Iterator[tuple[int, Any]]:
+    """Record batches with the number of their first row."""
+    start, batches = 0, table.iter_batches(batch_size=_ROWS)
+    while True:
+        with reading(name, pa.ArrowException):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield start, batch
+        start += batch.num_rows
+
+
+def _purified(pa: Any, batch: Any, columns: list[str], start: int, work: UnitWork) -> Any:
+    for column in columns:
+        index = batch.schema.get_field_index(column)
+        field = batch.schema.field(index)
+        values = _purified_values(batch.column(index).to_pylist(), f"{column}:", start, work)
+        batch = batch.set_column(index, field, pa.array(values, type=field.type))
+    return batch
+
+
+def _purified_values(values: list[Any], prefix: str, start: int, work: UnitWork) -> list[Any]:
+    """The images of one column, in calls of ``batch``; null stays null."""
+    done: list[Any] = [None] * len(values)
+    todo: list[tuple[int, str, bytes]] = []
+    for place, value in enumerate(values):
+        data, path = (value["bytes"], value["path"]) if isinstance(value, dict) else (value, None)
+        row = f"{prefix}{start + place}"
+        if data is not None and len(data) <= MAX_BYTES:
+            todo.append((place, path or "image", data))
+        elif value is not None:
+            work.fail(row, "the row names a file and holds no bytes" if data is None else f"over {MAX_BYTES:,} bytes")
+    for first in range(0, len(todo), work.options.batch):
+        part = todo[first : first + work.options.batch]
+        rows = [f"{prefix}{start + place}" for place, _, _ in part]
+        results = work.purify([(path, data) for _, path, data in part], rows)
+        for (place, _, _), result in zip(part, results, strict=True):
+            done[place] = _value(values[place], result)
+    return done
+
+
+def _value(before: Any, result: PurifiedFile) -> Any:
+    if result.error:
+        return None
+    if not isinstance(before, dict):
+        return result.data
+    return {"bytes": result.data, "path": before["path"] and result.target}
+
+
+class _Groups:
+    """Row groups of a table, bounded in rows and bytes, whatever those of the source were."""
+
+    def __init__(self, pa: Any, writer: Any) -> None:
+        self.pa, self.writer = pa, writer
+        self.batches: list[Any] = []
+        self.rows = self.size = 0
+
+    def add(self, batch: Any) -> None:
+        self.batches.append(batch)
+        self.rows += batch.num_rows
+        self.size += batch.nbytes
+        if self.rows >= _GROUP_ROWS or self.size >= _GROUP_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.batches:
+            self.writer.write_table(self.pa.Table.from_batches(self.batches))
+        self.batches, self.rows, self.size = [], 0, 0
+
+
+def _arrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise CodefendError("Parquet needs pyarrow: pip install 'codefend[parquet]'") from error
+    return pyarrow, pyarrow.parquet

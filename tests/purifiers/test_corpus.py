@@ -1,0 +1,350 @@
+"""A corpus is purified whole, once, to the same bytes whatever was killed; one bad file does not stop the rest."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import pyarrow.parquet as pq
+import pytest
+
+import corpus_kit as kit
+from codefend.core import images
+from codefend.core.noise import pixels_digest, secret_of
+from codefend.gateway.worker import Job, Purified, Worker, WorkerOptions
+from codefend.purifiers import load
+from codefend.purifiers.corpus import job, parse_shard
+from codefend.purifiers.corpus.stores import Store
+from codefend.purifiers.corpus.units import find_units
+from codefend.purifiers.folders import FolderOptions, purify_paths
+from codefend.types import CodefendError
+
+NOISY = "bridge:sigma=0.1"
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return kit.write_all(tmp_path / "in")
+
+
+@pytest.fixture
+def memory() -> Iterator[str]:
+    """An object store: nothing is renamed or appended to, and a file is there when its upload has ended."""
+    yield "memory://bucket"
+    fsspec.filesystem("memory").rm("/bucket", recursive=True)
+
+
+def manifest(sink: Path, unit: str) -> list[dict[str, object]]:
+    (path,) = (sink / ".codefend" / "manifest").glob(f"{unit}.*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- formats ---------------------------------------------------------------------------------------------------------
+
+
+def test_folders_tables_and_archives_hold_the_same_purified_images(corpus: Path, tmp_path: Path) -> None:
+    report = kit.run(corpus, tmp_path / "out", NOISY)
+    assert (report.images, report.failures) == (18, 0)
+    archive = kit.read_tar(tmp_path / "out" / "wds" / "000.tar")
+    rows = pq.read_table(tmp_path / "out" / "data" / "train.parquet").column("image").to_pylist()
+    for index in range(6):
+        loose = tmp_path / "out" / "loose" / ("a" if index % 2 else "b") / f"{index:03d}.png"
+        assert loose.read_bytes() == archive[f"{index:03d}.png"] == rows[index]["bytes"] != kit.image(index)
+
+
+def test_a_folder_job_and_a_gateway_with_the_same_secret_give_the_same_bytes(tmp_path: Path) -> None:
+    folder = kit.write_folder(tmp_path / "in", 2)
+    kit.run(folder, tmp_path / "corpus", NOISY)
+    purify_paths(lambda: load(NOISY), [folder], tmp_path / "plain", FolderOptions(purifier=NOISY))
+    worker = Worker(load(NOISY), WorkerOptions(secret=secret_of(0)))
+    for index, name in enumerate(("b/000.png", "a/001.png")):
+        (result,) = worker.run([Job(kit.image(index))])
+        assert isinstance(result, Purified)
+        whole = (tmp_path / "corpus" / name).read_bytes()
+        assert whole == (tmp_path / "plain" / name).read_bytes()
+        gateway = images.load(f"data:image/png;base64,{result.image.data}").pixels
+        assert pixels_digest(b"", "", gateway) == pixels_digest(b"", "", images.load(whole).pixels)
+
+
+def test_other_columns_and_metadata_are_carried_through(corpus: Path, tmp_path: Path) -> None:
+    kit.run(corpus / "data", tmp_path / "out")
+    before, after = (pq.read_table(folder / "train.parquet") for folder in (corpus / "data", tmp_path / "out"))
+    assert after.schema.equals(before.schema, check_metadata=True)
+    assert after.drop_columns("image").equals(before.drop_columns("image"))
+    assert [row["path"] for row in after.column("image").to_pylist()] == [f"{i:03d}.png" for i in range(6)]
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
+def test_other_members_are_carried_through_in_order(tmp_path: Path, name: str) -> None:
+    source = kit.write_tar(tmp_path / "in" / name, extra={"clip.mp4": b"v" * 3_000_000, "ü" * 120 + ".txt": b"long"})
+    kit.run(source, tmp_path / "out", batch=2)
+    before, after = kit.read_tar(source), kit.read_tar(tmp_path / "out" / name)
+    assert list(after) == list(before)
+    assert {key: after[key] for key in before if not key.endswith("png")} == {
+        key: value for key, value in before.items() if not key.endswith("png")
+    }
+    with tarfile.open(source) as one, tarfile.open(tmp_path / "out" / name) as other:
+        assert [(i.mtime, i.mode) for i in one] == [(i.mtime, i.mode) for i in other]
+
+
+def test_formats_that_are_only_read_change_their_name(tmp_path: Path) -> None:
+    gif = io.BytesIO()
+    images.to_pil(images.load(kit.image(0)).pixels).save(gif, "GIF")
+    source = kit.write_tar(tmp_path / "in" / "x.tar", 0, extra={"a.gif": gif.getvalue()})
+    kit.run(source, tmp_path / "out")
+    assert list(kit.read_tar(tmp_path / "out" / "x.tar")) == ["a.gif.png"]
+
+
+def test_a_binary_column_is_purified_when_it_is_named(tmp_path: Path) -> None:
+    table = pq.read_table(kit.write_table(tmp_path / "t.parquet"))
+    raw = table.column("image").combine_chunks().field("bytes")
+    pq.write_table(table.drop_columns("image").append_column("raw", raw), tmp_path / "in.parquet")
+    assert kit.run(tmp_path / "in.parquet", tmp_path / "out", column="raw").images == 6
+    after = pq.read_table(tmp_path / "out" / "in.parquet").column("raw").to_pylist()
+    assert all(new != old and images.probe(new).width == 10 for new, old in zip(after, raw.to_pylist(), strict=True))
+
+
+def test_other_files_of_folders_are_copied_on_request(corpus: Path, tmp_path: Path) -> None:
+    kit.run(corpus, tmp_path / "without")
+    assert not (tmp_path / "without" / "loose" / "labels.csv").exists()
+    kit.run(corpus, tmp_path / "with", keep_others=True)
+    assert (tmp_path / "with" / "loose" / "labels.csv").read_text() == "name,label\n"
+
+
+def test_an_object_store_holds_what_a_folder_would(corpus: Path, tmp_path: Path, memory: str) -> None:
+    store = fsspec.filesystem("memory")
+    store.put(str(corpus), "/bucket/in", recursive=True)
+    kit.run(f"{memory}/in", f"{memory}/out", NOISY)
+    kit.run(corpus, tmp_path / "out", NOISY)
+    for path in ("wds/000.tar", "data/train.parquet", "loose/a/001.png"):
+        assert store.cat(f"/bucket/out/{path}") == (tmp_path / "out" / path).read_bytes()
+    assert kit.run(f"{memory}/in", f"{memory}/out", NOISY).images == 0
+
+
+# --- exactly once ----------------------------------------------------------------------------------------------------
+
+
+def test_shards_together_are_the_whole(corpus: Path, tmp_path: Path) -> None:
+    whole = kit.run(corpus, tmp_path / "whole", NOISY)
+    parts = [kit.run(corpus, tmp_path / "parts", NOISY, shard=(number, 3)) for number in (3, 1, 2)]
+    assert sum(part.images for part in parts) == whole.images
+    assert kit.contents(tmp_path / "parts") == kit.contents(tmp_path / "whole")
+
+
+def test_the_same_command_has_nothing_left_to_do(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = kit.run(corpus, tmp_path / "out")
+    before = kit.contents(tmp_path / "out")
+    monkeypatch.setattr(job, "load", None)
+    again = kit.run(corpus, tmp_path / "out")
+    assert (again.images, again.skipped) == (0, first.units)
+    assert kit.contents(tmp_path / "out") == before
+
+
+def test_a_changed_source_is_purified_again_and_a_new_file_touches_its_own_group_only(
+    corpus: Path, tmp_path: Path
+) -> None:
+    kit.run(corpus, tmp_path / "out")
+    kit.write_tar(corpus / "wds" / "000.tar", 7)
+    (corpus / "loose" / "a" / "new.png").write_bytes(kit.image(9))
+    again = kit.run(corpus, tmp_path / "out")
+    assert again.units == 2
+    assert len(kit.read_tar(tmp_path / "out" / "wds" / "000.tar")) == 14
+
+
+def _killed(corpus: Path, tmp_path: Path, kills: int, within: float) -> int:
+    def work() -> None:
+        kit.run(corpus, tmp_path / "killed", "bitdepth")
+
+    kit.run(corpus, tmp_path / "whole", "bitdepth")
+    hits = kit.kill_at_random(work, kills, within, seed=1)
+    files = kit.contents(tmp_path / "killed")
+    leftovers = [name for name in files if name.endswith(".part")]
+    assert {name: data for name, data in files.items() if name not in leftovers} == kit.contents(tmp_path / "whole")
+    return hits
+
+
+def test_a_job_killed_twice_ends_the_same(tmp_path: Path) -> None:
+    assert _killed(kit.write_all(tmp_path / "in", 60), tmp_path, 2, 0.3) >= 1
+
+
+@pytest.mark.slow
+def test_a_job_killed_twenty_times_ends_the_same(tmp_path: Path) -> None:
+    assert _killed(kit.write_all(tmp_path / "in", 1500), tmp_path, 20, 1.0) >= 10
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+def test_broken_images_are_left_out_counted_and_explained(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    kit.write_tar(source / "x.tar", 2, extra={"bad.png": b"no image", "bad.txt": b"kept"})
+    kit.write_table(source / "t.parquet", 4, broken=2)
+    (source / "bad.jpg").write_bytes(b"no image")
+    report = kit.run(source, tmp_path / "out")
+    assert (report.images, report.failures) == (5, 3)
+    assert {name for name, _ in report.failed} == {"bad.png", "image:2", "bad.jpg"}
+    assert set(kit.read_tar(tmp_path / "out" / "x.tar")) == {"000.png", "000.cls", "001.png", "001.cls", "bad.txt"}
+    rows = pq.read_table(tmp_path / "out" / "t.parquet").to_pylist()
+    assert [row["id"] for row in rows if row["image"] is None] == [2]
+    assert not (tmp_path / "out" / "bad.jpg").exists()
+    summary, *lines = manifest(tmp_path / "out", "x.tar")
+    assert (summary["images"], summary["failed"]) == (2, 1)
+    assert "not an image" in str([line["error"] for line in lines if "error" in line])
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:4096])
+
+
+def _damage_a_header(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[2048:2060] = b"\xff" * 12  # tarfile takes a damaged header after the first for the end
+    path.write_bytes(data)
+
+
+def _cut_between_members(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:2048])
+
+
+@pytest.mark.parametrize("damage", [_cut, _damage_a_header, _cut_between_members])
+def test_a_damaged_archive_fails_alone_and_nothing_of_it_is_written(
+    corpus: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    damage(kit.write_tar(corpus / "wds" / "bad.tar"))
+    report = kit.run(corpus, tmp_path / "out")
+    assert (report.images, [name for name, _ in report.failed]) == (18, ["wds/bad.tar"])
+    assert report.failed[0][1].startswith("cannot read wds/bad.tar")
+    assert not list((tmp_path / "out" / "wds").glob("*bad*"))
+    kit.write_tar(corpus / "wds" / "bad.tar")
+    assert kit.run(corpus, tmp_path / "out").images == 6
+
+
+def test_a_damaged_table_fails_alone(corpus: Path, tmp_path: Path) -> None:
+    _cut(kit.write_table(corpus / "data" / "bad.parquet", 40))
+    report = kit.run(corpus, tmp_path / "out")
+    assert (report.images, [name for name, _ in report.failed]) == (18, ["data/bad.parquet"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"column": "picture"}, "has no column 'picture'; it has id: int64, image"),
+        ({"column": "id"}, "column 'id' of train.parquet holds int64, no images"),
+    ],
+)
+def test_a_column_without_images_is_one_line(corpus: Path, tmp_path: Path, settings: dict[str, str], text: str) -> None:
+    with pytest.raises(CodefendError, match=text):
+        kit.run(corpus / "data", tmp_path / "out", **settings)
+    assert not (tmp_path / "out" / "train.parquet").exists()
+
+
+def test_a_sink_with_another_manifest_other_files_or_other_weights_is_refused(corpus: Path, tmp_path: Path) -> None:
+    kit.run(corpus, tmp_path / "out")
+    before = kit.contents(tmp_path / "out")
+    with pytest.raises(CodefendError, match="seed was 0, now 1"):
+        kit.run(corpus, tmp_path / "out", seed=1)
+    assert kit.contents(tmp_path / "out") == before
+    assert kit.run(corpus, tmp_path / "out", seed=1, overwrite=True).images == 18
+    with pytest.raises(CodefendError, match="holds other files"):
+        kit.run(corpus, corpus.parent)
+    weights = tmp_path / "out" / ".codefend" / "config.json"
+    weights.write_text(weights.read_text().replace('"weights": "', '"weights": "0'))
+    shutil.rmtree(tmp_path / "out" / ".codefend" / "manifest")
+    with pytest.raises(CodefendError, match="other weights"):
+        kit.run(corpus, tmp_path / "out", seed=1)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("none", "no such file"),
+        ("nope://bucket/x", "nope"),
+        ("empty", "no images, Parquet files or tar archives"),
+        ("notes.txt", "is neither an image nor"),
+    ],
+)
+def test_sources_that_cannot_be_used_are_one_line(tmp_path: Path, source: str, text: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(CodefendError, match=text):
+        kit.run(source if "://" in source else tmp_path / source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_corpus_never_overwrites_itself(corpus: Path) -> None:
+    with pytest.raises(CodefendError, match="overwritten by its own output"):
+        kit.run(corpus, corpus)
+
+
+def test_a_full_disk_leaves_nothing_half_written(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Store, name: str, write: object) -> str:
+        if name.endswith(".tar"):
+            raise CodefendError(f"cannot write {name}: No space left on device")
+        return put(self, name, write)  # type: ignore[arg-type]
+
+    put = Store.put
+    monkeypatch.setattr(Store, "put", full)
+    with pytest.raises(CodefendError, match="No space left"):
+        kit.run(corpus, tmp_path / "out")
+    monkeypatch.undo()
+    kit.run(corpus, tmp_path / "out")
+    assert len(kit.read_tar(tmp_path / "out" / "wds" / "000.tar")) == 12
+
+
+def test_an_upload_that_fails_is_one_line_and_done_again(
+    corpus: Path, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type(fsspec.filesystem("memory"))
+
+    def lost(self: object, *arguments: object, **settings: object) -> None:
+        raise ConnectionError("connection reset by peer")
+
+    monkeypatch.setattr(kind, "put_file", lost, raising=False)
+    with pytest.raises(CodefendError, match="cannot use memory://bucket/out: connection reset by peer"):
+        kit.run(corpus, f"{memory}/out")
+    monkeypatch.undo()
+    assert kit.run(corpus, f"{memory}/out").images == 18
+
+
+# --- units and the command line --------------------------------------------------------------------------------------
+
+
+def test_groups_bound_their_size_and_shards_their_number(tmp_path: Path) -> None:
+    for index in range(200):
+        (tmp_path / "in" / f"{index}.png").parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{index}.png").write_bytes(b"")
+    units = list(find_units([str(tmp_path / "in")], Store(str(tmp_path / "out"))))
+    assert sum(len(unit.files) for unit in units) == 200
+    assert max(len(unit.files) for unit in units) <= 64
+    for text in ("0/2", "3/2", "1", "a/b", "1/0"):
+        with pytest.raises(CodefendError, match="is not I/N"):
+            parse_shard(text)
+
+
+def test_the_command_purifies_archives_and_says_what_failed(
+    corpus: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    command = ("purify", corpus, "-o", tmp_path / "out", "--purifier", "bitdepth", "--shard", "1/1")
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    assert out.startswith("purified 18 images in ")
+    _cut(kit.write_tar(corpus / "bad.tar"))
+    code, _, err = run(*command)
+    assert code == 1
+    assert "failed: bad.tar: cannot read bad.tar" in err
+    assert run(*command, "--engine", "spark")[0] == 2
+
+
+@pytest.mark.slow
+def test_worker_processes_write_the_same_and_one_that_is_killed_is_replaced(tmp_path: Path) -> None:
+    from codefend.purifiers.corpus import in_processes
+
+    corpus = kit.write_all(tmp_path / "in", 100)
+    kit.run(corpus, tmp_path / "one", NOISY)
+    kit.run(corpus, tmp_path / "two", NOISY, engine=in_processes(2))
+    assert kit.contents(tmp_path / "two") == kit.contents(tmp_path / "one")
