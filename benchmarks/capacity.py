@@ -2,6 +2,7 @@
 
 python benchmarks/capacity.py simulate --rate 1000 --seconds-per-image 0.06 --workers 2
 python benchmarks/capacity.py check --images 200 --load 0.8
+python benchmarks/capacity.py cost --core-hour 0.04 --gpu-hour 2.5 --gpu-tflops 120
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import heapq
+import json
 import math
 import random
 import statistics
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -113,17 +116,31 @@ def scale(
         del replicas[keep:]  # they finish what they have
 
 
-async def check(images: int, load: float, side: int) -> None:
-    """Send Poisson arrivals at ``load`` of its capacity to one gateway with one worker, and simulate the same."""
-    import torch
+async def check(images: int, load: float, side: int, sleep_s: float) -> None:
+    """Send Poisson arrivals at ``load`` of its capacity to one gateway with one worker, and simulate the same.
 
+    With ``sleep_s`` the purifier only waits that long, so that a busy machine does not disturb the queue.
+    """
+    import torch
+    from torch import Generator, Tensor
+
+    from codefend import Purifier
     from codefend.core import images as files
     from codefend.gateway.engine import Caller, Terms
     from codefend.gateway.lane import Lane
     from codefend.gateway.local import local_engine
     from codefend.gateway.options import LaneOptions
 
-    engine = local_engine("bridge", lane=LaneOptions(workers=1, batch_images=1, cache_bytes=0))
+    class Sleeping(Purifier):
+        name = "sleeping"
+
+        def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
+            time.sleep(sleep_s)
+            return images
+
+    engine = local_engine(
+        Sleeping() if sleep_s else "bridge", lane=LaneOptions(workers=1, batch_images=1, cache_bytes=0)
+    )
     assert isinstance(engine.lane, Lane)
 
     def image(seed: int) -> bytes:
@@ -158,6 +175,23 @@ async def check(images: int, load: float, side: int) -> None:
     print(f"simulated, 200 runs: p50 {p50:.3f} s, p95 {p95:.3f} s")
 
 
+def cost(core_hour: float, gpu_hour: float, gpu_tflops: float) -> None:
+    """Dollars per million images of one megapixel: measured on two cores, and by arithmetic on an assumed GPU."""
+    from codefend import load_purifier
+
+    rows = json.loads((Path(__file__).parents[1] / "results" / "cost.json").read_text())["runs"]
+    seconds = {row["id"]: row["value"] for run in rows for row in run["rows"]}
+    for name in ("bridge", "bridge-detail", "bridge-large"):
+        cpu = {kind: seconds[f"{name}/time/{kind}"] for kind in ("float32", "bfloat16")}
+        work = 2 * load_purifier(name).multiply_adds(1024, 1024) / 1e12
+        dollars = {kind: 2 * value * 1e6 / 3600 * core_hour for kind, value in cpu.items()}
+        gpu = work / gpu_tflops
+        print(
+            f"| `{name}` | {work:.2f} | ${dollars['float32']:.1f} | ${dollars['bfloat16']:.1f} | "
+            f"{1 / gpu:,.0f} | ${gpu * 1e6 / 3600 * gpu_hour:.2f} |"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -170,9 +204,17 @@ def main() -> None:
     real.add_argument("--images", type=int, default=200)
     real.add_argument("--load", type=float, default=0.8)
     real.add_argument("--side", type=int, default=64)
+    real.add_argument("--sleep", type=float, default=0.0, help="seconds, in place of the bridge")
+    price = verbs.add_parser("cost")
+    price.add_argument("--core-hour", type=float, default=0.04, help="dollars")
+    price.add_argument("--gpu-hour", type=float, default=2.5, help="dollars")
+    price.add_argument("--gpu-tflops", type=float, default=120, help="that convolutions reach, not the data sheet's")
     arguments = parser.parse_args()
+    if arguments.verb == "cost":
+        cost(arguments.core_hour, arguments.gpu_hour, arguments.gpu_tflops)
+        return
     if arguments.verb == "check":
-        asyncio.run(check(arguments.images, arguments.load, arguments.side))
+        asyncio.run(check(arguments.images, arguments.load, arguments.side, arguments.sleep))
         return
     options = Fleet(arguments.seconds_per_image, arguments.workers)
     print("from the start:", simulate(options, arguments.rate, arguments.seconds).summary())

@@ -1,0 +1,148 @@
+"""A corpus through `codefend purify`: what reading, writing and the manifest cost next to the purifier, and memory.
+
+python benchmarks/corpus.py cost --images 60 --side 256 --purifier bridge
+python benchmarks/corpus.py memory --images 2000 8000 --side 32 --purifier bitdepth
+python benchmarks/corpus.py ray --images 200 --side 256 --purifier bridge
+
+Times are of the processor, so that other work on the machine does not count; ``ray`` needs an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import resource
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from skimage import data
+
+from codefend import load_purifier
+from codefend.core import images
+from codefend.purifiers.corpus import CorpusOptions, in_this_process, purify_corpus
+from codefend.purifiers.image_files import FolderOptions
+
+
+def photograph(number: int, side: int) -> bytes:
+    """A JPEG cut from scikit-image's astronaut, another one for each number."""
+    pixels = torch.from_numpy(data.astronaut().copy()).permute(2, 0, 1).float() / 255
+    top, left = (number * 37) % 200, (number * 53) % 200
+    part = F.interpolate(pixels[None, :, top : top + 300, left : left + 300], (side, side), mode="area")[0]
+    return images.encode(part, "JPEG", quality=90)
+
+
+def write_tar(path: Path, numbers: range, side: int) -> None:
+    with tarfile.open(path, "w") as archive:
+        for number in numbers:
+            content = photograph(number, side)
+            info = tarfile.TarInfo(f"{number:06d}.jpg")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def write_table(path: Path, numbers: range, side: int) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema([("image", kind), ("label", pa.int64())])
+    with pq.ParquetWriter(path, schema) as writer:
+        for first in range(numbers.start, numbers.stop, 500):
+            part = range(first, min(first + 500, numbers.stop))
+            rows = [{"bytes": photograph(number, side), "path": f"{number:06d}.jpg"} for number in part]
+            writer.write_table(pa.table({"image": pa.array(rows, kind), "label": list(part)}, schema))
+
+
+WRITERS = {"tar": write_tar, "parquet": write_table}
+
+
+def purify(source: Path, sink: Path, purifier: str) -> float:
+    """Seconds of the processor."""
+    start = time.process_time()
+    report = purify_corpus([str(source)], str(sink), CorpusOptions(FolderOptions(purifier)), in_this_process)
+    assert not report.failures
+    return time.process_time() - start
+
+
+def cost(arguments: argparse.Namespace) -> None:
+    count, side = arguments.images[0], arguments.side
+    purifier = load_purifier(arguments.purifier)
+    pixels = [images.load(photograph(number, side)).pixels[None] for number in range(count)]
+    with torch.no_grad():
+        purifier(pixels[0])
+        start = time.process_time()
+        for image in pixels:
+            purifier.judge(image, purifier(image))
+    alone = time.process_time() - start
+    print(f"purifier alone: {alone / count * 1000:.1f} ms an image")
+    with tempfile.TemporaryDirectory() as folder:
+        for ending, write in WRITERS.items():
+            source = Path(folder) / f"x.{ending}"
+            write(source, range(count), side)
+            seconds = purify(source, Path(folder) / ending, arguments.purifier)
+            print(f"{ending}: {seconds / count * 1000:.1f} ms an image, {seconds / alone - 1:+.1%}", flush=True)
+
+
+def memory(arguments: argparse.Namespace) -> None:
+    """Each size in a process of its own: the high-water mark never falls."""
+    for ending, write in WRITERS.items():
+        for count in arguments.images:
+            with tempfile.TemporaryDirectory() as folder:
+                source = Path(folder) / f"x.{ending}"
+                write(source, range(count), arguments.side)
+                command = [sys.executable, __file__, "one", str(source), f"{folder}/out", arguments.purifier]
+                print(f"{ending}, {count} images: {subprocess.check_output(command, text=True).strip()}", flush=True)
+
+
+def one(source: str, sink: str, purifier: str) -> None:
+    seconds = purify(Path(source), Path(sink), purifier)
+    print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB, {seconds:.1f} s")
+
+
+def on_ray(arguments: argparse.Namespace) -> None:
+    """One process without an engine, then one and two workers of one thread, on a folder of images."""
+    import ray
+
+    from codefend.integrations.ray import RayOptions
+    from codefend.integrations.ray import on_ray as engine
+
+    torch.set_num_threads(1)
+    count = arguments.images[0]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "in").mkdir()
+        for number in range(count):
+            (Path(folder) / "in" / f"{number:06d}.jpg").write_bytes(photograph(number, arguments.side))
+        options = CorpusOptions(FolderOptions(arguments.purifier))
+        ray.init(address="local", num_cpus=2, object_store_memory=200 << 20, include_dashboard=False)
+        for label, chosen in (
+            ("no engine", in_this_process),
+            ("ray, 1 worker", engine(RayOptions(1))),
+            ("ray, 2 workers", engine(RayOptions(2))),
+        ):
+            start = time.perf_counter()
+            purify_corpus([f"{folder}/in"], f"{folder}/{label}", options, chosen)
+            print(f"{label}: {count / (time.perf_counter() - start):.2f} images/s", flush=True)
+        ray.shutdown()
+
+
+def main() -> None:
+    if sys.argv[1] == "one":
+        one(*sys.argv[2:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=["cost", "memory", "ray"])
+    parser.add_argument("--images", type=int, nargs="+", required=True)
+    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--purifier", default="bridge")
+    arguments = parser.parse_args()
+    {"cost": cost, "memory": memory, "ray": on_ray}[arguments.verb](arguments)
+
+
+if __name__ == "__main__":
+    main()
