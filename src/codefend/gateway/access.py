@@ -9,7 +9,7 @@ import hashlib
 import hmac
 import ipaddress
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,6 +24,7 @@ from codefend.gateway.headers import find
 from codefend.gateway.options import AccessOptions
 from codefend.gateway.routes import Routes, error_api_of
 from codefend.gateway.telemetry import Meters, log
+from codefend.gateway.wire import dump
 
 OPEN = frozenset({"/healthz", "/readyz", "/"})  # the page holds no data; the routes it calls need the key
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -89,8 +90,16 @@ class Access:
     ``scope["codefend.routes"]`` are the key's own routes, or None.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, options: AccessOptions, meters: Meters) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Keys,
+        options: AccessOptions,
+        meters: Meters,
+        verdicts: Mapping[str, Callable[[Refused], Any]] | None = None,
+    ) -> None:
         self.app, self.keys, self.options, self.meters = app, keys, options, meters
+        self.verdicts = verdicts or {}  # path of a guardrail -> its words for a refusal, which replace the status
         limits = (RateLimitItemPerMinute, options.requests_per_minute), (RateLimitItemPerDay, options.requests_per_day)
         self._limits: list[RateLimitItem] = [kind(count) for kind, count in limits if count]
         self._limiter = FixedWindowRateLimiter(MemoryStorage())
@@ -120,7 +129,7 @@ class Access:
         scope["codefend.key"], scope["codefend.key_headers"] = match.digest, match.headers
         scope["codefend.routes"] = match.routes
         scope["codefend.client"] = scope["codefend.key"] or address
-        if path.startswith("/v1/"):
+        if path.startswith("/v1/") or path in self.verdicts:
             self._check_rate(scope["codefend.client"])
 
     def _check_host(self, scope: Scope) -> None:
@@ -146,7 +155,10 @@ class Access:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 4401})
             return
-        await send_refusal(refusal, refusal.body(error_api_of(path)), send)
+        if path in self.verdicts:
+            await send_verdict(dump(self.verdicts[path](refusal)), send)
+        else:
+            await send_refusal(refusal, refusal.body(error_api_of(path)), send)
 
 
 def client_fields(scope: Scope) -> dict[str, Any]:
@@ -166,6 +178,13 @@ def visible_address(address: str, policy: str) -> str:
     except ValueError:
         return ""
     return str(ipaddress.ip_network(f"{ip}/{24 if ip.version == 4 else 48}", strict=False).network_address)
+
+
+async def send_verdict(answer: bytes, send: Send) -> None:
+    """Answer a guardrail's caller. A verdict has status 200, whatever it is."""
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(answer)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": answer})
 
 
 async def send_refusal(refusal: Refused, body: bytes, send: Send, extra: Sequence[tuple[bytes, bytes]] = ()) -> None:

@@ -23,10 +23,11 @@ from starlette.routing import BaseRoute, Mount, Route
 from codefend import __version__, purifiers
 from codefend.gateway.access import Access, Keys, client_fields
 from codefend.gateway.budget import BodyBudget
-from codefend.gateway.config import EMBEDDED, Settings, is_embedded, model_name
+from codefend.gateway.config import EMBEDDED, NO_UPSTREAM, Settings, is_embedded, model_name
 from codefend.gateway.engine import Engine, Terms
 from codefend.gateway.errors import error_body
 from codefend.gateway.fetch import Fetcher, Resolve, resolve
+from codefend.gateway.guardrails import FORMS, Guardrail
 from codefend.gateway.lane import Lane
 from codefend.gateway.options import (
     AccessOptions,
@@ -88,7 +89,7 @@ def create_app(
     name = model_name(settings.upstream) if is_embedded(settings.upstream) else None
     page = Page(proxy, demo=demo, model=name, showcase=settings.upstream in EMBEDDED and showcase is not None)
     app = Starlette(
-        routes=[Mount("/v1", app=proxy), *_operations(meters, lane), *(_page(page) if settings.page else [])],
+        routes=[*_routes(proxy, page), *_operations(meters, lane)],
         exception_handlers={HTTPException: partial(_plain_error, meters)},
         middleware=_middleware(settings, keys, meters),
         lifespan=_lifespan(engine, lane, settings.drain_s, (upstream, fetcher)),
@@ -97,6 +98,20 @@ def create_app(
     app.state.ready, app.state.engine, app.state.meters, app.state.lane = False, engine, meters, lane
     app.state.reload = partial(_reload, keys, proxy)
     return app
+
+
+def _routes(proxy: Proxy, page: Page) -> list[BaseRoute]:
+    """The guardrails, the proxy and its page, as the settings say. Raises CodefendError for nothing to serve."""
+    settings = proxy.settings
+    guardrails = (
+        Guardrail(FORMS[name], proxy.engine, settings, proxy.meters, proxy.budget) for name in settings.guardrails
+    )
+    routes: list[BaseRoute] = [Route(guardrail.form.path, guardrail, methods=["POST"]) for guardrail in guardrails]
+    if settings.upstream != NO_UPSTREAM:
+        routes += [Mount("/v1", app=proxy), *(_page(page) if settings.page else [])]
+    elif not routes:
+        raise CodefendError("nothing to serve: give --upstream or --guardrails")
+    return routes
 
 
 def _reload(keys: Keys, proxy: Proxy, settings: Settings) -> None:
@@ -114,7 +129,11 @@ def _keys(settings: Settings) -> list[str]:
 
 def _middleware(settings: Settings, keys: Keys, meters: Meters) -> list[Middleware]:
     access = Middleware(
-        Access, keys=keys, options=settings.part(AccessOptions, hosts=settings.allowed_hosts), meters=meters
+        Access,
+        keys=keys,
+        options=settings.part(AccessOptions, hosts=settings.allowed_hosts),
+        meters=meters,
+        verdicts={FORMS[name].path: FORMS[name].block for name in settings.guardrails},
     )
     if not settings.cors_origins:
         return [access]
@@ -260,7 +279,7 @@ def _upstream(
     meters: Meters,
     showcase: Showcase | None,
 ) -> Upstream:
-    base_url = settings.upstream
+    base_url = settings.upstream if settings.upstream != NO_UPSTREAM else "http://none.invalid"
     if is_embedded(settings.upstream):
         from codefend.gateway.pocket import pocket_transport
 

@@ -33,6 +33,7 @@ from codefend.gateway.options import (
     ClientLog,
     Encoding,
     FetchOptions,
+    GuardrailName,
     LaneOptions,
     Limits,
     Mode,
@@ -80,7 +81,7 @@ class Settings(BaseSettings):
     upstream: str = _setting(
         ...,
         "Server",
-        "URL of an OpenAI- or Anthropic-compatible server; or pocket, smolvlm-pocket or hf:ID, in this process",
+        "URL of an OpenAI- or Anthropic-compatible server; pocket, smolvlm-pocket or hf:ID, in this process; or none",
     )
     host: str = _setting("127.0.0.1", "Server", "address to listen on")
     port: int = _setting(8800, "Server", "port to listen on", ge=0, le=65535)
@@ -125,6 +126,9 @@ class Settings(BaseSettings):
     api_keys_file: Path | None = _setting(None, "Access", "file that holds api_keys, one a line")
     routes: Names = _setting(DEFAULT_ROUTES, "Access", "groups of API routes that are served, or paths like /v1/x/*")
     allow_tools: Names = _setting((), "Access", "tools by which the upstream loads content itself, like mcp, web_fetch")
+    guardrails: Annotated[tuple[GuardrailName, ...], NoDecode] = _setting(
+        (), "Access", "guardrail webhooks to serve: litellm, portkey, aperture"
+    )
     allow_remote_images: bool = _setting(FetchOptions.allowed, "Access", "fetch https image URLs from public addresses")
     remote_hosts: Names = _setting(FetchOptions.hosts, "Access", "the only hosts to fetch from")
     allow_image_links: bool = _setting(False, "Access", "pass on http(s) images in Markdown and HTML as text")
@@ -156,6 +160,9 @@ class Settings(BaseSettings):
         PoolOptions.torch_threads, "Load", "threads in a PyTorch operation; 0: share the cores", ge=0
     )
     purify_timeout_s: float = _setting(LaneOptions.timeout_s, "Load", "time for an image, queue included", gt=0)
+    guardrail_timeout_s: float | None = _setting(
+        None, "Load", "time for a verdict of a guardrail; default: 30 LiteLLM, 2.5 Portkey, 4.5 Aperture", gt=0
+    )
     queue_images: int = _setting(LaneOptions.queue_images, "Load", "images that may wait", gt=0)
     queue_pixels: int = _setting(
         LaneOptions.queue_pixels, "Load", "pixels that may wait; 0: as many as can be purified in time", ge=0
@@ -209,7 +216,8 @@ class Settings(BaseSettings):
         return data
 
     @field_validator(
-        "api_keys", "remote_hosts", "allowed_hosts", "cors_origins", "routes", "allow_tools", mode="before"
+        *("api_keys", "remote_hosts", "allowed_hosts", "cors_origins", "routes", "allow_tools", "guardrails"),
+        mode="before",
     )
     @classmethod
     def _split(cls, value: Any) -> Any:

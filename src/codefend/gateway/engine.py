@@ -124,12 +124,15 @@ class Engine:
         if outcome.body is None:
             return raw, outcome
         size = len(raw) + sum(len(image.image.data) for image in outcome.images)
-        written = await self._aside(size, _write, outcome)
+        written = await self.aside(size, _write, outcome)
         return written, replace(outcome, body=None, tokens=())
 
-    async def rewrite(self, api: Api, body: Any, terms: Terms | None = None, caller: Caller | None = None) -> Outcome:
-        """Purify the images of a parsed body. Raises Refused."""
-        start, reading = time.perf_counter(), Reading(body, self._survey(api, body))
+    async def rewrite(
+        self, api: Api, body: Any, terms: Terms | None = None, caller: Caller | None = None, *, size: int = 0
+    ) -> Outcome:
+        """Purify the images of a parsed body; one of a large ``size`` (bytes) is read in a thread. Raises Refused."""
+        start = time.perf_counter()
+        reading = Reading(body, await self.aside(size, self._survey, api, body))
         return await self._purify_all(reading, terms or self.terms, caller or Caller(), start)
 
     async def purify_file(self, data: bytes, terms: Terms, caller: Caller) -> EncodedImage:
@@ -162,7 +165,7 @@ class Engine:
 
     async def read(self, api: Api, raw: bytes) -> Reading:
         """Parse a body and find its images, off the event loop when it is large. Raises Refused."""
-        return await self._aside(len(raw), self._read, api, raw)
+        return await self.aside(len(raw), self._read, api, raw)
 
     async def reencode_all(self, reading: Reading) -> Any:
         """The body with all images re-encoded, not purified. Raises Refused."""
@@ -181,7 +184,7 @@ class Engine:
         for executor in (self.executor, self.rescuer):
             executor.shutdown(wait=False, cancel_futures=True)
 
-    async def _aside(self, size: int, work: Callable[..., Done], *arguments: Any) -> Done:
+    async def aside(self, size: int, work: Callable[..., Done], *arguments: Any) -> Done:
         """Run large work in a thread, to keep the event loop responsive."""
         if size <= _SMALL:
             return work(*arguments)
@@ -227,7 +230,7 @@ class Engine:
         images = await _gather([self._one(slot, terms, caller, reading.cuts) for slot in reading.survey.slots])
         seconds = time.perf_counter() - start
         finish = partial(self._finish, reading.body, reading.survey, images, terms, seconds, spliced=spliced)
-        return await self._aside(0 if self.policy is None else _SMALL + 1, finish)  # a learned policy runs a model
+        return await self.aside(0 if self.policy is None else _SMALL + 1, finish)  # a learned policy runs a model
 
     async def _one(
         self, slot: Slot, terms: Terms, caller: Caller, cuts: Mapping[str, memoryview]

@@ -9,6 +9,7 @@ Mode = Literal["purify", "detect", "block"]
 Encoding = Literal["auto", "png", "jpeg", "webp"]
 OnError = Literal["block", "fallback", "pass"]
 Scores = Literal["hide", "round", "exact"]
+GuardrailName = Literal["litellm", "portkey", "aperture"]
 ClientLog = Literal["none", "masked", "full"]
 
 

@@ -16,11 +16,11 @@ from typing import Any, Literal
 from urllib.parse import unquote
 
 from codefend.gateway.errors import Refused
-from codefend.gateway.excise import excise
 from codefend.gateway.limits import check_count, payload
 from codefend.gateway.options import Limits
+from codefend.gateway.probe import is_other_image
 from codefend.gateway.rewrite import EncodedImage
-from codefend.gateway.wire import check_simple, dump, parse
+from codefend.gateway.wire import dump, parse_long
 
 Documents = Literal["refuse", "pass"]  # what happens to PDFs
 
@@ -28,12 +28,7 @@ EMPTY_URL = "data:,"  # stands for an image in a data URL that cannot be purifie
 _SHORTEST = 40  # characters of base64: no image file is smaller
 _HEAD = 128  # characters of base64 by which a file is recognized
 
-# Raster images by their first bytes, those that can be purified and those that cannot; SVG; PDF.
-_IMAGE_FILE = re.compile(
-    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP|GIF8[79]a|BM.{4}\0{4}|II[*+]\0|MM\0[*+]|\xff\x0a|\0\0\0\x0cJXL |"
-    rb"\0\0\0\x0cjP  |\0\0[\1\2]\0|8BPS|.{4}ftyp(?:avi[fs]|hei[cfmsx]|hev[cx]|mif1|msf1)|\s*(?:<[?!][^>]*>\s*)*<svg",
-    re.DOTALL,
-)
+_PIXELS = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP|GIF8[79]a|BM.{4}\0{4}|II[*+]\0|MM\0[*+]", re.DOTALL)
 _PDF_FILE = re.compile(rb".{0,64}?%PDF-", re.DOTALL)
 
 # Base64 as texts hold it: also URL-safe, percent-encoded, with a JSON string's "\/", and in lines.
@@ -75,8 +70,7 @@ class Reading:
 
 def read(raw: bytes, limits: Limits, documents: Documents = "refuse") -> Reading:
     """Parse a message and find its images. Raises Refused for what cannot be inspected, as `Engine.read` does."""
-    check_simple(excise(raw).raw)  # long strings apart, a message is small
-    message = parse(raw)
+    message = parse_long(raw)
     found = (span for holder, key, text in _strings(message) for span in _find(holder, key, text, limits, documents))
     spans = tuple(islice(found, limits.max_images + 1))
     check_count(len(spans), limits)
@@ -127,7 +121,7 @@ def _find(holder: Any, key: Any, text: str, limits: Limits, documents: Documents
 def _find_resource(holder: Any, key: Any, text: str, limits: Limits, documents: Documents) -> Iterator[Span]:
     """A binary resource: an image by its content, or by its declared type."""
     head = _head(text)
-    if _declares(holder, "image/") or _IMAGE_FILE.match(head):
+    if _declares(holder, "image/") or _is_image(head):
         yield Span(holder, key, 0, len(text), payload(_plain(text), limits))
     elif documents == "refuse" and (_declares(holder, "application/pdf") or _PDF_FILE.match(head)):
         message = "a PDF may hold any image and is not passed on (--documents pass)"
@@ -138,7 +132,7 @@ def _written(holder: Any, key: Any, match: re.Match[str], limits: Limits) -> Spa
     """The image of a data URL or of base64 in a text; None for what holds none."""
     group = "content" if match["bare"] is None else "bare"
     content, declared = match[group] or "", (match["type"] or "").lower().startswith("image/")
-    if not declared and (len(content) < _SHORTEST or not _IMAGE_FILE.match(_head(content))):
+    if not declared and (len(content) < _SHORTEST or not _is_image(_head(content))):
         return None
     if not declared and not (match["rest"] or "").lower().endswith(";base64"):
         return Span(holder, key, match.start(group), match.end(group), payload(_plain(content), limits))
@@ -147,6 +141,11 @@ def _written(holder: Any, key: Any, match: re.Match[str], limits: Limits) -> Spa
     except Refused:
         data = None
     return Span(holder, key, match.start(), match.end(), data, url=True)
+
+
+def _is_image(head: bytes) -> bool:
+    """Whether a file is an image by its first bytes, of a kind that can be purified or not."""
+    return _PIXELS.match(head) is not None or is_other_image(head)
 
 
 def _declares(holder: Any, kind: str) -> bool:

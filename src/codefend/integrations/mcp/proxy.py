@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any, Protocol
 
 from codefend.gateway.engine import Caller, Engine
@@ -25,7 +25,6 @@ log = logging.getLogger("codefend.mcp")
 
 INVALID_REQUEST, INTERNAL_ERROR = -32600, -32603  # JSON-RPC's own
 CONNECTION_CLOSED = -32000  # as in the official SDKs
-_SMALL = 1 << 16  # bytes of a message that is read on the event loop: well under a millisecond
 _PURIFYING = 4  # messages with images at a time; further ones wait at the server
 
 Id = str | int
@@ -94,7 +93,7 @@ class Proxy:
                 await self._answer_all("the MCP server sent a message over the limit", INTERNAL_ERROR)
                 continue
             try:
-                reading = await self._aside(len(line), read, line, self.engine.limits, self.documents)
+                reading = await self.engine.aside(len(line), read, line, self.engine.limits, self.documents)
             except Refused as refusal:
                 await self._refuse(line, refusal)
                 continue
@@ -111,7 +110,7 @@ class Proxy:
         try:
             await self._ready
             images = await asyncio.gather(*(self._image(span) for span in reading.spans))
-            await self._pass_on(await self._aside(len(line), write, reading, images), reading.message)
+            await self._pass_on(await self.engine.aside(len(line), write, reading, images), reading.message)
         except Refused as refusal:
             await self._refuse(line, refusal)
         except CodefendError as error:
@@ -162,12 +161,6 @@ class Proxy:
         self._given_up |= ids
         for id_ in ids:
             await self.client.send(_error(id_, code, f"codefend: {reason}"))
-
-    async def _aside(self, size: int, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Run large work in a thread, to keep the event loop responsive."""
-        if size <= _SMALL:
-            return work(*arguments)
-        return await asyncio.get_running_loop().run_in_executor(self.engine.executor, work, *arguments)
 
 
 def _loads(line: bytes) -> Any:
