@@ -8,12 +8,13 @@ from __future__ import annotations
 from codefend.attacks.goals import objective_for, prompt_objective_for
 from codefend.attacks.single import attack, check_target
 from codefend.attacks.specs import NEEDS_SENTENCE, AttackSpec, Bound, Goal, TextAttackSpec, Threat
-from codefend.attacks.table import ATTACKS, EVERY_ATTACK, TEXT_ATTACKS
+from codefend.attacks.table import ATTACKS, EVERY_ATTACK, OUTSIDE_ATTACKS, TEXT_ATTACKS
 
 __all__ = [
     "ATTACKS",
     "EVERY_ATTACK",
     "NEEDS_SENTENCE",
+    "OUTSIDE_ATTACKS",
     "TEXT_ATTACKS",
     "AttackSpec",
     "Bound",

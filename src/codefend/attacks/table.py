@@ -198,6 +198,13 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "feature-target",
     ),
     AttackSpec(
+        "robustvlm",
+        "auto-PGD from the clean image in half precision, then in float32 from the best",
+        "Schlarmann & Hein 2023, arXiv 2308.10741",
+        "white-box",
+        "codefend.contrib.attacks.robustvlm:RobustVLM",
+    ),
+    AttackSpec(
         "stadv",
         "moves pixels by a smooth flow",
         "Xiao et al. 2018, arXiv 1801.02612",
@@ -354,4 +361,36 @@ TEXT_ATTACKS: dict[str, TextAttackSpec] = _by_name(
     ),
 )
 
-EVERY_ATTACK: dict[str, AttackSpec | TextAttackSpec] = {**ATTACKS, **TEXT_ATTACKS}
+_OUTSIDE = (
+    ("foolbox-pgd", "projected gradient descent", "foolbox", "PGD"),
+    ("foolbox-adam-pgd", "projected gradient descent by Adam", "foolbox", "AdamPGD"),
+    ("foolbox-mifgsm", "sign steps with momentum", "foolbox", "MomentumIterativeFastGradientMethod"),
+    ("art-pgd", "projected gradient descent", "art", "PGD"),
+    ("art-apgd", "auto-PGD", "art", "APGD"),
+    (
+        "art-autoattack",
+        "AutoAttack: auto-PGD on two losses, then Square, a third of the steps each",
+        "art",
+        "",
+    ),
+    ("torchattacks-pgd", "projected gradient descent", "torchattacks", "PGD"),
+    ("torchattacks-eotpgd", "projected gradient descent over the defense's noise", "torchattacks", "EOTPGD"),
+    ("torchattacks-apgd", "auto-PGD", "torchattacks", "APGD"),
+)
+_LIBRARIES = {"foolbox": "Foolbox", "art": "Adversarial Robustness Toolbox", "torchattacks": "torchattacks"}
+# By the code of other libraries, against the true answer: `contrib.outside`, extra "outside".
+OUTSIDE_ATTACKS: dict[str, AttackSpec] = _by_name(
+    *(
+        AttackSpec(
+            name,
+            f"by {_LIBRARIES[library]}: {summary}",
+            _LIBRARIES[library],
+            "white-box",
+            "codefend.contrib.outside:OutsideAttack",
+            options={"library": library, "algorithm": algorithm},
+        )
+        for name, summary, library, algorithm in _OUTSIDE
+    )
+)
+
+EVERY_ATTACK: dict[str, AttackSpec | TextAttackSpec] = {**ATTACKS, **TEXT_ATTACKS, **OUTSIDE_ATTACKS}

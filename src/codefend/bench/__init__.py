@@ -2,7 +2,7 @@
 
 ``config``: what to evaluate. ``setup`` loads it: ``tasks``, ``defenses``. ``grid``: the loop over the cells. ``craft``:
 attacked images, ``reuse``: those of another run. ``judge``: answers, scores and rows. ``transfer``: attacks from victim
-to victim. ``results``, ``sanity`` and ``report`` read the rows.
+to victim, ``seeds``: one evaluation with several seeds. ``results``, ``sanity`` and ``report`` read the rows.
 
 For other evaluations and searches, the same parts without the grid: `loaders.Loaders` and `defenses.load_defense` load
 by name, `tasks.same_size_batches` batches examples, `attacking.AttackGoal` and `attacking.attack_batch` make attacked
@@ -14,13 +14,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from codefend.bench.config import AttackChoice, DefenseChoice, EvalConfig, PhotographsConfig, TransferConfig
+from codefend.bench.config import (
+    AttackChoice,
+    DefenseChoice,
+    EvalConfig,
+    PhotographsConfig,
+    SeedsConfig,
+    TransferConfig,
+)
 
 if TYPE_CHECKING:
     from codefend.bench.loaders import Loaders
     from codefend.core.runs import Row
 
-__all__ = ["AttackChoice", "DefenseChoice", "EvalConfig", "PhotographsConfig", "TransferConfig", "evaluate"]
+__all__ = [
+    "AttackChoice",
+    "DefenseChoice",
+    "EvalConfig",
+    "PhotographsConfig",
+    "SeedsConfig",
+    "TransferConfig",
+    "evaluate",
+]
 
 
 def evaluate(config: EvalConfig, run_dir: str | Path, *, loaders: Loaders | None = None, workers: int = 1) -> list[Row]:
@@ -28,8 +43,8 @@ def evaluate(config: EvalConfig, run_dir: str | Path, *, loaders: Loaders | None
 
     ``workers`` processes make the same rows, each with models of its own; ``loaders`` must be picklable then.
 
-    A ``TransferConfig`` fills a folder with one run for each pair of victims. ``loaders`` replaces the look-up of
-    victims, tasks and purifiers by name, for your own objects.
+    A ``TransferConfig`` fills a folder with one run for each pair of victims, a ``SeedsConfig`` with one for each seed.
+    ``loaders`` replaces the look-up of victims, tasks and purifiers by name, for your own objects.
     Raises CodefendError for unknown names, a setting out of range, or a folder made with another config.
 
     >>> import tempfile, torch
@@ -54,6 +69,10 @@ def evaluate(config: EvalConfig, run_dir: str | Path, *, loaders: Loaders | None
         from codefend.bench.transfer import run_matrix
 
         return run_matrix(config, run_dir, loaders, workers)
+    if isinstance(config, SeedsConfig):
+        from codefend.bench.seeds import run_seeds
+
+        return run_seeds(config, run_dir, loaders, workers)
     from codefend.bench.grid import run_grid
 
     return run_grid(config, run_dir, loaders, workers=workers)

@@ -124,6 +124,29 @@ class TransferConfig(EvalConfig):
 
 
 @dataclass(frozen=True)
+class SeedsConfig(EvalConfig):
+    """One evaluation repeated with other seeds of noise and attack, on the same examples; a run for each in the folder.
+
+    Each example's score is averaged over the seeds. The report compares every defense with ``reference``, paired over
+    examples, at a confidence that is corrected for the number of comparisons.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    reference: str = "bridge"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise CodefendError("seeds must name one number or more, each once")
+        if self.reference not in self.defenses:
+            raise CodefendError(f"reference names {self.reference!r}, which is not among the defenses")
+
+    def recorded(self) -> dict[str, object]:
+        """The fields for the run's config.json."""
+        return {**super().recorded(), "seeds": self.seeds, "reference": self.reference}
+
+
+@dataclass(frozen=True)
 class PhotographsConfig(EvalConfig):
     """Photographs judged by image encoders: ``encoders`` are the victims, each with a task of its own in the rows.
 

@@ -99,6 +99,9 @@ _UNSEEN = (
 )
 _ADAPTIVE = ("apgd:bpda=true", "apgd:process=1", "apgd:evade=10")
 _TEXT = ("characters", "glyphs", "words", "planted", "injection", "typographic", "joint", "joint-targeted")
+_HEADLINE = ("none", "jpeg", "diffpure:t=0.05,steps=5", "bridge", "bridge:sigma=0.1", "bridge-coarse")
+_OWN = ("pgd", "mifgsm", "apgd", "apgd-margin", "pgd-decay", "robustvlm")  # with the counterparts of the next line
+_OUTSIDE = ("foolbox-pgd", "foolbox-adam-pgd", "foolbox-mifgsm", "art-pgd", "art-apgd", "art-autoattack")
 _STRATA: dict[str, Any] = {"limit": 32, "sample": "strata"}
 
 _EVALUATIONS = {
@@ -132,6 +135,36 @@ _EVALUATIONS = {
         "attack families seen in training against unseen ones, oblivious, 32 images per task",
         _EVAL,
         {"defenses": _DEFENSES, "attacks": (*_SEEN, *_UNSEEN), "seen": _SEEN, "threats": ("T0",), **_STRATA},
+    ),
+    "headline": Preset(
+        "days on two cores, in chunks: 128 images per task oblivious, 64 adaptive, three seeds of noise and attack",
+        "codefend.bench:SeedsConfig",
+        {
+            "defenses": _HEADLINE,
+            "adaptive": _HEADLINE[2:],
+            "attacks": ("apgd", "word-head"),
+            "eps": (2.0, 4.0, 8.0),
+            "steps": 60,
+            "eot": 8,
+            "resubmissions": 3,
+            "adaptive_limit": 64,
+            "limit": 128,
+            "sample": "strata",
+        },
+    ),
+    "outside": Preset(
+        "attacks of other libraries beside ours of equal steps; needs the extra `outside`",
+        _EVAL,
+        {
+            "defenses": ("none", "bridge", "bridge:sigma=0.1", "bridge-coarse"),
+            "adaptive": ("bridge", "bridge:sigma=0.1", "bridge-coarse"),
+            "attacks": (*_OWN, *_OUTSIDE),
+            "steps": 60,
+            "eot": 4,
+            "resubmissions": 3,
+            **_STRATA,
+            "limit": 16,
+        },
     ),
     "certify": Preset(
         "certificates of 64 questions at two noise levels, 1,000 draws each: `codefend certify`",

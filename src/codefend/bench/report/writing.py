@@ -1,4 +1,4 @@
-"""Write and print the report of a run folder: one run, a transfer matrix or certificates."""
+"""Write and print the report of a run folder: one run, several seeds, a transfer matrix or certificates."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from codefend.bench.report.board import write_board
 from codefend.bench.report.certificates import is_certified, print_certificates, write_certificates
 from codefend.bench.report.exports import csv_text, markdown_text, write_rows
 from codefend.bench.report.reading import read_report
+from codefend.bench.report.seeds import is_seeds, print_seeds, read_seeds, write_seeds
 from codefend.bench.report.tables import overview, summary_tables
 from codefend.bench.report.transfer import is_matrix, pair_folders, print_matrix, write_matrix
 from codefend.core.files import write_atomic
@@ -23,11 +24,14 @@ if TYPE_CHECKING:
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     """Write ``out`` (HTML; ``report.html`` in the run folder by default) with a ``.md`` and a ``.csv`` next to it.
 
-    A transfer matrix has no ``.csv``, as each pair's own folder has one; certificates have none. Returns the HTML file.
-    Raises CodefendError when the folder is no evaluation, or matplotlib or Jinja are missing.
+    A transfer matrix has no ``.csv``, as each pair's own folder has one; nor have certificates. Several seeds have
+    Markdown alone. Returns the file. Raises CodefendError when the folder is no evaluation, or matplotlib or Jinja are
+    missing.
     """
     if is_certified(run_dir):
         return write_certificates(run_dir, out)
+    if is_seeds(run_dir):
+        return write_seeds(run_dir, out)
     if is_matrix(run_dir):
         return write_matrix(run_dir, out)
     report = read_report(run_dir)
@@ -51,6 +55,9 @@ def export_rows(run_dir: str | Path, out: str | Path) -> Path:
     if is_certified(run_dir):
         write_rows(read_rows(run_dir), Path(out))
         return Path(out)
+    if is_seeds(run_dir):
+        write_rows(read_seeds(run_dir), Path(out))
+        return Path(out)
     folders = pair_folders(run_dir) if is_matrix(run_dir) else [Path(run_dir)]
     write_rows([row for folder in folders for row in read_report(folder).rows], Path(out))
     return Path(out)
@@ -60,6 +67,9 @@ def print_summary(run_dir: str | Path, console: Console) -> None:
     """Print the leaderboards, the results and the warnings, or the tables of a transfer matrix."""
     if is_certified(run_dir):
         print_certificates(run_dir, console)
+        return
+    if is_seeds(run_dir):
+        print_seeds(run_dir, console)
         return
     if is_matrix(run_dir):
         print_matrix(run_dir, console)
