@@ -24,6 +24,7 @@ unit: .venv/.ready
 
 docs: .venv/.ready
 	$(BIN)/python tools/docs_reference.py
+	$(BIN)/python tools/notebook_pages.py
 	$(BIN)/zensical build --clean --strict
 
 test-slow: .venv/.ready

@@ -2,12 +2,15 @@
 
 The subset takes images evenly by the number of objects, and questions evenly by kind. T0 attacks the undefended victim;
 T2 attacks through the defense, with fresh noise in every pass. An attack takes steps on the word scores of the vision
-tokens first, then steps on the language-model loss of the true answer. Step lengths decay from eps to eps / 20, with
-momentum .75; the iterate with the lowest averaged objective is rounded to 8 bits and answered several times.
+tokens first, then, where an answer is still correct, steps on the language-model loss of the true answer. Step lengths
+decay from eps to eps / 20, with momentum .75; the iterate with the lowest averaged objective is rounded to 8 bits and
+answered several times. The score of an image is that under the stronger of the two stages. An image that is never
+answered correctly counts as broken at larger radii, too, since their budgets contain it.
 
-    python benchmarks/answers.py ROWS.jsonl --defenses none bridge runs/robust/weights --t2 4 --count 12
+    python benchmarks/answers.py ROWS.jsonl --defenses none bridge runs/robust/weights --t2 2 4 --count 32
 
-Rows are appended to ROWS.jsonl; rerun the command to resume.
+Rows are appended to ROWS.jsonl, all defenses for the first ``--batch`` images, then for the next; rerun the command to
+resume. `python benchmarks/answers.py ROWS.jsonl --summary` prints n and mean of every cell.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -77,22 +81,31 @@ def descend(objective: Objective, start: Tensor, clean: Tensor, budget: Budget) 
     return best
 
 
-def attack(victim: Any, undefended: Any, examples: Sequence[Example], eps: int, args: argparse.Namespace) -> Tensor:
+def attack(
+    victim: DefendedVictim, undefended: Any, examples: Sequence[Example], eps: int, args: argparse.Namespace
+) -> Tensor:
     """Steps on the words, then on the language-model loss from their result, ``[B, 3, H, W]`` in 8 bits."""
     clean = torch.stack([example.image for example in examples])
-    budget = Budget(eps=eps / 255, steps=args.word_steps, eot=args.eot)
+    purifier = victim.defense.purifier
+    budget = Budget(eps=eps / 255, steps=args.word_steps, eot=args.eot if purifier and purifier.stochastic else 1)
     start = random_start(clean, budget, generator=make_generator(0, "answers", eps))
-    start = descend(word_objective(victim, undefended, clean), start, clean, budget)
-    prompts, answers = [e.prompt for e in examples], [e.references[0] for e in examples]
-    budget = Budget(eps=eps / 255, steps=args.steps, eot=args.eot)
-    images = descend(objectives.untargeted(victim, prompts, answers), start, clean, budget)
-    return quantize_in_budget(images, clean, budget)
+    images = quantize_in_budget(descend(word_objective(victim, undefended, clean), start, clean, budget), clean, budget)
+    scores = score(victim, images, examples) if purifier else [1.0] * len(images)  # T0: both stages on every image
+    left = [i for i, value in enumerate(scores) if value > 0]
+    if not left:
+        return images
+    rest, budget = [examples[i] for i in left], replace(budget, steps=args.steps)
+    objective = objectives.untargeted(victim, [e.prompt for e in rest], [e.references[0] for e in rest])
+    images[left] = quantize_in_budget(descend(objective, images[left], clean[left], budget), clean[left], budget)
+    return images
 
 
-def score(victim: Any, images: Tensor, examples: Sequence[Example], draws: int) -> list[float]:
-    """Mean score of each image over ``draws`` answers."""
+def score(victim: DefendedVictim, images: Tensor, examples: Sequence[Example]) -> list[float]:
+    """Mean score of each image over its answers."""
     metric = all_tags if examples[0].tags else vqa_accuracy
     prompts = [example.prompt for example in examples]
+    purifier = victim.defense.purifier
+    draws = DRAWS if purifier and purifier.stochastic else 1
     scores = [metric(victim.generate(images, prompts), examples) for _ in range(draws)]
     return [float(x) for x in torch.stack(scores).float().mean(0)]
 
@@ -105,46 +118,103 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--t0", type=int, nargs="*", default=[8], help="eps of the oblivious attacks, in 1/255")
     parser.add_argument("--t2", type=int, nargs="*", default=[4], help="eps of the adaptive attacks, in 1/255")
     parser.add_argument("--count", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=8, help="images attacked together")
     parser.add_argument("--steps", type=int, default=15, help="on the language-model loss")
     parser.add_argument("--word-steps", type=int, default=15)
-    parser.add_argument("--eot", type=int, default=2)
+    parser.add_argument("--eot", type=int, default=2, help="noise samples per step, where the defense draws noise")
+    parser.add_argument("--summary", action="store_true", help="print the means of the rows and stop")
     return parser.parse_args()
+
+
+class Rows:
+    """The file of rows, one for each image and cell."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.scores = {row["key"]: row["score"] for row in read(path)}
+
+    def keys(self, cell: dict[str, Any], examples: Sequence[Example]) -> list[str]:
+        return ["|".join(map(str, (*cell.values(), example.id))) for example in examples]
+
+    def complete(self, cell: dict[str, Any], examples: Sequence[Example]) -> bool:
+        return self.scores.keys() >= set(self.keys(cell, examples))
+
+    def add(self, cell: dict[str, Any], examples: Sequence[Example], scores: Sequence[float]) -> None:
+        keys = self.keys(cell, examples)
+        with self.path.open("a") as file:
+            for key, example, value in zip(keys, examples, scores, strict=True):
+                file.write(
+                    json.dumps({"key": key, **cell, "id": example.id, "kind": example.kind, "score": value}) + "\n"
+                )
+        self.scores |= dict(zip(keys, scores, strict=True))
+        print(*cell.values(), f"{fmean(scores):.3f}", flush=True)
+
+
+class Measurement:
+    """Cells of one batch of images: clean, oblivious and adaptive scores of every defense."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.rows, self.undefended = args, Rows(args.rows), victims.load("pocket")
+        self.defended = {spec: DefendedVictim(self.undefended, Defense.from_spec(spec)) for spec in args.defenses}
+
+    def measure(self, task: str, examples: Sequence[Example]) -> None:
+        oblivious: dict[int, Tensor] = {}
+        for spec, victim in self.defended.items():
+            for threat, eps in threats(self.args, victim.defense):
+                cell = {"task": task, "defense": spec, "threat": threat, "eps": eps}
+                if self.rows.complete(cell, examples):
+                    continue
+                if threat == "T2":
+                    scores = self.adaptive(victim, cell, examples)
+                else:
+                    images = torch.stack([example.image for example in examples])
+                    if eps and eps not in oblivious:
+                        bare = DefendedVictim(self.undefended, Defense())
+                        oblivious[eps] = attack(bare, self.undefended, examples, eps, self.args)
+                    scores = score(victim, oblivious.get(eps, images), examples)
+                self.rows.add(cell, examples, scores)
+
+    def adaptive(self, victim: DefendedVictim, cell: dict[str, Any], examples: Sequence[Example]) -> list[float]:
+        """Scores of the images attacked through the defense; 0 for those that a smaller radius broke."""
+        smaller = [{**cell, "threat": "T2", "eps": eps} for eps in self.args.t2 if eps < cell["eps"]]
+        smaller.append({**cell, "threat": "clean", "eps": 0})
+        keys = zip(*(self.rows.keys(other, examples) for other in smaller), strict=True)
+        alive = [min(self.rows.scores.get(key, 1.0) for key in group) > 0 for group in keys]
+        rest = [example for example, is_alive in zip(examples, alive, strict=True) if is_alive]
+        if not rest:
+            return [0.0] * len(examples)
+        attacked = iter(score(victim, attack(victim, self.undefended, rest, cell["eps"], self.args), rest))
+        return [next(attacked) if is_alive else 0.0 for is_alive in alive]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def summarize(path: Path) -> None:
+    """Print n and mean of every cell."""
+    cells: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for row in read(path):
+        cells[row["defense"], row["threat"], row["eps"], row["task"]].append(row["score"])
+    for (defense, threat, eps, task), scores in cells.items():
+        print(f"{defense:24} {threat:5} {eps}/255 {task:7} n={len(scores)} {fmean(scores):.3f}")
 
 
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(1)
-    keys = {json.loads(line)["key"] for line in args.rows.read_text().splitlines()} if args.rows.exists() else set()
-    undefended = victims.load("pocket")
-    oblivious: dict[tuple[str, int], Tensor] = {}
-    for spec in args.defenses:
-        defense = Defense.from_spec(spec)
-        victim = DefendedVictim(undefended, defense)
-        for task in args.tasks:
-            examples = subset(tasks.load(task).examples, args.count)
-            for threat, eps in threats(args, defense):
-                cell = {"task": task, "defense": spec, "threat": threat, "eps": eps}
-                names = ["|".join(map(str, (*cell.values(), example.id))) for example in examples]
-                if keys.issuperset(names):
-                    continue
-                images = torch.stack([example.image for example in examples])
-                if threat == "T0":
-                    if (task, eps) not in oblivious:
-                        oblivious[task, eps] = attack(undefended, undefended, examples, eps, args)
-                    images = oblivious[task, eps]
-                elif threat == "T2":
-                    images = attack(victim, undefended, examples, eps, args)
-                scores = score(victim, images, examples, DRAWS if defense.purifier else 1)
-                with args.rows.open("a") as file:
-                    for name, example, value in zip(names, examples, scores, strict=True):
-                        row = {"key": name, **cell, "id": example.id, "kind": example.kind, "score": value}
-                        file.write(json.dumps(row) + "\n")
-                print(task, spec, threat, eps, f"{fmean(scores):.3f}", flush=True)
+    if args.summary:
+        return summarize(args.rows)
+    measurement = Measurement(args)
+    chosen = {task: subset(tasks.load(task).examples, args.count) for task in args.tasks}
+    for first in range(0, args.count, args.batch):
+        for task, examples in chosen.items():
+            measurement.measure(task, examples[first : first + args.batch])
 
 
 def threats(args: argparse.Namespace, defense: Defense) -> list[tuple[str, int]]:
-    """Clean, oblivious, and adaptive where there is a purifier to attack through."""
-    adaptive = args.t2 if defense.purifier else []
+    """Clean, oblivious, and adaptive, small radii first, where there is a purifier to attack through."""
+    adaptive = sorted(args.t2) if defense.purifier else []
     return [("clean", 0), *(("T0", eps) for eps in args.t0), *(("T2", eps) for eps in adaptive)]
 
 

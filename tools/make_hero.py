@@ -1,5 +1,6 @@
 """Make docs/assets/hero.png: one image clean, adversarial and purified, with the pocket victim's answers.
 
+The clean and the adversarial image are written next to it, as scene.png and attacked.png.
 Usage: python tools/make_hero.py [OUT.png]
 """
 
@@ -16,6 +17,7 @@ import matplotlib.pyplot as plt
 from torch import Tensor
 
 import codefend
+from codefend.core import images
 
 EXAMPLE = 5  # of the frozen test set
 
@@ -25,6 +27,8 @@ def main(out: Path) -> None:
     example = codefend.load_task("caption", limit=EXAMPLE + 1).examples[EXAMPLE]
     clean = example.image[None]
     adversarial = codefend.attack(victim, clean, [example.prompt], list(example.references[:1]), eps=8 / 255, seed=0)
+    for name, image in (("scene", clean), ("attacked", adversarial)):
+        images.save(out.with_name(f"{name}.png"), image[0])
     purified = codefend.purify(adversarial, purifier)
     panels = {"clean": clean, "adversarial, 8/255": adversarial, "purified by bridge": purified}
     figure, axes = plt.subplots(1, 3, figsize=(9.6, 4.3))

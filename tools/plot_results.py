@@ -1,66 +1,125 @@
-"""Plot adaptive robustness from results/*.json into docs/assets/results.svg. Usage: python tools/plot_results.py"""
+"""Plot results/*.json into docs/assets: accuracy.svg, trade-off.svg, cost.svg. Usage: python tools/plot_results.py"""
 
 from __future__ import annotations
 
 import hashlib
-import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from render_results import ROOT, Figure, interval, load_figures
 
-OUT = ROOT / "docs" / "assets" / "results.svg"
-RADIUS = re.compile(r"(.+)/T2/word-head/(\d+)/caption")
-NAMES = ("bridge", "bridge:sigma=0.1", "bridge-coarse", "bridge-detail", "bridge-large")
+OUT = ROOT / "docs" / "assets"
+T2 = "{}/T2/word-head/{}/caption"
+CLEAN = {  # the figure of clean captions that belongs to each curve
+    "diffpure:t=0.05,steps=5": "diffpure/peers/clean/caption",
+    "bridge": "bridge/clean/caption",
+    "bridge:sigma=0.1": "bridge:sigma=0.1/clean/caption",
+    "bridge-coarse": "bridge-coarse/clean-draw-1/caption",
+    "bridge-detail": "bridge-detail/clean/caption",
+    "bridge-large": "bridge-large/clean/caption",
+}
+DIALS = (("bridge", "bridge:sigma=0.1"), ("bridge-coarse", "bridge-coarse:sigma=0.15"), ("bridge-detail",))
+COSTS = ("bridge", "bridge-detail", "bridge-large", "bridge-large:guided=0.2")
 
 
-def curves(figures: dict[str, Figure]) -> dict[str, list[tuple[int, Figure]]]:
-    """Adaptive accuracy on captions by defense: (radius of 255, figure), by radius."""
-    points: dict[str, list[tuple[int, Figure]]] = {name: [] for name in NAMES}
-    for figure in figures.values():
-        match = RADIUS.fullmatch(figure.id)
-        if match and match[1] in points:
-            points[match[1]].append((int(match[2]), figure))
-    return {name: sorted(found, key=lambda point: point[0]) for name, found in points.items()}
+def accuracy(figures: dict[str, Figure]) -> dict[str, list[tuple[int, Figure]]]:
+    """Captions by defense: (radius of 255, accuracy under an adaptive attack), the clean one at radius 0."""
+    curves = {}
+    for name, clean in CLEAN.items():
+        radii = [eps for eps in (1, 2, 4, 8) if T2.format(name, eps) in figures]
+        curves[name] = [(0, figures[clean]), *((eps, figures[T2.format(name, eps)]) for eps in radii)]
+    return curves
+
+
+def trade_off(figures: dict[str, Figure]) -> dict[tuple[str, ...], list[tuple[Figure, Figure]]]:
+    """By weights, the points of the dial: (PSNR of clean photographs, accuracy at 4/255)."""
+    return {
+        names: [(figures[f"{name}/photographs/psnr"], figures[T2.format(name, 4)]) for name in names] for names in DIALS
+    }
+
+
+def cost(figures: dict[str, Figure]) -> dict[str, tuple[Figure, Figure, Figure]]:
+    """Seconds a megapixel; accuracy under an adaptive attack at 2/255; cosine restored under an oblivious one."""
+    return {
+        name: (
+            figures[f"{name}/time/bfloat16"],
+            figures[T2.format(name, 2)],
+            figures[f"{name}/photographs/cosine/lite1"],
+        )
+        for name in COSTS
+    }
 
 
 def digest(figures: dict[str, Figure]) -> str:
-    """A hash of what the plot shows; it stands in the file, so that a test can compare."""
-    shown = [(name, [(eps, f.value, f.n) for eps, f in points]) for name, points in curves(figures).items()]
-    shown += [(name, figures[f"{name}/photographs/psnr"].value) for name in NAMES]
+    """A hash of what the plots show; it stands in the files, so that a test can compare."""
+    shown = [accuracy(figures), trade_off(figures), cost(figures)]
     return hashlib.sha256(repr(shown).encode()).hexdigest()
 
 
-def plot(figures: dict[str, Figure], out: Path = OUT) -> None:
+def draw_accuracy(axes: Any, figures: dict[str, Figure]) -> None:
+    for number, (name, points) in enumerate(accuracy(figures).items()):
+        x = [eps + 0.07 * (number - 2.5) for eps, _ in points]
+        found = [figure for _, figure in points]
+        axes.errorbar(x, [f.value for f in found], yerr=errors(found), marker="o", capsize=2, label=name)
+    axes.set(xlabel="radius of the adaptive attack, of 255", ylabel="accuracy, captions", ylim=(-0.03, 1.03))
+    axes.legend()
+
+
+def draw_trade_off(axes: Any, figures: dict[str, Figure]) -> None:
+    for names, points in trade_off(figures).items():
+        x, y = [psnr.value for psnr, _ in points], [f.value for _, f in points]
+        axes.errorbar(x, y, yerr=errors([f for _, f in points]), marker="o", capsize=2)
+        left = names[0] != "bridge"  # of the point, where another dial's labels do not stand
+        for name, *place in zip(names, x, y, strict=True):
+            side = {"xytext": (-6, 4), "ha": "right"} if left else {"xytext": (6, 4)}
+            axes.annotate(name, place, textcoords="offset points", **side)
+    axes.set(xlabel="PSNR of clean photographs, dB", ylabel="accuracy, captions, adaptive 4/255", ylim=(-0.03, 1.03))
+    axes.set_xlim(9, 52)
+
+
+def draw_cost(axes: Any, figures: dict[str, Figure]) -> None:
+    for number, (name, (seconds, adaptive, cosine)) in enumerate(cost(figures).items()):
+        axes.errorbar(seconds.value, adaptive.value, yerr=errors([adaptive]), color=f"C{number}", marker="o", capsize=2)
+        axes.plot(seconds.value, cosine.value, color=f"C{number}", marker="s", markerfacecolor="none", linestyle="")
+        axes.plot([], [], color=f"C{number}", linewidth=4, label=name)
+    axes.plot([], [], color="grey", marker="o", linestyle="", label="accuracy, captions, adaptive 2/255")
+    label = "restored cosine, photographs, oblivious 8/255"
+    axes.plot([], [], color="grey", marker="s", markerfacecolor="none", linestyle="", label=label)
+    axes.set(xlabel="seconds a megapixel, two cores, bfloat16", xscale="log", ylim=(-0.03, 1.03))
+    axes.set_xticks([0.25, 0.5, 1, 2, 4, 8], ["0.25", "0.5", "1", "2", "4", "8"])
+    axes.minorticks_off()
+    axes.legend(loc="center right")
+
+
+def errors(figures: list[Figure]) -> list[list[float]]:
+    """How far the 95% intervals reach below and above the values."""
+    bounds = [interval(figure) or (figure.value, figure.value) for figure in figures]
+    pairs = list(zip(figures, bounds, strict=True))
+    return [[f.value - low for f, (low, _) in pairs], [high - f.value for f, (_, high) in pairs]]
+
+
+PLOTS: dict[str, Callable[[Any, dict[str, Figure]], None]] = {
+    "accuracy": draw_accuracy,
+    "trade-off": draw_trade_off,
+    "cost": draw_cost,
+}
+
+
+def plot(figures: dict[str, Figure], folder: Path = OUT) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "codefend", "svg.fonttype": "none", "font.size": 9})
+    matplotlib.rcParams.update({"svg.hashsalt": "codefend", "svg.fonttype": "none", "font.size": 10})
     from matplotlib import pyplot as plt
 
-    canvas, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for number, (name, points) in enumerate(curves(figures).items()):
-        colour = f"C{number}"
-        x, y = [eps + 0.06 * (number - 2) for eps, _ in points], [f.value for _, f in points]
-        bounds = [interval(f) or (f.value, f.value) for _, f in points]
-        errors = [
-            [v - low for v, (low, _) in zip(y, bounds, strict=True)],
-            [high - v for v, (_, high) in zip(y, bounds, strict=True)],
-        ]
-        left.errorbar(x, y, yerr=errors, color=colour, marker="o", capsize=2, label=name)
-        psnr = figures[f"{name}/photographs/psnr"].value
-        for eps, figure in points:
-            if eps in (2, 4):
-                right.plot(psnr, figure.value, color=colour, marker="o" if eps == 2 else "^", linestyle="")
-    left.set(xlabel="radius of the attack, of 255", ylabel="robust accuracy, captions (T2)", ylim=(-0.03, 1.03))
-    right.set(xlabel="PSNR of clean photographs, dB", ylabel="robust accuracy, captions (T2)", ylim=(-0.03, 1.03))
-    left.legend()
-    for marker, text in (("o", "2/255"), ("^", "4/255")):
-        right.plot([], [], color="grey", marker=marker, linestyle="", label=text)
-    right.legend()
-    canvas.savefig(out, metadata={"Date": None, "Description": digest(figures)})
-    plt.close(canvas)
+    for name, draw in PLOTS.items():
+        canvas, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
+        draw(axes, figures)
+        canvas.savefig(folder / f"{name}.svg", metadata={"Date": None, "Description": digest(figures)})
+        plt.close(canvas)
 
 
 if __name__ == "__main__":

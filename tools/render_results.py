@@ -41,6 +41,8 @@ class Figure:
     attack: str = ""
     weights: str = ""
     note: str = ""
+    seed: int | None = None
+    commit: str | None = None
 
 
 def load_figures(folder: Path = ROOT / "results") -> dict[str, Figure]:
@@ -122,10 +124,14 @@ def interval(figure: Figure) -> tuple[float, float] | None:
 
 
 def list_rows(path: Path, figures: dict[str, Figure]) -> str:
-    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return list_runs(json.loads(path.read_text(encoding="utf-8")), figures)
+
+
+def list_runs(document: dict[str, Any], figures: dict[str, Figure]) -> str:
     parts = [document["about"]]
     for run in document["runs"]:
         facts = [run[key] for key in ("attack", "weights", "note") if run.get(key)]
+        facts += [f"{key} {run[key]}" for key in ("seed", "commit") if key in run]
         command = f"`{run['command']}`" if run["command"] else f"**{NOT_RECORDED}**"
         parts.append(f"{run['date']}. {command}" + "".join(f" {fact[0].upper()}{fact[1:]}." for fact in facts))
         lines = ["| figure | value | n | 95% interval |", "|---|---|---|---|"]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from codefend import prompts
+from codefend.core import assets
 from codefend.core.runs import save_checkpoint
 from codefend.prompts import PROMPTS, PromptPolicy, load, load_policy, save_folder, save_policy
 from codefend.types import CodefendError
@@ -94,3 +96,12 @@ def test_a_missing_file_and_an_unknown_name_are_refused() -> None:
         load("nowhere/policy.json")
     with pytest.raises(CodefendError, match="did you mean 'doubt'"):
         load("doupt")
+
+
+def test_a_policy_of_codefend_models_names_the_package_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "roots", tuple)
+    for name in prompts.IN_MODELS:
+        assert PROMPTS[name].folder, "a clone has it"
+        monkeypatch.delitem(PROMPTS, name)
+        with pytest.raises(CodefendError, match=rf"{name} is not installed: pip install 'codefend\[models\]'$"):
+            load(name)

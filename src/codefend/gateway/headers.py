@@ -20,6 +20,19 @@ KEY_HEADERS = frozenset({b"authorization", b"x-api-key", b"api-key", b"x-goog-ap
 _REROUTING = frozenset(b"x-http-method-override x-http-method x-method-override x-original-url x-rewrite-url".split())
 _ACCOUNTS = frozenset({b"openai-organization", b"openai-project"})
 _OURS = b"x-codefend-"
+HEADERS = {  # name: where it stands, what it means
+    "x-codefend-key": ("request", "key of this gateway, where `authorization` and `x-api-key` are for the upstream"),
+    "x-codefend-policy": ("request", "purify, detect or block for this request; needs `allow_override`"),
+    "x-codefend-threshold": ("request", "detection score from which detect and block act; needs `allow_override`"),
+    "x-codefend-request-id": ("answer", "the request in the gateway's logs"),
+    "x-codefend-status": ("answer", "purified, reencoded, bypassed (the purifier failed) or refused"),
+    "x-codefend-images": ("answer", "number of images of the request"),
+    "x-codefend-purifier": ("answer", "purifier by name"),
+    "x-codefend-cache": ("answer", "hit or miss, by image"),
+    "x-codefend-ms": ("answer", "time spent on images, in milliseconds"),
+    "x-codefend-score": ("answer", "detection score by image; needs `scores`"),
+    "x-codefend-bypass": ("answer", "why images passed without purification; needs `on_error=pass`"),
+}
 
 
 def find(headers: Sequence[tuple[bytes, bytes]], name: bytes) -> str | None:

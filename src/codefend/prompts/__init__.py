@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from codefend.core.assets import assets
+from codefend.core.assets import asset, assets
 from codefend.core.registry import lookup
 from codefend.prompts.folders import load_folder, save_folder
 from codefend.prompts.policy import Policy, PromptPolicy, TextPolicy, VictimPolicy, attach, load_policy, save_policy
@@ -29,6 +29,9 @@ __all__ = [
     "save_folder",
     "save_policy",
 ]
+
+
+IN_MODELS = ("generator-pocket", "soft-pocket")  # come with the package codefend-models
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,8 @@ def load_any(name_or_file: str | Path) -> AnyPolicy:
     is_path = text not in PROMPTS and (text.endswith(".json") or "/" in text or "\\" in text)
     if isinstance(name_or_file, Path) or is_path:
         return load_policy(name_or_file)
+    if text in IN_MODELS and text not in PROMPTS:
+        return load_folder(asset(f"prompts/shipped/{text}"))
     spec = lookup("prompt", text, PROMPTS)
     if spec.folder is not None:
         return load_folder(spec.folder)
