@@ -1,6 +1,6 @@
 """Take the screenshots of docs/report.md from a run's report. Usage: python tools/screenshot_report.py REPORT.html
 
-Needs Chromium. The report in the documentation is that of `codefend eval quick --limit 8`.
+Needs Chromium.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "kits"))
 from chromium_kit import Browser
 
 ROOT = Path(__file__).parent.parent
-WIDTH = 900
-HEIGHT = 900  # at most, of one screenshot
-SECTIONS = {"leaderboard": "Leaderboard", "warnings": "Warnings", "examples": "Examples"}
+WIDTH = 1100
+SECTIONS = {"Leaderboard": 305, "Warnings": 420, "Examples": 1000}  # heading: height at most
 PLACE = """(() => {
   const head = [...document.querySelectorAll("h2")].find(h => h.textContent.trim() == "%s");
   let next = head.nextElementSibling;
@@ -29,15 +28,15 @@ PLACE = """(() => {
 def main(report: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory() as profile:
         browser = Browser(Path(profile))
-        size = {"width": WIDTH, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": False}
+        size = {"width": WIDTH, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         browser.call("Emulation.setDeviceMetricsOverride", **size)
         browser.call("Page.navigate", url=report.resolve().as_uri())
         browser.until("document.readyState == 'complete' && document.querySelectorAll('h2').length > 0", 120)
-        for name, heading in SECTIONS.items():
+        for heading, limit in SECTIONS.items():
             top, height = browser.run(PLACE % heading)
-            clip = {"x": 0, "y": top, "width": WIDTH, "height": min(height, HEIGHT), "scale": 1}
+            clip = {"x": 0, "y": top, "width": WIDTH, "height": min(height, limit), "scale": 1}
             shot = browser.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
-            (out / f"report-{name}.png").write_bytes(base64.b64decode(shot["data"]))
+            (out / f"report-{heading.lower()}.png").write_bytes(base64.b64decode(shot["data"]))
         browser.close()
 
 
