@@ -68,11 +68,10 @@ def configuration() -> str:
         extra = field.json_schema_extra
         assert isinstance(extra, dict)
         default = "required" if field.is_required() else f"`{spell(field.default)}`"
-        flag = "-" if name in SECRETS else f"`--{name.replace('_', '-')}`"
-        cells = f"`{name}`", flag, default, field.description or ""
+        cells = f"`{name}`", default, (field.description or "") + "; never a flag" * (name in SECRETS)
         sections.setdefault(str(extra["section"]), []).append(cells)
     for section, rows in sections.items():
-        parts += [f"## Gateway: {section.lower()}", table(("setting", "flag", "default", "meaning"), rows)]
+        parts += [f"## Gateway: {section.lower()}", table(("setting", "default", "meaning"), rows)]
     rows = [(f"`{field.name}`", f"`{spell(getattr(EvalConfig(), field.name))}`") for field in fields(EvalConfig)]
     about = "`codefend eval --set NAME=VALUE`; `--dry-run` prints the settings of a preset."
     parts += ["## Evaluation", about, table(("setting", "default"), rows)]
@@ -109,7 +108,7 @@ def gateway() -> str:
 
 def spell(value: Any) -> str:
     if isinstance(value, (tuple, list)):
-        return ",".join(map(str, value)) or " "
+        return ",".join(map(str, value)) or "none"
     if isinstance(value, float):
         return f"{value:g}"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
