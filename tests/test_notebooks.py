@@ -40,7 +40,7 @@ def test_pages_hold_text_and_code_and_link_to_pages() -> None:
 @pytest.mark.filterwarnings("ignore")  # of the kernel's own libraries
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nbclient = pytest.importorskip("nbclient", reason="optional: the extra dev runs notebooks")
+    nbclient = pytest.importorskip("nbclient", reason="optional: the extra docs runs notebooks")
     import nbformat
 
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
