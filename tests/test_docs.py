@@ -22,22 +22,27 @@ BLOCKS = [
     for page in PAGES
     for number, code in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")), 1)
 ]
-SHELL = re.compile(r"^ *```(?:bash|sh|console)?\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`(codefend [^`]+)`")
+
+
+def shell_blocks(text: str) -> list[str]:
+    return [block for language, block in FENCE.findall(text) if language in ("", "bash", "sh", "console")]
 
 
 def commands(text: str) -> list[str]:
     """The ``codefend`` commands in the shell blocks of a page, without comments."""
-    blocks = "\n".join(SHELL.findall(text)).replace("\\\n", " ")
+    blocks = "\n".join(shell_blocks(text)).replace("\\\n", " ")
     lines = [line.strip().removeprefix("$ ") for line in blocks.splitlines()]
     parts = [part for line in lines for part in shlex.join(shlex.split(line, comments=True)).split(" '&&' ")]
     return list(dict.fromkeys(part for part in parts if part.startswith("codefend ")))
 
 
+GENERATED = ("figures.md", "cli.md", "configuration.md")
 TEXTS = {  # the notebook is history, the others are generated
     str(page.relative_to(ROOT)): page.read_text(encoding="utf-8")
     for page in PAGES
-    if "notebook" not in page.parts and page.name not in ("figures.md", "cli.md")
+    if not {"notebook", "notebooks"} & set(page.parts) and page.name not in GENERATED
 }
 COMMANDS = [pytest.param(command, id=f"{page}-{command}") for page, text in TEXTS.items() for command in commands(text)]
 MENTIONS = sorted({command for text in TEXTS.values() for command in INLINE.findall(text)})  # may be incomplete
@@ -109,7 +114,7 @@ def test_commands_in_sentences_have_these_verbs_and_options(mention: str) -> Non
 
 def shown_outputs(text: str) -> list[tuple[str, str]]:
     """Commands after ``$`` in the shell blocks of a page, with the output that follows them."""
-    blocks = [block for block in SHELL.findall(text) if block.lstrip().startswith("$ ")]
+    blocks = [block for block in shell_blocks(text) if block.lstrip().startswith("$ ")]
     parts = [part for block in blocks for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]]
     return [(command, output.strip()) for command, _, output in (part.partition("\n") for part in parts)]
 
