@@ -69,6 +69,12 @@ def test_every_pixel_is_covered_and_borders_are_never_used() -> None:
         assert bool((covered > 0).all())
 
 
+def test_tiles_repeat_little_of_their_neighbours_work() -> None:
+    for height, width in [(1536, 2048), (1280, 1792), (4000, 6000), (2048, 2048)]:
+        area = sum((bottom - top) * (right - left) for top, bottom, left, right in grid.boxes(height, width))
+        assert area < 1.45 * height * width
+
+
 def test_gradient_passes_through_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grid, "TILED_ABOVE", 1)
     monkeypatch.setattr(grid, "TILE", 256)

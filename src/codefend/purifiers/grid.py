@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 TILED_ABOVE = 2_000_000  # pixels of one image
-TILE = 1024  # side of a tile, pixels; a multiple of every network's multiple
+TILE = 1024  # longest side of a tile, pixels; a multiple of every network's multiple
+STEP = 64  # another: shorter sides of tiles are multiples of it
 OVERLAP = 128  # pixels that neighbouring tiles share
 MARGIN = 32  # outermost pixels of a tile: context, not used
 
@@ -35,7 +36,12 @@ def ramp(start: int, stop: int, side: int) -> list[float]:
 
 
 def _spans(side: int) -> Iterator[tuple[int, int]]:
-    # The last tile ends with the image. It starts on the network's grid, since both sides are multiples.
-    for start in range(0, max(side - OVERLAP, 1), TILE - OVERLAP):
-        first = min(start, max(side - TILE, 0))
-        yield first, min(first + TILE, side)
+    """As few tiles as ``TILE`` allows, all of one size: a last tile of full size would repeat its neighbour's work.
+
+    The last one ends with the image. It starts on the network's grid, since both sides are multiples.
+    """
+    count = max(1, -(-(side - OVERLAP) // (TILE - OVERLAP)))
+    length = min(-(-(side + (count - 1) * OVERLAP) // (count * STEP)) * STEP, TILE, side)
+    for i in range(count):
+        first = min(i * (length - OVERLAP), side - length)
+        yield first, first + length
