@@ -1,6 +1,6 @@
 """One megapixel through torch, ONNX Runtime and OpenVINO, interleaved: seconds of processor time, and the difference.
 
-python benchmarks/backends.py bridge bridge-detail --side 1024 --repeats 3 --threads 1
+python benchmarks/backends.py bridge:sigma=0 --side 1024 --repeats 3 --threads 1
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def openvino_run(path: Path, threads: int) -> Run:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("purifiers", nargs="*", default=["bridge"])
+    parser.add_argument("purifiers", nargs="*", default=["bridge:sigma=0"])
     parser.add_argument("--side", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)

@@ -153,26 +153,27 @@ async def check(images: int, load: float, side: int, sleep_s: float) -> None:
         await engine.purify_file(image(10_000 + index), Terms(), Caller())
         alone.append(time.perf_counter() - start)
     service = statistics.mean(alone[2:])
-    chance, waits, tasks = random.Random(0), list[float](), []
+    chance, tasks, loop = random.Random(0), [], asyncio.get_running_loop()
+    arrivals: list[float] = []
 
-    async def send(data: bytes) -> None:
-        start = time.perf_counter()
+    async def send(data: bytes) -> float:
+        start = loop.time()
+        arrivals.append(start)
         await engine.purify_file(data, Terms(), Caller())
-        waits.append(time.perf_counter() - start)
+        return loop.time() - start
 
     for data in payloads:
         tasks.append(asyncio.create_task(send(data)))
         await asyncio.sleep(chance.expovariate(load / service))
-    await asyncio.gather(*tasks)
+    real = Outcome(times=list(await asyncio.gather(*tasks)))
     await engine.lane.close()
-    waits.sort()
-    print(
-        f"service {service:.3f} s; real: p50 {waits[len(waits) // 2]:.3f} s, p95 {waits[int(0.95 * len(waits))]:.3f} s"
-    )
-    queue = Fleet(service, workers=1, fewest=1, most=1, spread=0.0)
-    runs = [simulate(queue, load / service, images * service / load, seed) for seed in range(200)]
-    p50, p95 = (statistics.median(run.quantile(share) for run in runs) for share in (0.5, 0.95))
-    print(f"simulated, 200 runs: p50 {p50:.3f} s, p95 {p95:.3f} s")
+    free, model = 0.0, Outcome()
+    for arrival in arrivals:  # the same arrivals in the queue of the simulation
+        free = max(arrival, free) + service
+        model.times.append(free - arrival)
+    print(f"service {service:.3f} s")
+    for label, outcome in (("gateway", real), ("model", model)):
+        print(f"{label}: p50 {outcome.quantile(0.5):.3f} s, p95 {outcome.quantile(0.95):.3f} s")
 
 
 def cost(core_hour: float, gpu_hour: float, gpu_tflops: float) -> None:

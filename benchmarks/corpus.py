@@ -1,7 +1,7 @@
 """A corpus through `codefend purify`: what reading, writing and the manifest cost next to the purifier, and memory.
 
 python benchmarks/corpus.py cost --images 60 --side 256 --purifier bridge
-python benchmarks/corpus.py memory --images 2000 8000 --side 32 --purifier bitdepth
+python benchmarks/corpus.py memory --images 500 2500 --side 64 --purifier bitdepth
 python benchmarks/corpus.py ray --images 200 --side 256 --purifier bridge
 
 Times are of the processor, so that other work on the machine does not count; ``ray`` needs an idle machine.
@@ -17,6 +17,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -29,9 +30,14 @@ from codefend.purifiers.corpus import CorpusOptions, in_this_process, purify_cor
 from codefend.purifiers.image_files import FolderOptions
 
 
+@cache
+def astronaut() -> torch.Tensor:
+    return torch.from_numpy(data.astronaut().copy()).permute(2, 0, 1).float() / 255
+
+
 def photograph(number: int, side: int) -> bytes:
     """A JPEG cut from scikit-image's astronaut, another one for each number."""
-    pixels = torch.from_numpy(data.astronaut().copy()).permute(2, 0, 1).float() / 255
+    pixels = astronaut()
     top, left = (number * 37) % 200, (number * 53) % 200
     part = F.interpolate(pixels[None, :, top : top + 300, left : left + 300], (side, side), mode="area")[0]
     return images.encode(part, "JPEG", quality=90)

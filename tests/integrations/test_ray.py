@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -30,6 +31,7 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_cluster_writes_the_same_bytes(tmp_path: Path) -> None:
     corpus = kit.write_all(tmp_path / "in")
@@ -40,6 +42,7 @@ def test_a_cluster_writes_the_same_bytes(tmp_path: Path) -> None:
     assert kit.contents(tmp_path / "two") == kit.contents(tmp_path / "one")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_pipeline_of_your_own_purifies_the_same(tmp_path: Path) -> None:
     kit.run(kit.write_table(tmp_path / "in" / "x.parquet"), tmp_path / "out", "bridge:sigma=0.1")
@@ -67,7 +70,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(tmp_path: Path) -> None
         for report in on_ray(RayOptions(workers=2))(purify, units, tick):
             finished += 1
             if finished == 2:
-                actors = [a for a in ray.util.state.list_actors(detail=True) if a.state == "ALIVE" and a.pid]
+                actors = [child for child in psutil.Process().children(recursive=True) if "MapWorker" in child.name()]
                 os.kill(actors[0].pid, signal.SIGKILL)
             yield report
 

@@ -36,12 +36,13 @@ def deployment(settings: Mapping[str, Any], **options: Any) -> Any:
     def build() -> Any:  # in each replica: the app holds processes, threads and locks
         return create_app(load_settings(**given))
 
-    @serve.deployment(**{"max_ongoing_requests": 100, **options})  # type: ignore[untyped-decorator]
+    @serve.deployment(**{"max_ongoing_requests": 100, **options})
     @serve.ingress(build)
     class Gateway:
         """The gateway, with its own queue and worker processes in each replica."""
 
-    return Gateway.bind()
+    bound: Any = Gateway
+    return bound.bind()
 
 
 def app(arguments: Mapping[str, str]) -> Any:

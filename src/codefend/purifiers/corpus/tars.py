@@ -91,7 +91,7 @@ def _members(source: IO[bytes], name: str) -> Iterator[tuple[tarfile.TarInfo, _M
             with reading(name, *_DAMAGE):
                 info = archive.next()
                 stream = archive.extractfile(info) if info is not None and info.isreg() else None
-            archive.members = []  # tarfile keeps every header it has read
+            archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has read
             if info is None:
                 return
             yield info, _Member(stream, info.size if info.isreg() else 0, f"{name}/{info.name}")
@@ -135,7 +135,7 @@ class _ArchiveCopy:
 
     def add(self, info: tarfile.TarInfo, content: Any) -> None:
         self.archive.addfile(info, content if info.isreg() else None)
-        self.archive.members = []
+        self.archive.members = []  # type: ignore[attr-defined]
 
 
 def _whole(member: _Member) -> bytes:

@@ -64,8 +64,12 @@ def reading(name: str, *kinds: type[BaseException]) -> Iterator[None]:
     """Raise errors of reading, those of ``kinds`` included, as UnreadableSource."""
     try:
         yield
+    except UnreadableSource:
+        raise
     except CodefendError as error:
-        raise error if isinstance(error, UnreadableSource) else UnreadableSource(str(error)) from error
-    except (OSError, EOFError, *kinds) as error:
+        raise UnreadableSource(str(error)) from error
+    except Exception as error:
+        if not isinstance(error, (OSError, EOFError, *kinds)):
+            raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UnreadableSource(f"cannot read {name}: {reason}") from error
