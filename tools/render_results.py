@@ -2,7 +2,8 @@
 
 Usage: python tools/render_results.py [--check]
 
-Two markers: a block ``<!-- results: NAME -->`` ... ``<!-- /results -->`` holds results/tables/NAME.md, rendered, and
+Two markers: a block ``<!-- results: NAME -->`` ... ``<!-- /results -->`` holds results/tables/NAME.md, rendered (NAME
+"rows FILE": all figures of a file; "strongest": the strongest attack known against each defense), and
 ``<!--=ID-->.90<!--/-->`` holds one figure. In a template, ``{ID}`` is a figure and ``{PREFIX/*}`` those of captions and
 questions. ``|%`` and ``|%1`` print percent with no or one decimal, ``|n`` the number of examples, ``|ci`` the
 published 95% interval.
@@ -23,6 +24,7 @@ PAGES = ("README.md", "docs/**/*.md", "src/codefend/weights/*/README.md", "packa
 BLOCK = re.compile(r"(<!-- results: (.+?) -->\n).*?(<!-- /results -->)", re.DOTALL)
 INLINE = re.compile(r"(<!--=(.+?)-->).*?(<!--/-->)")
 FIGURE = re.compile(r"\{([^{}\n]+/[^{}\n]+)\}")
+ATTACKED = re.compile(r"(?P<defense>.+)/(?P<threat>T2d?)/(?P<attack>[^/]+)/(?P<eps>\d+)/(?P<task>caption|vqa)")
 NOT_RECORDED = "The command was not recorded."
 
 
@@ -72,12 +74,33 @@ def render(text: str, figures: dict[str, Figure], folder: Path = ROOT / "results
 
 
 def render_block(name: str, figures: dict[str, Figure], folder: Path) -> str:
+    if name == "strongest":
+        return strongest(figures)
     if name.startswith("rows "):
         return list_rows(folder / f"{name.removeprefix('rows ')}.json", figures)
     path = folder / "tables" / f"{name}.md"
     if not path.is_file():
         raise ValueError(f"there is no template {path.name} in results/tables")
     return FIGURE.sub(lambda match: look_up(match[1], figures), path.read_text(encoding="utf-8"))
+
+
+def strongest(figures: dict[str, Figure]) -> str:
+    """The strongest attack known against each defense: the lowest figure of each threat model, radius and task."""
+    lowest: dict[tuple[str, str, int, str], Figure] = {}
+    for figure in figures.values():
+        match = ATTACKED.fullmatch(figure.id)
+        if match:
+            key = (match["defense"], match["threat"], int(match["eps"]), match["task"])
+            lowest[key] = min(lowest.get(key, figure), figure, key=lambda f: f.value)
+    lines = ["| defense | threat | eps | task | accuracy | n | 95% interval | strongest attack |", "|---" * 8 + "|"]
+    for (defense, threat, eps, task), figure in sorted(lowest.items()):
+        bounds = interval(figure)
+        shown = f"{strip_zero(f'{bounds[0]:.2f}')} to {strip_zero(f'{bounds[1]:.2f}')}" if bounds else "-"
+        attack = ATTACKED.fullmatch(figure.id)["attack"]  # type: ignore[index]
+        lines.append(
+            f"| `{defense}` | {threat} | {eps}/255 | {task} | {show(figure)} | {figure.n} | {shown} | {attack} |"
+        )
+    return "\n".join(lines)
 
 
 def look_up(text: str, figures: dict[str, Figure]) -> str:

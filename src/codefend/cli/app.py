@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from codefend import __version__
-from codefend.cli import doctor, evaluation, images, mcp, prompts, serve, training
+from codefend.cli import challenge, doctor, evaluation, images, mcp, prompts, serve, training
 from codefend.cli.help import GroupedVerbs
 from codefend.types import CodefendError
 
@@ -144,5 +144,5 @@ def summary(entry: Any) -> str:
     return str(text).strip().partition("\n")[0]
 
 
-for verbs in (images, training, evaluation, prompts, serve, mcp, doctor):
+for verbs in (images, training, evaluation, challenge, prompts, serve, mcp, doctor):
     app.add_typer(verbs.app)  # without a name: at the top level

@@ -8,7 +8,7 @@ from typer.core import TyperGroup
 
 GROUPS = {
     "Use": ("purify", "ask", "caption", "serve", "mcp-proxy", "export"),
-    "Measure": ("attack", "eval", "certify", "report", "leaderboard", "demo"),
+    "Measure": ("attack", "eval", "certify", "challenge", "report", "leaderboard", "demo"),
     "Train": ("pairs", "train", "build-victim", "calibrate", "card", "optimize-prompt", "prompts"),
     "Inspect": ("list", "doctor"),
 }
