@@ -17,10 +17,10 @@ from codefend.bench.judge import RecordingPurifier
 from codefend.core import devices
 from codefend.core.runs import make_generator
 from codefend.defense import Defense, StraightThrough
+from codefend.encoders.views import ViewedEncoder
 from codefend.purifiers.nets import NetConfig, PurifierNet
 from codefend.training.bridge import BridgeConfig, BridgeLoss
 from codefend.training.fit import MovingAverage
-from codefend.training.frozen import ViewedEncoder
 from codefend.training.guides import PocketGuide
 from codefend.training.replay import Replays
 from codefend.types import CodefendError

@@ -41,7 +41,7 @@ def test_views_are_drawn_from_all_sizes_and_turns() -> None:
 
 @pytest.mark.weights
 def test_a_frozen_encoder_through_a_view_gets_that_view() -> None:
-    from codefend.training.frozen import ViewedEncoder
+    from codefend.encoders.views import ViewedEncoder
 
     encoder, images = ViewedEncoder("lite0"), torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))
     turned = encoder.through(View(160, quarters=1))

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from codefend.core import runs
 from codefend.core.settings import override, read_settings
-from codefend.encoders.views import View
+from codefend.encoders.views import View, ViewedEncoder
 from codefend.purifiers.nets import NetConfig, PurifierNet, load_net, save_net
 from codefend.training import bridge, guides, mining
 from codefend.training.bridge import BridgeConfig, BridgeLoss, Pairs
 from codefend.training.fit import MovingAverage
-from codefend.training.frozen import ViewedEncoder
 from codefend.training.replay import Replays
 from codefend.types import CodefendError
 

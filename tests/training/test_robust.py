@@ -14,10 +14,10 @@ from torch import Tensor
 
 from codefend.core.runs import read_rows
 from codefend.encoders.families import FamilyConfig, FamilyEncoder, save_encoder
+from codefend.encoders.views import ViewedEncoder
 from codefend.purifiers.nets import NetConfig, PurifierNet, load_net, save_net
 from codefend.tasks.natural_images import NaturalConfig
 from codefend.training import robust, train
-from codefend.training.frozen import ViewedEncoder
 from codefend.training.guides import AnswerGuide, PocketGuide
 from codefend.training.robust import Batch, RobustBatches, RobustConfig, RobustLoss, Threat, draw_sigmas
 from codefend.types import CodefendError

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+from codefend.core.registry import resolve
 from codefend.types import Attack
 
 if TYPE_CHECKING:
@@ -85,7 +85,16 @@ class TextAttackSpec:
 
 
 def _load(algorithm: str | Callable[..., Any]) -> Any:
-    if not isinstance(algorithm, str):
-        return algorithm
-    module, _, name = algorithm.partition(":")
-    return getattr(import_module(module), name)
+    return resolve(algorithm) if isinstance(algorithm, str) else algorithm
+
+
+@runtime_checkable
+class HasRestarts(Protocol):
+    """An attack of several independent runs, best per example."""
+
+    restarts: int
+
+
+def restarts_of(attack: object) -> int:
+    """The number of an attack's independent runs."""
+    return attack.restarts if isinstance(attack, HasRestarts) else 1

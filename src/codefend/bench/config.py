@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from codefend.attacks import EVERY_ATTACK, AttackSpec, TextAttackSpec
+from codefend.attacks.specs import HasRestarts
 from codefend.core.compat import current_attack_options
 from codefend.core.registry import lookup
 from codefend.core.settings import override, recorded
@@ -247,7 +248,7 @@ class AttackChoice:
         spec = lookup("attack", name, EVERY_ATTACK)
         if spec.goal == "hidden-image":
             raise CodefendError(f"{name} needs images larger than the victim's: run `python benchmarks/scaling.py`")
-        if hasattr(_built(spec), "restarts"):
+        if isinstance(_built(spec), HasRestarts):
             options = {"restarts": str(config.restarts), **options}
         adaptive = {key: options.pop(key) for key in ADAPTIVE if key in options}
         steps = _whole(options.pop("steps", str(config.steps or spec.steps)), f"{name}:steps")

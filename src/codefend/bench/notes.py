@@ -9,6 +9,7 @@ from torch import Tensor
 
 from codefend.attacks.bounds import OwnBound
 from codefend.attacks.norms import distance
+from codefend.attacks.specs import restarts_of
 from codefend.attacks.trace import Trace
 from codefend.bench.attacking import AttackResult
 from codefend.core.runs import Row
@@ -28,7 +29,7 @@ def attack_notes(attack: object, result: AttackResult, clean: Tensor, budget: Bu
         curves(result.trace.losses, len(clean)),
         gradients(result.trace, len(clean)),
     )
-    spent = {"steps": budget.steps, "eot": budget.eot, "restarts": getattr(attack, "restarts", 1)}
+    spent = spent_budget(attack, budget)
     return [
         {
             "skipped": False,
@@ -42,6 +43,11 @@ def attack_notes(attack: object, result: AttackResult, clean: Tensor, budget: Bu
         }
         for prompt, size, problem, curve, gradient in zip(*columns, strict=True)
     ]
+
+
+def spent_budget(attack: object, budget: Budget) -> Row:
+    """What the attack may spend on an example, as notes record it."""
+    return {"steps": budget.steps, "eot": budget.eot, "restarts": restarts_of(attack)}
 
 
 def skipped_note() -> Row:

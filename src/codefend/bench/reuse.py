@@ -24,7 +24,7 @@ from codefend.bench.craft import (
     source_victim,
     with_prompts,
 )
-from codefend.bench.notes import violations
+from codefend.bench.notes import spent_budget, violations
 from codefend.bench.setup import Bench
 from codefend.core.runs import Row, make_generator, plain, read_config
 from codefend.types import CodefendError, Example
@@ -79,7 +79,7 @@ def _same_settings(bench: Bench, source: Cell, batch: int, notes: Sequence[Row],
     choice = bench.attacks[source.attack]
     _, randomized = source_victim(bench, source, batch)
     budget = choice.budget(bench.config, source.eps, randomized=randomized)
-    spent = {"steps": budget.steps, "eot": budget.eot, "restarts": getattr(choice.build(), "restarts", 1)}
+    spent = spent_budget(choice.build(), budget)
     attacked = [note for note in notes if not note["skipped"]]
     return all(n["budget"] == spent and n["objective"].get("source") is not None for n in attacked)
 

@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from importlib import import_module
 from typing import Annotated, Any, Literal
 
 import typer
@@ -19,6 +18,7 @@ import typer
 from codefend import __version__
 from codefend.cli import challenge, doctor, evaluation, images, mcp, prompts, serve, training
 from codefend.cli.help import GroupedVerbs
+from codefend.core.registry import resolve
 from codefend.types import CodefendError
 
 app = typer.Typer(
@@ -29,13 +29,13 @@ app = typer.Typer(
 )
 
 REGISTRIES = {
-    "purifiers": ("codefend.purifiers", "PURIFIERS"),
-    "attacks": ("codefend.attacks", "EVERY_ATTACK"),
-    "victims": ("codefend.victims", "VICTIMS"),
-    "tasks": ("codefend.tasks", "TASKS"),
-    "encoders": ("codefend.encoders", "ENCODERS"),
-    "prompts": ("codefend.prompts", "PROMPTS"),
-    "presets": ("codefend.cli.presets", "PRESETS"),
+    "purifiers": "codefend.purifiers:PURIFIERS",
+    "attacks": "codefend.attacks:EVERY_ATTACK",
+    "victims": "codefend.victims:VICTIMS",
+    "tasks": "codefend.tasks:TASKS",
+    "encoders": "codefend.encoders:ENCODERS",
+    "prompts": "codefend.prompts:PROMPTS",
+    "presets": "codefend.cli.presets:PRESETS",
 }
 EXTRAS = {  # module that may be missing -> the extra that brings it
     "transformers": "pocket",
@@ -128,8 +128,7 @@ def _load_registry(kind: str) -> Mapping[str, Any]:
         near = get_close_matches(kind, REGISTRIES, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"choose {', '.join(REGISTRIES)}"
         raise CodefendError(f"unknown list {kind!r}; {hint}")
-    module, name = REGISTRIES[kind]
-    table: Mapping[str, Any] = getattr(import_module(module), name)
+    table: Mapping[str, Any] = resolve(REGISTRIES[kind])
     return table
 
 

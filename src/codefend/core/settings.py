@@ -1,4 +1,4 @@
-"""Override the fields of config dataclasses with ``key=value`` text; nested fields as ``model.width=64``."""
+"""Override the fields of config dataclasses, by ``key=value`` text or typed; nested fields as ``model.width=64``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import tomllib
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -79,7 +79,7 @@ def known_keys(config: Any) -> list[str]:
     return keys
 
 
-def check_keys(config: Any, settings: Mapping[str, str]) -> None:
+def check_keys(config: Any, settings: Iterable[str]) -> None:
     """Raise CodefendError for a setting that ``config`` has no field for, naming the nearest field."""
     known = known_keys(config)
     for key in settings:
@@ -90,23 +90,29 @@ def check_keys(config: Any, settings: Mapping[str, str]) -> None:
         raise CodefendError(f"unknown setting {key!r}; {hint}")
 
 
-def override(config: Config, settings: Mapping[str, str]) -> Config:
-    """Return a copy of the dataclass with each setting read as its field's type.
+def override(config: Config, settings: Mapping[str, object]) -> Config:
+    """Return a copy of the dataclass with each setting; text is read as its field's type.
 
-    Raises CodefendError for an unknown key (the nearest is named) or a value that the field's type cannot hold.
+    Raises CodefendError for an unknown key (the nearest is named) or a text that the field's type cannot hold.
     """
     check_keys(config, settings)
-    changed: Config = _overridden(config, [(key.split("."), text) for key, text in settings.items()])
+    if not settings:
+        return config
+    changed: Config = _overridden(config, [(key.split("."), value) for key, value in settings.items()])
     return changed
 
 
-def _overridden(config: Any, settings: Sequence[tuple[Sequence[str], str]], above: str = "") -> Any:
+def _overridden(config: Any, settings: Sequence[tuple[Sequence[str], object]], above: str = "") -> Any:
     """Apply all settings of a dataclass at once, so that checks of several fields see their final values."""
     kinds, values = get_type_hints(type(config)), {}
     for name in dict.fromkeys(path[0] for path, _ in settings):
         old, key = getattr(config, name), above + name
-        inner = [(path[1:], text) for path, text in settings if path[0] == name]
-        values[name] = _overridden(old, inner, f"{key}.") if is_dataclass(old) else _read(inner[0][1], kinds[name], key)
+        inner = [(path[1:], value) for path, value in settings if path[0] == name]
+        value = inner[0][1]
+        if is_dataclass(old):
+            values[name] = _overridden(old, inner, f"{key}.")
+        else:
+            values[name] = _read(value, kinds[name], key) if isinstance(value, str) else value
     return replace(config, **values)
 
 

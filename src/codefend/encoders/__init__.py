@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from codefend.core.registry import lookup
+from codefend.core.registry import lookup, resolve
 from codefend.types import CodefendError
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def load(name: str) -> Encoder:
     Raises CodefendError for an unknown name or missing weights.
     """
     check_name(name)
-    return ENCODERS[name].build() if name in ENCODERS else _build("codefend.encoders.families", name)
+    return ENCODERS[name].build() if name in ENCODERS else _build("codefend.encoders.families:build", name)
 
 
 def check_name(name: str) -> None:
@@ -76,8 +75,8 @@ def shared(name: str) -> Encoder:
         return load(name)
 
 
-def _build(module: str, name: str) -> Encoder:
-    encoder: Encoder = import_module(module).build(name)
+def _build(place: str, name: str) -> Encoder:
+    encoder: Encoder = resolve(place)(name)
     return encoder
 
 
@@ -86,7 +85,7 @@ def _lite(number: int, size: str) -> EncoderSpec:
         f"lite{number}",
         f"EfficientNet-Lite{number}, {size} M parameters, ImageNet-1k",
         "Tan & Le 2019, arXiv 1905.11946",
-        partial(_build, "codefend.encoders.efficientnet_lite", f"lite{number}"),
+        partial(_build, "codefend.encoders.efficientnet_lite:build", f"lite{number}"),
         local=True,
     )
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codefend.core.assets import asset
-from codefend.core.registry import lookup
+from codefend.core.registry import lookup, resolve
+from codefend.core.settings import override
 from codefend.core.specs import parse_spec
 from codefend.types import CodefendError
 
@@ -74,30 +74,23 @@ def build_net_purifier(
 
     Raises CodefendError for an unknown kind or option, and for a gate without a detector.
     """
-    from codefend.purifiers.base import configure
     from codefend.purifiers.detection import Detector
 
     kind = meta.get("kind")
     if kind not in KINDS:
         raise CodefendError(f"{name} holds a network of unknown kind {kind!r}; known: {', '.join(KINDS)}")
     place, fallback = KINDS[kind]
-    cls: type[NetPurifier] = _resolve(place)
-    defaults = configure(configure(cls.options_class(), fallback), meta.get("options", {}))
-    purifier = cls(net, configure(defaults, settings), name=name, defaults=defaults, kind=kind)
+    cls: type[NetPurifier] = resolve(place)
+    defaults = override(cls.options_class(), {**fallback, **meta.get("options", {})})
+    purifier = cls(net, override(defaults, settings), name=name, defaults=defaults, kind=kind)
     detector = Detector.from_dict(meta["detector"]) if meta.get("detector") else None
     purifier.use_detector(detector, calibrated_for=defaults)
     return purifier.eval()
 
 
-def _resolve(place: str) -> Any:
-    """The object that ``"module:name"`` names."""
-    module, _, name = place.partition(":")
-    return getattr(import_module(module), name)
-
-
 def _named(place: str) -> BuildNamed:
     def build(name: str, settings: Mapping[str, object]) -> Purifier:
-        purifier: Purifier = _resolve(place)(name, settings)
+        purifier: Purifier = resolve(place)(name, settings)
         return purifier
 
     return build
@@ -105,12 +98,10 @@ def _named(place: str) -> BuildNamed:
 
 def _plain(place: str) -> Build:
     def build(settings: Mapping[str, object]) -> Purifier:
-        from codefend.purifiers.base import configure
-
-        cls: type[Purifier] = _resolve(place)
+        cls: type[Purifier] = resolve(place)
         if cls.options_class is None and settings:
             raise CodefendError(f"purifier {cls.name!r} has no options")
-        return cls() if cls.options_class is None else cls(configure(cls.options_class(), settings))
+        return cls() if cls.options_class is None else cls(override(cls.options_class(), settings))
 
     return build
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from torch import Generator, Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from codefend.core.devices import mixed_precision
-from codefend.core.settings import check_keys, override
+from codefend.core.settings import override
 from codefend.core.specs import format_spec
 from codefend.purifiers import grid, tiling
 from codefend.types import CodefendError
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from codefend.purifiers.detection import Detector
     from codefend.purifiers.guidance import Guidance
     from codefend.purifiers.nets import PurifierNet
-
-Options = TypeVar("Options")
 
 
 class Purifier(nn.Module):
@@ -93,7 +90,7 @@ class Purifier(nn.Module):
         if self.options is None:
             raise CodefendError(f"purifier {self.name} has no options")
         settings = {self.evaluations_option if key == "evaluations" else key: value for key, value in options.items()}
-        return self._with_options(configure(self.options, settings))
+        return self._with_options(override(self.options, settings))
 
     def _with_options(self, options: Any) -> Purifier:
         return type(self)(options, name=self.base_name, defaults=self.defaults)
@@ -365,15 +362,3 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
             pad = (0, missing, 0, 0) if dim == -1 else (0, 0, 0, missing)
             images = F.pad(images, pad, mode="reflect" if missing < side else "replicate")
     return images
-
-
-def configure(defaults: Options, settings: Mapping[str, object]) -> Options:
-    """``defaults`` with the fields in ``settings`` replaced: text is converted as on the command line.
-
-    Raises CodefendError for an unknown field or a text of the wrong type.
-    """
-    texts = {key: value for key, value in settings.items() if isinstance(value, str)}
-    check_keys(defaults, dict.fromkeys(settings, ""))
-    typed: Any = override(defaults, texts)
-    changed: Options = replace(typed, **{key: value for key, value in settings.items() if key not in texts})
-    return changed

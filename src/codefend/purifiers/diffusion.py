@@ -59,13 +59,6 @@ def vp_sigma(t: Tensor) -> Tensor:
     return 0.5 * torch.expm1(-2 * vp_log_mean(t)).sqrt()
 
 
-def vp_time(sigma: Tensor) -> Tensor:
-    """VP time whose noise level is ``sigma`` ([0, 1] pixels): the inverse of `vp_sigma`, in closed form."""
-    log_inverse = 0.5 * torch.log1p((2 * sigma) ** 2)  # -log_mean
-    slope = BETA_MAX - BETA_MIN
-    return ((BETA_MIN**2 + 4 * slope * log_inverse).sqrt() - BETA_MIN) / slope
-
-
 class Scales(NamedTuple):
     """Coefficients, ``[B]`` each, of D(x) = c_skip x + c_out F(c_in x; c_noise), F the raw network (EDM, eq. 7)."""
 

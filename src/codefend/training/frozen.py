@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 
 import torch
 from torch import Tensor
 
 from codefend import encoders
 from codefend.attacks import objectives
-from codefend.core.devices import default_device
-from codefend.encoders.views import View
+from codefend.encoders.views import ViewedEncoder
 from codefend.tasks.objects import COLOURS, THINGS
 from codefend.types import Objective, WhiteBox
 from codefend.victims.pocket import Pocket
@@ -20,25 +18,6 @@ OWN = "victim"  # among encoders by name: the victim's own
 WORDS = tuple(f" {c} {t.name}" for t in THINGS if t.tinted for c in COLOURS) + tuple(
     f" {t.name}" for t in THINGS if not t.tinted
 )
-
-
-class ViewedEncoder:
-    """An encoder by name or folder, with a `View` of its images."""
-
-    def __init__(self, name: str, view: View | None = None) -> None:
-        self.name, self.encoder = name, encoders.load(name).to(default_device())
-        self.view = view or View()
-
-    def through(self, view: View) -> ViewedEncoder:
-        """The same encoder through another view."""
-        other = copy(self)
-        other.view = view
-        return other
-
-    def features(self, images: Tensor) -> Tensor:
-        """Vision tokens ``[B, T, D]``, see `HasFeatures`."""
-        tokens: Tensor = self.encoder(self.view(images.to(self.encoder.device)))
-        return tokens.to(images.device)
 
 
 AnyEncoder = ViewedEncoder | WhiteBox  # by name, or the victim's own

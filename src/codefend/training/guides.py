@@ -15,9 +15,9 @@ from torch import Tensor
 
 from codefend import victims
 from codefend.attacks import objectives
-from codefend.encoders.views import draw_view
+from codefend.encoders.views import ViewedEncoder, draw_view
 from codefend.tasks.language import CAPTION_PROMPT
-from codefend.training.frozen import OWN, WORDS, AnyEncoder, ViewedEncoder, load_encoders, word_objective
+from codefend.training.frozen import OWN, WORDS, AnyEncoder, load_encoders, word_objective
 from codefend.types import CodefendError, HasAnswerLogits, Objective, WhiteBox
 from codefend.victims.pocket import Pocket
 

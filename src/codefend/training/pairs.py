@@ -32,11 +32,11 @@ from codefend.core.runs import (
 )
 from codefend.core.settings import recorded
 from codefend.encoders import ENCODERS
-from codefend.encoders.views import View, draw_view
+from codefend.encoders.views import View, ViewedEncoder, draw_view
 from codefend.tasks.language import CAPTION_PROMPT, captions, training_texts
 from codefend.tasks.scenes import compose, load_photographs
 from codefend.tasks.training_images import draw_training_images, own_photographs
-from codefend.training.frozen import OWN, AnyEncoder, ViewedEncoder, check_encoders, load_encoders, word_objective
+from codefend.training.frozen import OWN, AnyEncoder, check_encoders, load_encoders, word_objective
 from codefend.types import Budget, CodefendError, Objective, WhiteBox
 from codefend.victims.pocket import Pocket
 

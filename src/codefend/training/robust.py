@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 from codefend.attacks import objectives
 from codefend.core.devices import default_device
 from codefend.core.runs import make_generator
-from codefend.encoders.views import View
+from codefend.encoders.views import View, ViewedEncoder
 from codefend.purifiers.diffusion import bridge_state, charbonnier, sample_bridge_times
 from codefend.purifiers.nets import PurifierNet, load_net
 from codefend.tasks.natural_images import NaturalConfig, NaturalImages
@@ -29,7 +29,7 @@ from codefend.tasks.scenes import compose, load_photographs
 from codefend.training.camera import jpeg_file
 from codefend.training.damage import damage
 from codefend.training.fit import Losses, MovingAverage, Training, fit, held_rate
-from codefend.training.frozen import OWN, ViewedEncoder, word_objective
+from codefend.training.frozen import OWN, word_objective
 from codefend.training.growth import grow
 from codefend.training.guides import PocketGuide, load_guide, token_distance
 from codefend.training.mining import n_fgsm, sign_steps

@@ -7,46 +7,39 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from codefend import encoders
-from codefend.core.devices import default_device
 from codefend.core.specs import parse_encoders
 from codefend.encoders.base import Classifier
-from codefend.encoders.views import View
+from codefend.encoders.views import View, ViewedEncoder
 from codefend.types import CodefendError
 
 PREFIX = "encoder:"
 
 
-class EncoderVictim:
+class EncoderVictim(ViewedEncoder):
     """The encoder of that name in `codefend.encoders`; with ``side``, images are resized to that side in pixels.
 
     Raises CodefendError for an unknown encoder or one without classes.
     """
 
     greedy = True
+    encoder: Classifier
 
     def __init__(self, encoder: str, side: int | None = None) -> None:
-        self.name = encoder if side is None else f"{encoder}@{side}"
-        model = encoders.load(encoder).to(default_device())
-        if not isinstance(model, Classifier):
+        super().__init__(encoder)
+        if not isinstance(self.encoder, Classifier):
             raise CodefendError(f"encoder {encoder!r} has no classes to answer with; use one of the named encoders")
-        self.encoder = model
-        self.side = side
-
-    def features(self, images: Tensor) -> Tensor:
-        """Vision tokens ``[B, T, D]``, see `HasFeatures`."""
-        tokens: Tensor = self.encoder(self._resized(images))
-        return tokens.to(images.device)
+        self.name, self.side = encoder if side is None else f"{encoder}@{side}", side
 
     @torch.no_grad()
     def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
         """The number of the ImageNet-1k class of each image, as text; prompts are ignored."""
-        classes: list[int] = self.encoder.logits(self._resized(images)).argmax(1).tolist()
+        classes: list[int] = self.encoder.logits(self.viewed(images)).argmax(1).tolist()
         return [str(number) for number in classes]
 
-    def _resized(self, images: Tensor) -> Tensor:
-        side = self.side or max(32, round(max(images.shape[-2:]) / 32) * 32)
-        return View(side)(images.to(self.encoder.device))
+    def viewed(self, images: Tensor) -> Tensor:
+        """The images on the encoder's device, resized to ``side`` or to their own longer side, rounded."""
+        view = View(self.side or max(32, round(max(images.shape[-2:]) / 32) * 32))
+        return view(images.to(self.encoder.device))
 
 
 def load_encoder(spec: str) -> EncoderVictim:

@@ -22,7 +22,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from codefend.contrib.backbones.vp import VPDenoiser, require, table_of
-from codefend.purifiers.base import Purifier, configure
+from codefend.core.settings import override
+from codefend.purifiers.base import Purifier
 from codefend.purifiers.diffusion import denoise_from, evaluate, noise_like, per_image
 from codefend.types import CodefendError
 
@@ -220,8 +221,8 @@ def from_folder(folder: Path, meta: Mapping[str, Any], settings: Mapping[str, ob
     """The purifier that `save_adapters` wrote. Raises CodefendError for adapters of another model and wrong options."""
     from safetensors.torch import load_file
 
-    defaults = configure(LatentOptions(), meta.get("options", {}))
-    options = configure(defaults, settings)
+    defaults = override(LatentOptions(), meta.get("options", {}))
+    options = override(defaults, settings)
     latents = load_latents(meta["base"], options.dtype)
     own = add_adapters(latents, int(meta["rank"]))
     try:
@@ -238,7 +239,7 @@ def from_folder(folder: Path, meta: Mapping[str, Any], settings: Mapping[str, ob
 
 def build_latent(name: str, settings: Mapping[str, object]) -> LatentPurifier:
     """``hf-latent:ID_OR_FOLDER``. Raises CodefendError for a wrong option before anything is loaded."""
-    options = configure(LatentOptions(), settings)
+    options = override(LatentOptions(), settings)
     source = name.removeprefix(PREFIX)
     if not source:
         raise CodefendError(f"name a model, as in {PREFIX}stabilityai/sd-turbo or {PREFIX}./folder")

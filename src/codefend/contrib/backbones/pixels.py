@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from codefend.contrib.backbones.vp import FIXED, LEARNED, VPDenoiser, load_part, require, table_of
-from codefend.purifiers.base import configure
+from codefend.core.settings import override
 from codefend.purifiers.bridge import Bridge, BridgeOptions
 from codefend.purifiers.diffpure import DiffPure, DiffPureOptions
 from codefend.purifiers.diffusion import SHIFT_DATA
@@ -74,7 +74,7 @@ def _bare(source: str) -> bool:
 
 def build_diffpure(name: str, settings: Mapping[str, object]) -> DiffPure:
     """``hf-diffpure:ID_OR_FOLDER``. Raises CodefendError for a wrong option before anything is loaded."""
-    options = configure(HFDiffPureOptions(), settings)
+    options = override(HFDiffPureOptions(), settings)
     net: Any = load_denoiser(_source(name, DIFFPURE))
     return DiffPure(net, options, name=name)
 
@@ -84,7 +84,7 @@ def build_bridge(name: str, settings: Mapping[str, object]) -> Bridge:
 
     Raises CodefendError for a wrong option before anything is loaded.
     """
-    options = configure(BridgeOptions(), settings)
+    options = override(BridgeOptions(), settings)
     if options.gate:
         raise CodefendError(f"{name} has no detection score to open a gate by: leave gate=true out")
     net: Any = load_denoiser(_source(name, BRIDGE))

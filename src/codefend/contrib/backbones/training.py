@@ -25,11 +25,11 @@ from codefend.contrib.backbones.pixels import load_denoiser, save_denoiser
 from codefend.contrib.backbones.vp import VPDenoiser
 from codefend.core.devices import default_device
 from codefend.core.runs import make_generator
+from codefend.encoders.views import ViewedEncoder
 from codefend.purifiers.diffusion import bridge_predict, charbonnier, noise_like, sample_bridge_times
 from codefend.training.banks import StreamedBank
 from codefend.training.card import write_card
 from codefend.training.fit import Losses, MovingAverage, Training, cosine_schedule, fit
-from codefend.training.frozen import ViewedEncoder
 from codefend.types import CodefendError
 
 Batch = tuple[Tensor, Tensor]  # clean and adversarial images [B,3,H,W]

@@ -10,11 +10,11 @@ import torch
 from torch import Generator, Tensor
 
 from codefend.contrib.peers.base import PairsPeerConfig, PeerLoss, train_peer
+from codefend.encoders.views import ViewedEncoder
 from codefend.purifiers.base import NetPurifier, clip
 from codefend.purifiers.diffusion import per_image
 from codefend.purifiers.nets import PurifierNet
 from codefend.training.fit import Losses
-from codefend.training.frozen import ViewedEncoder
 
 
 @dataclass(frozen=True)
