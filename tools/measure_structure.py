@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from itertools import pairwise
+from itertools import groupby
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -58,22 +58,32 @@ def names_in(node: ast.AST) -> list[str]:
 
 
 def journey(src: Path, command: list[str]) -> None:
-    """Run ``codefend COMMAND`` and count the calls of the package's functions, their files and changes of file."""
+    """Run ``codefend COMMAND`` and print the calls of the package's functions, and count their files.
+
+    What runs while a module is imported, such as class bodies and registries, is no step of the journey.
+    """
     sys.path.insert(0, str(src))
     from codefend.cli import main as codefend
 
-    calls: list[str] = []
+    calls: list[tuple[str, str]] = []
+    imports = 0
 
     def record(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal imports
         code = frame.f_code
-        if event == "call" and code.co_filename.startswith(str(src)) and not code.co_name.startswith("<"):
-            calls.append(code.co_filename)
+        if code.co_name == "<module>":
+            imports += {"call": 1, "return": -1}.get(event, 0)
+        elif event == "call" and not imports and code.co_filename.startswith(str(src)) and code.co_name[0] != "<":
+            calls.append((str(Path(code.co_filename).relative_to(src)), code.co_name))
 
     sys.setprofile(record)
     codefend(command)
     sys.setprofile(None)
-    changes = sum(a != b for a, b in pairwise(calls))
-    print(f"journey: {len(calls)} calls in {len(set(calls))} files with {changes} changes of file")
+    stretches = [(file, [name for _, name in stretch]) for file, stretch in groupby(calls, key=lambda call: call[0])]
+    for file, names in stretches:
+        print(f"  {file}: {' '.join(dict.fromkeys(names))}")
+    files = {file for file, _ in calls}
+    print(f"journey: {len(calls)} calls in {len(files)} files with {len(stretches) - 1} changes of file")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def trainable() -> TrainableSmolVLM:
 
 
 def write_weights(model: TrainableSmolVLM, folder: Path) -> Path:
-    """As `training.smolvlm_pocket.export_smolvlm`, in 32 bits."""
+    """As `training.pocket.export_parameters`, in 32 bits."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: p.detach().clone() for name, p in model.trainable.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"kind": victims.NAME, "vision": VISION}))

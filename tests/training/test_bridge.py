@@ -302,13 +302,13 @@ def test_an_interrupted_training_on_replayed_pairs_equals_an_uninterrupted_one(
     monkeypatch.setattr(bridge, "open_bank", lambda _: SmallBank())
     save_net(tmp_path / "prior", small_net(), kind="prior")
     config = replace(REPLAYED, prior=str(tmp_path / "prior"), strength=1.1)
-    whole = bridge.train_bridge(config, tmp_path / "whole")
+    whole = config.train(tmp_path / "whole")
     assert load_net(whole)[1]["options"] == {"strength": 1.1}
     if behind:  # after the last checkpoint
-        interrupt_saved(lambda: bridge.train_bridge(config, tmp_path / "cut"), config.steps)
+        interrupt_saved(lambda: config.train(tmp_path / "cut"), config.steps)
     else:
-        interrupt(lambda: bridge.train_bridge(config, tmp_path / "cut"), 5)
-    cut = bridge.train_bridge(config, tmp_path / "cut")
+        interrupt(lambda: config.train(tmp_path / "cut"), 5)
+    cut = config.train(tmp_path / "cut")
     ours, theirs = (load_net(folder)[0].state_dict() for folder in (whole, cut))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 

@@ -27,7 +27,7 @@ from codefend.cli import main
 from codefend.core.runs import read_rows
 from codefend.gateway.app import create_app
 from codefend.purifiers.nets import NetConfig, PurifierNet, save_net
-from codefend.training.bridge import BridgeConfig, train_bridge
+from codefend.training.bridge import BridgeConfig
 from codefend.training.fit import _micro_batches
 from codefend.training.guides import AnswerGuide, load_guide
 from codefend.training.pairs import read_pairs
@@ -119,9 +119,9 @@ def test_a_streamed_training_resumes_exactly(
     folders: dict[str, Path], tmp_path: Path, interrupt: Callable[[Callable[[], object], int], None]
 ) -> None:
     config = bridge(folders, mined=0.0, w_words=0.0)
-    whole = train_bridge(config, tmp_path / "whole")
-    interrupt(lambda: train_bridge(config, tmp_path / "cut"), 2)
-    cut = train_bridge(config, tmp_path / "cut")
+    whole = config.train(tmp_path / "whole")
+    interrupt(lambda: config.train(tmp_path / "cut"), 2)
+    cut = config.train(tmp_path / "cut")
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(purifiers.load(whole)(image), purifiers.load(cut)(image))
 
@@ -130,7 +130,7 @@ def test_a_streamed_training_resumes_exactly(
 def test_two_processes_have_the_curve_of_one(folders: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="optional: trackers and several processes")
     config = bridge(folders, mined=0.5)
-    one = train_bridge(config, tmp_path / "one")
+    one = config.train(tmp_path / "one")
     changes = [
         f"{key}={value if not isinstance(value, tuple) else ','.join(value)}" for key, value in vars(config).items()
     ]

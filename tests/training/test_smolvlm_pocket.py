@@ -23,7 +23,7 @@ pytest.importorskip("transformers")
 import smolvlm_kit as kit
 from codefend.training import smolvlm_pocket as module
 from codefend.training import train
-from codefend.training.fit import Training, cosine_schedule, optimize
+from codefend.training.fit import Training, cosine_schedule, decay_groups, optimize
 from codefend.victims import smolvlm_pocket as victims
 
 FEATURES = 5  # width of the teacher's features
@@ -122,7 +122,7 @@ def test_distillation_lowers_its_loss() -> None:
     config = module.SmolVLMConfig(distill_batch=8, mosaic=0.7)
     mean, std = module.initialize(student, data(), 0)
     statistics = module.FeatureStatistics(mean, std.clamp(min=1e-3))
-    optimizer = torch.optim.AdamW(module._groups(dict(student.named_parameters()), 3e-3))
+    optimizer = torch.optim.AdamW(decay_groups(student.parameters(), module.DECAY, lr=3e-3))
     training = Training(
         parameters=dict(student.named_parameters()),
         batch=partial(module.distillation_batch, config, data()),

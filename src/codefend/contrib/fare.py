@@ -50,40 +50,35 @@ class FareConfig:
     save_every: int = 25  # steps
 
     def train(self, folder: str | Path) -> Path:
-        """As `train_fare`."""
-        return train_fare(self, folder)
+        """Train in ``folder`` and return the folder with the weights, a pocket's; the same call resumes.
 
+        Raises CodefendError when the victim is no pocket, or the folder was made with another config.
+        """
+        base, state = _read_pocket(self.victim)
+        recorded = {"train": "fare", "encoder": base["encoder"], **asdict(self)}
 
-def train_fare(config: FareConfig, folder: str | Path) -> Path:
-    """Train in ``folder`` and return the folder with the weights, a pocket's; the same call resumes.
+        def build() -> Training[Tensor]:
+            device = default_device()
+            original, encoder = (_load_encoder(base["encoder"], state, self.victim).to(device) for _ in range(2))
+            parameters = {name: p for name, p in encoder.named_parameters() if not name.startswith(UNUSED)}
+            optimizer = torch.optim.AdamW(parameters.values(), lr=self.lr, weight_decay=self.weight_decay)
 
-    Raises CodefendError when the victim is no pocket, or the folder was made with another config.
-    """
-    base, state = _read_pocket(config.victim)
-    recorded = {"train": "fare", "encoder": base["encoder"], **asdict(config)}
+            def save(step: int) -> None:
+                _export(Path(folder) / "weights", base, state, parameters)
+                write_card(folder, "fare")
 
-    def build() -> Training[Tensor]:
-        device = default_device()
-        original, encoder = (_load_encoder(base["encoder"], state, config.victim).to(device) for _ in range(2))
-        parameters = {name: p for name, p in encoder.named_parameters() if not name.startswith(UNUSED)}
-        optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
+            return Training(
+                parameters=parameters,
+                batch=partial(_images, self),
+                loss=lambda clean, step: fare_loss(self, encoder, original, clean.to(device), step),
+                optimizer=optimizer,
+                schedule=cosine_schedule(optimizer, self.steps, warmup=self.warmup),
+                steps=self.steps,
+                save=save,
+                save_every=self.save_every,
+            )
 
-        def save(step: int) -> None:
-            _export(Path(folder) / "weights", base, state, parameters)
-            write_card(folder, "fare")
-
-        return Training(
-            parameters=parameters,
-            batch=partial(_images, config),
-            loss=lambda clean, step: fare_loss(config, encoder, original, clean.to(device), step),
-            optimizer=optimizer,
-            schedule=cosine_schedule(optimizer, config.steps, warmup=config.warmup),
-            steps=config.steps,
-            save=save,
-            save_every=config.save_every,
-        )
-
-    return fit(folder, recorded, build) / "weights"
+        return fit(folder, recorded, build) / "weights"
 
 
 def fare_loss(config: FareConfig, encoder: Encoder, original: Encoder, clean: Tensor, step: int) -> Losses:

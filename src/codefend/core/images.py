@@ -16,23 +16,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import (
-    BmpImagePlugin,
-    GifImagePlugin,
-    Image,
-    ImageFile,
-    ImageOps,
-    JpegImagePlugin,
-    PngImagePlugin,
-    TiffImagePlugin,
-    WebPImagePlugin,
-)
+from PIL import Image, ImageFile, ImageOps
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
 from codefend.core.files import write_atomic
@@ -41,35 +37,29 @@ from codefend.types import CodefendError
 MAX_PIXELS = 64_000_000
 WHITE = (255, 255, 255)
 
-# Decoders by format. Pillow's own lookup opens a phone's two-image JPEG (MPO) as an animation.
-_DECODERS: dict[str, type[ImageFile.ImageFile]] = {
-    "PNG": PngImagePlugin.PngImageFile,
-    "JPEG": JpegImagePlugin.JpegImageFile,
-    "WEBP": WebPImagePlugin.WebPImageFile,
-    "BMP": BmpImagePlugin.BmpImageFile,
-    "GIF": GifImagePlugin.GifImageFile,
-    "TIFF": TiffImagePlugin.TiffImageFile,
+
+class _Format(NamedTuple):
+    decoder: type[ImageFile.ImageFile]  # Pillow's own lookup opens a phone's two-image JPEG (MPO) as an animation
+    suffixes: tuple[str, ...]
+    starts: tuple[bytes, ...]  # of a file
+    writable: bool = True
+    alpha: bool = False
+    lossless: bool = False
+
+
+_FORMATS = {
+    "PNG": _Format(PngImageFile, (".png",), (b"\x89PNG\r\n\x1a\n",), alpha=True, lossless=True),
+    "JPEG": _Format(JpegImageFile, (".jpg", ".jpeg", ".jpe"), (b"\xff\xd8\xff",)),
+    "WEBP": _Format(WebPImageFile, (".webp",), (), alpha=True),  # see `_sniff`
+    "BMP": _Format(BmpImageFile, (".bmp",), (b"BM",), lossless=True),
+    "GIF": _Format(GifImageFile, (".gif",), (b"GIF87a", b"GIF89a"), writable=False),
+    "TIFF": _Format(
+        TiffImageFile, (".tif", ".tiff"), (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), alpha=True, lossless=True
+    ),
 }
-_SUFFIXES_OF = {
-    "PNG": (".png",),
-    "JPEG": (".jpg", ".jpeg", ".jpe"),
-    "WEBP": (".webp",),
-    "BMP": (".bmp",),
-    "GIF": (".gif",),
-    "TIFF": (".tif", ".tiff"),
-}
-_SUFFIXES = {suffix: kind for kind, suffixes in _SUFFIXES_OF.items() for suffix in suffixes}
+_SUFFIXES = {suffix: kind for kind, format in _FORMATS.items() for suffix in format.suffixes}
 READABLE = frozenset(_SUFFIXES)  # file name suffixes that a folder job reads
-_MAGIC: dict[str, tuple[bytes, ...]] = {
-    "PNG": (b"\x89PNG\r\n\x1a\n",),
-    "JPEG": (b"\xff\xd8\xff",),
-    "BMP": (b"BM",),
-    "GIF": (b"GIF87a", b"GIF89a"),
-    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
-}
-_WRITABLE = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-_WITH_ALPHA = ("PNG", "WEBP", "TIFF")
-_LOSSLESS = ("PNG", "BMP", "TIFF")
+_WRITABLE = tuple(kind for kind, format in _FORMATS.items() if format.writable)
 
 _PILLOW = threading.Lock()  # Pillow's pixel limit and Python's warning filters are global to the process
 
@@ -213,7 +203,7 @@ def _open_header(stream: IO[bytes], name: str) -> tuple[ImageFile.ImageFile, Pro
     if kind is None:
         problem = "is not an image in" if head else "is empty; expected an image in"
         raise CodefendError(f"{name} {problem} a readable format (PNG, JPEG, WebP, BMP, GIF, TIFF)")
-    image = _DECODERS[kind](stream)
+    image = _FORMATS[kind].decoder(stream)
     width, height = image.size
     if width < 1 or height < 1:
         raise CodefendError(f"{name} is damaged: it claims {width}x{height} pixels")
@@ -223,7 +213,7 @@ def _open_header(stream: IO[bytes], name: str) -> tuple[ImageFile.ImageFile, Pro
 def _sniff(head: bytes) -> str | None:
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
-    return next((kind for kind, starts in _MAGIC.items() if head.startswith(starts)), None)
+    return next((kind for kind, format in _FORMATS.items() if head.startswith(format.starts)), None)
 
 
 def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
@@ -342,16 +332,11 @@ def format_of(path: str | Path) -> str:
 
 def is_lossless(kind: str, *, quality: int | None = None) -> bool:
     """Whether ``encode`` with these settings preserves every 8-bit pixel."""
-    return kind in _LOSSLESS or (kind == "WEBP" and quality is None)
+    return _FORMATS[kind].lossless or (kind == "WEBP" and quality is None)
 
 
 def encode(
-    pixels: Tensor,
-    kind: str = "PNG",
-    *,
-    quality: int | None = None,
-    subsampling: int = 0,
-    icc: bytes | None = None,
+    pixels: Tensor, kind: str = "PNG", *, quality: int | None = None, subsampling: int = 0, icc: bytes | None = None
 ) -> bytes:
     """Encode ``[3, H, W]`` or ``[4, H, W]`` in ``[0, 1]``, never resized. Metadata other than ``icc`` is dropped.
 
@@ -361,7 +346,7 @@ def encode(
     """
     if kind not in _WRITABLE:
         raise CodefendError(f"cannot write {kind}; known: {', '.join(_WRITABLE)}")
-    if pixels.shape[0] == 4 and kind not in _WITH_ALPHA:
+    if pixels.shape[0] == 4 and not _FORMATS[kind].alpha:
         pixels = pixels[:3] * pixels[3:] + _colour(WHITE).to(pixels) * (1 - pixels[3:])
     options: dict[str, Any] = {} if icc is None or kind == "BMP" else {"icc_profile": icc}
     if kind == "JPEG":

@@ -341,6 +341,24 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Row]:
     return tensors, state
 
 
+def cached_tensors(
+    path: str | Path, state: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The tensors in ``path`` if they were stored with this ``state``, else those of ``make``, which are stored there.
+
+    With ``path`` "" nothing is stored. Raises CodefendError as `load_checkpoint` and `save_checkpoint` do.
+    """
+    if path and Path(path).exists():
+        tensors, stored = load_checkpoint(path)
+        if all(stored.get(key) == value for key, value in state.items()):
+            return tensors
+    tensors = make()
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(path, tensors, state)
+    return tensors
+
+
 # --- progress --------------------------------------------------------------------------------------------------------
 
 

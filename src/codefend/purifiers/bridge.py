@@ -23,9 +23,7 @@ class BridgeOptions:
     checkpoint: bool = False
     strength: float = 1.0  # factor of the change; below 1 leaves more of the input, above 1 extrapolates
     gate: bool = False  # return images unchanged that the weights' detector finds clean
-    guided: float = (
-        0.0  # share of further movement, away from the attacked image's features (`Guidance`); 0.2 is tested
-    )
+    guided: float = 0.0  # share of further movement away from the attacked image's features, 0.2 is tested (`Guidance`)
     guides: str = "lite0+lite2"  # the encoders of these features
 
     def __post_init__(self) -> None:
@@ -37,7 +35,6 @@ class BridgeOptions:
             raise CodefendError(f"bridge strength must be above 0, to 1.5, got {self.strength:g}")
         if not 0 <= self.guided <= 1:
             raise CodefendError(f"bridge guided must be 0 to 1, got {self.guided:g}")
-        encoder_names(self.guides)
 
 
 class Bridge(NetPurifier):
@@ -53,7 +50,8 @@ class Bridge(NetPurifier):
         o = self.options
         self.evaluations, self.stochastic, self.gate = o.evaluations, o.sigma > 0, o.gate
         self.noise = o.sigma
-        self.guidance = Guidance.by_encoders(o.guided, o.guides) if o.guided else None
+        guides = encoder_names(o.guides)  # a wrong name fails also where nothing is guided
+        self.guidance = Guidance.by_encoders(o.guided, guides) if o.guided else None
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
         o = self.options

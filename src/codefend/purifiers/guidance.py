@@ -52,9 +52,8 @@ class Guidance:
         self.per_pixel = multiply_adds * (1 + 2 * STEPS)  # a forward pass, then a forward and a backward pass a step
 
     @classmethod
-    def by_encoders(cls, share: float, names: str) -> Guidance:
-        """By encoders joined by "+", as in ``lite0+lite2``. Raises CodefendError for unknown or uninstalled ones."""
-        guides = encoder_names(names)
+    def by_encoders(cls, share: float, guides: Sequence[str]) -> Guidance:
+        """By encoders of these names. Raises CodefendError for uninstalled ones."""
         adds = sum(encoders.shared(name).local_multiply_adds for name in guides)
         return cls(share, [_LocalFeatures(name) for name in guides], multiply_adds=adds)
 

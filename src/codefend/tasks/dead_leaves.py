@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codefend.core.runs import load_checkpoint, progress, save_checkpoint
+from codefend.core.runs import cached_tensors, progress
 from codefend.tasks.training_images import training_photographs
 
 SIDE = 384  # pixels of a finished canvas
@@ -56,21 +56,18 @@ def load_canvases(path: str | Path, count: int, *, seed: int = 0) -> Tensor:
     A file with another count or seed is drawn anew. About half a second of one core and 0.4 MB per canvas. Raises
     CodefendError when the packages with the photographs are missing or the file cannot be written.
     """
-    path, state = Path(path), {"count": count, "seed": seed, "side": SIDE}
-    if path.exists():
-        tensors, present = load_checkpoint(path)
-        if all(present.get(key) == value for key, value in state.items()):
-            return tensors["canvases"]
+    state = {"count": count, "seed": seed, "side": SIDE}
+    return cached_tensors(path, state, lambda: {"canvases": _draw_canvases(count, seed)})["canvases"]
+
+
+def _draw_canvases(count: int, seed: int) -> Tensor:
     images = []
     with progress("dead leaves", count) as advance:
         for index in range(count):
             image = draw_canvas(np.random.default_rng([seed, 17, index]))
             images.append((image * 255).round().to(torch.uint8))
             advance(1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvases = torch.stack(images)
-    save_checkpoint(path, {"canvases": canvases}, state)
-    return canvases
+    return torch.stack(images)
 
 
 def _colours(rng: np.random.Generator, photograph: np.ndarray, count: int) -> np.ndarray:

@@ -117,17 +117,12 @@ class BridgeConfig:
         return recorded(self, later="stream")
 
     def train(self, folder: str | Path) -> Path:
-        """As `train_bridge`."""
-        return train_bridge(self, folder)
+        """Train in ``folder`` and return the folder with the weights; the same call resumes.
 
-
-def train_bridge(config: BridgeConfig, folder: str | Path) -> Path:
-    """Train in ``folder`` and return the folder with the weights; the same call resumes.
-
-    Raises CodefendError when pairs, prior or victim are missing, or the folder was made with another config.
-    """
-    described = {"train": "bridge", **config.recorded()}
-    return fit(folder, described, lambda: _training(config, Path(folder))) / "weights"
+        Raises CodefendError when pairs, prior or victim are missing, or the folder was made with another config.
+        """
+        described = {"train": "bridge", **self.recorded()}
+        return fit(folder, described, lambda: _training(self, Path(folder))) / "weights"
 
 
 def _training(config: BridgeConfig, folder: Path) -> Training[Pairs]:

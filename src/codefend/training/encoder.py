@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codefend.core.devices import default_device
-from codefend.core.runs import load_checkpoint, progress, save_checkpoint
+from codefend.core.runs import cached_tensors, progress
 from codefend.encoders.efficientnet_lite import EfficientNetLite
 from codefend.encoders.families import FamilyConfig, FamilyEncoder, save_encoder
 from codefend.tasks.natural_images import NaturalConfig, NaturalImages
 from codefend.training.card import write_card
-from codefend.training.fit import Losses, MovingAverage, Training, cosine_schedule, fit
+from codefend.training.fit import Losses, MovingAverage, Training, cosine_schedule, decay_groups, fit
 
 FIRST_SCENE = 40_000_000  # no scene of the bridges or banks
 CHUNK = 20  # images the teacher sees at a time
@@ -48,18 +48,13 @@ class EncoderConfig:
     save_every: int = 50  # steps
 
     def train(self, folder: str | Path) -> Path:
-        """As `train_encoder`."""
-        return train_encoder(self, folder)
+        """Train in ``folder`` and return the folder with the weights; the same call resumes.
 
-
-def train_encoder(config: EncoderConfig, folder: str | Path) -> Path:
-    """Train in ``folder`` and return the folder with the weights; the same call resumes.
-
-    Raises CodefendError for an unknown family, missing packages, or a folder made with another config.
-    """
-    FamilyConfig(config.family, config.width, config.depth)  # fail early
-    recorded = {"train": "encoder", **config.__dict__, "natural": config.natural.__dict__}
-    return fit(folder, recorded, lambda: _training(config, Path(folder))) / "weights"
+        Raises CodefendError for an unknown family, missing packages, or a folder made with another config.
+        """
+        FamilyConfig(self.family, self.width, self.depth)  # fail early
+        recorded = {"train": "encoder", **self.__dict__, "natural": self.natural.__dict__}
+        return fit(folder, recorded, lambda: _training(self, Path(folder))) / "weights"
 
 
 class Batch(NamedTuple):
@@ -89,7 +84,7 @@ def _training(config: EncoderConfig, folder: Path) -> Training[Batch]:
     encoder = FamilyEncoder(FamilyConfig(config.family, config.width, config.depth))
     student = Student(encoder, *data.channels).to(default_device()).train()
     average = MovingAverage(student, DECAY)
-    optimizer = torch.optim.AdamW(_groups(student), lr=config.lr, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(decay_groups(student.parameters(), 0.03), lr=config.lr, betas=(0.9, 0.99))
 
     def loss(batch: Batch, number: int) -> Losses:
         return distillation_loss(student, Batch(*(tensor.to(default_device()) for tensor in batch)))
@@ -110,15 +105,6 @@ def _training(config: EncoderConfig, folder: Path) -> Training[Batch]:
         save=save,
         save_every=config.save_every,
     )
-
-
-def _groups(student: Student) -> list[dict[str, object]]:
-    """Weight decay for matrices and convolutions alone."""
-    parameters = list(student.parameters())
-    return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.03},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
 
 
 def distillation_loss(student: Student, batch: Batch) -> dict[str, Tensor]:
@@ -174,14 +160,7 @@ def load_teacher_maps(config: EncoderConfig) -> dict[str, Tensor]:
     """``images`` (8 bits), ``middle`` and ``last`` (float16), from the config's cache or drawn and written there."""
     state = {"teacher": config.teacher, "images": config.images, "side": config.side, "seed": config.natural.seed}
     state["shares"] = list(config.natural.shares)
-    if config.cache and Path(config.cache).exists():
-        tensors, present = load_checkpoint(config.cache)
-        if all(present.get(key) == value for key, value in state.items()):
-            return tensors
-    tensors = _draw_teacher_maps(config)
-    if config.cache:
-        save_checkpoint(config.cache, tensors, state)
-    return tensors
+    return cached_tensors(config.cache, state, lambda: _draw_teacher_maps(config))
 
 
 @torch.no_grad()

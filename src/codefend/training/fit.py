@@ -1,23 +1,22 @@
 """The training loop. Every training of this project is a `Training`: parameters, batches, a loss and a way to save.
 
-    def train_denoiser(config: DenoiserConfig, folder: Path) -> Path:
+    def train(self, folder: Path) -> Path:  # of a config
         def build() -> Training[Tensor]:
             net = Denoiser().to(default_device())
-            optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr)
+            optimizer = torch.optim.AdamW(net.parameters(), lr=self.lr)
             average = MovingAverage(net)
             return Training(
                 parameters=dict(net.named_parameters()),
-                batch=partial(draw_images, config),  # a function of the number alone
-                loss=lambda images, number: {"mse": denoising_loss(net, images, make_generator(config.seed, number))},
+                batch=partial(draw_images, self),  # a function of the number alone
+                loss=lambda images, number: {"mse": denoising_loss(net, images, make_generator(self.seed, number))},
                 optimizer=optimizer,
-                schedule=cosine_schedule(optimizer, config.steps, warmup=50),
+                schedule=cosine_schedule(optimizer, self.steps, warmup=50),
                 average=average,
-                steps=config.steps,
+                steps=self.steps,
                 save=lambda step: save_net(folder / "weights", average.module),
             )
 
-        fit(folder, {"train": "denoiser", **asdict(config)}, build)
-        return folder / "weights"
+        return fit(folder, {"train": "denoiser", **asdict(self)}, build) / "weights"
 
 `fit` owns the run folder: it fails early, writes a row a step, checkpoints, and resumes exactly. `optimize` is the loop
 alone, for a stage of a larger work that has its own run folder.
@@ -29,7 +28,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -234,7 +233,15 @@ def _same(batch: Batch) -> Batch:
     return batch
 
 
-# --- schedule and moving average -------------------------------------------------------------------------------------
+# --- optimizer, schedule and moving average --------------------------------------------------------------------------
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], decay: float, **options: float) -> list[dict[str, Any]]:
+    """Groups of an optimizer: weight ``decay`` for matrices and convolutions, none for vectors; both have ``options``."""
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for parameter in parameters:
+        groups[parameter.dim() <= 1].append(parameter)
+    return [{"params": group, "weight_decay": d, **options} for group, d in zip(groups, (decay, 0.0), strict=True)]
 
 
 def cosine_rate(step: int, steps: int, *, warmup: int, floor: float = 0.02) -> float:

@@ -62,16 +62,11 @@ class PocketConfig:
     save_every: int = 50  # steps
 
     def train(self, folder: str | Path) -> Path:
-        """As `train_pocket`."""
-        return train_pocket(self, folder)
+        """Train in ``folder`` and return the folder with the weights; the same call resumes after any interruption.
 
-
-def train_pocket(config: PocketConfig, folder: str | Path) -> Path:
-    """Train in ``folder`` and return the folder with the weights; the same call resumes after any interruption.
-
-    Raises CodefendError when a weight package or scikit-image is missing, or the folder was made with another config.
-    """
-    return fit(folder, {"train": "pocket", **config.__dict__}, lambda: _training(config, Path(folder))) / "weights"
+        Raises CodefendError when a weight package or scikit-image is missing, or for a folder made with another config.
+        """
+        return fit(folder, {"train": "pocket", **self.__dict__}, lambda: _training(self, Path(folder))) / "weights"
 
 
 def _training(config: PocketConfig, folder: Path) -> Training[Instructions]:
@@ -88,7 +83,7 @@ def _training(config: PocketConfig, folder: Path) -> Training[Instructions]:
         return {"loss": mean, "answers": answers, "captions": captions}
 
     def save(step: int) -> None:
-        export_pocket(pocket, folder / "weights")
+        export_parameters(folder / "weights", pocket.trainable, pocket.config)
         write_card(folder, "pocket")
 
     return Training(
@@ -104,12 +99,12 @@ def _training(config: PocketConfig, folder: Path) -> Training[Instructions]:
     )
 
 
-def export_pocket(pocket: Pocket, folder: Path) -> None:
-    """Write the trained parameters in 16 bits, as `victims.pocket.load_pocket` reads them."""
+def export_parameters(folder: Path, parameters: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write the weights of a victim in 16 bits, and its config, as `victims` reads them."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: p.detach().to(torch.float16) for name, p in pocket.trainable.items()}
+    state = {name: p.detach().to(torch.float16) for name, p in parameters.items()}
     save_checkpoint(folder / "model.safetensors", state)
-    write_atomic(folder / "config.json", json.dumps(pocket.config, indent=2) + "\n")
+    write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 # --- stage 1: words for cells ----------------------------------------------------------------------------------------
@@ -129,12 +124,7 @@ def _ground(pocket: Pocket, config: PocketConfig, shapes: Sequence[Dialogues], l
     def loss(pick: Tensor, step: int) -> Losses:
         with torch.autocast(pocket.device.type, enabled=False):
             embedded = connector.words(tokens[pick].to(pocket.device).float())
-            cosines = F.normalize(embedded, dim=-1) @ words.T
-            targets = labels[pick].to(pocket.device)
-            nll = F.cross_entropy((cosines / 0.05).flatten(0, 1), targets.flatten(), ignore_index=-1)
-        correct, labelled = cosines.argmax(-1) == targets, targets >= 0
-        objects = labelled & (targets < len(words) - 1)
-        return {"loss": nll, "cells": share(correct, labelled), "objects": share(correct, objects)}
+            return cell_losses("loss", embedded, words, labels[pick].to(pocket.device))
 
     training = Training(
         parameters=dict(connector.named_parameters()),
@@ -160,9 +150,17 @@ def _places(pocket: Pocket) -> Tensor:
     return 0.5 * torch.stack([corners[name] for name in names])
 
 
-def share(correct: Tensor, subset: Tensor) -> float:
-    """Share of a subset (boolean) that is correct; 0 for an empty one."""
-    return (correct & subset).sum().item() / max(1, int(subset.sum()))
+def cell_losses(name: str, embedded: Tensor, words: Tensor, labels: Tensor) -> Losses:
+    """Cross-entropy over the phrases for each cell, as ``name``, and the shares of cells and objects that are correct.
+
+    ``embedded`` ``[B, T, D]``; ``words`` ``[C, D]``: unit embeddings of the phrases, the background last; ``labels``
+    ``[B, T]``, -1 where a cell counts for nothing.
+    """
+    cosines = F.normalize(embedded, dim=-1) @ words.T
+    nll = F.cross_entropy((cosines / 0.05).flatten(0, 1), labels.flatten(), ignore_index=-1)
+    correct, labelled = cosines.argmax(-1) == labels, labels >= 0
+    shares = {"cells": labelled, "objects": labelled & (labels < len(words) - 1)}
+    return {name: nll, **{key: (correct & part).sum().item() / max(1, int(part.sum())) for key, part in shares.items()}}
 
 
 def _grounding_set(pocket: Pocket, config: PocketConfig, shapes: Sequence[Dialogues]) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,17 +33,12 @@ class PriorConfig:
     save_every: int = 100  # steps
 
     def train(self, folder: str | Path) -> Path:
-        """As `train_prior`."""
-        return train_prior(self, folder)
+        """Train in ``folder`` and return the folder with the weights; the same call resumes.
 
-
-def train_prior(config: PriorConfig, folder: str | Path) -> Path:
-    """Train in ``folder`` and return the folder with the weights; the same call resumes.
-
-    Raises CodefendError when the image packages are missing or the folder was made with another config.
-    """
-    recorded = {"train": "prior", **config.__dict__, "net": config.net.__dict__}
-    return fit(folder, recorded, lambda: _training(config, Path(folder))) / "weights"
+        Raises CodefendError when the image packages are missing or the folder was made with another config.
+        """
+        recorded = {"train": "prior", **self.__dict__, "net": self.net.__dict__}
+        return fit(folder, recorded, lambda: _training(self, Path(folder))) / "weights"
 
 
 def _training(config: PriorConfig, folder: Path) -> Training[Tensor]:

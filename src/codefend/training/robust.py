@@ -102,17 +102,12 @@ class RobustConfig:
                 raise CodefendError(f"a range of noise levels must be above 0 and ordered, got {low:g} to {high:g}")
 
     def train(self, folder: str | Path) -> Path:
-        """As `train_robust`."""
-        return train_robust(self, folder)
+        """Train in ``folder`` and return the folder with the weights; the same call resumes.
 
-
-def train_robust(config: RobustConfig, folder: str | Path) -> Path:
-    """Train in ``folder`` and return the folder with the weights; the same call resumes.
-
-    Raises CodefendError when weights, an encoder or the victim are missing, or the folder was made with another config.
-    """
-    recorded = {"train": "robust", **asdict(config)}
-    return fit(folder, recorded, lambda: _training(config, Path(folder))) / "weights"
+        Raises CodefendError when weights, an encoder or the victim are missing, or for a folder of another config.
+        """
+        recorded = {"train": "robust", **asdict(self)}
+        return fit(folder, recorded, lambda: _training(self, Path(folder))) / "weights"
 
 
 def _training(config: RobustConfig, folder: Path) -> Training[Batch]:

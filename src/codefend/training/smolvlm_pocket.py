@@ -9,7 +9,6 @@ Shape legend: B batch, S pixels (128), T image tokens (16), W the teacher's feat
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,25 +23,25 @@ from torch import Tensor, nn
 
 from codefend.core.assets import asset
 from codefend.core.devices import default_device
-from codefend.core.files import write_atomic
 from codefend.core.images import load as load_image
 from codefend.core.runs import load_checkpoint, progress, save_checkpoint
 from codefend.encoders.views import fit_square
 from codefend.tasks.language import MIX
 from codefend.tasks.scenes import compose, load_photographs
 from codefend.training.card import write_card
-from codefend.training.fit import Log, Losses, Training, cosine_schedule, fit, optimize, restore_training
+from codefend.training.fit import Log, Losses, Training, cosine_schedule, decay_groups, fit, optimize, restore_training
 from codefend.training.pocket import (
     Instructions,
     PocketConfig,
     augment,
     cell_labels,
+    cell_losses,
     cell_vocabulary,
+    export_parameters,
     instruction_batch,
     load_shapes,
     shape_labels,
     shape_name,
-    share,
     text_loss,
 )
 from codefend.types import CodefendError
@@ -63,6 +62,7 @@ from codefend.victims.smolvlm_pocket import (
 
 Shapes = Sequence[tuple[Path, str]]  # image files of easy-vqa and the names of their shapes
 FIRST_SCENE = 10_000_000  # number of the first scene of stage 1; no other training has scenes from here on
+DECAY = 0.05  # of the weights of the vision tower
 INSTRUCTION_SEED = 50  # added to the seed: stage 2 has other scenes than the pocket's training
 
 
@@ -92,18 +92,12 @@ class SmolVLMConfig:
     save_every: int = 10  # steps
 
     def train(self, folder: str | Path) -> Path:
-        """As `train_smolvlm`."""
-        return train_smolvlm(self, folder)
+        """Train both stages in ``folder``, or the second alone, and return the folder with the weights.
 
-
-def train_smolvlm(config: SmolVLMConfig, folder: str | Path) -> Path:
-    """Train both stages in ``folder``, or the second alone, and return the folder with the weights.
-
-    The same call resumes either stage.
-
-    Raises CodefendError when a weight package or scikit-image is missing, or the folder was made with another config.
-    """
-    return fit(folder, {"train": NAME, **config.__dict__}, lambda: _training(config, Path(folder))) / "weights"
+        The same call resumes either stage. Raises CodefendError when a weight package or scikit-image is missing, or
+        for a folder made with another config.
+        """
+        return fit(folder, {"train": NAME, **self.__dict__}, lambda: _training(self, Path(folder))) / "weights"
 
 
 def _training(config: SmolVLMConfig, folder: Path) -> Training[Instructions]:
@@ -124,7 +118,7 @@ def _training(config: SmolVLMConfig, folder: Path) -> Training[Instructions]:
     )
 
     def save(step: int) -> None:
-        export_smolvlm(model, folder / "weights")
+        export_parameters(folder / "weights", model.trainable, {"kind": NAME, "vision": VISION})
         write_card(folder, NAME)
 
     return Training(
@@ -292,14 +286,10 @@ def distillation_loss(
         with torch.no_grad():
             targets = pocket.connector(batch.features)
         tokens, predictions = student(batch.images)
-        cosines = F.normalize(tokens - pocket.connector.place, dim=-1) @ words.T
-        nll = F.cross_entropy((cosines / 0.05).flatten(0, 1), batch.labels.flatten(), ignore_index=-1)
+        cells = cell_losses("words", tokens - pocket.connector.place, words, batch.labels)
         distance = ((tokens - targets).square().sum(-1) / targets.square().sum(-1)).mean()
         error = F.mse_loss(predictions, (batch.features - statistics.mean) / statistics.std)
-    correct, labelled = cosines.argmax(-1) == batch.labels, batch.labels >= 0
-    objects = labelled & (batch.labels < len(words) - 1)
-    terms = {"words": nll, "tokens": config.w_tokens * distance, "features": config.w_features * error}
-    return {**terms, "cells": share(correct, labelled), "objects": share(correct, objects)}
+    return {**cells, "tokens": config.w_tokens * distance, "features": config.w_features * error}
 
 
 def _distill(config: SmolVLMConfig, folder: Path, tower: VisionTower, pocket: Pocket, shapes: Shapes, log: Log) -> None:
@@ -310,7 +300,7 @@ def _distill(config: SmolVLMConfig, folder: Path, tower: VisionTower, pocket: Po
     mean, std = initialize(student, data, config.seed)
     statistics = FeatureStatistics(mean.to(pocket.device), std.to(pocket.device))
     parameters = dict(student.named_parameters())
-    optimizer = torch.optim.AdamW(_groups(parameters, config.lr_distill), betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(decay_groups(parameters.values(), DECAY, lr=config.lr_distill), betas=(0.9, 0.98))
 
     def loss(batch: DistillationBatch, step: int) -> Losses:
         moved = DistillationBatch(*(tensor.to(pocket.device) for tensor in batch))
@@ -334,12 +324,6 @@ def _distill(config: SmolVLMConfig, folder: Path, tower: VisionTower, pocket: Po
             if step % 10 == 0:
                 log({"key": f"distill-{step}", "distill_step": step, **row, "seconds": seconds})
                 seconds = 0.0
-
-
-def _groups(parameters: Mapping[str, nn.Parameter], rate: float) -> list[dict[str, Any]]:
-    """Optimizer groups: weight decay for matrices, none for other parameters."""
-    sets = ([p for p in parameters.values() if (p.ndim > 1) == matrix] for matrix in (True, False))
-    return [{"params": p, "lr": rate, "weight_decay": decay} for p, decay in zip(sets, (0.05, 0.0), strict=True)]
 
 
 # --- stage 2: instructions -------------------------------------------------------------------------------------------
@@ -397,15 +381,7 @@ def _initialize(model: TrainableSmolVLM, folder: Path) -> None:
 def _optimizer(parameters: Mapping[str, nn.Parameter], config: SmolVLMConfig) -> torch.optim.Optimizer:
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    vision = {name: p for name, p in parameters.items() if not name.startswith(ADAPTERS)}
+    vision = [p for name, p in parameters.items() if not name.startswith(ADAPTERS)]
     adapters = [p for name, p in parameters.items() if name.startswith(ADAPTERS)]
     lora = {"params": adapters, "lr": config.lr_lora, "weight_decay": 0.0}
-    return torch.optim.AdamW([*_groups(vision, config.lr_vision), lora], betas=(0.9, 0.98))
-
-
-def export_smolvlm(model: TrainableSmolVLM, folder: Path) -> None:
-    """Write the trained parameters in 16 bits, as `victims.smolvlm_pocket.read_weights` reads them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: p.detach().to(torch.float16) for name, p in model.trainable.items()}
-    save_checkpoint(folder / "model.safetensors", state)
-    write_atomic(folder / "config.json", json.dumps({"kind": NAME, "vision": VISION}, indent=2) + "\n")
+    return torch.optim.AdamW([*decay_groups(vision, DECAY, lr=config.lr_vision), lora], betas=(0.9, 0.98))

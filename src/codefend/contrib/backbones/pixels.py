@@ -17,6 +17,7 @@ from codefend.core.settings import override
 from codefend.purifiers.bridge import Bridge, BridgeOptions
 from codefend.purifiers.diffpure import DiffPure, DiffPureOptions
 from codefend.purifiers.diffusion import SHIFT_DATA
+from codefend.purifiers.guidance import encoder_names
 from codefend.types import CodefendError
 
 DIFFPURE, BRIDGE = "hf-diffpure:", "hf-bridge:"
@@ -85,6 +86,7 @@ def build_bridge(name: str, settings: Mapping[str, object]) -> Bridge:
     Raises CodefendError for a wrong option before anything is loaded.
     """
     options = override(BridgeOptions(), settings)
+    encoder_names(options.guides)
     if options.gate:
         raise CodefendError(f"{name} has no detection score to open a gate by: leave gate=true out")
     net: Any = load_denoiser(_source(name, BRIDGE))
