@@ -59,7 +59,6 @@ os.environ["CODEFEND_PRECISION"] = "float32"  # the same numbers on any machine,
 @pytest.fixture(scope="session")
 def bare_pocket():  # type: ignore[no-untyped-def]
     """A pocket with pretrained parts and an untrained connector: loads in seconds, answers nonsense."""
-    pytest.importorskip("transformers")
     from codefend.types import CodefendError
     from codefend.victims.pocket import Pocket
 

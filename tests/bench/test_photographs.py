@@ -20,8 +20,6 @@ from codefend.core.runs import Row
 from codefend.purifiers.nets import NetConfig, PurifierNet, save_net
 from codefend.types import CodefendError, Example, Task
 
-pytest.importorskip("skimage", reason="the photographs are scikit-image's")
-
 TINY: dict[str, Any] = {"encoders": ("lite1",), "limit": 4, "side": 64, "steps": 3, "panels": 0}
 
 

@@ -10,9 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("diffusers", reason="optional: the extra diffusers")
-pytest.importorskip("peft", reason="optional: the extra diffusers")
-
 import diffusers_tiny
 from codefend import purifiers
 from codefend.contrib.backbones.latent import load_latents

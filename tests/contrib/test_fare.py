@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     pass
 
 
-pytest.importorskip("sklearn", reason="training images need the extra train")
-pytest.importorskip("skimage", reason="training images need the extra train")
-
-
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     folder = tmp_path / "pocket"

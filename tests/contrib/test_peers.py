@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from codefend.victims.pocket import Pocket
 
 
-pytest.importorskip("sklearn", reason="training images need the extra train")
-pytest.importorskip("skimage", reason="training images need the extra train")
-
 PEERS = ("hgd", "flowpure", "flowpure-gauss", "adbm", "codefend-r")
 
 

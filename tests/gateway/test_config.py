@@ -36,7 +36,6 @@ def test_flags_win_over_environment_over_file(tmp_path: Path, monkeypatch: pytes
 
 
 def test_yaml(tmp_path: Path) -> None:
-    pytest.importorskip("yaml")
     file = tmp_path / "gateway.yaml"
     file.write_text("upstream: pocket\nremote_hosts: [a.org, b.org]\nallow_remote_images: true\n")
     loaded = load_settings(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import schemathesis
 from hypothesis import HealthCheck, settings
 
 from codefend.gateway.app import create_app
@@ -12,7 +13,6 @@ from gateway_kit import Invert, Upstream, served
 from gateway_kit import settings as gateway_settings
 from gateway_openapi import PNG, document
 
-schemathesis = pytest.importorskip("schemathesis")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 checks = schemathesis.checks
 CHECKS = [

@@ -11,7 +11,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx2
+import openai
 import pytest
 from starlette.applications import Starlette
 from torch import Tensor
@@ -22,9 +24,6 @@ from codefend.gateway.app import create_app
 from codefend.gateway.config import model_name
 from codefend.gateway.pocket import pocket_transport
 from gateway_kit import Driver, Invert, b64, chat, gateway, image, png, run, served, settings, url, wait_for
-
-openai = pytest.importorskip("openai")
-anthropic = pytest.importorskip("anthropic")
 
 
 class Painter:
@@ -405,7 +404,6 @@ def test_serve_drains_and_returns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.weights
 def test_the_real_pocket_answers() -> None:
-    pytest.importorskip("transformers")
     from codefend.types import CodefendError
 
     try:

@@ -10,7 +10,9 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import httpx2
+import openai
 import pytest
 import torch
 from starlette.applications import Starlette
@@ -23,9 +25,6 @@ from codefend.gateway.client import wrap
 from codefend.gateway.middleware import PurifyMiddleware
 from codefend.types import CodefendError
 from gateway_kit import Invert, Upstream, b64, chat, image, png, run, url
-
-openai = pytest.importorskip("openai")
-anthropic = pytest.importorskip("anthropic")
 
 A = png(1)
 ANSWER = {

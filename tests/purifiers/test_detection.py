@@ -18,9 +18,6 @@ from codefend.purifiers.nets import NetConfig, PurifierNet, save_net
 from codefend.training.calibrate import CalibrateConfig, calibrate
 from codefend.types import CodefendError
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-
 
 def gen(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)

@@ -155,7 +155,8 @@ def test_a_thin_strip_counts_with_its_padding(monkeypatch: pytest.MonkeyPatch) -
 
 
 def crops() -> Tensor:
-    data = pytest.importorskip("skimage.data")
+    from skimage import data
+
     whole = torch.from_numpy(data.chelsea().copy()).permute(2, 0, 1)[None].float() / 255
     views = [F.interpolate(whole[..., :256, left : left + 256], (128, 128), mode="area") for left in (40, 160)]
     return torch.cat(views)

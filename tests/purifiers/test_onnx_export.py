@@ -16,8 +16,6 @@ from codefend.purifiers import onnx_export as export
 from codefend.purifiers.nets import NetConfig, PurifierNet, save_net
 from codefend.types import CodefendError
 
-pytest.importorskip("onnxruntime")
-
 TINY = NetConfig(channels=(6, 8), blocks=(1, 1), embedding=16)
 
 

@@ -14,7 +14,8 @@ from codefend.purifiers.base import Purifier
 
 
 def photograph(height: int, width: int) -> Tensor:
-    data = pytest.importorskip("skimage.data")
+    from skimage import data
+
     whole = torch.from_numpy(data.astronaut().copy()).permute(2, 0, 1)[None].float() / 255
     return F.interpolate(whole, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
 

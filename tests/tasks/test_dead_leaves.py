@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 
@@ -25,7 +24,6 @@ def test_a_canvas_has_edges_at_all_scales_and_repeats_from_its_seed() -> None:
 
 
 def test_canvases_are_read_from_their_file_and_drawn_anew_for_another_count(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn", reason="training images need the extra train")
     path = tmp_path / "new" / "canvases.safetensors"
     first = dead_leaves.load_canvases(path, 1, seed=3)
     stamp = path.stat().st_mtime_ns

@@ -12,9 +12,6 @@ import torch
 from codefend.tasks.natural_images import NaturalConfig, NaturalImages, random_crop
 from codefend.types import CodefendError
 
-pytest.importorskip("sklearn", reason="training images need the extra train")
-pytest.importorskip("skimage", reason="training images need the extra train")
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> NaturalConfig:

@@ -16,7 +16,6 @@ from codefend.tasks.scenes import PHOTOGRAPHS
 from codefend.tasks.training_images import HELD_OUT
 from codefend.types import CodefendError
 
-pytest.importorskip("skimage", reason="the photographs are scikit-image's")
 GUIDES = ("lite0", "lite2")  # encoders that guided the shipped bridge; lite1 is unseen
 
 

@@ -170,7 +170,6 @@ def test_frozen_questions_cover_every_kind() -> None:
 
 
 def test_the_frozen_set_is_what_the_generator_draws() -> None:
-    pytest.importorskip("skimage")
     from codefend.tasks.scenes import load_photographs
 
     shipped = codefend.load_task("caption", limit=3).examples

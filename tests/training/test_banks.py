@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     pass
 
 
-pytest.importorskip("sklearn", reason="training images need the extra train")
-pytest.importorskip("skimage", reason="training images need the extra train")
-
-
 @pytest.fixture
 def bank(tmp_path: Path) -> Path:
     return small_bank(tmp_path / "bank")

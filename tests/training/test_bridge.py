@@ -22,9 +22,6 @@ from codefend.training.fit import MovingAverage
 from codefend.training.replay import Replays
 from codefend.types import CodefendError
 
-pytest.importorskip("sklearn", reason="training images need the extra train")
-pytest.importorskip("skimage", reason="training images need the extra train")
-
 CONFIG = BridgeConfig(batch=4, clean=0.25, mining_steps=2, max_sigma=0.0)
 
 

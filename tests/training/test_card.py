@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     pass
 
 
-pytest.importorskip("sklearn", reason="training images need the extra train")
-pytest.importorskip("skimage", reason="training images need the extra train")
-
-
 @pytest.fixture
 def prior(tmp_path: Path) -> Path:
     return small_prior(tmp_path / "prior")

@@ -17,8 +17,6 @@ from codefend.training import train
 from codefend.training.encoder import EncoderConfig, TeacherBatches
 from codefend.types import CodefendError
 
-pytest.importorskip("sklearn", reason="training images need the extra train")
-pytest.importorskip("skimage", reason="training images need the extra train")
 Interrupt = Callable[[Callable[[], object], int], None]
 
 

@@ -15,11 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("transformers", reason="optional: the extra pocket")
-pytest.importorskip("skimage", reason="training images need the extra train")
-pytest.importorskip("sklearn", reason="training images need the extra train")
-pytest.importorskip("sacrebleu", reason="optional: the extra bench")
-
 import gateway_kit
 import hf_tiny
 from codefend import purifiers
@@ -88,7 +83,8 @@ def test_parquet_has_the_pairs_of_the_bank(folders: dict[str, Path]) -> None:
     assert [kind for *_, kind in bank] == [kind for *_, kind in table]
     for first, second in zip(bank, table, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(first[:2], second[:2], strict=True))
-    parquet = pytest.importorskip("pyarrow.parquet", reason="optional: the extra parquet")
+    from pyarrow import parquet
+
     file = parquet.ParquetFile(folders["table"] / "train-00000.parquet")
     notes = json.loads(file.schema_arrow.metadata[b"huggingface"])
     assert notes["info"]["features"]["clean"] == {"_type": "Image"}
@@ -128,7 +124,6 @@ def test_a_streamed_training_resumes_exactly(
 
 @pytest.mark.slow
 def test_two_processes_have_the_curve_of_one(folders: dict[str, Path], tmp_path: Path) -> None:
-    pytest.importorskip("accelerate", reason="optional: trackers and several processes")
     config = bridge(folders, mined=0.5)
     one = config.train(tmp_path / "one")
     changes = [

@@ -30,7 +30,6 @@ def bank_of(folder: Path, targets: list[str]) -> Path:
 
 @pytest.mark.parametrize("without", [("lite2",), ("words",), ("words", "lite0"), ("mine",), ("lite1",)])
 def test_a_table_leaves_out_the_same_pairs_as_its_bank(tmp_path: Path, without: tuple[str, ...]) -> None:
-    pytest.importorskip("pyarrow", reason="optional: the extra parquet")
     bank = bank_of(tmp_path / "bank", ["mine", "lite0", "lite2", "lite2"])
     table = pair_tables.write_table(bank, tmp_path / "table")
     expected, actual = (list(pairs.read_pairs(folder, without=without)) for folder in (bank, table))
@@ -46,7 +45,8 @@ def test_a_table_leaves_out_the_same_pairs_as_its_bank(tmp_path: Path, without: 
 
 
 def test_pairs_of_several_kinds_in_one_row_group_are_filtered_one_by_one(tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet", reason="optional: the extra parquet")
+    from pyarrow import parquet
+
     table = pair_tables.write_table(bank_of(tmp_path / "bank", ["lite0", "lite2"]), tmp_path / "table")
     path = table / "train-00000.parquet"
     parquet.write_table(parquet.read_table(path), path)  # all in one group
@@ -55,7 +55,6 @@ def test_pairs_of_several_kinds_in_one_row_group_are_filtered_one_by_one(tmp_pat
 
 
 def test_a_smaller_table_replaces_a_larger_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("pyarrow", reason="optional: the extra parquet")
     monkeypatch.setattr(pair_tables, "SHARDS", 1)
     large, small = (bank_of(tmp_path / str(count), ["lite0"] * count) for count in (3, 1))
     pair_tables.write_table(large, tmp_path / "table")

@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from codefend.victims.pocket import Pocket
 
 
-pytest.importorskip("sklearn", reason="training images need the extra train")
-pytest.importorskip("skimage", reason="training images need the extra train")
-
-
 @pytest.mark.weights
 def test_pairs_then_bridge(bare_pocket: Pocket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from codefend import victims

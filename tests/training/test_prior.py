@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     pass
 
 
-pytest.importorskip("sklearn", reason="training images need the extra train")
-pytest.importorskip("skimage", reason="training images need the extra train")
-
-
 Interrupt = Callable[[Callable[[], object], int], None]
 TINY = NetConfig(channels=(8, 12), blocks=(1, 1), embedding=16)
 

@@ -22,8 +22,6 @@ from codefend.training.guides import AnswerGuide, PocketGuide
 from codefend.training.robust import Batch, RobustBatches, RobustConfig, RobustLoss, Threat, draw_sigmas
 from codefend.types import CodefendError
 
-pytest.importorskip("sklearn", reason="training images need the extra train")
-pytest.importorskip("skimage", reason="training images need the extra train")
 Interrupt = Callable[[Callable[[], object], int], None]
 NET = NetConfig(channels=(8, 8, 8, 8), blocks=(1, 1, 1, 1))
 

@@ -15,15 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codefend.core.runs import load_checkpoint, read_rows, save_checkpoint
-from codefend.types import CodefendError
-
-pytest.importorskip("transformers")
-
 import smolvlm_kit as kit
+from codefend.core.runs import load_checkpoint, read_rows, save_checkpoint
 from codefend.training import smolvlm_pocket as module
 from codefend.training import train
 from codefend.training.fit import Training, cosine_schedule, decay_groups, optimize
+from codefend.types import CodefendError
 from codefend.victims import smolvlm_pocket as victims
 
 FEATURES = 5  # width of the teacher's features
@@ -77,7 +74,6 @@ def test_quadrants_of_other_scenes_bring_their_features_and_labels(monkeypatch: 
 
 
 def test_the_data_set_lists_occupied_quadrants_and_is_drawn_once(tmp_path: Path) -> None:
-    pytest.importorskip("skimage")
     from codefend.training.frozen import WORDS
 
     index = {name: i for i, name in enumerate([*WORDS, " background"])}

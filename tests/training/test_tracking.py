@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-
-pytest.importorskip("accelerate", reason="optional: trackers and several processes")
-
 from accelerate import tracking
 
 from codefend.cli import main

@@ -14,15 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import hf_tiny
 from codefend.attacks import objectives
 from codefend.attacks.apgd import APGD
 from codefend.core import devices
 from codefend.purifiers.guidance import Guidance
 from codefend.types import Budget, CodefendError, WhiteBox
-
-pytest.importorskip("transformers")
-
-import hf_tiny
 from codefend.victims.hf import load, loading
 from codefend.victims.hf import victim as module
 from codefend.victims.hf.prompts import question
@@ -163,7 +160,8 @@ def test_half_precision_keeps_gradients(images: Tensor, tmp_path: Path) -> None:
 
 def test_a_model_spread_over_devices_keeps_its_gradients(images: Tensor, tmp_path: Path) -> None:
     """As ``device=auto`` leaves a model that is too large: hooks on each part, the language model on disk."""
-    accelerate = pytest.importorskip("accelerate")
+    import accelerate
+
     whole = victim("llava")
     whole.save(tmp_path / "model")
     spread = load(f"hf:{tmp_path / 'model'}:device=cpu,max_new_tokens=3")

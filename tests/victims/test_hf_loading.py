@@ -8,11 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from codefend.types import CodefendError
-
-pytest.importorskip("transformers")
-
 import hf_tiny
+from codefend.types import CodefendError
 from codefend.victims.hf import load
 from codefend.victims.hf.victim import HFVictim
 

@@ -11,9 +11,6 @@ import torch
 from torch import Tensor
 
 from codefend.types import CodefendError
-
-pytest.importorskip("transformers")
-
 from codefend.victims.hf.pixels import FAMILIES, pixel_values
 from codefend.victims.hf.resample import FILTERS, Levels
 

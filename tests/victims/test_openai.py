@@ -23,8 +23,6 @@ from codefend.types import CodefendError, WhiteBox
 from codefend.victims import openai as endpoint
 from codefend.victims.answers import AnswerCache
 
-pytest.importorskip("openai")
-
 Reply = tuple[int, dict[str, Any]]
 
 

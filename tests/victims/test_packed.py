@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
-
-transformers = pytest.importorskip("transformers")
 
 SHARED, LENGTHS = 3, (9, 5, 14)
 READS = (range(4, 9), range(4, 5), range(10, 14))
@@ -77,7 +76,8 @@ def test_a_row_does_not_see_the_others(llm: Any, rows: list[Tensor]) -> None:
 def test_gradients_reach_adapters(llm: Any, rows: list[Tensor]) -> None:
     from copy import deepcopy
 
-    peft = pytest.importorskip("peft")
+    import peft
+
     adapted = deepcopy(llm)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     peft.inject_adapter_in_model(config, adapted)

@@ -41,7 +41,7 @@ def test_the_language_model_is_the_instruct_model(bare_pocket: Pocket) -> None:
 @pytest.mark.weights
 @pytest.mark.parametrize("name", ["lite0", "lite1", "lite2"])
 def test_image_encoders_recognize_a_photograph(name: str) -> None:
-    data = pytest.importorskip("skimage.data")
+    from skimage import data
 
     photograph = torch.from_numpy(data.coffee()[:400, 100:500].copy()).permute(2, 0, 1)[None].float() / 255
     scores = encoders.load(name).logits(fit_square(photograph, 224)).softmax(-1)
@@ -133,7 +133,6 @@ def test_weights_round_trip_and_merging_changes_nothing(
 
 
 def test_missing_weights_are_an_error(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
     with pytest.raises(CodefendError, match="codefend train pocket"):
         load_pocket(tmp_path)
 

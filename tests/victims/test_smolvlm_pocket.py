@@ -15,15 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codefend.core import assets
-from codefend.types import CodefendError, WhiteBox
-
-pytest.importorskip("transformers")
-
 import smolvlm_kit as kit
 from codefend import victims
+from codefend.core import assets
 from codefend.training.pocket import text_loss
 from codefend.training.smolvlm_pocket import TrainableSmolVLM
+from codefend.types import CodefendError, WhiteBox
 from codefend.victims import smolvlm_pocket as module
 from codefend.victims.hf.loading import load_victim
 from codefend.victims.hf.pixels import pixel_values

@@ -237,7 +237,7 @@ def _same(batch: Batch) -> Batch:
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], decay: float, **options: float) -> list[dict[str, Any]]:
-    """Groups of an optimizer: weight ``decay`` for matrices and convolutions, none for vectors; both have ``options``."""
+    """Groups of an optimizer: weight ``decay`` for matrices and convolutions only; ``options`` hold for both."""
     groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for parameter in parameters:
         groups[parameter.dim() <= 1].append(parameter)

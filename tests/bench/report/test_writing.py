@@ -85,7 +85,8 @@ def test_csv_has_unrounded_numbers(evaluated: Path) -> None:
 
 
 def test_rows_as_flat_tables(evaluated: Path, tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import parquet
+
     rows = read_report(evaluated).rows
     lines = list(csv.DictReader(io.StringIO(export_rows(evaluated, tmp_path / "r.csv").read_text())))
     table = parquet.read_table(export_rows(evaluated, tmp_path / "r.parquet")).to_pylist()

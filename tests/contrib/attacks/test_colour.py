@@ -36,7 +36,8 @@ def test_ciede2000_matches_the_published_pairs(
 
 
 def test_colours_agree_with_scikit_image() -> None:
-    color = pytest.importorskip("skimage.color")
+    from skimage import color
+
     first = sample_images(1, 24).double()
     second = (first + 0.1 * torch.randn(first.shape, generator=seeded(), dtype=torch.float64)).clamp(0, 1)
     theirs = [color.rgb2lab(x[0].permute(1, 2, 0).numpy()) for x in (first, second)]
