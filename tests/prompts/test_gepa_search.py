@@ -1,4 +1,4 @@
-"""GEPA's items; whole searches are in tests/training/test_prompt_search.py."""
+"""GEPA's items; whole searches are in tests/training/prompt_search/test_search.py."""
 
 from __future__ import annotations
 

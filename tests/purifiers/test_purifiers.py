@@ -27,7 +27,7 @@ SIZES = [(8, 8), (9, 31), (64, 48), (130, 257)]
 QUICK = {
     name: {"steps": 2} for name in ("diffpure", "flowpure", "flowpure-gauss", "adbm", "codefend-r")
 }  # options that keep the registry's table fast
-# Names with a colon stand for models of other libraries: tests/test_diffusers.py.
+# Names with a colon stand for models of other libraries: tests/contrib/backbones/test_backbones.py.
 NAMES = [name for name in PURIFIERS if ":" not in name and (name != "oidn" or find_spec("pyoidn"))]
 
 

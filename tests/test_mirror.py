@@ -1,0 +1,38 @@
+"""Tests mirror the tree by file name: tests/ROOM/test_MODULE.py, or test_MODULE_PART.py; other files are listed here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import codefend
+
+TESTS, ROOT = Path(__file__).parent, Path(codefend.__file__).parent
+CROSSING = {  # tests of several modules at once -> what they check
+    "attacks/test_text_attacks.py": "one contract of all text attacks",
+    "bench/test_photographs.py": "an evaluation of photographs, from config to report",
+    "cli/test_refused_early.py": "every verb with a run folder",
+    "gateway/test_fuzz.py": "generated requests",
+    "gateway/test_load.py": "many requests at once",
+    "gateway/test_operations.py": "metrics, traces, reload, shutdown",
+    "gateway/test_process.py": "the whole server as a process",
+    "gateway/test_refusals.py": "every request that is refused",
+    "gateway/test_security_model.py": "the promises of docs/security-model.md",
+    "integrations/test_plugins.py": "all adapters before one upstream",
+    "prompts/test_prompts_everywhere.py": "a policy in library, bench, verbs and gateway",
+    "training/test_own_victim.py": "the four commands of docs/train.md",
+}
+
+
+def modules_of(test: Path) -> list[Path]:
+    """What a test file is named after: a module, or a folder of this name in the room or the room itself."""
+    words = test.stem.removeprefix("test_").split("_")
+    names = ["_".join(words[:count]) for count in range(1, len(words) + 1)]
+    room = ROOT / test.parent.relative_to(TESTS)
+    places = [place for name in names for place in (room / f"{name}.py", room / name)]
+    return [place for place in (*places, *([room] if room.name == names[-1] else [])) if place.exists()]
+
+
+def test_every_file_is_named_after_what_it_tests() -> None:
+    files = [path for path in TESTS.rglob("test_*.py") if path.parent != TESTS]
+    strays = {path.relative_to(TESTS).as_posix() for path in files if not modules_of(path)}
+    assert strays == set(CROSSING)
