@@ -1,4 +1,4 @@
-"""Tests mirror the tree by file name: tests/ROOM/test_MODULE.py, or test_MODULE_PART.py; other files are listed here."""
+"""Tests mirror the tree by file name, as tests/ROOM/test_MODULE.py or test_MODULE_PART.py; others are listed here."""
 
 from __future__ import annotations
 
