@@ -12,7 +12,7 @@ from codefend.prompts.proposers import (
     KEY_VARIABLE,
     MAX_FAILURES,
     BadProposal,
-    Endpoint,
+    ChatEndpoint,
     FallbackProposer,
     ModelProposer,
     clean_proposal,
@@ -80,14 +80,14 @@ def test_operators_draw_the_sentences_that_suit_the_mistakes() -> None:
         assert len(texts) > 2
 
 
-def endpoint(answer: object, *, status: int = 200) -> tuple[Endpoint, list[httpx2.Request]]:
+def endpoint(answer: object, *, status: int = 200) -> tuple[ChatEndpoint, list[httpx2.Request]]:
     requests: list[httpx2.Request] = []
 
     def handle(request: httpx2.Request) -> httpx2.Response:
         requests.append(request)
         return httpx2.Response(status, json=answer)
 
-    return Endpoint("http://host/v1/", "m", transport=httpx2.MockTransport(handle)), requests
+    return ChatEndpoint("http://host/v1/", "m", transport=httpx2.MockTransport(handle)), requests
 
 
 def test_an_endpoint_gets_the_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +109,7 @@ def test_no_message_shows_a_key(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert requests[0].headers["authorization"] == "Bearer secret"
     for key in ("secret\rtwo", "secret\u2019"):
         monkeypatch.setenv(KEY_VARIABLE, key)
-        for ask in (lambda: complete("x"), lambda: Endpoint("http://host", "m")):
+        for ask in (lambda: complete("x"), lambda: ChatEndpoint("http://host", "m")):
             with pytest.raises(CodefendError, match=f"{KEY_VARIABLE} holds characters that no key has") as caught:
                 ask()
             assert "secret" not in str(caught.value)
@@ -128,9 +128,9 @@ def test_a_failing_endpoint_is_a_bad_proposal(answer: object, status: int) -> No
 
 def test_wrong_addresses_and_missing_models() -> None:
     with pytest.raises(CodefendError, match="must start with http"):
-        Endpoint("localhost:8000", "m")
+        ChatEndpoint("localhost:8000", "m")
     with pytest.raises(CodefendError, match=r"gepa\.model"):
-        Endpoint("http://localhost:8000", "")
+        ChatEndpoint("http://localhost:8000", "")
 
 
 def test_a_failing_proposer_is_replaced_and_finally_dropped(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -14,9 +13,6 @@ import torch
 from codefend.training.banks import Bank, StreamedBank
 from codefend.types import CodefendError
 from training_kit import small_bank
-
-if TYPE_CHECKING:
-    pass
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from codefend.purifiers.nets import NetConfig, PurifierNet, load_net, save_net
 from codefend.tasks.natural_images import NaturalConfig
 from codefend.training import robust, train
 from codefend.training.guides import AnswerGuide, PocketGuide
-from codefend.training.robust import Batch, RobustBatches, RobustConfig, RobustLoss, Threat, draw_sigmas
+from codefend.training.robust import ThreatBatch, RobustBatches, RobustConfig, RobustLoss, Threat, draw_sigmas
 from codefend.types import CodefendError
 
 Interrupt = Callable[[Callable[[], object], int], None]
@@ -65,7 +65,7 @@ def test_every_threat_gives_finite_terms_and_gradients_to_the_network(config: Ro
     threats: dict[Threat, int] = {"adaptive": 64, "oblivious": 64, "damage": 64, "words": 128}
     for threat, side in threats.items():
         net.zero_grad()
-        row = loss(Batch(torch.rand(5, 3, side, side), threat), 3)
+        row = loss(ThreatBatch(torch.rand(5, 3, side, side), threat), 3)
         terms = [value for value in row.values() if isinstance(value, Tensor)]
         torch.stack(terms).sum().backward()
         assert all(bool(torch.isfinite(term)) for term in terms), threat
@@ -80,7 +80,7 @@ def test_the_teachers_output_is_the_target_of_oblivious_attacks_alone(config: Ro
     losses = [RobustLoss(replace(config, taught=1.0), PurifierNet(NET), guide, x) for x in (None, teacher)]
     images = torch.rand(5, 3, 64, 64)
     distances = {
-        t: [float(torch.as_tensor(x(Batch(images, t), 3)["distance"]).detach()) for x in losses]
+        t: [float(torch.as_tensor(x(ThreatBatch(images, t), 3)["distance"]).detach()) for x in losses]
         for t in ("oblivious", "damage")
     }
     assert distances["damage"][0] == distances["damage"][1]

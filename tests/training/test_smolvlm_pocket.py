@@ -113,7 +113,7 @@ def test_shapes_follow_all_scenes_in_the_data_set(tmp_path: Path, monkeypatch: p
 def test_distillation_lowers_its_loss() -> None:
     torch.manual_seed(5)
     teacher: Any = Teacher()
-    student = module.Student(kit.tiny_tower(), FEATURES)
+    student = module.TowerStudent(kit.tiny_tower(), FEATURES)
     words = F.normalize(teacher.table, dim=-1)
     config = module.SmolVLMConfig(distill_batch=8, mosaic=0.7)
     mean, std = module.initialize(student, data(), 0)

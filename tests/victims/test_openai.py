@@ -21,7 +21,7 @@ from codefend import victims
 from codefend.core import images
 from codefend.types import CodefendError, WhiteBox
 from codefend.victims import openai as endpoint
-from codefend.victims.answers import AnswerCache
+from codefend.victims.answers import ResponseCache
 
 Reply = tuple[int, dict[str, Any]]
 
@@ -262,8 +262,8 @@ def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_cache_survives_a_kill(tmp_path: Path) -> None:
     code = """
 import os, pathlib, signal, sys
-from codefend.victims.answers import AnswerCache
-cache = AnswerCache(pathlib.Path(sys.argv[1]))
+from codefend.victims.answers import ResponseCache
+cache = ResponseCache(pathlib.Path(sys.argv[1]))
 for i in range(20):
     cache.put(str(i), f"answer {i}")
 os.kill(os.getpid(), signal.SIGKILL)
@@ -271,12 +271,12 @@ os.kill(os.getpid(), signal.SIGKILL)
     path = tmp_path / "a.sqlite"
     died = subprocess.run([sys.executable, "-c", code, str(path)], env=dict(os.environ))
     assert died.returncode == -signal.SIGKILL
-    assert [AnswerCache(path).get(str(i)) for i in range(21)] == [*(f"answer {i}" for i in range(20)), None]
+    assert [ResponseCache(path).get(str(i)) for i in range(21)] == [*(f"answer {i}" for i in range(20)), None]
 
 
 def test_an_unusable_cache_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "no.sqlite").write_bytes(b"this is no database, and long enough not to pass for one" * 20)
     with pytest.raises(CodefendError, match="cannot use the answer cache"):
-        AnswerCache(tmp_path / "no.sqlite")
+        ResponseCache(tmp_path / "no.sqlite")
     with pytest.raises(CodefendError, match="cannot use the answer cache"):
-        AnswerCache(tmp_path / "no.sqlite" / "a.sqlite")
+        ResponseCache(tmp_path / "no.sqlite" / "a.sqlite")

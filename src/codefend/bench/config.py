@@ -1,4 +1,4 @@
-"""What to evaluate: the config that is saved beside the rows, and how its defenses and attacks are written."""
+"""What to evaluate: the config that is saved next to the rows, and how its defenses and attacks are written."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from codefend.types import CodefendError, Example, HasFeatures, Metric, Task, Vi
 # Metrics in [0, 1] that say whether an answer is right. AGREEMENT marks tasks without reference answers: right is what
 # the undefended victim answers on the clean image, and victims with features are judged by how far these are restored.
 AGREEMENT = "agreement"
-RIGHT_OR_WRONG = ("all_tags", "vqa_accuracy", "exact_match", AGREEMENT)
+BINARY_METRICS = ("all_tags", "vqa_accuracy", "exact_match", AGREEMENT)
 COSINE = "cosine"  # of the vision tokens to those of the clean image, mean over tokens
 CONTROL = "agreement_noise"  # agreement under white noise as large as the change of the image
 
@@ -56,7 +56,7 @@ class EvaluatedTask:
     @cached_property
     def judge(self) -> str:
         """The metric that says whether an answer is right."""
-        return next((name for name in RIGHT_OR_WRONG if name in self.metrics), self.headline)
+        return next((name for name in BINARY_METRICS if name in self.metrics), self.headline)
 
     def describe(self) -> dict[str, Any]:
         """The task's entry in ``bench.json``."""
@@ -96,12 +96,12 @@ class EvaluatedTask:
         return {COSINE: cosine, CONTROL: self.metrics[AGREEMENT](answers, examples)}
 
     def untargeted_success(self, clean: Tensor, attacked: Tensor) -> Tensor:
-        """1 where a right answer became wrong, 0 where it stayed right, nan where it was wrong before; ``[B]``.
+        """1 where a correct answer became wrong, 0 where it stayed correct, nan where it was wrong before; ``[B]``.
 
-        Without a metric that says right or wrong, a caption counts as right from CIDEr-D 0.1 (papers print 10), and as
-        wrong when half of its score is lost.
+        Without a binary metric, a caption counts as correct from CIDEr-D 0.1 (papers print 10), and as wrong when half
+        of its score is lost.
         """
-        if self.judge in RIGHT_OR_WRONG:
+        if self.judge in BINARY_METRICS:
             return attack_success(clean, attacked)
         outside = ~(clean >= 0.1) | attacked.isnan()
         return (attacked < clean / 2).float().masked_fill(outside, float("nan"))

@@ -90,7 +90,7 @@ def request_text(component: str, text: str, failures: Sequence[Failure]) -> str:
     return "\n".join(line[:400] for line in lines)
 
 
-class Endpoint:
+class ChatEndpoint:
     """An OpenAI-compatible chat endpoint as ``complete``. CODEFEND_PROPOSER_KEY is read when it is used, not stored."""
 
     def __init__(self, url: str, model: str, *, timeout: float = 60.0, transport: object = None) -> None:

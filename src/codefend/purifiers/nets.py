@@ -26,7 +26,7 @@ DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"  # weights in the old for
 
 @dataclass(frozen=True)
 class NetConfig:
-    """Shape and scaling of a `PurifierNet`; saved as JSON beside its weights.
+    """Shape and scaling of a `PurifierNet`; saved as JSON next to its weights.
 
     ``channels`` and ``blocks`` have one entry per resolution, the finest (half the image's) first; ``blocks`` counts
     those on the way down and as many on the way up. ``residual_bound`` limits what a noise-free bridge may change in

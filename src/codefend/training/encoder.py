@@ -57,7 +57,7 @@ class EncoderConfig:
         return fit(folder, recorded, lambda: _training(self, Path(folder))) / "weights"
 
 
-class Batch(NamedTuple):
+class TeacherBatch(NamedTuple):
     """Images ``[B, 3, H, W]`` with the teacher's stage 5 and stage 7, standardized per channel."""
 
     images: Tensor
@@ -65,7 +65,7 @@ class Batch(NamedTuple):
     last: Tensor
 
 
-class Student(nn.Module):
+class FamilyStudent(nn.Module):
     """An encoder with the two linear layers that predict the teacher's maps."""
 
     def __init__(self, encoder: FamilyEncoder, middle: int, last: int) -> None:
@@ -78,16 +78,16 @@ class Student(nn.Module):
         return self.middle(maps), self.last(F.avg_pool2d(maps, 2))
 
 
-def _training(config: EncoderConfig, folder: Path) -> Training[Batch]:
+def _training(config: EncoderConfig, folder: Path) -> Training[TeacherBatch]:
     data = TeacherBatches(config)
     torch.manual_seed(config.seed)  # the initial weights only
     encoder = FamilyEncoder(FamilyConfig(config.family, config.width, config.depth))
-    student = Student(encoder, *data.channels).to(default_device()).train()
+    student = FamilyStudent(encoder, *data.channels).to(default_device()).train()
     average = MovingAverage(student, DECAY)
     optimizer = torch.optim.AdamW(decay_groups(student.parameters(), 0.03), lr=config.lr, betas=(0.9, 0.99))
 
-    def loss(batch: Batch, number: int) -> Losses:
-        return distillation_loss(student, Batch(*(tensor.to(default_device()) for tensor in batch)))
+    def loss(batch: TeacherBatch, number: int) -> Losses:
+        return distillation_loss(student, TeacherBatch(*(tensor.to(default_device()) for tensor in batch)))
 
     def save(step: int) -> None:
         origin = {"teacher": config.teacher, "steps": config.steps, "seed": config.seed}
@@ -107,7 +107,7 @@ def _training(config: EncoderConfig, folder: Path) -> Training[Batch]:
     )
 
 
-def distillation_loss(student: Student, batch: Batch) -> dict[str, Tensor]:
+def distillation_loss(student: FamilyStudent, batch: TeacherBatch) -> dict[str, Tensor]:
     """For each of the two maps: 1 - mean cosine of its cells, plus a quarter of the mean squared error."""
     middle, last = student(batch.images)
     return {"middle": _map_loss(middle, batch.middle), "last": _map_loss(last, batch.last)}
@@ -134,13 +134,13 @@ class TeacherBatches:
         """Of the teacher's two maps."""
         return self.middle.maps.shape[1], self.last.maps.shape[1]
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int) -> TeacherBatch:
         rng = np.random.default_rng([self.config.seed, 21, step])
         picks = torch.from_numpy(rng.integers(len(self.images), size=self.config.batch))
         images, middle, last = self.images[picks].float() / 255, self.middle[picks], self.last[picks]
         if rng.random() < 0.5:
-            return Batch(images.flip(-1), middle.flip(-1), last.flip(-1))
-        return Batch(images, middle, last)
+            return TeacherBatch(images.flip(-1), middle.flip(-1), last.flip(-1))
+        return TeacherBatch(images, middle, last)
 
 
 class StandardizedMaps:

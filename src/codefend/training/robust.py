@@ -110,7 +110,7 @@ class RobustConfig:
         return fit(folder, recorded, lambda: _training(self, Path(folder))) / "weights"
 
 
-def _training(config: RobustConfig, folder: Path) -> Training[Batch]:
+def _training(config: RobustConfig, folder: Path) -> Training[ThreatBatch]:
     guide = load_guide(config.victim, (*config.encoders, *config.zoo))
     if not isinstance(guide, PocketGuide):
         raise CodefendError(f"victim {config.victim!r} has no word scores, and this training needs them; use a pocket")
@@ -132,7 +132,7 @@ def _training(config: RobustConfig, folder: Path) -> Training[Batch]:
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
-class Batch(NamedTuple):
+class ThreatBatch(NamedTuple):
     """Clean images ``[B, 3, H, W]`` and how they are to be attacked."""
 
     images: Tensor
@@ -146,7 +146,7 @@ class RobustBatches:
         self.config = config
         self.natural = NaturalImages(config.natural, first_scene=FIRST_SCENE)
 
-    def __call__(self, number: int) -> Batch:
+    def __call__(self, number: int) -> ThreatBatch:
         c = self.config
         rng = np.random.default_rng([c.seed, 31, number])
         threat: Threat = "words"
@@ -162,7 +162,7 @@ class RobustBatches:
         images = torch.stack([jpeg_file(x, rng) if j else x for x, j in zip(images, compressed, strict=True)])
         clean = round(c.clean * len(images))
         images[clean : 2 * clean] = images[:clean]  # attacked copies of the clean images, for the variation term
-        return Batch(images, threat)
+        return ThreatBatch(images, threat)
 
     def _threat(self, draw: float) -> Threat:
         c = self.config
@@ -183,7 +183,7 @@ class RobustLoss:
     guide: PocketGuide
     teacher: PurifierNet | None = None
 
-    def __call__(self, batch: Batch, number: int) -> Losses:
+    def __call__(self, batch: ThreatBatch, number: int) -> Losses:
         """The weighted terms, each a scalar, and what kind of batch it was."""
         c, x_c = self.config, batch.images.to(default_device())
         rng = np.random.default_rng([c.seed, 32, number])

@@ -222,7 +222,7 @@ def _window(quadrant: int, side: int) -> tuple[Any, ...]:
 # --- stage 1: distillation -------------------------------------------------------------------------------------------
 
 
-class Student(nn.Module):
+class TowerStudent(nn.Module):
     """The tower with a head for stage 1 alone, from merged patches to the features of the teacher's encoder."""
 
     def __init__(self, tower: VisionTower, width: int) -> None:
@@ -244,7 +244,7 @@ class FeatureStatistics(NamedTuple):
     std: Tensor
 
 
-def initialize(student: Student, data: DistillationData, seed: int) -> FeatureStatistics:
+def initialize(student: TowerStudent, data: DistillationData, seed: int) -> FeatureStatistics:
     """Set the patch embedding to whitened principal components and the positions to sines and cosines."""
     features = data.features[:512].float().flatten(0, 1)
     images = augment(data.images[:256].float() / 255, np.random.default_rng([seed, 6]))
@@ -271,7 +271,7 @@ def _sinusoids(side: int, width: int) -> Tensor:
 
 
 def distillation_loss(
-    student: Student,
+    student: TowerStudent,
     pocket: Pocket,
     words: Tensor,
     statistics: FeatureStatistics,
@@ -296,7 +296,7 @@ def _distill(config: SmolVLMConfig, folder: Path, tower: VisionTower, pocket: Po
     """Train the tower; log a row every ten steps. Data and checkpoint are files of their own in the run folder."""
     index, words = cell_vocabulary(pocket, [name for _, name in shapes])
     data = load_data(config, pocket, index, shapes, folder / "distillation-data.safetensors")
-    student = Student(tower, pocket.encoder.width).to(pocket.device)
+    student = TowerStudent(tower, pocket.encoder.width).to(pocket.device)
     mean, std = initialize(student, data, config.seed)
     statistics = FeatureStatistics(mean.to(pocket.device), std.to(pocket.device))
     parameters = dict(student.named_parameters())

@@ -26,7 +26,7 @@ def content_key(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
-class AnswerCache:
+class ResponseCache:
     """Texts by key. Every ``put`` is on disk when it returns; threads and processes may share the file.
 
     Raises CodefendError when the file cannot be used.

@@ -20,7 +20,7 @@ from codefend.core.images import encode_data_url
 from codefend.core.settings import override
 from codefend.core.specs import parse_endpoint
 from codefend.types import CodefendError
-from codefend.victims.answers import AnswerCache, content_key, default_cache
+from codefend.victims.answers import ResponseCache, content_key, default_cache
 
 PREFIX = "openai:"
 
@@ -77,7 +77,7 @@ class OpenAIVictim:
         self.name = f"{PREFIX}{self.url}#{self.model}"
         _library()
         self._pace = Pace(self.options.rpm)
-        self._cache = AnswerCache(Path(self.options.cache) if self.options.cache else default_cache())
+        self._cache = ResponseCache(Path(self.options.cache) if self.options.cache else default_cache())
         self._limits: dict[str, Any] = {"max_tokens": self.options.max_tokens, "temperature": 0}
 
     def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:

@@ -33,7 +33,7 @@ from codefend.bench.results import (
     worst_rows,
 )
 from codefend.bench.sanity import Flag
-from codefend.bench.tasks import AGREEMENT, RIGHT_OR_WRONG
+from codefend.bench.tasks import AGREEMENT, BINARY_METRICS
 from codefend.core.runs import Row
 from codefend.tasks.metrics import corpus_bleu4
 from codefend.types import CodefendError, Example
@@ -69,7 +69,7 @@ THREAT_WORDS = {
 
 def score_name(metric: str) -> str:
     """``accuracy`` for metrics that say right or wrong, else ``score``."""
-    return "accuracy" if metric in RIGHT_OR_WRONG else "score"
+    return "accuracy" if metric in BINARY_METRICS else "score"
 
 
 def flags_of(group: Group, flags: Sequence[Flag]) -> list[Flag]:
@@ -200,8 +200,8 @@ def _legend(entries: Sequence[Entry], *, resubmitted: bool) -> tuple[str, ...]:
     return (
         f"{score_name(metric)}: mean of {metric}, with a 95% bootstrap confidence interval over images; n: examples.",
         "of clean: share of the undefended clean score on the same examples.",
-        "attack success: share of the examples answered right by the same defense without attack, whose answer the "
-        "attack made wrong; target forced: share of the examples whose answer it made contain the attacker's sentence.",
+        "attack success: share of the examples answered correctly by the same defense without attack, whose answer the "
+        "attack made wrong; target forced: share of the examples in whose answer it forced the attacker's sentence.",
         *(RESUBMITTED if resubmitted else ()),
         *(f"{threat}: {THREAT_WORDS[threat]}." for threat in THREATS if any(e.group.threat == threat for e in entries)),
     )
@@ -292,7 +292,7 @@ def success(report: Report) -> Table:
     ]
     columns = ("task", "defense", "threat", "eps", "attack success rate", "with a gate", "strongest threat")
     notes = (
-        "Share of the images answered right without attack, on which any attack of the threat or of a weaker one, in "
+        "Share of the images answered correctly without attack, on which any attack of the threat or a weaker one, in "
         "any submission, made the answer wrong or its target appear. With a gate: the same if the images with a "
         "detection score above that of 95% of the clean ones were refused; attacks with evade= aim at that. --max-asr "
         "reads the strongest threat of each defense.",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 NOTES = (
-    "attack success rate: share of the images that the evaluated victim answers right through this defense without "
+    "attack success rate: share of the images that the evaluated victim answers correctly behind this defense without "
     "attack, on which any attack, in any submission, made the answer wrong or its target appear.",
     "Attacks are crafted on the undefended victim. On the diagonal both victims are the same: oblivious attacks (T0); "
     "elsewhere transfer attacks (T1).",

@@ -8,7 +8,7 @@ from typing import Literal
 
 from codefend import prompts
 from codefend.prompts.gepa_search import GepaConfig
-from codefend.prompts.proposers import Endpoint
+from codefend.prompts.proposers import ChatEndpoint
 from codefend.prompts.soft import MAX_TOKENS
 from codefend.training.prompt_search.bank import BankConfig, check_attacks
 from codefend.training.prompt_search.generator import GeneratorConfig
@@ -68,7 +68,7 @@ def _check_gepa(config: SearchConfig) -> None:
     if set(gepa.components) - {"system", "prefix", "suffix"} or not gepa.components:
         raise CodefendError("gepa.components must name some of system, prefix, suffix")
     if gepa.proposer.startswith(("http://", "https://")):
-        Endpoint(gepa.proposer, gepa.model)
+        ChatEndpoint(gepa.proposer, gepa.model)
     elif gepa.proposer not in ("operators", "local"):
         raise CodefendError(f"gepa.proposer is {gepa.proposer!r}: operators, local, or an address (http...)")
     seed_policy(config)

@@ -2,8 +2,8 @@
 
 Imitation (Peters and Schaal 2007; with the best of n only: RAFT, Dong et al. 2023, arXiv 2304.06767): for each query,
 sentences of a bank, the query's own sentences and samples of the generator compete. Their reward is the victim's
-log-likelihood of the right answer; the generator learns to write the better ones. Query pairs (`query_pairs`) teach it
-to repeat a damaged query in its original form, and to leave a plain one alone.
+log-likelihood of the correct answer; the generator learns to write the better ones. Query pairs (`query_pairs`) teach
+it to repeat a damaged query in its original form, and to leave a plain one unchanged.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class RewardModel:
 
 
 def answer_rewards(victim: Victim, item: Item, texts: Sequence[str], place: Place) -> Tensor:
-    """``[n]``: log-likelihood of the right answer with each text; of a black box, the score of its answer."""
+    """``[n]``: log-likelihood of the correct answer with each text; of a black box, the score of its answer."""
     images = item.image[None].expand(len(texts), -1, -1, -1)
     prompts = [item.prompt.join(around(text, place)) for text in texts]
     if isinstance(victim, WhiteBox):

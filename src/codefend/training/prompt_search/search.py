@@ -16,7 +16,7 @@ from codefend.prompts.gepa_search import search
 from codefend.prompts.items import Item, Score, choose, pareto
 from codefend.prompts.operators import EditOperators
 from codefend.prompts.policy import Policy
-from codefend.prompts.proposers import Endpoint, FallbackProposer, ModelProposer, Proposer
+from codefend.prompts.proposers import ChatEndpoint, FallbackProposer, ModelProposer, Proposer
 from codefend.prompts.soft import open_weight
 from codefend.purifiers.base import Purifier
 from codefend.training.prompt_search.bank import ItemBuilder, SearchLoaders, load_crafter, load_purifiers
@@ -165,7 +165,7 @@ def make_proposer(config: SearchConfig, loaders: SearchLoaders) -> Proposer:
         return operators
     if config.gepa.proposer == "local":
         return FallbackProposer(ModelProposer.local(loaders.writer(), config.seed), operators)
-    return FallbackProposer(ModelProposer(Endpoint(config.gepa.proposer, config.gepa.model), "endpoint"), operators)
+    return FallbackProposer(ModelProposer(ChatEndpoint(config.gepa.proposer, config.gepa.model), "endpoint"), operators)
 
 
 def _best(candidates: Candidates) -> str:
