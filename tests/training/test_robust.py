@@ -19,7 +19,7 @@ from codefend.purifiers.nets import NetConfig, PurifierNet, load_net, save_net
 from codefend.tasks.natural_images import NaturalConfig
 from codefend.training import robust, train
 from codefend.training.guides import AnswerGuide, PocketGuide
-from codefend.training.robust import ThreatBatch, RobustBatches, RobustConfig, RobustLoss, Threat, draw_sigmas
+from codefend.training.robust import RobustBatches, RobustConfig, RobustLoss, Threat, ThreatBatch, draw_sigmas
 from codefend.types import CodefendError
 
 Interrupt = Callable[[Callable[[], object], int], None]

@@ -1,6 +1,6 @@
 """Training of a soft prefix: prompt tuning (Lester et al. 2021, arXiv 2104.08691) on clean and attacked images.
 
-It minimizes the mean negative log-likelihood of the correct answers under the frozen victim in the ``[K, D]`` embeddings.
+The ``[K, D]`` embeddings minimize the mean negative log-likelihood of the correct answers under the frozen victim.
 """
 
 from __future__ import annotations
