@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codefend.core.assets import asset
-from codefend.core.registry import lookup
+from codefend.core.registry import lookup, resolve
 
 if TYPE_CHECKING:
     from codefend.types import Victim, WhiteBox
@@ -23,70 +23,61 @@ class VictimSpec:
     build: Callable[[], Victim]
 
 
-def _pocket(folder: Path) -> WhiteBox:
-    from codefend.victims.pocket import load_pocket
+POCKET, SMOLVLM = "codefend.victims.pocket:load_pocket", "codefend.victims.smolvlm_pocket:load_smolvlm"
+PREFIXES = {  # of names that are given whole to a loader
+    "openai:": "codefend.victims.openai:OpenAIVictim",
+    "hf:": "codefend.victims.hf:load",
+    "encoder:": "codefend.victims.encoder:load_encoder",
+}
 
-    return load_pocket(folder)
+
+def _shipped(name: str, summary: str, place: str) -> VictimSpec:
+    return VictimSpec(name, summary, lambda: resolve(place)(asset(f"weights/{name}")))
 
 
-def _smolvlm(folder: Path) -> WhiteBox:
-    from codefend.victims.smolvlm_pocket import load_smolvlm
+def _prefix(prefix: str, rest: str, summary: str) -> VictimSpec:
+    """The row of a prefix; loaded by this very name, it says what is missing."""
+    return VictimSpec(f"{prefix}{rest}", summary, lambda: resolve(PREFIXES[prefix])(prefix))
 
-    return load_smolvlm(folder)
+
+VICTIMS: dict[str, VictimSpec] = {
+    spec.name: spec
+    for spec in (
+        _shipped(
+            "pocket",
+            "SmolLM2-135M reading EfficientNet-Lite0 tokens; embedded, white-box, runs on two CPU cores",
+            POCKET,
+        ),
+        _shipped(
+            "smolvlm-pocket",
+            "SmolVLM's architecture at pocket size: a ViT with 16-pixel patches and SmolLM2-135M; white-box",
+            SMOLVLM,
+        ),
+        _prefix(
+            "openai:",
+            "URL#model",
+            "any OpenAI-compatible endpoint; black-box, with retries, a rate limit and a cache on disk",
+        ),
+        _prefix(
+            "hf:",
+            "ID_OR_FOLDER",
+            "any Transformers image-text-to-text model, white-box: LLaVA, Qwen-VL, SmolVLM, BLIP-2, Gemma, ...",
+        ),
+        _prefix(
+            "encoder:",
+            "NAME@SIDE",
+            "an ImageNet encoder that names its class: lite0, lite1 or lite2; @SIDE resizes the image first",
+        ),
+    )
+}
 
 
 def _weights(folder: Path) -> WhiteBox:
     """The victim of a folder of trained weights."""
     from codefend.victims.smolvlm_pocket import is_weights
 
-    return _smolvlm(folder) if is_weights(folder) else _pocket(folder)
-
-
-def _openai(name: str) -> Victim:
-    from codefend.victims.openai import OpenAIVictim
-
-    return OpenAIVictim(name)
-
-
-def _hf(name: str) -> WhiteBox:
-    from codefend.victims import hf
-
-    return hf.load(name)
-
-
-def _encoder(name: str) -> Victim:
-    from codefend.victims.encoder import load_encoder
-
-    return load_encoder(name)
-
-
-VICTIMS: dict[str, VictimSpec] = {
-    "pocket": VictimSpec(
-        "pocket",
-        "SmolLM2-135M reading EfficientNet-Lite0 tokens; embedded, white-box, runs on two CPU cores",
-        lambda: _pocket(asset("weights/pocket")),
-    ),
-    "smolvlm-pocket": VictimSpec(
-        "smolvlm-pocket",
-        "SmolVLM's architecture at pocket size: a ViT with 16-pixel patches and SmolLM2-135M; white-box",
-        lambda: _smolvlm(asset("weights/smolvlm-pocket")),
-    ),
-    "openai:URL#model": VictimSpec(
-        "openai:URL#model",
-        "any OpenAI-compatible endpoint; black-box, with retries, a rate limit and a cache on disk",
-        lambda: _openai("openai:"),
-    ),
-    "hf:ID_OR_FOLDER": VictimSpec(
-        "hf:ID_OR_FOLDER",
-        "any Transformers image-text-to-text model, white-box: LLaVA, Qwen-VL, SmolVLM, BLIP-2, Gemma, ...",
-        lambda: _hf("hf:"),
-    ),
-    "encoder:NAME@SIDE": VictimSpec(
-        "encoder:NAME@SIDE",
-        "an ImageNet encoder that names its class: lite0, lite1 or lite2; @SIDE resizes the image first",
-        lambda: _encoder("encoder:"),
-    ),
-}
+    victim: WhiteBox = resolve(SMOLVLM if is_weights(folder) else POCKET)(folder)
+    return victim
 
 
 def load(name: str) -> Victim:
@@ -101,12 +92,10 @@ def load(name: str) -> Victim:
     >>> len(encoder.generate(torch.rand(2, 3, 64, 64), ["What is this?"] * 2))
     2
     """
-    if name.startswith("openai:") and name not in VICTIMS:
-        return _openai(name)
-    if name.startswith("hf:") and name not in VICTIMS:
-        return _hf(name)
-    if name.startswith("encoder:") and name not in VICTIMS:
-        return _encoder(name)
+    prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+    if prefix and name not in VICTIMS:
+        victim: Victim = resolve(PREFIXES[prefix])(name)
+        return victim
     if name not in VICTIMS and (Path(name).is_dir() or "/" in name):
         return _weights(Path(name))
     return lookup("victim", name, VICTIMS).build()
