@@ -20,13 +20,13 @@ from torch import Tensor
 from codefend import encoders
 from codefend.core.assets import asset
 from codefend.core.devices import default_device
-from codefend.core.files import write_atomic
-from codefend.core.runs import make_generator, save_checkpoint
+from codefend.core.runs import make_generator
 from codefend.encoders.base import Encoder
 from codefend.tasks.training_images import draw_training_images
 from codefend.training.card import write_card
 from codefend.training.fit import Losses, Training, cosine_schedule, fit
 from codefend.training.mining import sign_steps
+from codefend.training.pocket import export_parameters
 from codefend.types import CodefendError
 from codefend.victims.pocket import read_encoder
 
@@ -64,7 +64,8 @@ class FareConfig:
             optimizer = torch.optim.AdamW(parameters.values(), lr=self.lr, weight_decay=self.weight_decay)
 
             def save(step: int) -> None:
-                _export(Path(folder) / "weights", base, state, parameters)
+                tuned = {f"encoder.{name}": value for name, value in parameters.items()}
+                export_parameters(Path(folder) / "weights", {**state, **tuned}, base)
                 write_card(folder, "fare")
 
             return Training(
@@ -134,12 +135,3 @@ def _load_encoder(name: object, state: dict[str, Tensor], folder: str) -> Encode
     encoder = encoders.load(str(name))
     read_encoder(encoder, state, Path(folder))
     return encoder
-
-
-def _export(
-    folder: Path, base: dict[str, object], state: dict[str, Tensor], tuned: dict[str, torch.nn.Parameter]
-) -> None:
-    """Write the pocket's tensors unchanged and the encoder's in 16 bits, as `victims.pocket.load_pocket` reads them."""
-    encoder = {f"encoder.{name}": value.detach().to(torch.float16) for name, value in tuned.items()}
-    save_checkpoint(folder / "model.safetensors", {**state, **encoder})
-    write_atomic(folder / "config.json", json.dumps(base, indent=2) + "\n")

@@ -6,13 +6,12 @@ At test time it adds noise and denoises by DDIM: `DiffPure` with eta 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
-from codefend.contrib.peers.base import SMALLEST, PeerConfig, PeerLoss, load_pocket, mean_square, spread, train_peer
+from codefend.contrib.peers.base import SMALLEST, PeerConfig, PeerLoss, load_pocket, mean_square, spread
 from codefend.purifiers.base import clip
 from codefend.purifiers.diffusion import Denoiser, noise_like, vp_sigma
 from codefend.purifiers.nets import PurifierNet
@@ -33,9 +32,8 @@ class AdbmConfig(PeerConfig):
     mining_steps: int = 3  # each as long as eps
     times: tuple[float, float] = (0.1, 0.2)  # range of the VP time of the bridge's far end
 
-    def train(self, folder: str | Path) -> Path:
-        """As `train_peer`."""
-        return train_peer(self, folder, lambda: adbm_training_loss(self, load_pocket(self.victim, self.method)))
+    def load_loss(self) -> PeerLoss:
+        return adbm_training_loss(self, load_pocket(self.victim, self.method))
 
 
 def adbm_training_loss(config: AdbmConfig, pocket: Pocket) -> PeerLoss:

@@ -7,7 +7,7 @@ with the weight that its own target implies. Steps and batch are the bridge's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,22 @@ class PeerConfig:
     warmup: int = 50
     save_every: int = 50  # steps
 
+    def load_loss(self) -> PeerLoss:
+        """The loss, with the networks that it needs. Raises CodefendError when one is missing."""
+        raise NotImplementedError
+
+    def purifier_options(self) -> dict[str, float]:
+        """The settings of the training that the purifier needs."""
+        return {}
+
+    def train(self, folder: str | Path) -> Path:
+        """Train in ``folder`` and return the folder with the weights; the same call resumes.
+
+        Raises CodefendError when pairs, prior or victim are missing, or the folder was made with another config.
+        """
+        recorded = {"train": "peer", "method": self.method, **asdict(self)}
+        return fit(folder, recorded, lambda: _training(self, Path(folder))) / "weights"
+
 
 @dataclass(frozen=True)
 class PairsPeerConfig(PeerConfig):
@@ -59,27 +75,9 @@ class PairsPeerConfig(PeerConfig):
     clean: float = 0.0  # share of pairs whose adversarial image is the clean one
 
 
-def train_peer(
-    config: PeerConfig,
-    folder: str | Path,
-    load_loss: Callable[[], PeerLoss],
-    *,
-    options: Mapping[str, float] | None = None,
-) -> Path:
-    """Train in ``folder`` and return the folder with the weights; the same call resumes.
-
-    ``load_loss`` loads the networks that the loss needs; ``options`` are training settings that the purifier needs.
-    Raises CodefendError when pairs, prior or victim are missing, or the folder was made with another config.
-    """
-    recorded = {"train": "peer", "method": config.method, **asdict(config)}
-    return fit(folder, recorded, lambda: _training(config, Path(folder), load_loss, options or {})) / "weights"
-
-
-def _training(
-    config: PeerConfig, folder: Path, load_loss: Callable[[], PeerLoss], options: Mapping[str, float]
-) -> Training[Batch]:
+def _training(config: PeerConfig, folder: Path) -> Training[Batch]:
     bank = Bank(config.pairs, without=config.without) if isinstance(config, PairsPeerConfig) else None
-    peer_loss = load_loss()
+    peer_loss, options = config.load_loss(), config.purifier_options()
     net = start_from_prior(config).to(default_device()).train()
 
     def loss(batch: Batch, number: int) -> Losses:

@@ -7,14 +7,13 @@ time; the vision tokens of its prediction are aligned with the clean image's wor
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
 from codefend.contrib.peers.adbm import adbm_loss, adbm_predict, sample_bridge_levels
-from codefend.contrib.peers.base import PairsPeerConfig, PeerLoss, load_pocket, train_peer
+from codefend.contrib.peers.base import PairsPeerConfig, PeerLoss, load_pocket
 from codefend.purifiers.base import clip
 from codefend.purifiers.diffusion import noise_like
 from codefend.purifiers.nets import PurifierNet
@@ -33,9 +32,8 @@ class CodefendRConfig(PairsPeerConfig):
     times: tuple[float, float] = (0.15, 0.15)  # range of the VP time of the bridge's far end
     w_alignment: float = 0.1
 
-    def train(self, folder: str | Path) -> Path:
-        """As `train_peer`."""
-        return train_peer(self, folder, lambda: codefend_r_loss(self, load_pocket(self.victim, self.method)))
+    def load_loss(self) -> PeerLoss:
+        return codefend_r_loss(self, load_pocket(self.victim, self.method))
 
 
 def codefend_r_loss(config: CodefendRConfig, pocket: Pocket) -> PeerLoss:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
-from codefend.contrib.peers.base import SMALLEST, PairsPeerConfig, PeerConfig, mean_square, spread, train_peer
+from codefend.contrib.peers.base import SMALLEST, PairsPeerConfig, PeerConfig, PeerLoss, mean_square, spread
 from codefend.purifiers.base import NetPurifier
 from codefend.purifiers.diffusion import SHIFT_DATA, Denoiser, evaluate, noise_like, per_image
 from codefend.purifiers.nets import PurifierNet
@@ -28,14 +27,12 @@ class FlowPureConfig(PairsPeerConfig):
 
     clean: float = 0.1
 
-    def train(self, folder: str | Path) -> Path:
-        """As `train_peer`."""
-
+    def load_loss(self) -> PeerLoss:
         def loss(net: PurifierNet, clean: Tensor, attacked: Tensor, number: int, generator: Generator) -> Losses:
             s = sample_flow_times(len(clean), generator=generator).to(clean)
             return {"flow": flow_loss(net, clean, attacked, s).mean()}
 
-        return train_peer(self, folder, lambda: loss)
+        return loss
 
 
 @dataclass(frozen=True)
@@ -46,14 +43,15 @@ class FlowPureGaussConfig(PeerConfig):
 
     noise: float = 0.3  # at the flow's far end, pixels in [0, 1]
 
-    def train(self, folder: str | Path) -> Path:
-        """As `train_peer`."""
-
+    def load_loss(self) -> PeerLoss:
         def loss(net: PurifierNet, clean: Tensor, attacked: Tensor, number: int, generator: Generator) -> Losses:
             s = sample_flow_times(len(clean), generator=generator).to(clean)
             return {"flow": gauss_flow_loss(net, clean, s, noise=self.noise, generator=generator).mean()}
 
-        return train_peer(self, folder, lambda: loss, options={"noise": self.noise})
+        return loss
+
+    def purifier_options(self) -> dict[str, float]:
+        return {"noise": self.noise}
 
 
 def sample_flow_times(count: int, *, generator: Generator | None = None) -> Tensor:

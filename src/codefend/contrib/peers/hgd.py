@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
-from codefend.contrib.peers.base import PairsPeerConfig, PeerLoss, train_peer
+from codefend.contrib.peers.base import PairsPeerConfig, PeerLoss
 from codefend.encoders.views import ViewedEncoder
 from codefend.purifiers.base import NetPurifier, clip
 from codefend.purifiers.diffusion import per_image
@@ -26,9 +25,8 @@ class HgdConfig(PairsPeerConfig):
     clean: float = 0.15
     encoders: tuple[str, ...] = ("lite0", "lite2")  # guide by their features, one a step in turn
 
-    def train(self, folder: str | Path) -> Path:
-        """As `train_peer`."""
-        return train_peer(self, folder, lambda: hgd_loss([ViewedEncoder(name) for name in self.encoders]))
+    def load_loss(self) -> PeerLoss:
+        return hgd_loss([ViewedEncoder(name) for name in self.encoders])
 
 
 def hgd_loss(encoders: list[ViewedEncoder]) -> PeerLoss:
