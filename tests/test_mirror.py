@@ -10,6 +10,7 @@ TESTS, ROOT = Path(__file__).parent, Path(codefend.__file__).parent
 CROSSING = {  # tests of several modules at once -> what they check
     "attacks/test_text_attacks.py": "one contract of all text attacks",
     "bench/test_photographs.py": "an evaluation of photographs, from config to report",
+    "bench/test_votes.py": "answers by vote, from spec to rows",
     "cli/test_refused_early.py": "every verb with a run folder",
     "gateway/test_attempts.py": "images that are smuggled past the gateway",
     "gateway/test_fuzz.py": "generated requests",
