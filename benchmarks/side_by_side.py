@@ -1,10 +1,10 @@
 """CPU time of two checkouts on the same work, in processes that alternate: purify, an evaluation, the gateway.
 
-    python benchmarks/side_by_side.py OTHER/src [--work purify evaluate gateway] [--runs 5]
+    python benchmarks/side_by_side.py OTHER/src [--work purify evaluate gateway] [--runs 5] [--warmup 1]
 
 Other load on the machine changes wall time, hence user and system seconds, and ratios of neighbouring runs.
 ``purify`` and ``evaluate`` are whole processes, imports included; ``gateway`` is the server's CPU time, worker
-processes included, over requests with one image each, after one request that is not counted.
+processes included, over 40 requests with one image each, after one that is not counted.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from PIL import Image
 
 HERE = Path(__file__).parent.parent / "src"
 CODEFEND = (sys.executable, "-m", "codefend.cli")
-EVALUATION = ("tasks=vqa", "limit=2", "defenses=none,bridge", "adaptive=bridge", "steps=3", "eot=1", "attacks=apgd")
-REQUESTS = 60
+EVALUATION = ("tasks=vqa", "limit=2", "defenses=none,bridge", "adaptive=bridge", "steps=2", "eot=1", "attacks=apgd")
+REQUESTS = 40
 
 
 def main() -> None:
@@ -41,14 +41,15 @@ def main() -> None:
     parser.add_argument("other", type=Path)
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=1, help="runs before these, which are not counted")
     arguments = parser.parse_args()
     for name in arguments.work:
         seconds: dict[Path, list[float]] = {HERE: [], arguments.other.resolve(): []}
-        for run in range(arguments.runs + 1):  # the first is not counted
+        for run in range(-arguments.warmup, arguments.runs):
             for src in list(seconds)[:: 1 if run % 2 else -1]:
                 with tempfile.TemporaryDirectory() as folder:
                     spent = WORK[name](src, Path(folder))
-                if run:
+                if run >= 0:
                     seconds[src].append(spent)
         print_comparison(name, *seconds.values())
 
