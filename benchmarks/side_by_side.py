@@ -2,7 +2,7 @@
 
     python benchmarks/side_by_side.py OTHER/src [--work purify evaluate gateway] [--runs 5] [--warmup 1]
 
-Other load on the machine changes wall time, hence user and system seconds, and ratios of neighbouring runs.
+User and system seconds, and ratios of neighbouring runs: other load on the machine changes these less than wall time.
 ``purify`` and ``evaluate`` are whole processes, imports included; ``gateway`` is the server's CPU time, worker
 processes included, over 40 requests with one image each, after one that is not counted.
 """
