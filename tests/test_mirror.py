@@ -15,6 +15,7 @@ CROSSING = {  # tests of several modules at once -> what they check
     "bench/test_photographs.py": "an evaluation of photographs, from config to report",
     "bench/test_votes.py": "answers by vote, from spec to rows",
     "cli/test_refused_early.py": "every verb with a run folder",
+    "contrib/attacks/test_outside.py": "registered attacks of other packages",
     "integrations/test_plugins.py": "all adapters before one upstream",
     "prompts/test_prompts_everywhere.py": "a policy in library, bench, verbs and gateway",
     "training/test_own_victim.py": "the four commands of docs/train.md",
