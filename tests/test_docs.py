@@ -22,12 +22,7 @@ BLOCKS = [
     for page in PAGES
     for number, code in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")), 1)
 ]
-<<<<<<< HEAD
 FENCE = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
-=======
-FENCED = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
-SHELLS = ("", "bash", "sh", "console")
->>>>>>> dc83447 (Guides to the MCP proxy and the guardrail webhooks)
 INLINE = re.compile(r"`(codefend [^`]+)`")
 
 
@@ -37,11 +32,7 @@ def shell_blocks(text: str) -> list[str]:
 
 def commands(text: str) -> list[str]:
     """The ``codefend`` commands in the shell blocks of a page, without comments."""
-<<<<<<< HEAD
     blocks = "\n".join(shell_blocks(text)).replace("\\\n", " ")
-=======
-    blocks = "\n".join(code for shell, code in FENCED.findall(text) if shell in SHELLS).replace("\\\n", " ")
->>>>>>> dc83447 (Guides to the MCP proxy and the guardrail webhooks)
     lines = [line.strip().removeprefix("$ ") for line in blocks.splitlines()]
     parts = [part for line in lines for part in shlex.join(shlex.split(line, comments=True)).split(" '&&' ")]
     return list(dict.fromkeys(part for part in parts if part.startswith("codefend ")))

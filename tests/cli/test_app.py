@@ -30,7 +30,10 @@ def test_help_version_and_no_arguments(run: Run) -> None:
 
 @pytest.mark.parametrize(
     "verb",
-    ["list", "purify", "ask", "caption", "attack", "pairs", "train", "build-victim", "eval", "report", "demo", "mcp-proxy"],
+    [
+        *("list", "purify", "ask", "caption", "attack", "pairs", "train", "build-victim", "eval", "report", "demo"),
+        "mcp-proxy",
+    ],
 )
 def test_every_verb_has_help(verb: str, run: Run) -> None:
     code, out, _ = run(verb, "--help")
