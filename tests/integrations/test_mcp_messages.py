@@ -94,6 +94,7 @@ def test_nothing_else_is_taken_for_an_image(content: Any) -> None:
         ({"content": [{"type": "image", "data": "https://example.org/a.png"}]}, "not valid base64"),
         ({"contents": [{"blob": b64(b"%PDF-1.7 ...")}]}, "PDF"),
         ({"contents": [{"blob": b64(b"?" * 90), "mimeType": "application/pdf"}]}, "PDF"),
+        ({"contents": [{"uri": "a://b", "blob": "!" * 999 + b64(A)}]}, "not valid base64"),
         ({"contents": [{"text": SVG, "mimeType": "image/svg+xml"}]}, "cannot be purified"),
         ({"a": [b64(A)] * 21}, "21 images"),
     ],

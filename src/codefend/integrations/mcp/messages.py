@@ -41,6 +41,7 @@ _WRITTEN = re.compile(
     rf"(?i:data:)(?P<type>[\w.+-]*+(?:/[\w.+-]++)?+)(?P<rest>(?:;[^,;\s\"'<>]{{0,99}}+)*+),(?P<content>{_BASE64})?+"
     rf"|(?<![A-Za-z0-9+/_-])(?P<bare>{_MAGIC}{_BASE64})"
 )
+_STRICT = re.compile(r"[A-Za-z0-9+/]*+={0,2}\Z")
 _URL_SAFE = str.maketrans("-_", "+/")
 
 
@@ -126,6 +127,8 @@ def _find_resource(holder: Any, key: Any, text: str, limits: Limits, documents: 
     elif documents == "refuse" and (_declares(holder, "application/pdf") or _PDF_FILE.match(head)):
         message = "a PDF may hold any image and is not passed on (--documents pass)"
         raise Refused(400, "unknown_content", message, where="blob")
+    elif "uri" in holder and not _STRICT.match(_plain(text)):  # clients that skip other characters may find an image
+        raise Refused(400, "unknown_content", "a binary resource is not valid base64", where="blob")
 
 
 def _written(holder: Any, key: Any, match: re.Match[str], limits: Limits) -> Span | None:

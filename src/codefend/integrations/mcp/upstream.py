@@ -74,20 +74,23 @@ class CommandServer:
             pieces = [*pieces, rest] if size <= self.max_bytes else []
 
     async def __aexit__(self, *error: object) -> None:
-        """Close its input, then end it and what it has started, gently first."""
-        process = self._process
-        assert process.stdin is not None
-        process.stdin.close()
+        """Close its input, then end it and whatever it has started, gently first."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
         for end in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), GRACE_S)
-                return
-            with contextlib.suppress(ProcessLookupError):
-                if os.name == "posix":
-                    os.killpg(process.pid, end)
-                else:
-                    process.send_signal(end)
-        await process.wait()
+                await asyncio.wait_for(self._process.wait(), GRACE_S)
+                break
+            self._signal(end)
+        await self._process.wait()
+        self._signal(signal.SIGTERM)  # what it may have left behind
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.name == "posix":
+                os.killpg(self._process.pid, number)
+            else:
+                self._process.send_signal(number)
 
 
 class HttpServer:
