@@ -198,6 +198,10 @@ def build_engine(settings: Settings, *, purifier: Purifier | None = None, prompt
     def runner(name: str, purifier: Purifier | None, isolate: bool) -> Runner:
         build = partial(build_worker, name, options)
         local = build(purifier)
+        if settings.votes > 1 and name == settings.purifier and not local.purifier.stochastic:
+            raise CodefendError(
+                f"votes={settings.votes}: purifier {local.name} adds no noise, so all answers are the same"
+            )
         if not isolate:
             return local
         pool_options = settings.part(PoolOptions, timeout_s=settings.purify_timeout_s)

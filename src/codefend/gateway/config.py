@@ -116,6 +116,7 @@ class Settings(BaseSettings):
         None, "Images", "keys the purifier's noise; the same in all replicas; default: random"
     )
     noise_secret_file: Path | None = _setting(None, "Images", "file that holds noise_secret")
+    votes: int = _setting(1, "Images", "answers per request with images, each under other noise; the vote counts", ge=1)
     scores: Scores = _setting("hide", "Images", "detection scores in answers to clients")
     prompt: str = _setting("none", "Prompts", "prompt policy by name or JSON file")
     prompt_everywhere: bool = _setting(False, "Prompts", "apply the prompt policy to requests without images as well")

@@ -32,10 +32,11 @@ _SMALL = 1 << 16  # bytes of JSON that are read on the event loop: well under a 
 
 @dataclass(frozen=True)
 class Terms:
-    """What an image must pass. ``threshold`` is in the purifier's own score."""
+    """What an image must pass. ``threshold`` is in the purifier's own score; ``turn`` numbers draws of its noise."""
 
     mode: Mode = "purify"
     threshold: float | None = None
+    turn: int = 0
 
     @classmethod
     def choose(cls, worker: Runner, mode: Mode, threshold: float | None = None) -> Terms:
@@ -253,10 +254,11 @@ class Engine:
         return self._prepare(payload(reference, self.limits, cuts=cuts), terms)
 
     def _prepare(self, data: bytes, terms: Terms) -> tuple[Job, str]:
-        return self._job(data, terms), digest_of(data)
+        digest = digest_of(data)
+        return self._job(data, terms), f"{digest}#{terms.turn}" if terms.turn else digest
 
     def _job(self, data: bytes, terms: Terms) -> Job:
-        return Job(data, terms.mode, terms.threshold, inspect(data, self.limits).pixels)
+        return Job(data, terms.mode, terms.threshold, inspect(data, self.limits).pixels, terms.turn)
 
     def _local_job(self, slot: Slot) -> Job:
         try:

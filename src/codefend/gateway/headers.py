@@ -71,7 +71,9 @@ def visible_score(score: float | None, scores: Scores) -> float | None:
     return score if scores == "exact" else round(score, 1)
 
 
-def report(outcome: Outcome | None, *, purifier: str, request_id: str, scores: Scores = "hide") -> Headers:
+def report(
+    outcome: Outcome | None, *, purifier: str, request_id: str, scores: Scores = "hide", votes: int = 1
+) -> Headers:
     """``x-codefend-*``: what was done with the images of this request."""
     lines = {"request-id": request_id}
     if outcome is not None and outcome.images:
@@ -88,6 +90,8 @@ def report(outcome: Outcome | None, *, purifier: str, request_id: str, scores: S
         if any(score is not None for score in visible):
             digits = 4 if scores == "exact" else 1
             lines["score"] = ",".join("-" if score is None else f"{score:.{digits}f}" for score in visible)
+        if votes > 1:
+            lines["votes"] = str(votes)  # so many requests to the upstream did this one cost
         if outcome.bypassed:
             lines["bypass"] = ",".join(outcome.bypassed)
     return [(_OURS + name.encode(), value.encode("latin-1", "replace")) for name, value in lines.items()]

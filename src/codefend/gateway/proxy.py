@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Coroutine, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,11 +22,12 @@ from codefend.gateway.config import Settings
 from codefend.gateway.engine import Caller, Engine, Outcome, Terms
 from codefend.gateway.errors import Api, Refused, error_body
 from codefend.gateway.forms import check_audio_form
-from codefend.gateway.headers import find, report, to_client, to_upstream
+from codefend.gateway.headers import Headers, find, report, to_client, to_upstream
 from codefend.gateway.routes import api_of, check_path, error_api_of, route_label
 from codefend.gateway.telemetry import Meters, Tracer, log
 from codefend.gateway.uploads import FILES, MESSAGE_BATCHES, rewrite_message_batch, rewrite_upload
 from codefend.gateway.upstream import Upstream
+from codefend.gateway.votes import check_votable, choose
 
 Done = TypeVar("Done")
 
@@ -39,6 +40,7 @@ class Broken(Exception):
     """The upstream broke off after the answer had begun."""
 
 
+_OF_THE_BODY = (b"content-length", b"content-encoding")
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}\Z", re.ASCII)
 
 
@@ -167,6 +169,8 @@ class Proxy:
             own = {"x-request-id": exchange.request_id, **onward}
             headers = [pair for pair in headers if pair[0].decode("latin-1") not in own]
             headers += [(key.encode(), value.encode()) for key, value in own.items()]
+            if self._votes(exchange) > 1:
+                return await self._answer_by_vote(exchange, raw, body, headers)
             content = body if body or scope["method"] in ("POST", "PUT", "PATCH") else None
             request = self.upstream.request(scope["method"], scope["path"], scope["query_string"], headers, content)
             start = time.perf_counter()
@@ -176,6 +180,45 @@ class Proxy:
                 await self._stream(exchange, response)
             finally:
                 await response.aclose()
+
+    def _votes(self, exchange: Exchange) -> int:
+        """The number of answers to vote on: several where images were purified."""
+        outcome = exchange.outcome
+        return self.settings.votes if outcome is not None and any(i.purified for i in outcome.images) else 1
+
+    async def _answer_by_vote(self, exchange: Exchange, raw: bytes, first: bytes, headers: Headers) -> None:
+        """Ask the upstream with each draw of the noise, and send the answer that most others are like."""
+        scope, api, start = exchange.scope, api_of(exchange.path), time.perf_counter()
+        check_votable(raw)
+        plain = [pair for pair in headers if pair[0] != b"accept-encoding"] + [(b"accept-encoding", b"identity")]
+
+        async def ask(turn: int) -> httpx2.Response:
+            body = first
+            if turn:
+                terms, caller = replace(self._terms(scope), turn=turn), Caller(exchange.client, exchange.lease.take)
+                body, _ = await self.engine.rewrite_bytes(api, raw, terms, caller)
+            request = self.upstream.request(scope["method"], scope["path"], scope["query_string"], plain, body)
+            response = await self.upstream.send(request)
+            try:
+                await response.aread()
+            except (httpx2.HTTPError, OSError) as error:
+                raise Refused(502, "upstream_broken", "the upstream broke off") from error
+            finally:
+                await response.aclose()
+            return response
+
+        turns = [asyncio.ensure_future(ask(turn)) for turn in range(self._votes(exchange))]
+        try:
+            response = choose(api, await asyncio.gather(*turns))
+        finally:
+            for turn in turns:
+                turn.cancel()
+            await asyncio.gather(*turns, return_exceptions=True)
+        exchange.upstream_ms = (time.perf_counter() - start) * 1000
+        lines = [pair for pair in self._response_headers(exchange, response) if pair[0] not in _OF_THE_BODY]
+        exchange.status = response.status_code
+        await exchange.send({"type": "http.response.start", "status": response.status_code, "headers": lines})
+        await exchange.send({"type": "http.response.body", "body": response.content})
 
     def _span(self, name: str, exchange: Exchange) -> AbstractContextManager[dict[str, str]]:
         return self.tracer.span(name, exchange.trace, route=exchange.route, request_id=exchange.request_id)
@@ -241,17 +284,21 @@ class Proxy:
             if not self._in_flight[client]:
                 del self._in_flight[client]
 
-    async def _stream(self, exchange: Exchange, response: httpx2.Response) -> None:
-        """Pass the answer on piece by piece, as raw bytes. An answer that breaks off stays incomplete."""
+    def _response_headers(self, exchange: Exchange, response: httpx2.Response) -> Headers:
         headers = to_client(response.headers.raw)
         if "x-request-id" not in response.headers:
             headers.append((b"x-request-id", exchange.request_id.encode()))
-        headers += report(
+        return headers + report(
             exchange.outcome,
             purifier=self.engine.worker.name,
             request_id=exchange.request_id,
             scores=self.settings.scores,
+            votes=self._votes(exchange),
         )
+
+    async def _stream(self, exchange: Exchange, response: httpx2.Response) -> None:
+        """Pass the answer on piece by piece, as raw bytes. An answer that breaks off stays incomplete."""
+        headers = self._response_headers(exchange, response)
         exchange.status = response.status_code
         await exchange.send({"type": "http.response.start", "status": response.status_code, "headers": headers})
         try:

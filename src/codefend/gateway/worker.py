@@ -42,13 +42,15 @@ class Job:
     """One image to purify.
 
     ``threshold`` matters to ``detect`` only: an image with a lower score is re-encoded as it is. ``pixels`` is the size
-    that the header gave; a decoder that finds another one refuses the image. 0: not checked.
+    that the header gave; a decoder that finds another one refuses the image. 0: not checked. ``turn`` numbers draws of
+    noise for the same image.
     """
 
     data: bytes
     mode: Mode = "purify"
     threshold: float | None = None
     pixels: int = 0
+    turn: int = 0
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,8 @@ class Worker:
             return Refused(400, "invalid_image", str(error))
         except MemoryError:
             return Refused(413, "image_too_large", "not enough memory to decode the image")
-        digest = pixels_digest(self.options.secret, self.name, loaded.pixels)
+        name = f"{self.name}#{job.turn}" if job.turn else self.name
+        digest = pixels_digest(self.options.secret, name, loaded.pixels)
         return _Decoded(index, loaded.pixels, loaded.format, digest)
 
     def _purify(self, group: Sequence[_Decoded], jobs: Sequence[Job]) -> Sequence[Result]:
