@@ -118,7 +118,7 @@ def gateway(src: Path, folder: Path) -> float:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{upstream.server_port}/v1"
-    command = [*CODEFEND, "serve", "--upstream", address, "--port", str(port), "--purifier", "bridge"]
+    command = [*CODEFEND, "serve", "--upstream", address, "--port", str(port), "--purify-timeout-s", "300"]
     with (folder / "log").open("wb") as log:
         server = psutil.Popen(command, cwd=folder, env=environment(src), stdout=log, stderr=log)
     try:
@@ -144,11 +144,11 @@ def chat(folder: Path, number: int) -> bytes:
     return json.dumps({"model": "m", "messages": [{"role": "user", "content": parts}]}).encode()
 
 
-def send(port: int, body: bytes, folder: Path, patience: float = 120) -> None:
+def send(port: int, body: bytes, folder: Path, patience: float = 600) -> None:
     """Post a request; the server is given time to start."""
     end = time.monotonic() + patience
     while True:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
         try:
             connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
             status = connection.getresponse().status
