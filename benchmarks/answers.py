@@ -30,7 +30,7 @@ from torch import Tensor
 from codefend import tasks, victims
 from codefend.attacks import objectives
 from codefend.attacks.norms import quantize_in_budget, random_start
-from codefend.core.runs import make_generator
+from codefend.core.seeds import make_generator
 from codefend.defense import DefendedVictim, Defense
 from codefend.tasks.metrics import all_tags, vqa_accuracy
 from codefend.training.frozen import WORDS

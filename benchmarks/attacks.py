@@ -37,7 +37,8 @@ from codefend.bench.attacking import AttackGoal, attack_batch, clean_images
 from codefend.bench.tasks import same_size_batches
 from codefend.contrib.attacks.perc_al import PerCAL, shrink
 from codefend.core.images import quantize8
-from codefend.core.runs import make_generator, open_run
+from codefend.core.runs import open_run
+from codefend.core.seeds import make_generator
 from codefend.tasks.metrics import targeted_success
 from codefend.types import Budget, CodefendError, Objective, Task, WhiteBox
 

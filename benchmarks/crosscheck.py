@@ -32,7 +32,8 @@ from codefend.attacks import ATTACKS, objective_for
 from codefend.attacks.base import BestImages
 from codefend.attacks.norms import distance
 from codefend.core.images import quantize8
-from codefend.core.runs import Run, make_generator, open_run
+from codefend.core.runs import Run, open_run
+from codefend.core.seeds import make_generator
 from codefend.core.settings import number
 from codefend.types import Budget, Objective
 

@@ -27,8 +27,9 @@ from torch import Tensor
 from codefend import encoders, purifiers
 from codefend.attacks.norms import quantize_in_budget
 from codefend.attacks.pgd import PGD
+from codefend.core.checkpoints import load_checkpoint, save_checkpoint
 from codefend.core.images import quantize8
-from codefend.core.runs import load_checkpoint, make_generator, save_checkpoint
+from codefend.core.seeds import make_generator
 from codefend.encoders.base import Classifier
 from codefend.purifiers.base import Purifier
 from codefend.tasks.image_metrics import psnr

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from codefend import purifiers
 from codefend.core import images
-from codefend.core.runs import make_generator
+from codefend.core.seeds import make_generator
 from codefend.purifiers import grid
 
 SEAM_SIDES = (1280, 1792)  # 2.3 megapixels: four tiles

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from codefend import purifiers
 from codefend.core.devices import PRECISION, default_device, precision
-from codefend.core.runs import make_generator
+from codefend.core.seeds import make_generator
 
 MODES = {"float32": "float32", "mixed": ""}  # by name: the variable's value
 

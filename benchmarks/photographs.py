@@ -14,7 +14,7 @@ import torch
 
 from codefend import purifiers
 from codefend.core.assets import asset
-from codefend.core.runs import make_generator
+from codefend.core.seeds import make_generator
 from codefend.purifiers.nets import load_net
 from codefend.tasks.image_metrics import psnr
 from codefend.tasks.photographs import load_all

@@ -23,7 +23,7 @@ from codefend import purifiers, tasks, victims
 from codefend.attacks.scaling import hide
 from codefend.core import images
 from codefend.core.kernels import SPARSE, Kernel, resize
-from codefend.core.runs import make_generator
+from codefend.core.seeds import make_generator
 from codefend.purifiers.detection import threshold_at
 from codefend.purifiers.kernel_detection import LEVEL, disagreement
 from codefend.tasks.image_metrics import psnr

@@ -23,7 +23,7 @@ import codefend
 from codefend import encoders
 from codefend.attacks.norms import quantize_in_budget
 from codefend.attacks.pgd import PGD
-from codefend.core.runs import make_generator
+from codefend.core.seeds import make_generator
 from codefend.tasks.photographs import load_photographs
 from codefend.types import Budget
 

@@ -16,7 +16,7 @@ from codefend.bench.cells import Cell
 from codefend.bench.grid import grid as grid_cells
 from codefend.bench.results import CLEAN
 from codefend.bench.setup import open_bench
-from codefend.core import runs
+from codefend.core.checkpoints import load_checkpoint
 from codefend.core.runs import Row
 from evaluate_kit import SMALL, mean, run
 
@@ -55,7 +55,7 @@ def test_all_defenses_are_judged_on_the_same_attacked_images(tmp_path: Path) -> 
     rows = run(tmp_path, replace(SMALL, threats=("T0",)))
     files = sorted((tmp_path / "attacked").rglob("*.safetensors"))
     assert len(files) == 3  # 12 examples in batches of 5, once and not per defense
-    tensors, _ = runs.load_checkpoint(files[0])
+    tensors, _ = load_checkpoint(files[0])
     assert tensors["images"].dtype == torch.uint8
     first = [row for row in rows if row["example"] == "q0" and row["attack"] == "apgd"]
     perturbations = {row["defense"]: row["perturbation"] for row in first}

@@ -13,7 +13,7 @@ from torch import Tensor
 import toys
 from codefend.attacks.apgd import APGD
 from codefend.bench import EvalConfig, evaluate
-from codefend.core import runs
+from codefend.core.checkpoints import load_checkpoint, save_checkpoint
 from codefend.core.runs import Row
 from codefend.types import CodefendError
 
@@ -63,9 +63,9 @@ def altered(donor: Path, to: Path, where: str, change: Any) -> Path:
     changed = [path for path in to.rglob("*.safetensors") if where in path.as_posix()]
     assert changed
     for path in changed:
-        tensors, state = runs.load_checkpoint(path)
+        tensors, state = load_checkpoint(path)
         images, notes = change(tensors["images"], state["notes"])
-        runs.save_checkpoint(path, {"images": images}, {"notes": notes})
+        save_checkpoint(path, {"images": images}, {"notes": notes})
     return to
 
 

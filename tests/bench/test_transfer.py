@@ -23,7 +23,7 @@ from codefend.bench.report.transfer import read_matrix
 from codefend.bench.results import CLEAN
 from codefend.bench.setup import open_bench
 from codefend.bench.transfer import pairs
-from codefend.core import runs
+from codefend.core.checkpoints import load_checkpoint
 from codefend.core.runs import Row
 from codefend.prompts import PromptPolicy
 from codefend.types import CodefendError
@@ -107,9 +107,7 @@ def test_attacks_made_on_another_victim_are_judged_on_a_black_box(tmp_path: Path
 def test_transferred_images_are_those_of_the_crafters_own_run(tmp_path: Path) -> None:
     run(tmp_path / "own", replace(CONFIG, victim="toy", craft_victim="", threats=("T0",)))
     run(tmp_path / "box")
-    images = [
-        runs.load_checkpoint(next((tmp_path / name).rglob("*.safetensors")))[0]["images"] for name in ("own", "box")
-    ]
+    images = [load_checkpoint(next((tmp_path / name).rglob("*.safetensors")))[0]["images"] for name in ("own", "box")]
     assert bool((images[0] == images[1]).all())
 
 

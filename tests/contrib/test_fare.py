@@ -12,7 +12,7 @@ import torch
 
 from codefend.contrib.fare import FareConfig, fare_loss
 from codefend.core import runs
-from codefend.core.runs import load_checkpoint
+from codefend.core.checkpoints import load_checkpoint, save_checkpoint
 from codefend.training import train
 from codefend.types import CodefendError
 from training_kit import generator
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     folder = tmp_path / "pocket"
-    runs.save_checkpoint(folder / "model.safetensors", {"connector.scale": torch.tensor(0.5)})
+    save_checkpoint(folder / "model.safetensors", {"connector.scale": torch.tensor(0.5)})
     (folder / "config.json").write_text(json.dumps({"encoder": "lite0", "rank": 4}))
     return folder
 
@@ -60,7 +60,7 @@ def test_fare_cut_short_behind_its_last_checkpoint_has_its_weights(
     whole = train(chosen, tmp_path / "whole")
     interrupt_saved(lambda: train(chosen, tmp_path / "cut"), 2)
     ours, theirs = (
-        runs.load_checkpoint(folder / "model.safetensors")[0] for folder in (whole, train(chosen, tmp_path / "cut"))
+        load_checkpoint(folder / "model.safetensors")[0] for folder in (whole, train(chosen, tmp_path / "cut"))
     )
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 

@@ -15,7 +15,7 @@ from codefend import purifiers
 from codefend.bench.craft import KnownSeedPurifier
 from codefend.bench.judge import RecordingPurifier
 from codefend.core import devices
-from codefend.core.runs import make_generator
+from codefend.core.seeds import make_generator
 from codefend.defense import Defense, StraightThrough
 from codefend.encoders.views import ViewedEncoder
 from codefend.purifiers.nets import NetConfig, PurifierNet

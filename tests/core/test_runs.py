@@ -9,7 +9,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -212,83 +211,3 @@ def test_the_environment_is_recorded_once_without_machine_names(tmp_path: Path) 
     assert noted["threads"] == torch.get_num_threads()
     assert os.uname().nodename not in line
     assert str(Path.home()) + "/" not in line
-
-
-# --- seeds and checkpoints -------------------------------------------------------------------------------------------
-
-
-def test_generators_depend_on_seed_and_every_name() -> None:
-    def draw(*args: Any) -> float:
-        return float(torch.rand((), generator=runs.make_generator(*args), dtype=torch.float64))
-
-    assert draw(0, "noise", "a") == draw(0, "noise", "a")
-    different = {draw(0), draw(1), draw(0, "noise"), draw(0, "noise", "a"), draw(0, "noisea"), draw(0, "a", "noise")}
-    assert len(different) == 6
-
-
-def test_make_generator_leaves_the_global_seed_alone() -> None:
-    before = torch.get_rng_state()
-    runs.make_generator(3, "x")
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_checkpoint_round_trip_with_shared_and_strided_tensors(tmp_path: Path) -> None:
-    base = torch.arange(12.0).reshape(3, 4)
-    generator = runs.make_generator(5)
-    tensors = {
-        "base": base,
-        "tied": base,
-        "view": base[1:],
-        "transposed": base.t(),
-        "half": base.to(torch.bfloat16),
-        "empty": torch.zeros(0),
-        "random": generator.get_state(),
-    }
-    runs.save_checkpoint(tmp_path / "c.safetensors", tensors, {"step": 7, "eps": 8 / 255, "names": ("a", "b")})
-    loaded, state = runs.load_checkpoint(tmp_path / "c.safetensors")
-    assert state == {"step": 7, "eps": 8 / 255, "names": ["a", "b"]}
-    assert loaded.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert torch.equal(loaded[name], tensor)
-        assert loaded[name].dtype == tensor.dtype
-    expected = torch.rand(3, generator=generator)
-    assert torch.equal(torch.rand(3, generator=torch.Generator().set_state(loaded["random"])), expected)
-
-
-def test_damaged_and_missing_checkpoints(tmp_path: Path) -> None:
-    path = tmp_path / "c.safetensors"
-    with pytest.raises(CodefendError, match="no checkpoint"):
-        runs.load_checkpoint(path)
-    runs.save_checkpoint(path, {"a": torch.ones(100)})
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(CodefendError, match="damaged"):
-        runs.load_checkpoint(path)
-
-
-# --- progress --------------------------------------------------------------------------------------------------------
-
-
-def test_progress_is_silent_between_its_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    with runs.progress("work", 10, every=3600) as advance:
-        for _ in range(10):
-            advance()
-    assert capsys.readouterr() == ("", "")
-    with runs.progress("work", 10, done=4, every=0) as advance:
-        advance(2, "loss 0.5")
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("work: 6/10, about 0 s left  loss 0.5")
-    assert err.count("\n") == 1
-
-
-def test_progress_on_a_terminal_draws_on_standard_error(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with runs.progress("work", 2) as advance:
-        advance(note="first")
-        advance()
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "work" in err
-    assert "2/2" in err

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codefend.core.runs import make_generator
+from codefend.core.seeds import make_generator
 from codefend.prompts.writer import Writer
 from codefend.training.prompt_search.bank import AttackConfig, BankConfig, SearchLoaders
 from toys import WORDS, ToyVictim, purifier, task

@@ -9,6 +9,7 @@ import torch
 
 from codefend.cli.presets import PRESETS
 from codefend.core import runs
+from codefend.core.checkpoints import save_checkpoint
 from codefend.core.settings import known_keys
 from codefend.purifiers.nets import NetConfig, PurifierNet, load_net, save_net
 
@@ -31,7 +32,7 @@ def small_bank(folder: Path) -> Path:
         attacked = clean + (shard + 1) * 4 / 255 * torch.randn(clean.shape, generator=generator(9)).sign()
         pair = {"clean": clean, "attacked": attacked.clamp(0, 1)}
         tensors = {name: (value * 255).round().to(torch.uint8) for name, value in pair.items()}
-        runs.save_checkpoint(run.dir / f"pairs-{shard:05d}.safetensors", tensors, {"kind": kind})
+        save_checkpoint(run.dir / f"pairs-{shard:05d}.safetensors", tensors, {"kind": kind})
         pairs = [{"eps": (shard + 1) * 4 / 255, "fall": 1.0}] * 4
         run.append({"key": f"shard-{shard}", "kind": kind, "target": target, "steps": 3, "pairs": pairs})
     run.close()

@@ -9,7 +9,7 @@ import pytest
 
 from codefend import prompts
 from codefend.core import assets
-from codefend.core.runs import save_checkpoint
+from codefend.core.checkpoints import save_checkpoint
 from codefend.prompts import PROMPTS, PromptPolicy, load, load_policy, save_folder, save_policy
 from codefend.types import CodefendError
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from codefend import purifiers
 from codefend.core import runs
+from codefend.core.checkpoints import save_checkpoint
 from codefend.purifiers.bridge import Bridge, BridgeOptions
 from codefend.purifiers.detection import FLOOR, RAMP, TEXTURE_FLOOR, Detector, features, threshold_at
 from codefend.purifiers.nets import NetConfig, PurifierNet, save_net
@@ -103,7 +104,7 @@ def bank(folder: Path, seed: int) -> Path:
         attacked = clean + torch.tensor(eps).view(-1, 1, 1, 1) * signs
         tensors = {"clean": clean, "attacked": attacked}
         eight = {name: (value.clamp(0, 1) * 255).round().to(torch.uint8) for name, value in tensors.items()}
-        runs.save_checkpoint(folder / f"pairs-{shard:05d}.safetensors", eight, {"kind": "noise"})
+        save_checkpoint(folder / f"pairs-{shard:05d}.safetensors", eight, {"kind": "noise"})
         pairs = [{"eps": e, "fall": 0.0} for e in eps]
         run.append({"key": f"shard-{shard}", "kind": "noise", "target": "nobody", "steps": 1, "pairs": pairs})
     return folder

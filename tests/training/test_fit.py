@@ -172,7 +172,7 @@ def test_a_stage_before_the_first_step_runs_once(tmp_path: Path, interrupt: Inte
 
 
 def test_a_checkpoint_has_the_names_that_older_runs_have(tmp_path: Path) -> None:
-    from codefend.core.runs import load_checkpoint
+    from codefend.core.checkpoints import load_checkpoint
 
     train_line(tmp_path)
     tensors, state = load_checkpoint(tmp_path / "checkpoint.safetensors")

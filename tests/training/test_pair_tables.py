@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from codefend.core.runs import open_run, save_checkpoint
+from codefend.core.checkpoints import save_checkpoint
+from codefend.core.runs import open_run
 from codefend.training import pair_tables, pairs
 from codefend.types import CodefendError
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from codefend.core.runs import load_checkpoint
+from codefend.core.checkpoints import load_checkpoint
 from codefend.training import pocket, train
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import smolvlm_kit as kit
-from codefend.core.runs import load_checkpoint, read_rows, save_checkpoint
+from codefend.core.checkpoints import load_checkpoint, save_checkpoint
+from codefend.core.runs import read_rows
 from codefend.training import smolvlm_pocket as module
 from codefend.training import train
 from codefend.training.fit import Training, cosine_schedule, decay_groups, optimize

@@ -57,7 +57,7 @@ def attack(
     (['bright'], ['dark'])
     """
     from codefend.attacks.bounds import quantize_attacked
-    from codefend.core.runs import make_generator
+    from codefend.core.seeds import make_generator
 
     spec = lookup("attack", attack, ATTACKS)
     check_target(attack, target, target_images)

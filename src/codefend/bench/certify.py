@@ -17,7 +17,9 @@ from codefend.bench.fingerprints import check_unchanged, fingerprints
 from codefend.bench.loaders import Loaders
 from codefend.bench.smoothing import Certificate, SmoothedVictim, certificates, check_draws, naming
 from codefend.bench.tasks import EvaluatedTask, check_task, stratified
-from codefend.core.runs import Row, Run, check_run, make_generator, open_run, progress
+from codefend.core.progress import progress
+from codefend.core.runs import Row, Run, check_run, open_run
+from codefend.core.seeds import make_generator
 from codefend.core.specs import split_specs
 from codefend.tasks.answers import normalize_answer
 from codefend.types import CodefendError, Example, Victim

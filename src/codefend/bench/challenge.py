@@ -23,7 +23,8 @@ from codefend.bench.loaders import Loaders
 from codefend.bench.tasks import EvaluatedTask, check_task, same_size_batches, stratified
 from codefend.core import images
 from codefend.core.files import write_atomic
-from codefend.core.runs import make_generator, plain
+from codefend.core.runs import plain
+from codefend.core.seeds import make_generator
 from codefend.core.specs import split_specs
 from codefend.defense import DefendedVictim
 from codefend.tasks.intervals import bootstrap_interval

@@ -19,7 +19,9 @@ from codefend.bench.attacking import AttackGoal, attack_batch, clean_images, eva
 from codefend.bench.cells import Cell, attacked_path, noise_names, source_cell
 from codefend.bench.notes import attack_notes, skipped_note
 from codefend.bench.setup import Bench
-from codefend.core.runs import Row, load_checkpoint, make_generator, save_checkpoint
+from codefend.core.checkpoints import load_checkpoint, save_checkpoint
+from codefend.core.runs import Row
+from codefend.core.seeds import make_generator
 from codefend.defense import DefendedVictim, Defense
 from codefend.purifiers.base import Purifier, WrappedPurifier
 from codefend.types import CodefendError, Example, Objective, Victim

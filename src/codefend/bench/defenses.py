@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from codefend.bench.config import DefenseChoice
 from codefend.bench.loaders import Loaders
 from codefend.bench.results import BARE
-from codefend.core.runs import make_generator
+from codefend.core.seeds import make_generator
 from codefend.defense import Defense, StraightThrough
 from codefend.purifiers.base import Purifier
 

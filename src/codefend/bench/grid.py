@@ -16,7 +16,8 @@ from codefend.bench.results import BARE, CLEAN
 from codefend.bench.reuse import check_donor
 from codefend.bench.setup import Bench, open_bench
 from codefend.bench.work import CleanRows, clean_key, fill
-from codefend.core.runs import Row, Run, check_run, open_run, progress
+from codefend.core.progress import progress
+from codefend.core.runs import Row, Run, check_run, open_run
 
 
 def run_grid(

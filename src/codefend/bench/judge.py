@@ -22,7 +22,8 @@ from codefend.bench.results import BARE, CLEAN
 from codefend.bench.setup import Bench
 from codefend.bench.tasks import EvaluatedTask
 from codefend.core.images import quantize8, save
-from codefend.core.runs import Row, make_generator
+from codefend.core.runs import Row
+from codefend.core.seeds import make_generator
 from codefend.defense import DefendedVictim, Defense
 from codefend.purifiers.base import Purifier, WrappedPurifier
 from codefend.tasks.answers import normalize_answer

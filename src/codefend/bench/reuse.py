@@ -26,7 +26,8 @@ from codefend.bench.craft import (
 )
 from codefend.bench.notes import spent_budget, violations
 from codefend.bench.setup import Bench
-from codefend.core.runs import Row, make_generator, plain, read_config
+from codefend.core.runs import Row, plain, read_config
+from codefend.core.seeds import make_generator
 from codefend.types import CodefendError, Example
 
 SHARED = ("split", "norm", "seed", "batch", "target")  # must be the same in both configs

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from codefend.bench.attacking import clean_images
 from codefend.core.images import quantize8
-from codefend.core.runs import make_generator
+from codefend.core.seeds import make_generator
 from codefend.tasks.metrics import attack_success, cider_d, document_frequencies
 from codefend.types import CodefendError, Example, HasFeatures, Metric, Task, Victim
 

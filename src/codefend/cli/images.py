@@ -245,7 +245,7 @@ def _load_pixels(path: Path, max_pixels: int, first_frame: bool) -> Tensor:
 
 def _load_defended(victim: str, defense: str, seed: int) -> DefendedVictim:
     from codefend import victims
-    from codefend.core.runs import make_generator
+    from codefend.core.seeds import make_generator
     from codefend.defense import DefendedVictim, Defense
 
     loaded = Defense.from_spec(defense)  # before the victim, which loads slowly: a typo fails early

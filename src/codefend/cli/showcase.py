@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from codefend import attacks, tasks
 from codefend.attacks import norms
 from codefend.core import images
-from codefend.core.runs import make_generator
+from codefend.core.seeds import make_generator
 from codefend.types import Budget, CodefendError, Victim, WhiteBox
 
 if TYPE_CHECKING:

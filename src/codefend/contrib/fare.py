@@ -20,7 +20,7 @@ from torch import Tensor
 from codefend import encoders
 from codefend.core.assets import asset
 from codefend.core.devices import default_device
-from codefend.core.runs import make_generator
+from codefend.core.seeds import make_generator
 from codefend.encoders.base import Encoder
 from codefend.tasks.training_images import draw_training_images
 from codefend.training.card import write_card

@@ -1,4 +1,4 @@
-"""Run folders that survive kills, and seeds, checkpoints and progress of long work.
+"""Run folders that survive kills.
 
 A run folder holds ``config.json`` (the settings), ``environment.jsonl`` (the machines it ran on) and ``rows.jsonl``
 (the results, one line each). Rerun the command to resume.
@@ -6,25 +6,20 @@ A run folder holds ``config.json`` (the settings), ``environment.jsonl`` (the ma
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from codefend.core.files import write_atomic
 from codefend.types import CodefendError
-
-if TYPE_CHECKING:  # `codefend --help` must not import torch
-    from torch import Generator, Tensor
 
 if sys.platform != "win32":
     import fcntl
@@ -258,7 +253,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Row:
     return flat
 
 
-# --- provenance and seeds --------------------------------------------------------------------------------------------
+# --- provenance ------------------------------------------------------------------------------------------------------
 
 
 def environment() -> Row:
@@ -292,109 +287,3 @@ def _note_environment(path: Path) -> None:
     before = path.read_text().splitlines() if path.exists() else []
     if not before or _parse(before[-1].encode()) != now:
         write_atomic(path, "\n".join([*before, json.dumps(now)]) + "\n")
-
-
-def make_generator(seed: int, *names: object, device: str = "cpu") -> Generator:
-    """Derive an independent random generator from ``seed`` and names, such as ``(0, "noise", example.id)``."""
-    import torch
-
-    digest = hashlib.sha256(json.dumps([seed, *map(str, names)]).encode()).digest()
-    return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-# --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> None:
-    """Write tensors and a JSON ``state`` as one safetensors file, atomically.
-
-    The ``get_state()`` of a generator is stored as a tensor. Raises CodefendError when the path cannot be written.
-    """
-    from safetensors.torch import save
-
-    stored: set[int] = set()
-    owned: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        value = tensor.detach().cpu().contiguous()
-        address = value.untyped_storage().data_ptr()
-        owned[name] = (
-            value.clone() if address in stored or value.storage_offset() else value
-        )  # the format allows no shared memory
-        stored.add(address)
-    write_atomic(path, save(owned, metadata={"state": json.dumps(plain(state or {}))}))
-
-
-def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Row]:
-    """Read what ``save_checkpoint`` wrote, on the CPU. Raises CodefendError when it is missing or damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    if not path.is_file():
-        raise CodefendError(f"no checkpoint at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names}
-            state = json.loads((file.metadata() or {}).get("state", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CodefendError(f"{path} is damaged ({error}); remove it to start over") from error
-    return tensors, state
-
-
-def cached_tensors(
-    path: str | Path, state: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """The tensors in ``path`` if they were stored with this ``state``, else those of ``make``, which are stored there.
-
-    With ``path`` "" nothing is stored. Raises CodefendError as `load_checkpoint` and `save_checkpoint` do.
-    """
-    if path and Path(path).exists():
-        tensors, stored = load_checkpoint(path)
-        if all(stored.get(key) == value for key, value in state.items()):
-            return tensors
-    tensors = make()
-    if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(path, tensors, state)
-    return tensors
-
-
-# --- progress --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def progress(label: str, total: int, *, done: int = 0, every: float = 30.0) -> Iterator[Callable[..., None]]:
-    """Show progress over ``total`` steps on standard error; yields ``advance(steps=1, note="")``.
-
-    A bar on a terminal; elsewhere one line every ``every`` seconds.
-    """
-    if not sys.stderr.isatty():
-        yield _plain_progress(label, total, done, every)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=total, completed=done, note="")
-
-        def advance(steps: int = 1, note: str = "") -> None:
-            bar.update(task, advance=steps, note=note)
-
-        yield advance
-
-
-def _plain_progress(label: str, total: int, done: int, every: float) -> Callable[..., None]:
-    start = last = time.monotonic()
-    first = done
-
-    def advance(steps: int = 1, note: str = "") -> None:
-        nonlocal done, last
-        done += steps
-        now = time.monotonic()
-        if now - last >= every:
-            last = now
-            left = (now - start) / max(done - first, 1) * (total - done)
-            print(f"{label}: {done}/{total}, about {left:.0f} s left  {note}".rstrip(), file=sys.stderr, flush=True)
-
-    return advance

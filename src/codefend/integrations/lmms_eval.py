@@ -17,7 +17,8 @@ from torch import Tensor
 
 from codefend import purifiers, victims
 from codefend.core import images
-from codefend.core.runs import make_generator, progress
+from codefend.core.progress import progress
+from codefend.core.seeds import make_generator
 from codefend.defense import DefendedVictim, Defense
 from codefend.types import CodefendError, HasLoss, WhiteBox
 

@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from codefend.core.checkpoints import load_checkpoint, save_checkpoint
 from codefend.core.files import write_atomic
-from codefend.core.runs import load_checkpoint, save_checkpoint
 from codefend.prompts.policy import PromptPolicy, load_policy, save_policy
 from codefend.types import CodefendError
 

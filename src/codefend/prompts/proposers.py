@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from codefend.core.runs import make_generator
+from codefend.core.seeds import make_generator
 from codefend.types import CodefendError
 
 if TYPE_CHECKING:

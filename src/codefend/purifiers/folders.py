@@ -13,7 +13,8 @@ from torch import Tensor
 
 from codefend.core import images
 from codefend.core.files import write_atomic
-from codefend.core.runs import Run, open_run, progress, read_config
+from codefend.core.progress import progress
+from codefend.core.runs import Run, open_run, read_config
 from codefend.purifiers.base import Purifier
 from codefend.purifiers.image_files import FolderOptions, judge_group, purify_group, target_name
 from codefend.types import CodefendError

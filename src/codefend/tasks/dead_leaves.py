@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codefend.core.runs import cached_tensors, progress
+from codefend.core.checkpoints import cached_tensors
+from codefend.core.progress import progress
 from codefend.tasks.training_images import training_photographs
 
 SIDE = 384  # pixels of a finished canvas

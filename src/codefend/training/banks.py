@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from codefend.core.runs import load_checkpoint
+from codefend.core.checkpoints import load_checkpoint
 from codefend.training import pair_tables
 from codefend.training.pairs import read_pairs
 from codefend.types import CodefendError

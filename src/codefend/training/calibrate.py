@@ -15,7 +15,9 @@ from torch import Tensor
 from codefend import purifiers
 from codefend.core.devices import default_device
 from codefend.core.files import write_atomic
-from codefend.core.runs import make_generator, progress, read_config, read_rows
+from codefend.core.progress import progress
+from codefend.core.runs import read_config, read_rows
+from codefend.core.seeds import make_generator
 from codefend.purifiers.base import NetPurifier
 from codefend.purifiers.detection import TEXTURE_FLOOR, Detector, features, threshold_at
 from codefend.purifiers.nets import CONFIG_FILE

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from codefend.core.checkpoints import cached_tensors
 from codefend.core.devices import default_device
-from codefend.core.runs import cached_tensors, progress
+from codefend.core.progress import progress
 from codefend.encoders.efficientnet_lite import EfficientNetLite
 from codefend.encoders.families import FamilyConfig, FamilyEncoder, save_encoder
 from codefend.tasks.natural_images import NaturalConfig, NaturalImages

@@ -43,8 +43,10 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
+from codefend.core.checkpoints import load_checkpoint, save_checkpoint
 from codefend.core.devices import mixed_precision
-from codefend.core.runs import Row, check_run, load_checkpoint, open_run, progress, save_checkpoint
+from codefend.core.progress import progress
+from codefend.core.runs import Row, check_run, open_run
 from codefend.training.parallel import Processes
 from codefend.types import CodefendError
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from codefend.core import images
+from codefend.core.checkpoints import load_checkpoint
 from codefend.core.files import write_atomic
-from codefend.core.runs import load_checkpoint, read_rows
+from codefend.core.runs import read_rows
 from codefend.types import CodefendError
 
 SHARDS = 64  # shards a file

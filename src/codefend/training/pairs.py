@@ -17,19 +17,12 @@ from torch import Tensor
 from codefend.attacks import objectives
 from codefend.attacks.norms import quantize_in_budget
 from codefend.attacks.pgd import PGD
+from codefend.core.checkpoints import load_checkpoint, save_checkpoint
 from codefend.core.devices import default_device
 from codefend.core.images import quantize8
-from codefend.core.runs import (
-    Row,
-    Run,
-    check_run,
-    load_checkpoint,
-    make_generator,
-    open_run,
-    progress,
-    read_rows,
-    save_checkpoint,
-)
+from codefend.core.progress import progress
+from codefend.core.runs import Row, Run, check_run, open_run, read_rows
+from codefend.core.seeds import make_generator
 from codefend.core.settings import recorded
 from codefend.encoders import ENCODERS
 from codefend.encoders.views import View, ViewedEncoder, draw_view

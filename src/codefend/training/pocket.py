@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codefend.core import images
+from codefend.core.checkpoints import save_checkpoint
 from codefend.core.devices import default_device
 from codefend.core.files import write_atomic
-from codefend.core.runs import progress, save_checkpoint
+from codefend.core.progress import progress
 from codefend.encoders.views import SIDE, fit_square
 from codefend.tasks.easyvqa import load_easyvqa
 from codefend.tasks.language import MIX, training_texts

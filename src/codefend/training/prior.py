@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from codefend.core.devices import default_device
-from codefend.core.runs import make_generator
+from codefend.core.seeds import make_generator
 from codefend.purifiers.diffusion import prior_loss, sample_sigmas
 from codefend.purifiers.nets import NetConfig, PurifierNet
 from codefend.tasks.training_images import draw_training_images

@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 
 from codefend.attacks import objectives
 from codefend.core.devices import default_device
-from codefend.core.runs import make_generator
+from codefend.core.seeds import make_generator
 from codefend.encoders.views import View, ViewedEncoder
 from codefend.purifiers.diffusion import bridge_state, charbonnier, sample_bridge_times
 from codefend.purifiers.nets import PurifierNet, load_net

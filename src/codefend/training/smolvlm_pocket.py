@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codefend.core.assets import asset
+from codefend.core.checkpoints import load_checkpoint, save_checkpoint
 from codefend.core.devices import default_device
 from codefend.core.images import load as load_image
-from codefend.core.runs import load_checkpoint, progress, save_checkpoint
+from codefend.core.progress import progress
 from codefend.encoders.views import fit_square
 from codefend.tasks.language import MIX
 from codefend.tasks.scenes import compose, load_photographs

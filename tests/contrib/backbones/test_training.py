@@ -14,7 +14,8 @@ import diffusers_tiny
 from codefend import purifiers
 from codefend.contrib.backbones.latent import load_latents
 from codefend.contrib.backbones.training import HFBridgeConfig, LatentConfig, LatentTuner
-from codefend.core.runs import open_run, read_rows, save_checkpoint
+from codefend.core.checkpoints import save_checkpoint
+from codefend.core.runs import open_run, read_rows
 from codefend.training import train
 from codefend.training.pairs import read_pairs
 from codefend.types import CodefendError

@@ -24,7 +24,7 @@ from codefend.contrib.backbones.latent import add_adapters, load_latents, save_a
 from codefend.contrib.backbones.pixels import load_denoiser, save_denoiser
 from codefend.contrib.backbones.vp import VPDenoiser
 from codefend.core.devices import default_device
-from codefend.core.runs import make_generator
+from codefend.core.seeds import make_generator
 from codefend.encoders.views import ViewedEncoder
 from codefend.purifiers.diffusion import bridge_predict, charbonnier, noise_like, sample_bridge_times
 from codefend.training.banks import StreamedBank

@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 
 from codefend import victims
 from codefend.core.devices import default_device
-from codefend.core.runs import make_generator
+from codefend.core.seeds import make_generator
 from codefend.purifiers.nets import PurifierNet
 from codefend.tasks.training_images import draw_training_images
 from codefend.training.banks import Bank

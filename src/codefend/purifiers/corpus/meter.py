@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from codefend.core.runs import progress
+from codefend.core.progress import progress
 
 
 class Meter:

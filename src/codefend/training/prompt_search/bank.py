@@ -22,9 +22,10 @@ from codefend.bench.config import check_radius
 from codefend.bench.defenses import load_defense
 from codefend.bench.loaders import Loaders
 from codefend.bench.tasks import same_size_batches
+from codefend.core.checkpoints import load_checkpoint, save_checkpoint
 from codefend.core.images import quantize8
 from codefend.core.registry import lookup
-from codefend.core.runs import load_checkpoint, make_generator, save_checkpoint
+from codefend.core.seeds import make_generator
 from codefend.defense import DefendedVictim, Defense, StraightThrough
 from codefend.prompts.folders import language_model
 from codefend.prompts.items import Group, Item, benign

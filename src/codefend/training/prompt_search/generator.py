@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codefend.core.runs import make_generator
+from codefend.core.seeds import make_generator
 from codefend.prompts.generator import REQUEST, GeneratedPolicy, Place, around, query_context, usable
 from codefend.prompts.items import Item
 from codefend.prompts.operators import SENTENCES, need_of, split_sentences

@@ -11,7 +11,9 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from codefend.core.runs import Row, make_generator, progress
+from codefend.core.progress import progress
+from codefend.core.runs import Row
+from codefend.core.seeds import make_generator
 from codefend.prompts.items import Item
 from codefend.training.fit import CHECKPOINT_FILE, Training, cosine_rate, optimize, restore_training
 

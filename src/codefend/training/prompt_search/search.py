@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from codefend import prompts
 from codefend.bench.results import BARE
-from codefend.core.runs import Run, check_run, open_run, plain, progress
+from codefend.core.progress import progress
+from codefend.core.runs import Run, check_run, open_run, plain
 from codefend.prompts.answers import AnswerCache
 from codefend.prompts.gepa_search import search
 from codefend.prompts.items import Item, Score, choose, pareto

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from codefend import prompts
 from codefend.bench.results import BARE
-from codefend.core.runs import Row, Run, check_run, open_run, plain, progress
+from codefend.core.progress import progress
+from codefend.core.runs import Row, Run, check_run, open_run, plain
 from codefend.core.specs import split_specs
 from codefend.prompts.answers import AnswerCache
 from codefend.prompts.items import Item, is_refusal
