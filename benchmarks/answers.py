@@ -10,16 +10,21 @@ answered correctly counts as broken at larger radii, too, since their budgets co
     python benchmarks/answers.py ROWS.jsonl --defenses none bridge runs/robust/weights --t2 2 4 --count 32
 
 Rows are appended to ROWS.jsonl, all defenses for the first ``--batch`` images, then for the next; rerun the command to
-resume. `python benchmarks/answers.py ROWS.jsonl --summary` prints n and mean of every cell.
+resume. ``--summary`` prints n and mean of every cell instead; ``--results results/answers.json`` writes them as
+published figures, with the command as given. Publish when all cells have the same n.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -123,6 +128,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--word-steps", type=int, default=15)
     parser.add_argument("--eot", type=int, default=2, help="noise samples per step, where the defense draws noise")
     parser.add_argument("--summary", action="store_true", help="print the means of the rows and stop")
+    parser.add_argument("--results", type=Path, help="write the means of the rows and stop")
     return parser.parse_args()
 
 
@@ -191,20 +197,52 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def summarize(path: Path) -> None:
-    """Print n and mean of every cell."""
-    cells: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+def read_cells(path: Path) -> dict[tuple[str, str, int, str], list[float]]:
+    """Scores by defense, threat model, radius and task."""
+    cells = defaultdict(list)
     for row in read(path):
         cells[row["defense"], row["threat"], row["eps"], row["task"]].append(row["score"])
+    return cells
+
+
+def summarize(cells: dict[tuple[str, str, int, str], list[float]]) -> None:
+    """Print n and mean of every cell."""
     for (defense, threat, eps, task), scores in cells.items():
         print(f"{defense:24} {threat:5} {eps}/255 {task:7} n={len(scores)} {fmean(scores):.3f}")
+
+
+def write_results(cells: dict[tuple[str, str, int, str], list[float]], out: Path) -> None:
+    """Write the means as a file of results/, for `tools/render_results.py`."""
+    words = [word for word in sys.argv[1:] if word not in ("--results", str(out))]
+    rows = []
+    for (defense, threat, eps, task), scores in cells.items():
+        place = "clean-strata" if threat == "clean" else f"{threat}/words-then-loss/{eps}"
+        rows.append({"id": f"{defense}/{place}/{task}", "value": round(fmean(scores), 3), "n": len(scores)})
+    run = {
+        "source": None,
+        "date": date.today().isoformat(),
+        "command": shlex.join(["python", "benchmarks/answers.py", "ROWS.jsonl", *words[1:]]),
+        "n": max(row["n"] for row in rows),
+        "unit": "share",
+        "attack": "word scores, then the language-model loss where an answer was still correct",
+        "note": "stratified subset; n images, one start each, three draws of the noise",
+        "seed": 0,
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
+        "rows": rows,
+    }
+    about = "Captions and questions under an attack in two stages, on a stratified subset of the frozen test images."
+    out.write_text(json.dumps({"about": about, "runs": [run]}, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(1)
+    if args.results:
+        return write_results(read_cells(args.rows), args.results)
     if args.summary:
-        return summarize(args.rows)
+        return summarize(read_cells(args.rows))
     measurement = Measurement(args)
     chosen = {task: subset(tasks.load(task).examples, args.count) for task in args.tasks}
     for first in range(0, args.count, args.batch):
