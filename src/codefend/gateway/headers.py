@@ -31,6 +31,7 @@ HEADERS = {  # name: where it stands, what it means
     "x-codefend-cache": ("answer", "hit or miss, by image"),
     "x-codefend-ms": ("answer", "time spent on images, in milliseconds"),
     "x-codefend-score": ("answer", "detection score by image; needs `scores`"),
+    "x-codefend-votes": ("answer", "requests to the upstream that this one cost; needs `votes` above 1"),
     "x-codefend-bypass": ("answer", "why images passed without purification; needs `on_error=pass`"),
 }
 
