@@ -41,6 +41,7 @@ _WRITTEN = re.compile(
     rf"(?i:data:)(?P<type>[\w.+-]*+(?:/[\w.+-]++)?+)(?P<rest>(?:;[^,;\s\"'<>]{{0,99}}+)*+),(?P<content>{_BASE64})?+"
     rf"|(?<![A-Za-z0-9+/_-])(?P<bare>{_MAGIC}{_BASE64})"
 )
+_HINTS = ("iVBOR", "9j", "R0lGOD", "UklGR", "SUk", "TU0", "Qk", "AAAA")  # one of these is in whatever _MAGIC matches
 _STRICT = re.compile(r"[A-Za-z0-9+/]*+={0,2}\Z")
 _URL_SAFE = str.maketrans("-_", "+/")
 
@@ -112,7 +113,7 @@ def _find(holder: Any, key: Any, text: str, limits: Limits, documents: Documents
         yield from _find_resource(holder, key, text, limits, documents)
     elif isinstance(holder, dict) and key == "text" and _declares(holder, "image/"):
         raise _unreadable(f"a text resource of type {holder['mimeType'][:40]}")
-    else:
+    elif any(hint in text for hint in _HINTS) or "data:" in text.lower():  # a tenth of the time of the search
         for match in _WRITTEN.finditer(text):
             span = _written(holder, key, match, limits)
             if span is not None:
@@ -167,7 +168,7 @@ def _head(text: str) -> bytes:
 
 def _plain(text: str) -> str:
     """Base64 in its standard form, from any in which a text may hold it. A data URL stays one."""
-    if text[:5].lower() == "data:":
+    if text[:5].lower() == "data:" or (len(text) % 4 == 0 and _STRICT.match(text)):
         return text
     if "%" in text:
         text = unquote(text)
