@@ -8,6 +8,7 @@
 #   recipes/bridge-plain.sh                        # and the peers: hgd, flowpure, flowpure-gauss, adbm, codefend-r, fare
 #   recipes/compare.sh && recipes/ablations.sh     # tables
 #   recipes/prompts.sh                             # prompt policies
+#   recipes/pocket-photographs.sh                  # the pocket answers about photographs
 #   recipes/smolvlm-pocket.sh                      # a second victim
 # Without POCKET, PRIOR and BRIDGE the shipped weights are used.
 set -euo pipefail

@@ -44,6 +44,10 @@ _TRAININGS = {
         "train a second victim with SmolVLM's architecture: vision transformer, connector, adapters",
         "codefend.training.smolvlm_pocket:SmolVLMConfig",
     ),
+    "pocket-photographs": Preset(
+        "train the part of the pocket that answers about photographs",
+        "codefend.training.pocket_photographs:PhotographConfig",
+    ),
     "prior": Preset("train the unconditional diffusion prior", "codefend.training.prior:PriorConfig"),
     "bridge": Preset("train the bridge from a bank of pairs", _BRIDGE),
     "encoder": Preset(

@@ -44,6 +44,15 @@ def _easyvqa(split: str, limit: int | None) -> Task:
     return load_easyvqa(split, limit=limit)
 
 
+def _photos(kind: str) -> Callable[..., Task]:
+    def build(split: str, limit: int | None, **options: Any) -> Task:
+        from codefend.tasks.photo_tasks import load_photo_task
+
+        return load_photo_task(kind, split, limit, **options)
+
+    return build
+
+
 def _photographs(split: str, limit: int | None, **options: Any) -> Task:
     from codefend.tasks.photographs import load_photographs
 
@@ -85,6 +94,14 @@ TASKS: dict[str, TaskSpec] = {
         TaskSpec("easy-vqa", "coloured shapes, an external task (Zhou 2019; the easy-vqa package)", _easyvqa),
         TaskSpec(
             "photographs", "crops of held-out photographs: how far features and answers are restored", _photographs
+        ),
+        TaskSpec(
+            "photo-caption",
+            "caption crops of held-out photographs by ImageNet class, or of yours: photo-caption:folder=FOLDER",
+            _photos("caption"),
+        ),
+        TaskSpec(
+            "photo-vqa", "questions about the same crops: what it shows, whether a class is there", _photos("vqa")
         ),
         TaskSpec(
             "coco-captions",

@@ -25,6 +25,7 @@ POINTS = 40  # of the curve in training.json; the run folder's rows.jsonl has ev
 
 SUMMARIES = {
     "pocket": "Pocket victim: connector and LoRA adapters between an EfficientNet-Lite and SmolLM2-135M-Instruct.",
+    "pocket-photographs": "Vision tokens with which the pocket victim names the ImageNet class of a photograph.",
     "smolvlm-pocket": (
         "Victim with SmolVLM's architecture at pocket size: ViT with 16-pixel patches, connector and LoRA adapters, "
         "around SmolLM2-135M-Instruct. `codefend build-victim smolvlm-pocket -o DIR` writes the complete checkpoint."

@@ -31,8 +31,9 @@ PREFIXES = {  # of names that are given whole to a loader
 }
 
 
-def _shipped(name: str, summary: str, place: str) -> VictimSpec:
-    return VictimSpec(name, summary, lambda: resolve(place)(asset(f"weights/{name}")))
+def _shipped(place: str, name: str, *parts: str, summary: str) -> VictimSpec:
+    """A victim with the installed weights ``name``, and of ``parts`` of it in folders of their own."""
+    return VictimSpec(name, summary, lambda: resolve(place)(*(asset(f"weights/{part}") for part in (name, *parts))))
 
 
 def _prefix(prefix: str, rest: str, summary: str) -> VictimSpec:
@@ -44,14 +45,15 @@ VICTIMS: dict[str, VictimSpec] = {
     spec.name: spec
     for spec in (
         _shipped(
-            "pocket",
-            "SmolLM2-135M reading EfficientNet-Lite0 tokens; embedded, white-box, runs on two CPU cores",
             POCKET,
+            "pocket",
+            "pocket-photographs",
+            summary="SmolLM2-135M reading EfficientNet-Lite0 tokens; embedded, white-box, runs on two CPU cores",
         ),
         _shipped(
-            "smolvlm-pocket",
-            "SmolVLM's architecture at pocket size: a ViT with 16-pixel patches and SmolLM2-135M; white-box",
             SMOLVLM,
+            "smolvlm-pocket",
+            summary="SmolVLM's architecture at pocket size: a ViT with 16-pixel patches and SmolLM2-135M; white-box",
         ),
         _prefix(
             "openai:",

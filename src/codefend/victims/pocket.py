@@ -23,6 +23,8 @@ from codefend.core.devices import default_device
 from codefend.encoders.views import SIDE, fit_square
 from codefend.types import CodefendError
 from codefend.victims.packed import answer_logits
+from codefend.victims.photographs import PhotographTokens
+from codefend.victims.photographs import load as load_photographs
 from codefend.victims.smollm import load_smollm
 
 TOKENS = (SIDE // 32) ** 2
@@ -69,6 +71,7 @@ class Pocket(nn.Module):
         self.encoder = encoders.load(encoder)
         self.connector = Connector(self.encoder.width)
         self.llm, self.tokenizer = load_smollm()
+        self.photographs: PhotographTokens | None = None
         self._end = self.tokenizer.token_to_id(END)
         if rank:
             _add_lora(self.llm, rank)
@@ -94,6 +97,15 @@ class Pocket(nn.Module):
         tokens: Tensor = self.encoder(fit_square(images.to(self.device)))
         return tokens
 
+    def _vision(self, images: Tensor) -> Tensor:
+        """Vision tokens of the language model, ``[B, T, D]``."""
+        tokens = self._tokens(images)
+        words = self.connector.words(tokens)
+        vision = words + self.connector.place
+        if self.photographs is None:
+            return vision
+        return self.photographs.blend(vision, words, tokens, images.to(self.device), self.encoder)
+
     def _ids(self, ids: Sequence[int]) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self.device)
 
@@ -109,7 +121,7 @@ class Pocket(nn.Module):
         self, images: Tensor, prompts: Sequence[str], prefix: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Embeddings of BEFORE, and for each example those of ``[image, prefix, prompt, AFTER]``, ``[L_i, D]``."""
-        vision = self.connector(self._tokens(images))
+        vision = self._vision(images)
         before, *questions = self.embed([BEFORE, *(f"\n{prompt}{AFTER}" for prompt in prompts)])
         soft = [] if prefix is None else [prefix.to(self.device)]
         return before, [torch.cat([v, *soft, q]) for v, q in zip(vision, questions, strict=True)]
@@ -215,13 +227,16 @@ def merge_lora(llm: Any) -> None:
                 setattr(module, name, child.get_base_layer().requires_grad_(False))
 
 
-def load_pocket(folder: Path) -> Pocket:
+def load_pocket(folder: Path, photographs: Path | None = None) -> Pocket:
     """The pocket with the weights of ``folder`` (``model.safetensors``, ``config.json``), adapters merged.
 
-    Raises CodefendError when the folder holds no pocket weights, or those of another version.
+    ``photographs``: a folder of `victims.photographs` weights, so that it also answers about photographs. Raises
+    CodefendError when a folder holds no such weights, or those of another version.
     """
     victim = load_unmerged(folder)
     merge_lora(victim.llm)
+    if photographs:
+        victim.photographs = load_photographs(photographs, victim.encoder, victim.vocabulary, victim.embed)
     return victim.to(default_device())
 
 
