@@ -14,7 +14,7 @@ import toys
 from codefend.bench import EvalConfig, evaluate, results
 from codefend.bench.config import check
 from codefend.cli import demo
-from codefend.cli.demo import ADAPTIVE, DEMO, adaptive_verdict, run_demo, verdict
+from codefend.cli.demo import ADAPTIVE, DEMO, PHOTOGRAPH, adaptive_verdict, run_demo, verdict
 from codefend.types import CodefendError
 
 TOY = replace(
@@ -26,6 +26,7 @@ TOY = replace(
     panels=1,
 )
 TOY_ADAPTIVE = replace(ADAPTIVE, victim="toy", tasks=("captions",), defenses=("leaky",), attacks=("apgd",), limit=4)
+TOY_PHOTOGRAPH = replace(PHOTOGRAPH, victim="toy", tasks=("captions",), defenses=("none", "leaky"))
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(folder: Path, config: EvalConfig = TOY, victim: object = None) -> tuple[int, str]:
     console = Console(file=io.StringIO(), record=True, width=160)
     code = run_demo(
-        folder, config=config, adaptive=TOY_ADAPTIVE, defense="leaky", loaders=toys.loaders(victim), console=console
+        folder,
+        config=config,
+        adaptive=TOY_ADAPTIVE,
+        photograph=TOY_PHOTOGRAPH,
+        defense="leaky",
+        loaders=toys.loaders(victim),
+        console=console,
     )
     return code, console.export_text()
 
@@ -49,6 +56,8 @@ def test_a_working_defense_passes(tmp_path: Path) -> None:
     assert works.endswith("and with leaky 100% (4 of task questions and 4 of task captions).")
     assert adaptive.startswith("An attacker who knows leaky: at 2/255 it ")
     assert "at 8/255 it is broken (0% of its clean score is left)" in adaptive
+    for state in ("clean image, undefended: ", "clean image, with leaky: ", "attacked at 4/255, with leaky: "):
+        assert f"   {state}" in output
     assert (tmp_path / "report.html").is_file()
     assert (tmp_path / "adaptive" / "report.html").is_file()
     assert run(tmp_path) == (code, output)  # again, from the rows

@@ -42,6 +42,17 @@ ADAPTIVE = EvalConfig(
     batch=8,
     panels=0,
 )
+PHOTOGRAPH = EvalConfig(
+    tasks=("photo-caption",),
+    defenses=("none", "bridge"),
+    attacks=("apgd",),
+    threats=("T0",),
+    eps=(4.0,),
+    steps=12,
+    limit=1,
+    batch=1,
+    panels=1,
+)
 DEFENSE = "bridge"
 CLEAN_AT_LEAST = 0.6  # score of the undefended model on clean images, mean over tasks
 ATTACKED_AT_MOST = 0.4  # of it, undefended under attack; above, the attack is too weak to show anything
@@ -54,11 +65,12 @@ def run_demo(
     *,
     config: EvalConfig = DEMO,
     adaptive: EvalConfig = ADAPTIVE,
+    photograph: EvalConfig = PHOTOGRAPH,
     defense: str = DEFENSE,
     loaders: Loaders | None = None,
     console: Console | None = None,
 ) -> int:
-    """Evaluate ``config`` in ``run_dir`` and ``adaptive`` in its folder "adaptive"; print tables and a verdict.
+    """Evaluate ``config`` in ``run_dir``, ``adaptive`` and ``photograph`` in its folders; print tables and a verdict.
 
     Returns 0 when it works, else 1. Rerun it to resume, or to show the verdict again. Raises CodefendError as
     ``evaluate`` does.
@@ -74,6 +86,10 @@ def run_demo(
     rows = _evaluate(config, Path(run_dir), loaders, console, say)
     say(f"2. An attacker who knows the defense and attacks through {defense}.")
     against = _evaluate(adaptive, Path(run_dir) / "adaptive", loaders, console, say)
+    say("3. One photograph, under an attacker who does not know the defense: the model's captions.")
+    for row in evaluate(photograph, Path(run_dir) / "photograph", loaders=loaders):
+        state = "clean image" if row["threat"] == "clean" else f"attacked at {eps_label(row['eps'], 'linf')}"
+        say(f"   {state}, {'undefended' if row['defense'] == BARE else 'with ' + row['defense']}: {row['answer']}")
     works, sentence = verdict(rows, defense)
     say(sentence)
     say(adaptive_verdict(against, defense))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from codefend import attacks, tasks
@@ -23,10 +24,15 @@ SAMPLES = 24
 class Showcase:
     """`codefend.gateway.pocket.Showcase` with the tasks and attacks of the bench."""
 
-    def sample(self, number: int) -> dict[str, Any]:
-        """A test image as a data URL, its question and the correct answer; captions and questions alternate."""
+    def sample(self, number: int, *, photographs: bool) -> dict[str, Any]:
+        """A test image as a data URL, its question and the correct answer; captions and questions alternate.
+
+        With ``photographs`` every third image is one, unless scikit-image, which brings them, is missing.
+        """
         number %= SAMPLES
-        example = tasks.load("vqa" if number % 2 else "caption", limit=SAMPLES).examples[number]
+        kind = "vqa" if number % 2 else "caption"
+        photographs &= number % 3 == 2 and find_spec("skimage") is not None
+        example = tasks.load(f"photo-{kind}" if photographs else kind, limit=SAMPLES).examples[number]
         return {
             "image": images.encode_data_url(example.image),
             "question": example.prompt,

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import httpx2
@@ -40,7 +41,7 @@ Done = TypeVar("Done")
 class Showcase(Protocol):
     """Samples and attacks for the page. The command line provides them: the gateway itself imports no attacks."""
 
-    def sample(self, number: int) -> dict[str, Any]: ...
+    def sample(self, number: int, *, photographs: bool) -> dict[str, Any]: ...
     def attack(
         self, victim: Victim, image: torch.Tensor, question: str, check: Callable[[], None]
     ) -> dict[str, Any]: ...
@@ -111,7 +112,8 @@ class _Server:
             number = body.get("number")
             if not isinstance(number, int):
                 raise Refused(400, "invalid_request", 'expected {"number": 0}')
-            return JSONResponse(await self._aside(self._showcase.sample, number))
+            draw = partial(self._showcase.sample, number, photographs=self.model == "pocket")  # it knows photographs
+            return JSONResponse(await self._aside(draw))
 
         return await _respond(request, work)
 
