@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,12 @@ def test_commands_print_what_the_readme_shows(folder: Path, capsys: pytest.Captu
     for command, output in shown:
         assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
         assert capsys.readouterr().out.strip() == output
+
+
+def test_every_extra_has_a_row() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = TEXTS["docs/install.md"]
+    assert [name for name in project["optional-dependencies"] if f"| `{name}` |" not in text] == []
 
 
 @pytest.mark.parametrize("command", CHEAP)
