@@ -5,7 +5,9 @@
 #   recipes/pairs.sh && recipes/bridge.sh && recipes/bridge-detail.sh && recipes/bridge-coarse.sh
 #   recipes/bridge-large.sh                        # on a GPU
 #   recipes/robust.sh                              # encoders of other families and a bridge for any noise level
-#   recipes/bridge-plain.sh                        # and the peers: hgd, flowpure, flowpure-gauss, adbm, codefend-r, fare
+#   recipes/bridge-plain.sh                        # and the peers: hgd, flowpure, flowpure-gauss, adbm, codefend-r, fare,
+#                                                  tecoa
+#   recipes/headline.sh && recipes/outside.sh       # the headline table, and attacks by others
 #   recipes/compare.sh && recipes/ablations.sh     # tables
 #   recipes/prompts.sh                             # prompt policies
 #   recipes/pocket-photographs.sh                  # the pocket answers about photographs

@@ -116,7 +116,7 @@ def test_the_recipe_of_the_second_victim_has_the_settings_of_the_shipped_weights
 def test_every_training_has_a_recipe() -> None:
     text = "".join((RECIPES / name).read_text() for name in NAMES)
     trainings = {"pocket", "smolvlm-pocket", "prior", "bridge", "hgd", "flowpure", "flowpure-gauss", "adbm"}
-    trainings |= {"pocket-photographs", "codefend-r", "fare", "encoder", "robust"}
+    trainings |= {"pocket-photographs", "codefend-r", "fare", "tecoa", "encoder", "robust"}
     assert all(f"codefend train {name} " in text for name in trainings)
     ablations = (RECIPES / "ablations.sh").read_text().partition('names="')[2].partition('"')[0].split()
     assert set(ablations) == {file.stem for file in RECIPES.glob("ablations/*.toml")}

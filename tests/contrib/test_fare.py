@@ -93,3 +93,22 @@ def test_a_victim_without_pocket_weights_is_refused(text: str, tmp_path: Path) -
     with pytest.raises(CodefendError, match="no folder of pocket weights"):
         train(FareConfig(victim=str(tmp_path)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.weights
+def test_tecoas_loss_falls_on_the_same_images(bare_pocket: Any) -> None:
+    from codefend import encoders
+    from codefend.contrib.tecoa import TecoaConfig, tecoa_loss
+
+    encoder, original = encoders.load("lite0"), encoders.load("lite0")
+    images = torch.rand(1, 3, 128, 128, generator=generator())
+    tecoa = TecoaConfig(mining_steps=1, eps=8 / 255, mining_step=8 / 255)
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=5e-4)
+    losses = []
+    for _ in range(4):
+        terms: Any = tecoa_loss(tecoa, bare_pocket, encoder, original, images, 0)
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        optimizer.step()
+        losses.append(float(terms["loss"].detach()))
+    assert losses[-1] < losses[0]

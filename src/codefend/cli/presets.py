@@ -77,6 +77,10 @@ _TRAININGS = {
         "train a peer: the pocket with an adversarially fine-tuned image encoder; the result is a victim",
         "codefend.contrib.fare:FareConfig",
     ),
+    "tecoa": Preset(
+        "train a peer: as fare, with the words of the vision tokens as labels (TeCoA-style); the result is a victim",
+        "codefend.contrib.tecoa:TecoaConfig",
+    ),
     "own-bridge": Preset(
         "train a bridge for a victim of yours, guided by its features and words: --set victim=hf:ID_OR_FOLDER",
         _BRIDGE,

@@ -7,9 +7,11 @@ features that the original encoder has on the clean one. Connector and language 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ from codefend.training.card import write_card
 from codefend.training.fit import Losses, Training, cosine_schedule, fit
 from codefend.training.mining import sign_steps
 from codefend.training.pocket import export_parameters
-from codefend.types import CodefendError
+from codefend.types import CodefendError, Objective
 from codefend.victims.pocket import read_encoder
 
 UNUSED = ("head.", "fc.")  # of the encoder: its ImageNet classifier, which no token passes
@@ -36,6 +38,8 @@ UNUSED = ("head.", "fc.")  # of the encoder: its ImageNet classifier, which no t
 @dataclass(frozen=True)
 class FareConfig:
     """Everything that decides the encoder. The paper: PGD-10, step 1/255, AdamW, lr 1e-5 for a ViT-L."""
+
+    kind: ClassVar[str] = "fare"
 
     victim: str = "pocket"  # whose encoder: the shipped pocket, or a folder of pocket weights
     eps: float = 4 / 255
@@ -55,23 +59,24 @@ class FareConfig:
         Raises CodefendError when the victim is no pocket, or the folder was made with another config.
         """
         base, state = _read_pocket(self.victim)
-        recorded = {"train": "fare", "encoder": base["encoder"], **asdict(self)}
+        recorded = {"train": self.kind, "encoder": base["encoder"], **asdict(self)}
 
         def build() -> Training[Tensor]:
             device = default_device()
             original, encoder = (_load_encoder(base["encoder"], state, self.victim).to(device) for _ in range(2))
             parameters = {name: p for name, p in encoder.named_parameters() if not name.startswith(UNUSED)}
+            loss = self.loss(encoder, original)
             optimizer = torch.optim.AdamW(parameters.values(), lr=self.lr, weight_decay=self.weight_decay)
 
             def save(step: int) -> None:
                 tuned = {f"encoder.{name}": value for name, value in parameters.items()}
                 export_parameters(Path(folder) / "weights", {**state, **tuned}, base)
-                write_card(folder, "fare")
+                write_card(folder, self.kind)
 
             return Training(
                 parameters=parameters,
                 batch=partial(_images, self),
-                loss=lambda clean, step: fare_loss(self, encoder, original, clean.to(device), step),
+                loss=lambda clean, step: loss(clean.to(device), step),
                 optimizer=optimizer,
                 schedule=cosine_schedule(optimizer, self.steps, warmup=self.warmup),
                 steps=self.steps,
@@ -80,6 +85,10 @@ class FareConfig:
             )
 
         return fit(folder, recorded, build) / "weights"
+
+    def loss(self, encoder: Encoder, original: Encoder) -> Callable[[Tensor, int], Losses]:
+        """The loss of a clean batch at a step."""
+        return lambda clean, step: fare_loss(self, encoder, original, clean, step)
 
 
 def fare_loss(config: FareConfig, encoder: Encoder, original: Encoder, clean: Tensor, step: int) -> Losses:
@@ -96,6 +105,11 @@ def fare_loss(config: FareConfig, encoder: Encoder, original: Encoder, clean: Te
         squared: Tensor = error.square().sum(-1).mean(1) / scale
         return squared
 
+    return adversarial_loss(config, encoder, distance, clean, step)
+
+
+def adversarial_loss(config: FareConfig, encoder: Encoder, distance: Objective, clean: Tensor, step: int) -> Losses:
+    """ "loss": the mean of ``distance`` near its maximum in the ball; "clean": of the clean images."""
     encoder.requires_grad_(False)
     attacked = sign_steps(
         lambda images: -distance(images),
@@ -117,9 +131,14 @@ def _images(config: FareConfig, step: int) -> Tensor:
     return draw_training_images(rng, config.batch, first_scene=4_000_000 + step * config.batch)
 
 
+def pocket_folder(name: str) -> Path:
+    """Where the weights of the pocket ``name`` lie."""
+    return asset("weights/pocket") if name == "pocket" else Path(name)
+
+
 def _read_pocket(name: str) -> tuple[dict[str, object], dict[str, Tensor]]:
     """A pocket's config and trained tensors, as its folder has them. Raises CodefendError when there is none."""
-    folder = asset("weights/pocket") if name == "pocket" else Path(name)
+    folder = pocket_folder(name)
     try:
         config = json.loads((folder / "config.json").read_text())
         state = load_file(folder / "model.safetensors")

@@ -31,6 +31,7 @@ SUMMARIES = {
         "around SmolLM2-135M-Instruct. `codefend build-victim smolvlm-pocket -o DIR` writes the complete checkpoint."
     ),
     "fare": "Pocket victim whose image encoder was fine-tuned adversarially (FARE, Schlarmann 2024, arXiv 2402.12336).",
+    "tecoa": "Pocket victim with an encoder fine-tuned adversarially, words as labels (TeCoA-style, arXiv 2212.07016).",
     "encoder": "Image encoder for trainings and evaluations, distilled from EfficientNet-Lite features; no classes.",
     "prior": "Unconditional diffusion prior in EDM form; `diffpure` uses it, and the other purifiers start from it.",
     "bridge": "Purifier from adversarial to clean: a supervised diffusion bridge, one to four evaluations.",
@@ -131,11 +132,11 @@ def _text(training: Mapping[str, Any]) -> str:
     lines[-1] += f" after {config['distill_steps']} of distillation" if "distill_steps" in config else ""
     lines[-1] += f", {training['hours']:.1f} hours in them; {_settings(config)}."
     attacks = [_attacks(bank) for bank in training["pairs"]]
-    if config.get("mined") or config.get("replay", 1) > 1 or kind in ("adbm", "fare"):
+    if config.get("mined") or config.get("replay", 1) > 1 or kind in ("adbm", "fare", "tecoa"):
         attacks.append(_mined(kind, config))
     if config.get("train") == "robust":
         attacks.append(_single_step(config))
-    if config.get("train") in ("bridge", "robust", "peer", "fare", *BACKBONES):
+    if config.get("train") in ("bridge", "robust", "peer", "fare", "tecoa", *BACKBONES):
         lines += [f"- Attacks seen in training: {'; '.join(attacks) or 'none'}."]
     if config.get("without"):
         lines += [f"- Left out of the banks: {', '.join(config['without'])}."]
@@ -189,7 +190,7 @@ def _single_step(config: Mapping[str, Any]) -> str:
 
 
 def _mined(kind: str, config: Mapping[str, Any]) -> str:
-    if kind == "fare":
+    if kind in ("fare", "tecoa"):
         return f"PGD-{config['mining_steps']} on the encoder's tokens in the loop, {255 * config['eps']:g}/255"
     if kind == "adbm":
         return f"{config['mining_steps']} steps in the loop through the network, {255 * config['eps']:g}/255"
