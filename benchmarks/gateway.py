@@ -7,8 +7,10 @@
 
 A toy upstream, the gateway and the load are processes of their own. Direct and proxied requests alternate in one
 open-loop schedule, so that both meet the same machine at the same moment; latency counts from when a request was due.
-LiteLLM's proxy, where it is installed, takes turns with the gateway in the same run. One JSON object goes to standard
-output. ``upstream_loop`` is the longest stall of a process with next to nothing to do: what the machine itself adds.
+LiteLLM's proxy, where it is installed, takes turns with the gateway in the same run. ``cpu_ms`` is the CPU time of a
+request in all processes of the gateway or the peer, which a busy machine changes less than latency. One JSON object
+goes to standard output. ``upstream_loop`` is the longest stall of a process with next to nothing to do: what the
+machine itself adds.
 """
 
 from __future__ import annotations
@@ -69,8 +71,8 @@ def litellm(command: str | None) -> Iterator[Target | None]:
         arguments = [found, "--config", str(config), "--host", "127.0.0.1", "--port", str(port), "--telemetry", "False"]
         process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            await_port(port, lambda: process.poll() is None, "litellm", 180)
-            yield Target("litellm", port)
+            await_port(port, lambda: process.poll() is None, "litellm", 600)
+            yield Target("litellm", port, process.pid)
         finally:
             process.terminate()
             process.wait(20)
@@ -83,10 +85,10 @@ def passthrough(options: argparse.Namespace, *, stream: bool = False) -> dict[st
     flags = {"upstream": f"http://127.0.0.1:{UPSTREAM_PORT}", "purifier": options.purifier, "log_level": "error"}
     with (
         started(run_upstream, UPSTREAM_PORT, port=UPSTREAM_PORT),
-        started(run_gateway, port, flags, port=port),
+        started(run_gateway, port, flags, port=port) as gate,
         litellm(options.litellm) as peer,
     ):
-        pairs = [(Target("direct", UPSTREAM_PORT), Target("gateway", port))]
+        pairs = [(Target("direct", UPSTREAM_PORT), Target("gateway", port, gate.pid))]
         if peer is not None:
             pairs.append((Target("direct", UPSTREAM_PORT), peer))
 
@@ -97,14 +99,20 @@ def passthrough(options: argparse.Namespace, *, stream: bool = False) -> dict[st
                     target.seconds, target.first, target.failed = [], [], 0
             for at in (port, UPSTREAM_PORT):
                 await get_json(at, "/lag")
+            spent = {through.name: -sum(cpu_seconds(through.pid).values()) for _, through in pairs}
             for _ in range(4):  # in turns: a peer that cannot keep up must not disturb the other
                 for pair in pairs:
                     await load(list(pair), body, options.rate, options.seconds / 4)
-            return await get_json(port, "/lag"), await get_json(UPSTREAM_PORT, "/lag")
+            for _, through in pairs:
+                spent[through.name] += sum(cpu_seconds(through.pid).values())
+            return await get_json(port, "/lag"), await get_json(UPSTREAM_PORT, "/lag"), spent
 
-        lag, idle = asyncio.run(measure())
+        lag, idle, spent = asyncio.run(measure())
     found = {through.name: compared(direct, through, stream) for direct, through in pairs}
-    return found | {"gateway_loop": lag, "upstream_loop": idle, "rate": options.rate}
+    for _, through in pairs:
+        found[through.name]["cpu_ms"] = round(spent[through.name] / max(1, len(through.seconds)) * 1000, 2)
+    machine = {"load_average": os.getloadavg(), "rate": options.rate}
+    return found | {"gateway_loop": lag, "upstream_loop": idle} | machine
 
 
 def compared(direct: Target, through: Target, stream: bool) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def await_port(port: int, alive: Callable[[], bool], name: str, seconds: float =
 def started(target: Any, *arguments: Any, port: int) -> Iterator[Any]:
     process = mp.get_context("spawn").Process(target=target, args=arguments)  # no daemon: the gateway has children
     process.start()
-    await_port(port, process.is_alive, target.__name__)
+    await_port(port, process.is_alive, target.__name__, 300)
     try:
         yield process
     finally:
@@ -161,6 +161,7 @@ class Target:
 
     name: str
     port: int
+    pid: int = 0  # of the process and its children, for its CPU time
     host: str = "127.0.0.1"
     idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)

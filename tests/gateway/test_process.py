@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -160,6 +161,19 @@ def memory_mb(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def hold_bodies(port: int, count: int) -> list[socket.socket]:
+    """Connections that have sent 15 MB of a body of 60 MB, and send no more."""
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: 60000000\r\n\r\n"
+    )
+    other = ("127.0.0.2", 0)  # another client, with a share of its own
+    held = [socket.create_connection(("127.0.0.1", port), 10, source_address=other) for _ in range(count)]
+    for connection in held:
+        with contextlib.suppress(OSError):  # refused in the middle: the client's share of memory is used up
+            connection.sendall(head.encode() + b"x" * 15_000_000)
+    return held
+
+
 def hostile_bodies() -> list[tuple[str, bytes]]:
     jpeg = images.encode(torch.zeros(3, 8, 8), "JPEG")
     fill = jpeg[:2] + b"\xff" * 14_000_000 + jpeg[2:]
@@ -169,20 +183,34 @@ def hostile_bodies() -> list[tuple[str, bytes]]:
         (CHAT, json.dumps(chat(fill, empty)).encode()),
         (CHAT, json.dumps(chat(bomb)).encode()),
         ("/page/purify", b'{"image": [' + b"{}," * 15_000_000 + b"{}]}"),
+        (CHAT, json.dumps(chat(text="![" + "a" * 59_000_000)).encode()),
+        (CHAT, b'{"messages": ' + b"[" * 30_000_000),
+        ("/v1/embeddings", json.dumps({"input": ["a"] * 10_000_000}).encode()),
     ]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
 def test_hostile_requests_delay_nobody_and_hold_no_memory(gateway_process: tuple[httpx2.Client, int]) -> None:
+    """What the security model states: 280 MB, the cache (here next to empty) and four times 256 MiB of bodies."""
     client, pid = gateway_process
+    assert memory_mb(pid) < 280
     before, latencies, bodies = memory_mb(pid), list[float](), hostile_bodies()
     done = threading.Event()
+
+    def ask(seed: int) -> float:
+        start = time.monotonic()
+        assert client.post(CHAT, json=chat(png(seed, height=32, width=32))).status_code == 200
+        return time.monotonic() - start
+
+    quiet = max(ask(seed) for seed in range(-5, 0))  # a machine may have other work
 
     def attack() -> None:
         for _ in range(2):
             for path, body in bodies:
                 client.post(path, content=body, headers={"content-type": "application/json"})
+        for connection in hold_bodies(client.base_url.port or 0, 16):
+            connection.close()
         done.set()
 
     attacking = threading.Thread(target=attack)
@@ -190,14 +218,14 @@ def test_hostile_requests_delay_nobody_and_hold_no_memory(gateway_process: tuple
     seed, most = 0, before
     while not done.is_set():
         seed += 1
-        start = time.monotonic()
-        assert client.post(CHAT, json=chat(png(seed, height=32, width=32))).status_code == 200
-        latencies.append(time.monotonic() - start)
+        latencies.append(ask(seed))
         most = max(most, memory_mb(pid))
     attacking.join()
     assert len(latencies) > 5
-    assert max(latencies) < 3, "one such request took 48 s of everybody's time"
-    assert most - before < 600
+    print({"before": before, "most": most, "quiet": quiet, "slowest": max(latencies), "n": len(latencies)})
+    assert most < 280 + 1024, "the stated bound"
+    assert most - before < 600, "what these requests took when they were measured"
+    assert max(latencies) < 3 + 3 * quiet, "one such request took 48 s of everybody's time"
 
 
 @pytest.mark.slow

@@ -88,6 +88,12 @@ def test_clients_options_and_secrets_share_nothing(url: str) -> None:
     run(work())
 
 
+def test_draws_of_one_image_are_entries_of_their_own() -> None:
+    cache = SharedCache("redis://127.0.0.1:1", SECRET, "v1")
+    assert cache._key("", Job(png())) != cache._key("", Job(png(), turn=1)), "votes need different noise"
+    cache.close()
+
+
 def test_a_forged_entry_is_a_miss(url: str) -> None:
     async def work() -> None:
         honest = await Replica(url).purify(png())

@@ -63,6 +63,7 @@ class Outcome:
     bypassed: tuple[str, ...] = ()  # the reason of each image that went on without the purifier
     seconds: float = 0.0
     tokens: tuple[str, ...] = ()  # stand in the body for the images' base64, in order
+    stream: bool = False  # the client asked for events
 
 
 @dataclass(frozen=True)
@@ -337,7 +338,8 @@ class Engine:
         if spliced:
             encoded = [replace(image, data=token) for image, token in zip(encoded, tokens, strict=True)]
         rebuilt = rebuild(body, slots, encoded, policy=self.policy, everywhere=self.everywhere)
-        return Outcome(rebuilt, images, bypassed, seconds, tokens)
+        stream = isinstance(body, dict) and bool(body.get("stream"))
+        return Outcome(rebuilt, images, bypassed, seconds, tokens, stream)
 
 
 def _write(outcome: Outcome) -> bytes:

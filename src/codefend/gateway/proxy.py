@@ -189,7 +189,7 @@ class Proxy:
     async def _answer_by_vote(self, exchange: Exchange, raw: bytes, first: bytes, headers: Headers) -> None:
         """Ask the upstream with each draw of the noise, and send the answer that most others are like."""
         scope, api, start = exchange.scope, api_of(exchange.path), time.perf_counter()
-        check_votable(raw)
+        check_votable(exchange.outcome)
         plain = [pair for pair in headers if pair[0] != b"accept-encoding"] + [(b"accept-encoding", b"identity")]
 
         async def ask(turn: int) -> httpx2.Response:

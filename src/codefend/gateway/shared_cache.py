@@ -90,7 +90,8 @@ class SharedCache:
             return None
 
     def _key(self, client: str, job: Job) -> str:
-        facts = json.dumps([self._scope, client, job.mode, job.threshold, hashlib.sha256(job.data).hexdigest()])
+        digest = hashlib.sha256(job.data).hexdigest()
+        facts = json.dumps([self._scope, client, job.mode, job.threshold, job.turn, digest])
         return "codefend:" + hmac.new(self._secret, facts.encode(), hashlib.sha256).hexdigest()
 
     def _tag(self, key: str, body: bytes) -> bytes:

@@ -9,13 +9,13 @@ from typing import Any
 import httpx2
 
 from codefend.core.votes import elect
+from codefend.gateway.engine import Outcome
 from codefend.gateway.errors import Api, Refused
 
 
-def check_votable(raw: bytes) -> None:
+def check_votable(outcome: Outcome | None) -> None:
     """Raise Refused (400) for a request whose answer is streamed: a vote needs whole answers."""
-    body = json.loads(raw)  # inspected before
-    if body.get("stream"):
+    if outcome is not None and outcome.stream:
         raise Refused(400, "stream_refused", "this gateway votes on answers; ask without stream")
 
 
