@@ -300,7 +300,7 @@ def check(config: EvalConfig) -> None:
         check_radius(eps, config.norm)
     stray = set(config.adaptive) - set(config.defenses)
     if stray:
-        raise CodefendError(f"adaptive names {sorted(stray)[0]!r}, which is not among the defenses")
+        raise CodefendError(f"adaptive names {sorted(stray)[0]!r}, which is not among the defenses; set adaptive, too")
     if "T1" in config.threats and not config.surrogate and not config.craft_victim:
         raise CodefendError("threat T1 transfers from a surrogate: set surrogate=DEFENSE or craft_victim=VICTIM")
     if config.craft_victim == config.victim:
