@@ -81,6 +81,7 @@ def on_ray(options: RayOptions) -> Engine:
         purify = replace(purify, sink=Store(_absolute(purify.sink.url)))
         items = [{"unit": pickle.dumps(replace(unit, source=_absolute(unit.source)))} for unit in units]
         with _cluster(ray, options):
+            ray.data.DataContext.get_current().enable_progress_bars = False  # the job shows its own
             answers = ray.data.from_items(items, override_num_blocks=min(len(items), _BLOCKS)).map_batches(
                 UnitActor,
                 fn_constructor_args=(purify, options.cpus),
@@ -117,7 +118,6 @@ def _cluster(ray: Any, options: RayOptions) -> Iterator[None]:
         reason = " ".join(str(error).split())[:200]
         raise CodefendError(f"cannot reach the Ray cluster at {address or 'this machine'}: {reason}") from error
     try:
-        ray.data.DataContext.get_current().enable_progress_bars = False
         yield
     finally:
         ray.shutdown()
