@@ -7,6 +7,7 @@ Images are float32 ``[B, 3, H, W]``, RGB, in ``[0, 1]``; every radius ``eps`` is
   model; the result is a victim like any other.
 - `attack` makes adversarial images; `evaluate` with an `EvalConfig` measures defenses under a grid of attacks;
   `certify` gives an answer with the l2 radius inside which no attack changes it.
+- `text` reads text in images, marks what reads like an instruction, and redacts or quotes it.
 - `wrap` returns an OpenAI or Anthropic client whose images are purified before they leave the process.
 - `CodefendError`, a ValueError, is raised for input that the caller can correct.
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from codefend.bench.smoothing import certify
     from codefend.defense import DefendedVictim, Defense, StraightThrough
     from codefend.gateway.client import wrap
+    from codefend.prompts import image_text as text
     from codefend.purifiers import load as load_purifier
     from codefend.purifiers.base import Purifier
     from codefend.purifiers.single import purify
@@ -46,6 +48,7 @@ _LAZY = {
     "Defense": ("codefend.defense", "Defense"),
     "DefendedVictim": ("codefend.defense", "DefendedVictim"),
     "StraightThrough": ("codefend.defense", "StraightThrough"),
+    "text": ("codefend.prompts", "image_text"),
     "wrap": ("codefend.gateway.client", "wrap"),
     "Budget": ("codefend.types", "Budget"),
     "Example": ("codefend.types", "Example"),
@@ -72,6 +75,7 @@ __all__ = [
     "load_task",
     "load_victim",
     "purify",
+    "text",
     "wrap",
 ]
 
@@ -79,6 +83,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         module, attribute = _LAZY[name]
+        if name == "text":  # a module
+            return import_module(f"{module}.{attribute}")
         return getattr(import_module(module), attribute)
     raise AttributeError(f"module 'codefend' has no attribute {name!r}")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from attacks_kit import QUESTIONS, sample_images, seeded
-from codefend.attacks.typographic import TypographicAttack, write_text
+from codefend.attacks.typographic import FaintTextAttack, TypographicAttack, write_faint, write_text
 from codefend.types import Budget, Objective
 
 
@@ -37,3 +37,20 @@ def test_the_best_place_is_chosen_for_each_image() -> None:
     assert (written[0] != images[0]).any(0)[23:].all()
     assert (written[1] != images[1]).any(0)[:9].all()
     assert torch.equal(written[0, :, :23], images[0, :, :23])
+
+
+def test_faint_text_changes_letters_by_its_contrast_alone() -> None:
+    images = torch.full((1, 3, 64, 64), 0.5)
+    changes = (write_faint(images, "stop", contrast=0.25) - images).unique().tolist()
+    assert changes == [0.0, 0.25]
+    assert (write_faint(images, "stop", contrast=-0.25) - images).min() == -0.25
+
+
+def test_the_faintest_text_that_works_best_is_chosen() -> None:
+    images = torch.full((1, 3, 64, 64), 0.5)
+
+    def objective(prompts: Sequence[str]) -> Objective:
+        return lambda x: ((x - images).abs().amax((1, 2, 3)) - 0.1).abs()  # lowest at a contrast of .1
+
+    written, _ = FaintTextAttack(sentence="hi")(objective, images, QUESTIONS[:1], Budget(steps=16), generator=seeded())
+    torch.testing.assert_close((written - images).abs().max(), torch.tensor(0.1))

@@ -343,6 +343,16 @@ TEXT_ATTACKS: dict[str, TextAttackSpec] = _by_name(
         changes="image",
     ),
     TextAttackSpec(
+        "typographic-faint",
+        "the attacker's sentence all over the image in faint, dense or spaced letters that OCR may miss",
+        "after Goh et al. 2021 (Multimodal Neurons); against defenses that read",
+        "score",
+        "codefend.attacks.typographic:FaintTextAttack",
+        "targeted",
+        steps=16,
+        changes="image",
+    ),
+    TextAttackSpec(
         "joint",
         "typos and auto-PGD in turns",
         "after Co-Attack, arXiv 2206.09391, and VLAttack, arXiv 2310.04655",

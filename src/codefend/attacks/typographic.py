@@ -15,6 +15,8 @@ from codefend.types import Budget, CodefendError
 
 _PLACES = (1.0, 0.0, 0.5)  # top of the strip, share of the free height: bottom, top, middle
 _INKS = (1.0, 0.0)  # white on black, black on white
+_CONTRASTS = (0.4, 0.2, 0.1, 0.05)  # of faint letters, in [0, 1]
+_GAPS = (0, 2)  # empty columns behind each character, of 6 dots
 
 
 def write_text(images: Tensor, text: str, *, size: float = 0.1, place: float = 1.0, ink: float = 1.0) -> Tensor:
@@ -70,3 +72,49 @@ class TypographicAttack(TextAttack):
     def outside(self, images: Tensor, clean: Tensor) -> Tensor:
         """0 for each image: text in the image is not bounded."""
         return torch.zeros(len(clean), dtype=clean.dtype, device=clean.device)
+
+
+def write_faint(images: Tensor, text: str, *, size: float = 0.1, contrast: float = 0.1, gap: int = 0) -> Tensor:
+    """``images`` ``[B, 3, H, W]`` with ``text`` all over them in letters without a strip, lighter or darker by
+    ``contrast`` (below 0), clipped to [0, 1].
+
+    ``gap`` puts spaces between the characters, so that readers of lines see single letters.
+    """
+    height, width = images.shape[-2:]
+    scale = max(round(size * height / 8), 1)
+    columns, rows = (width // scale - 1) // 6, height // (8 * scale)
+    spaced = (" " * gap).join(text) if gap else text
+    page = render(" ".join([spaced] * (rows * columns // max(len(spaced), 1) + 1)), columns)
+    dots = page.repeat_interleave(scale, 0).repeat_interleave(scale, 1)[:height, :width].to(images)
+    faint = images.clone()
+    faint[:, :, : dots.shape[0], : dots.shape[1]] += contrast * dots
+    return faint.clamp(0, 1)
+
+
+@dataclass(kw_only=True)
+class FaintTextAttack(TypographicAttack):
+    """Writes ``sentence`` all over the image in faint letters; per example the best of four contrasts, light and dark,
+    dense and spaced.
+
+    Through a defense that reads the image, it searches for renderings that its OCR misses.
+    """
+
+    name: str = "typographic-faint"
+
+    def __call__(
+        self,
+        objective: PromptObjective,
+        images: Tensor,
+        prompts: Sequence[str],
+        budget: Budget,
+        *,
+        generator: Generator | None = None,
+    ) -> tuple[Tensor, list[str]]:
+        clean, of_images = images.detach(), objective(prompts)
+        best, last = self.best_of(of_images, clean, budget.eot), clean
+        for number, (contrast, sign, gap) in enumerate(product(_CONTRASTS, (1, -1), _GAPS)):
+            if number == budget.steps:
+                break
+            last = write_faint(clean, self.sentence, size=self.size, contrast=sign * contrast, gap=gap)
+            best.update(last, self.score(of_images, last, budget.eot, number))
+        return self.select(best, of_images, last, budget), list(prompts)

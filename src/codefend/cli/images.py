@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from codefend.defense import DefendedVictim
     from codefend.purifiers.folders import FolderReport
+    from codefend.purifiers.text_policy import TextPolicyName
 
 app = typer.Typer()
 
@@ -57,6 +58,10 @@ def purify(
         int | None,
         typer.Option("--max-side", min=1, help="First shrink larger images to this longer side, by area averaging."),
     ] = None,
+    text: Annotated[
+        str,
+        typer.Option("--text", help="Text in images: off, report, redact, redact-all or block (extra ocr)."),
+    ] = "off",
     overwrite: Overwrite = False,
     column: Annotated[
         str | None, typer.Option("--column", help="Image column of Parquet files; default: all of datasets' type.")
@@ -84,6 +89,7 @@ def purify(
     from codefend.purifiers.folders import FolderOptions, purify_paths
 
     options = FolderOptions(
+        text=_text_policy(text),
         purifier=purifier,
         seed=seed,
         batch=batch,
@@ -101,9 +107,22 @@ def purify(
     outcome = purify_paths(lambda: purifiers.load(purifier), paths, out, options)
     skipped = f", {outcome.skipped} skipped (purified before)" if outcome.skipped else ""
     print(f"purified {outcome.done}{skipped} -> {out}")
+    for name, lines in outcome.instructions:
+        print(f"text that reads like instructions: {name}: {' / '.join(lines)}")
     if outcome.failed:
         _print_failures(outcome)
         raise typer.Exit(1)
+
+
+def _text_policy(name: str) -> TextPolicyName:
+    """``name`` as a policy that needs no model. Raises CodefendError for another, and without the `ocr` extra."""
+    if name not in ("off", "report", "redact", "redact-all", "block"):
+        raise CodefendError(f"--text is off, report, redact, redact-all or block, not {name!r}")
+    if name != "off":
+        from codefend.purifiers import ocr
+
+        ocr.check_installed()
+    return cast("TextPolicyName", name)
 
 
 def _print_failures(outcome: FolderReport) -> None:

@@ -116,7 +116,7 @@ def _routes(proxy: Proxy, page: Page) -> list[BaseRoute]:
 
 def _reload(keys: Keys, proxy: Proxy, settings: Settings) -> None:
     """Take over what can change while requests run. Raises CodefendError as ``Terms.choose`` does."""
-    terms = Terms.choose(proxy.engine.worker, settings.policy, settings.threshold)
+    terms = Terms.choose(proxy.engine.worker, settings.policy, settings.threshold, settings.text)
     proxy.engine.inspection = Inspection(settings.allow_image_links, settings.allow_tools)
     keys.replace(_keys(settings))
     proxy.engine.terms = terms
@@ -214,7 +214,7 @@ def build_engine(settings: Settings, *, purifier: Purifier | None = None, prompt
     return Engine(
         main,
         limits=limits,
-        terms=Terms.choose(main, settings.policy, settings.threshold),
+        terms=Terms.choose(main, settings.policy, settings.threshold, settings.text),
         policy=_text_policy(prompt or load_any(settings.prompt), settings),
         everywhere=settings.prompt_everywhere,
         on_error=settings.on_error,

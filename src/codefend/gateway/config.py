@@ -43,11 +43,16 @@ from codefend.gateway.options import (
     UpstreamOptions,
 )
 from codefend.gateway.routes import DEFAULT_ROUTES, Routes
+from codefend.purifiers.text_policy import TextPolicyName
 from codefend.types import CodefendError
 
 PREFIX = "CODEFEND_"
 # From the environment or a file, never from a flag.
 SECRETS = ("api_keys", "upstream_api_key", "noise_secret", "cache_url")
+PRESETS: dict[Any, dict[str, Any]] = {  # settings that nobody gave
+    # Fidelity first: pages that look clean pass unchanged, and at a size at which clicks still meet.
+    "screenshots": {"purifier": "bridge-detail:gate=true", "text": "quote", "max_side": 4096},
+}
 _VERSIONED = re.compile(r"/(v\d\w*|deployments)(/|$)")  # base paths that need no /v1: Gemini's and Azure's, for example
 
 Part = TypeVar("Part")
@@ -96,6 +101,9 @@ class Settings(BaseSettings):
     drain_s: float = _setting(30.0, "Server", "time for running requests at shutdown", ge=0)
     lame_duck_s: float = _setting(0.0, "Server", "time between not ready and shutdown, for load balancers", ge=0)
 
+    preset: Literal["none", "screenshots"] = _setting(
+        "none", "Images", "defaults for a kind of images; screenshots: for agents that look at pages"
+    )
     purifier: str = _setting("bridge", "Images", "purifier by name or folder")
     device: str = _setting("cpu", "Images", "where the purifier runs: cpu, cuda, cuda:1, mps")
     policy: Mode = _setting("purify", "Images", "what happens to an image")
@@ -118,6 +126,9 @@ class Settings(BaseSettings):
     noise_secret_file: Path | None = _setting(None, "Images", "file that holds noise_secret")
     votes: int = _setting(1, "Images", "answers per request with images, each under other noise; the vote counts", ge=1)
     scores: Scores = _setting("hide", "Images", "detection scores in answers to clients")
+    text: TextPolicyName = _setting(
+        "off", "Images", "text in images: off, report, quote, redact, redact-all or block; needs the ocr extra"
+    )
     prompt: str = _setting("none", "Prompts", "prompt policy by name or JSON file")
     prompt_everywhere: bool = _setting(False, "Prompts", "apply the prompt policy to requests without images as well")
 
@@ -215,6 +226,11 @@ class Settings(BaseSettings):
             except (OSError, ValueError) as error:
                 raise ValueError(f"{name}_file: {getattr(error, 'strerror', None) or error}: {file}") from error
         return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _use_preset(cls, data: Any) -> Any:
+        return PRESETS.get(data.get("preset"), {}) | data if isinstance(data, dict) else data
 
     @field_validator(
         *("api_keys", "remote_hosts", "allowed_hosts", "cors_origins", "routes", "allow_tools", "guardrails"),

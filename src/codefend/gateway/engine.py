@@ -21,6 +21,9 @@ from codefend.gateway.shapes import Inspection, Slot, Survey, survey
 from codefend.gateway.suspicion import spell
 from codefend.gateway.wire import check_simple, dump, parse
 from codefend.gateway.worker import Job, Purified, PurifyFailed, Runner, canary, suspicious
+from codefend.prompts.image_text import note
+from codefend.purifiers import ocr
+from codefend.purifiers.text_policy import TextPolicyName
 from codefend.types import CodefendError
 
 Fetch = Callable[..., Awaitable[bytes]]
@@ -32,18 +35,24 @@ _SMALL = 1 << 16  # bytes of JSON that are read on the event loop: well under a 
 
 @dataclass(frozen=True)
 class Terms:
-    """What an image must pass. ``threshold`` is in the purifier's own score; ``turn`` numbers draws of its noise."""
+    """What an image must pass: ``threshold`` in the purifier's own score, ``text`` the policy for text in images.
+
+    ``turn`` numbers draws of its noise.
+    """
 
     mode: Mode = "purify"
     threshold: float | None = None
     turn: int = 0
+    text: TextPolicyName = "off"
 
     @classmethod
-    def choose(cls, worker: Runner, mode: Mode, threshold: float | None = None) -> Terms:
+    def choose(cls, worker: Runner, mode: Mode, threshold: float | None = None, text: TextPolicyName = "off") -> Terms:
         """With the threshold calibrated for the worker's purifier unless one is given.
 
-        Raises CodefendError when ``mode`` needs a threshold and there is none.
+        Raises CodefendError when ``mode`` needs a threshold and there is none, and for ``text`` without the extra.
         """
+        if text != "off":
+            ocr.check_installed()
         if threshold is None:
             threshold = worker.threshold
         if mode != "purify" and threshold is None:
@@ -51,7 +60,7 @@ class Terms:
                 f"policy {mode} needs a threshold: purifier {worker.name} has no calibrated one "
                 "(`codefend calibrate` makes one for the options that its weights were saved with)"
             )
-        return cls(mode, threshold)
+        return cls(mode, threshold, text=text)
 
 
 @dataclass(frozen=True)
@@ -259,7 +268,8 @@ class Engine:
         return self._job(data, terms), f"{digest}#{terms.turn}" if terms.turn else digest
 
     def _job(self, data: bytes, terms: Terms) -> Job:
-        return Job(data, terms.mode, terms.threshold, inspect(data, self.limits).pixels, terms.turn)
+        pixels = inspect(data, self.limits).pixels
+        return Job(data, terms.mode, terms.threshold, pixels, terms.turn, terms.text)
 
     def _local_job(self, slot: Slot) -> Job:
         try:
@@ -337,7 +347,8 @@ class Engine:
         encoded = [image.image for image in images]
         if spliced:
             encoded = [replace(image, data=token) for image, token in zip(encoded, tokens, strict=True)]
-        rebuilt = rebuild(body, slots, encoded, policy=self.policy, everywhere=self.everywhere)
+        notes = [note(image.texts or ()) for image in images] if terms.text == "quote" else ()
+        rebuilt = rebuild(body, slots, encoded, policy=self.policy, everywhere=self.everywhere, notes=notes)
         stream = isinstance(body, dict) and bool(body.get("stream"))
         return Outcome(rebuilt, images, bypassed, seconds, tokens, stream)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from codefend.gateway.engine import Outcome
+from codefend.gateway.engine import Outcome, Terms
 from codefend.gateway.errors import Refused
 from codefend.gateway.options import Scores
+from codefend.purifiers import ocr
+from codefend.purifiers.text_policy import TEXT_POLICIES
+from codefend.types import CodefendError
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -87,6 +91,8 @@ def report(
             "cache": ",".join("hit" if image.cached else "miss" for image in images),
             "ms": f"{outcome.seconds * 1000:.1f}",
         }
+        if any(image.texts is not None for image in images):
+            lines["text"] = ",".join("-" if image.texts is None else str(len(image.texts)) for image in images)
         visible = [visible_score(image.score, scores) for image in images]
         if any(score is not None for score in visible):
             digits = 4 if scores == "exact" else 1
@@ -96,6 +102,22 @@ def report(
         if outcome.bypassed:
             lines["bypass"] = ",".join(outcome.bypassed)
     return [(_OURS + name.encode(), value.encode("latin-1", "replace")) for name, value in lines.items()]
+
+
+def with_text(standing: Terms, policy: str | None) -> Terms:
+    """The terms under the text policy that a request asks for. Raises Refused for one that is not as strict."""
+    if policy is None:
+        return standing
+    if policy not in TEXT_POLICIES:
+        raise Refused(400, "invalid_header", f"x-codefend-text must be one of {', '.join(TEXT_POLICIES)}")
+    if TEXT_POLICIES.index(policy) < TEXT_POLICIES.index(standing.text):
+        raise Refused(403, "override_refused", f"x-codefend-text may only be stricter than {standing.text}")
+    try:
+        if policy != "off":
+            ocr.check_installed()
+    except CodefendError as error:
+        raise Refused(400, "invalid_header", "this gateway does not read text in images") from error
+    return replace(standing, text=policy)
 
 
 def _named_by_connection(headers: Sequence[tuple[bytes, bytes]]) -> frozenset[bytes]:

@@ -23,7 +23,7 @@ from codefend.gateway.options import LaneOptions
 from codefend.gateway.shared_cache import SharedCache
 from codefend.gateway.worker import Job, Purified, PurifyFailed, Result, Runner
 
-Key = tuple[str, str, str, float | None]  # client, digest of the file or of its pixels, mode, threshold
+Key = tuple[str, str, str, float | None, str]  # client, digest of the file or its pixels, mode, threshold, text policy
 
 LARGE_S = 1.0  # seconds of work from which an image counts as large
 OVERHEAD_PIXELS = 50_000  # what decoding, encoding and sending cost, as pixels
@@ -110,7 +110,7 @@ class Lane:
 
         Clients share no results: an answer from the cache would tell one that another has sent the same image.
         """
-        key = (client, digest, job.mode, job.threshold)
+        key = (client, digest, job.mode, job.threshold, job.text)
         hit = self._cache.get(self._aliases.get(key, key))
         if hit is not None:
             return replace(hit, cached=True)

@@ -12,6 +12,7 @@ from codefend.gateway.options import LaneOptions, Limits, Mode, OnError
 from codefend.gateway.shapes import Inspection
 from codefend.gateway.worker import Worker, WorkerOptions
 from codefend.purifiers.base import Purifier
+from codefend.purifiers.text_policy import TextPolicyName
 
 _SUFFIXES: dict[str, Api] = {
     "/chat/completions": "chat",
@@ -33,9 +34,11 @@ def local_engine(
     tools: tuple[str, ...] = (),
     limits: Limits | None = None,
     device: str = "cpu",
+    text: TextPolicyName = "off",
     lane: LaneOptions | None = None,
 ) -> Engine:
-    """Build an engine; with ``lane`` it also serves an event loop. ``image_links`` and ``tools`` are `Inspection`'s.
+    """Build an engine; with ``lane`` it also serves an event loop. ``image_links`` and ``tools`` are `Inspection`'s,
+    ``text`` is the policy for text in images.
 
     Raises CodefendError for an unknown name, and as ``Terms.choose`` does.
     """
@@ -47,7 +50,7 @@ def local_engine(
         worker,
         lane=None if lane is None else Lane(worker, replace(lane, max_side=limits.max_side)),
         limits=limits,
-        terms=Terms.choose(worker, policy, threshold),
+        terms=Terms.choose(worker, policy, threshold, text),
         policy=None if text_policy.empty else text_policy,
         on_error=on_error,
         inspection=Inspection(image_links, tools),

@@ -254,7 +254,7 @@ class Proxy:
     def _terms(self, scope: Scope) -> Terms:
         mode = find(scope["headers"], b"x-codefend-policy")
         threshold = find(scope["headers"], b"x-codefend-threshold")
-        standing = self.engine.terms
+        standing = with_text(self.engine.terms, find(scope["headers"], b"x-codefend-text"))
         if mode is None and threshold is None:
             return standing
         if not self.settings.allow_override:
@@ -267,7 +267,7 @@ class Proxy:
             raise Refused(400, "invalid_header", "x-codefend-threshold must be a number") from error
         if mode in ("detect", "block") and value is None:
             raise Refused(400, "invalid_header", f"policy {mode} needs x-codefend-threshold")
-        return Terms(mode or standing.mode, value)  # type: ignore[arg-type]
+        return replace(standing, mode=mode or standing.mode, threshold=value)  # type: ignore[arg-type]
 
     @contextmanager
     def _share(self, client: str) -> Iterator[None]:
@@ -346,6 +346,7 @@ class Proxy:
                 self.meters.images.labels(kind).inc()
                 if image.score is not None and not image.cached:
                     self.meters.scores.observe(image.score)
+                self.meters.instructions.inc(len(image.texts or ()))
         log.info("request", extra={"fields": fields})
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from codefend.gateway.errors import Api
 from codefend.gateway.shapes import TURN_TEXT, Slot, Survey
 from codefend.gateway.suspicion import Place
+from codefend.prompts.image_text import system_text
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,18 @@ class Policy(Protocol):
     def around(self, prompt: str) -> tuple[str, str]: ...
 
 
+@dataclass(frozen=True)
+class _Noted:
+    """A policy, or none, with a note behind the text."""
+
+    policy: Policy | None
+    note: str
+
+    def around(self, prompt: str) -> tuple[str, str]:
+        before, after = ("", "") if self.policy is None else self.policy.around(prompt)
+        return before, after + self.note
+
+
 def rebuild(
     body: Any,
     slots: Survey,
@@ -34,22 +47,30 @@ def rebuild(
     *,
     policy: Policy | None = None,
     everywhere: bool = False,
+    notes: Sequence[str] = (),
 ) -> Any:
     """Return the body with each slot's image replaced and the prompt policy applied; ``body`` itself is unchanged.
+
+    ``notes``, one for each slot or none at all, stand behind the text of the message that holds the image; those of
+    images elsewhere, as in results of tools, behind the system text.
 
     The policy wraps the user's messages that hold an image, or with ``everywhere`` all of them; the same message is
     wrapped alike in every later request of a conversation, so that an upstream's prefix cache still matches.
     """
     for slot, image in zip(slots.slots, images, strict=True):
         body = _replace(body, slot.place, _slot_value(slot, image))
-    if policy is None:
+    noted = {slot.place: text for slot, text in zip(slots.slots, notes, strict=False) if text}
+    if policy is None and not noted:
         return body
     turns = [turn for turn in slots.turns if everywhere or turn.has_image]
     for turn in turns:
-        body = _replace(body, turn.place, _wrap(_get(body, turn.place), policy, TURN_TEXT[slots.api]))
-    if policy.system and (turns or slots.slots):
-        body = _SYSTEM[slots.api](body, policy.system)
-    return body
+        inside = [place for place in noted if place[: len(turn.place)] == turn.place]
+        around = _Noted(policy, "".join(noted.pop(place) for place in inside))
+        body = _replace(body, turn.place, _wrap(_get(body, turn.place), around, TURN_TEXT[slots.api]))
+    system = [policy.system] if policy is not None and (turns or slots.slots) else []
+    system += [system_text()] if any(notes) else []
+    text = "\n\n".join(filter(None, system)) + "".join(noted.values())
+    return _SYSTEM[slots.api](body, text) if text else body
 
 
 def _slot_value(slot: Slot, image: EncodedImage) -> Any:
@@ -72,7 +93,7 @@ def _replace(body: Any, place: Place, value: Any) -> Any:
     return copy
 
 
-def _wrap(content: Any, policy: Policy, kind: str) -> Any:
+def _wrap(content: Any, policy: _Noted, kind: str) -> Any:
     if isinstance(content, str):
         return content.join(policy.around(content))
     texts = [i for i, part in enumerate(content) if part["type"] == kind]

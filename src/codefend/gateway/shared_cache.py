@@ -91,7 +91,7 @@ class SharedCache:
 
     def _key(self, client: str, job: Job) -> str:
         digest = hashlib.sha256(job.data).hexdigest()
-        facts = json.dumps([self._scope, client, job.mode, job.threshold, job.turn, digest])
+        facts = json.dumps([self._scope, client, job.mode, job.threshold, job.turn, job.text, digest])
         return "codefend:" + hmac.new(self._secret, facts.encode(), hashlib.sha256).hexdigest()
 
     def _tag(self, key: str, body: bytes) -> bytes:
@@ -114,6 +114,7 @@ def _pack(result: Purified) -> bytes:
         "score": result.score,
         "purified": result.purified,
         "digest": result.digest,
+        "texts": result.texts,
     }
     return json.dumps(head).encode() + b"\n" + result.image.data.encode("ascii")
 
@@ -122,4 +123,5 @@ def _unpack(body: bytes) -> Purified:
     line, _, data = body.partition(b"\n")
     head = json.loads(line)
     image = EncodedImage(head["type"], data.decode("ascii"))
-    return Purified(image, head["score"], purified=head["purified"], cached=True, digest=head["digest"])
+    texts = None if head["texts"] is None else tuple(head["texts"])
+    return Purified(image, head["score"], purified=head["purified"], cached=True, digest=head["digest"], texts=texts)

@@ -36,6 +36,7 @@ class Meters:
         self.images = counter("images", "Images by what was done: purified, cached, reencoded", "result")
         self.shared_cache = counter("shared_cache", "Images looked up: hit, miss, forged, error", "result")
         self.scores = histogram("score", "Detection scores of images", _SCORES)
+        self.instructions = counter("image_instructions", "Lines of text in images that read like instructions")
         self.bypass = counter("bypass", "Images that went on without the purifier because it failed", "reason")
         self.refused = counter("refused", "Requests refused by the gateway itself", "code")
         self.upstream_errors = counter("upstream_errors", "Failed exchanges with the upstream", "kind")

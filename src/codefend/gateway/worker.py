@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from codefend.gateway.options import Encoding, LaneOptions, Limits, Mode
 from codefend.gateway.rewrite import EncodedImage
 from codefend.purifiers.base import Purifier
 from codefend.types import CodefendError
+
+if TYPE_CHECKING:
+    from codefend.purifiers.text_policy import TextPolicyName
 
 WARM_UP_SIDE = 64  # pixels
 
@@ -51,6 +54,7 @@ class Job:
     threshold: float | None = None
     pixels: int = 0
     turn: int = 0
+    text: TextPolicyName = "off"  # what happens to text in the image
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Purified:
     purified: bool = True  # False: re-encoded only
     cached: bool = False
     digest: str = ""  # names the decoded pixels
+    texts: tuple[str, ...] | None = None  # lines that read like instructions; None when the image was not read
 
 
 Result = Purified | Refused | PurifyFailed
@@ -98,6 +103,7 @@ class _Decoded:
     pixels: Tensor  # [3, H, W]
     kind: str
     digest: bytes
+    texts: tuple[str, ...] | None = None
 
 
 @dataclass
@@ -162,7 +168,7 @@ class Worker:
         decoded = self._decode(0, job)
         if isinstance(decoded, Refused):
             raise decoded
-        return Purified(self._encode(decoded.pixels, decoded.kind), purified=False)
+        return Purified(self._encode(decoded.pixels, decoded.kind), purified=False, texts=decoded.texts)
 
     def warm_up(self) -> None:
         """Purify a small grey image. Raises PurifyFailed when even that does not work."""
@@ -201,9 +207,15 @@ class Worker:
             return Refused(400, "invalid_image", str(error))
         except MemoryError:
             return Refused(413, "image_too_large", "not enough memory to decode the image")
+        pixels, texts = loaded.pixels, None
+        if job.text != "off":
+            read = _read_text(pixels, job.text)
+            if isinstance(read, Refused):
+                return read
+            pixels, texts = read
         name = f"{self.name}#{job.turn}" if job.turn else self.name
-        digest = pixels_digest(self.options.secret, name, loaded.pixels)
-        return _Decoded(index, loaded.pixels, loaded.format, digest)
+        digest = pixels_digest(self.options.secret, name, pixels)
+        return _Decoded(index, pixels, loaded.format, digest, texts)
 
     def _purify(self, group: Sequence[_Decoded], jobs: Sequence[Job]) -> Sequence[Result]:
         try:
@@ -242,13 +254,26 @@ class Worker:
             image = self._encode(purified if replace else item.pixels, item.kind)
         except CodefendError as error:
             return Refused(400, "invalid_image", str(error))
-        return Purified(image, score, seconds, purified=replace, digest=item.digest.hex())
+        return Purified(image, score, seconds, purified=replace, digest=item.digest.hex(), texts=item.texts)
 
     def _encode(self, pixels: Tensor, source: str) -> EncodedImage:
         encoding = self.options.encoding
         kind = ("JPEG" if source == "JPEG" else "PNG") if encoding == "auto" else encoding.upper()
         data = images.encode(pixels, kind, quality=95 if kind in ("JPEG", "WEBP") else None)
         return EncodedImage(f"image/{kind.lower()}", base64.b64encode(data).decode("ascii"))
+
+
+def _read_text(pixels: Tensor, policy: TextPolicyName) -> tuple[Tensor, tuple[str, ...]] | Refused:
+    """The pixels under a text policy and the lines that read like instructions. Any failure is a refusal."""
+    from codefend.purifiers import text_policy  # a library of its own, which most gateways do not need
+
+    try:
+        read, regions = text_policy.apply(pixels, policy)
+    except text_policy.TextBlocked:
+        return Refused(400, "image_text_blocked", "an image holds text that reads like instructions and was blocked")
+    except Exception as error:
+        return Refused(500, "text_not_read", f"the text of an image could not be read ({type(error).__name__})")
+    return read, text_policy.instructions_in(regions)
 
 
 def _finite(values: Tensor) -> bool:

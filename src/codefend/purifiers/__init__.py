@@ -162,6 +162,12 @@ _ROWS = (
         "Xu et al. 2018, arXiv 1704.01155",
         _plain("codefend.purifiers.shallow:Median"),
     ),
+    PurifierSpec(
+        "redact",
+        "text filled from its surroundings: what reads like an instruction, or scope=all; needs the `ocr` extra",
+        "recognition by RapidOCR, Apache-2.0",
+        _plain("codefend.purifiers.redact:Redact"),
+    ),
     PurifierSpec("blur", "Gaussian blur (sigma)", "", _plain("codefend.purifiers.shallow:Blur")),
     PurifierSpec(
         "area",

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -46,6 +47,10 @@ class FolderReport:
     done: int = 0
     skipped: int = 0  # purified by an earlier run of the same command
     failed: list[tuple[str, str]] = field(default_factory=list)  # name, reason
+    instructions: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)  # name, lines of text in the image
+
+    def add_instructions(self, name: str, lines: tuple[str, ...]) -> None:
+        self.instructions.append((name, lines))
 
 
 def purify_paths(
@@ -148,10 +153,11 @@ def _purify_one(
     images.format_of(target)
     if target.exists() and not options.overwrite:
         raise CodefendError(f"{target} exists already; use --overwrite to replace it")
-    loaded = options.load(source)
+    report = FolderReport(done=1)
+    loaded = options.load(source, partial(report.add_instructions, source.name))
     pixels = purify_group(load_purifier(), [loaded], options.seed)[0]
     write_atomic(target, options.encode(loaded, pixels, images.format_of(target)))
-    return FolderReport(done=1)
+    return report
 
 
 def _purify_all(
@@ -204,7 +210,7 @@ def _purify_chunk(
     groups: dict[tuple[int, ...], list[tuple[ImageJob, images.LoadedImage]]] = {}
     for job in chunk:
         try:
-            loaded = options.load(job.source)
+            loaded = options.load(job.source, partial(report.add_instructions, job.name))
         except CodefendError as error:
             report.failed.append((job.name, str(error)))
         else:

@@ -8,8 +8,8 @@ several images of one size per call, which can change a pixel by a level.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -18,7 +18,9 @@ from torch import Tensor
 from codefend.core import images
 from codefend.core.devices import default_device
 from codefend.core.noise import noise_seed, pixels_digest, secret_of
+from codefend.purifiers import text_policy
 from codefend.purifiers.base import Purifier
+from codefend.purifiers.text_policy import TextPolicyName
 from codefend.types import CodefendError
 
 
@@ -36,18 +38,31 @@ class FolderOptions:
     quality: int | None = None  # 1-100 for JPEG and WebP
     overwrite: bool = False
     max_side: int | None = None  # longer side, pixels: larger images are shrunk first, and stay so
+    text: TextPolicyName = "off"  # what happens to text in the images, before they are purified
 
     def fingerprint(self) -> dict[str, object]:
         """The settings that decide the written pixels."""
         names = ("purifier", "seed", "batch", "flatten", "format", "quality")
         shrink = {} if self.max_side is None else {"max_side": self.max_side}
-        return {**{name: getattr(self, name) for name in names}, **shrink}
+        text = {} if self.text == "off" else {"text": self.text}
+        return {**{name: getattr(self, name) for name in names}, **shrink, **text}
 
-    def load(self, source: images.Source) -> images.LoadedImage:
-        """Read an image with these options. Raises CodefendError as `images.load`."""
-        return images.load(
+    def load(
+        self, source: images.Source, on_instructions: Callable[[tuple[str, ...]], None] = lambda lines: None
+    ) -> images.LoadedImage:
+        """Read an image with these options; ``on_instructions`` is given the lines of text that read like them.
+
+        Raises CodefendError as `images.load`, and `text_policy.TextBlocked`.
+        """
+        loaded = images.load(
             source, max_pixels=self.max_pixels, first_frame=self.first_frame, max_side=self.max_side or 0
         )
+        if self.text == "off":
+            return loaded
+        pixels, regions = text_policy.apply(loaded.pixels, self.text)
+        if lines := text_policy.instructions_in(regions):
+            on_instructions(lines)
+        return replace(loaded, pixels=pixels)
 
     def encode(self, loaded: images.LoadedImage, pixels: Tensor, kind: str) -> bytes:
         """Write purified ``[3, H, W]`` as ``kind``, with the transparency and colour profile of ``loaded``."""

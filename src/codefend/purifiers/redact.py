@@ -1,0 +1,130 @@
+"""Fill text in images from its surroundings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from codefend.purifiers import instructions, ocr
+from codefend.purifiers.base import Purifier
+from codefend.purifiers.ocr import TextRegion
+from codefend.types import CodefendError
+
+_MARGIN = 0.25  # around a line, as a share of its height
+_PLATE_TOLERANCE = 0.06  # of a pixel's colours to the plate's, in [0, 1]
+_PAGE_SHARE = 0.5  # of a row above or below the lines: more of the plate's colour there is a page's background
+
+
+@dataclass(frozen=True)
+class RedactOptions:
+    scope: str = "instructions"  # or "all": every text
+
+    def __post_init__(self) -> None:
+        if self.scope not in ("instructions", "all"):
+            raise CodefendError(f"redact scope must be instructions or all, not {self.scope!r}")
+
+
+class Redact(Purifier):
+    """Fill the text that reads like an instruction, or all text, from its surroundings; needs the `ocr` extra."""
+
+    name = "redact"
+    differentiable = False
+    tiled = False  # a line of text may cross tiles
+    options_class = RedactOptions
+    options: RedactOptions
+
+    def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
+        return torch.stack([redact(image, select(read(image), self.options.scope)) for image in images])
+
+
+def read(image: Tensor) -> list[TextRegion]:
+    """Lines of text in ``[3, H, W]``, marked by `instructions.mark`. Raises CodefendError without the `ocr` extra."""
+    return instructions.mark(ocr.read(image))
+
+
+def select(regions: Sequence[TextRegion], scope: str) -> list[TextRegion]:
+    """The regions that ``scope``, "instructions" or "all", names."""
+    return [region for region in regions if scope == "all" or region.instruction]
+
+
+def redact(image: Tensor, regions: Sequence[TextRegion]) -> Tensor:
+    """``[3, H, W]`` with the regions, and the plates on which they are written, filled from their surroundings."""
+    mask = text_mask(image, regions)
+    return inpaint(image, mask) if mask.any() else image
+
+
+def text_mask(image: Tensor, regions: Sequence[TextRegion]) -> Tensor:
+    """Which pixels ``[H, W]`` belong to the regions and their plates."""
+    height, width = image.shape[-2:]
+    mask = torch.zeros(height, width, dtype=torch.bool, device=image.device)
+    for region in regions:
+        mask |= _inside(region, height, width, region.height * _MARGIN).to(mask.device)
+    for block in _blocks(regions, height):
+        mask |= _plate(image, mask, *block)
+    return mask
+
+
+def _inside(region: TextRegion, height: int, width: int, margin: float) -> Tensor:
+    """The pixels of the region's quadrangle, which is convex, grown by ``margin`` pixels."""
+    rows, columns = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    inside = torch.ones(height, width, dtype=torch.bool)
+    for (x0, y0), (x1, y1) in zip(region.box, (*region.box[1:], region.box[0]), strict=True):
+        length = max(((x1 - x0) ** 2 + (y1 - y0) ** 2) ** 0.5, 1e-6)
+        distance = ((x1 - x0) * (rows - y0) - (y1 - y0) * (columns - x0)) / length  # above 0 on the inner side
+        inside &= distance >= -margin
+    return inside
+
+
+def _blocks(regions: Sequence[TextRegion], height: int) -> list[tuple[int, int]]:
+    """Rows of lines that follow each other, from first to last, with half of a line around them."""
+    blocks: list[tuple[int, int]] = []
+    for region in sorted(regions, key=lambda region: min(y for _, y in region.box)):
+        rows = [y for _, y in region.box]
+        top, bottom = max(int(min(rows) - region.height / 2), 0), min(ceil(max(rows) + region.height / 2), height)
+        if blocks and top <= blocks[-1][1]:
+            top, bottom = blocks[-1][0], max(bottom, blocks.pop()[1])
+        blocks.append((top, bottom))
+    return blocks
+
+
+def _plate(image: Tensor, mask: Tensor, top: int, bottom: int) -> Tensor:
+    """The rest of a plate of one colour on which the lines from ``top`` to ``bottom`` stand; nothing on a page.
+
+    Without it, the plate would stay behind as an object of the scene. A page is a background that goes on above or
+    below the lines.
+    """
+    plate = torch.zeros_like(mask)
+    colour = image[:, top:bottom][:, mask[top:bottom]].median(1).values  # letters cover less than half of their lines
+    same = (image - colour[:, None, None]).abs().amax(0) <= _PLATE_TOLERANCE
+    beyond = [float(same[row].float().mean()) for row in (top - 1, bottom) if 0 <= row < len(same)]
+    if beyond and max(beyond) < _PAGE_SHARE:
+        plate[top:bottom] = same[top:bottom]
+    return plate
+
+
+def inpaint(image: Tensor, mask: Tensor) -> Tensor:
+    """``[3, H, W]`` with the pixels of ``mask`` ``[H, W]`` diffused from their border: means of ever larger windows.
+
+    Known pixels are averaged down a pyramid, and each unknown pixel takes the finest mean that exists (push-pull,
+    Gortler et al. 1996, "The Lumigraph"). Without any known pixel the image becomes grey.
+    """
+    known = (~mask)[None, None].to(image.dtype)
+    levels = [(image[None] * known, known)]
+    while min(levels[-1][0].shape[-2:]) > 1:
+        values, weights = levels[-1]
+        values, weights = (F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False) for x in (values, weights))
+        levels.append((values, weights))
+    values, weights = levels[-1]
+    filled = torch.where(weights > 0, values / weights.clamp(min=1e-6), torch.full_like(values, 0.5))
+    if not bool((weights > 0).all()):
+        filled = torch.where(weights > 0, filled, filled.mean((2, 3), keepdim=True))
+    for values, weights in reversed(levels[:-1]):
+        coarse = F.interpolate(filled, size=values.shape[-2:], mode="bilinear", align_corners=False)
+        share = weights.clamp(max=1)
+        filled = torch.where(weights > 0, values / weights.clamp(min=1e-6), coarse) * share + coarse * (1 - share)
+    return torch.where(mask, filled[0].clamp(0, 1), image)
