@@ -1,6 +1,6 @@
 """Text in images: instructions found and harmless text left alone, by rendering; screenshots; cost.
 
-    python benchmarks/image_text.py detection|harmless|adaptive|screenshots|cost [--limit N] [--out ROWS.jsonl]
+    python benchmarks/image_text.py detection|harmless|adaptive|cost|summary [--limit N] [--out ROWS.jsonl]
 
 Phrases of the test split (`benchmarks/data/image_text_phrases.json`) in `TEST_FONTS`. A rendering counts as legible
 when OCR reads at least 80% of its characters. Typographic attacks on victims are rows of the attack registry:
@@ -217,12 +217,53 @@ PARTS: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {
 }
 
 
+def summary(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows for `results/image_text.json` from the rows of all parts and of `benchmarks/screenshots.py`."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        group = row.get("rendering") or row.get("kind") or row.get("attack") or str(row.get("lines", ""))
+        groups.setdefault((row["part"], group), []).append(row)
+    groups |= {("found", "all"): [row for row in rows if row["part"] == "detection"]}
+    groups |= {("harmless", "all"): [row for row in rows if row["part"] == "harmless"]}
+    for (part, name), group in groups.items():
+        if part in ("detection", "found"):
+            legible = [row for row in group if row["legible"]]
+            yield _figure(f"text/legible/{name}", [row["legible"] for row in group])
+            yield _figure(f"text/found/{name}", [row["found"] for row in legible])
+        elif part == "adaptive":
+            yield _figure(f"text/evades/{name}", [not row["found"] for row in group])
+        elif part == "harmless":
+            yield _figure(f"text/false-positive/{name}", [row["found"] for row in group])
+        elif part == "cost":
+            yield _figure(f"text/cpu/{name}-lines", [row["cpu_s"] for row in group])
+        elif part == "attacked":
+            yield from (_figure(f"screenshots/{name}/{key}", [row[key] for row in group]) for key in _defenses(group))
+        elif part == "readability":
+            for key in _defenses(group):
+                right, total = (sum(row[key][i] for row in group) for i in (0, 1))
+                yield {"id": f"screenshots/ocr/{key}", "value": round(right / total, 4), "n": total}
+            yield _figure("screenshots/found", [row["found"] for row in group])
+            yield _figure("screenshots/false-positive", [row["false_positive"] for row in group])
+
+
+def _defenses(group: list[dict[str, Any]]) -> list[str]:
+    return [key for key in group[0] if key == "none" or ":" in key or key.startswith("bridge")]
+
+
+def _figure(name: str, values: list[float]) -> dict[str, Any]:
+    return {"id": name, "value": round(sum(values) / max(len(values), 1), 3), "n": len(values)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("part", choices=[*PARTS, "summary"])
     parser.add_argument("--limit", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("runs/image-text.jsonl"))
     arguments = parser.parse_args()
+    if arguments.part == "summary":
+        print("\n".join(map(json.dumps, summary(arguments.out))))
+        return
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a", encoding="utf-8") as stream, torch.no_grad():
         for row in PARTS[arguments.part](arguments.limit):

@@ -29,7 +29,7 @@ from codefend.purifiers import instructions
 ROOT = Path(__file__).parent.parent
 PHRASES = json.loads((ROOT / "benchmarks/data/image_text_phrases.json").read_text(encoding="utf-8"))
 OUT = ROOT / "src/codefend/purifiers/instructions.json"
-FALSE_POSITIVES = 0.004  # of the windows of harmless training text; an image has several
+THRESHOLD = 0.7  # of the regression's probability; an image has several windows, so false positives add up
 
 
 def fill(split: str) -> list[str]:
@@ -87,9 +87,7 @@ def fit() -> dict[str, object]:
     model.fit(features, [1] * len(positive) + [0] * len(negative))
     names = vectorizer.get_feature_names_out()
     weights = {str(n): round(float(w), 3) for n, w in zip(names, model.coef_[0], strict=True) if abs(w) >= 0.0005}
-    scores = sorted(model.predict_proba(features[len(positive) :])[:, 1])
-    threshold = max(0.5, float(scores[int(len(scores) * (1 - FALSE_POSITIVES))]))
-    return {"bias": round(float(model.intercept_[0]), 3), "threshold": round(threshold, 3), "weights": weights}
+    return {"bias": round(float(model.intercept_[0]), 3), "threshold": THRESHOLD, "weights": weights}
 
 
 def report() -> None:
@@ -109,5 +107,5 @@ def report() -> None:
 
 if __name__ == "__main__":
     if "--check" not in sys.argv[1:]:
-        OUT.write_text(json.dumps(fit(), indent=0, sort_keys=True) + "\n", encoding="utf-8")
+        OUT.write_text(json.dumps(fit(), sort_keys=True) + "\n", encoding="utf-8")
     report()

@@ -67,7 +67,7 @@ class TextRegion:
 def engine() -> Any:
     """The loaded networks, one for the process. Raises CodefendError without the `ocr` extra or its models."""
     try:
-        rapidocr = import_module("rapidocr")
+        rapidocr: Any = import_module("rapidocr")
     except ImportError as error:
         raise CodefendError(f"{_MISSING} ({error})") from error
     folder = Path(rapidocr.__file__).parent / "models"

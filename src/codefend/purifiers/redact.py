@@ -39,7 +39,8 @@ class Redact(Purifier):
     options: RedactOptions
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
-        return torch.stack([redact(image, select(read(image), self.options.scope)) for image in images])
+        scope = self.options.scope
+        return torch.stack([redact(image, select(read(image), scope)) for image in images.detach()])
 
 
 def read(image: Tensor) -> list[TextRegion]:
@@ -63,21 +64,26 @@ def text_mask(image: Tensor, regions: Sequence[TextRegion]) -> Tensor:
     height, width = image.shape[-2:]
     mask = torch.zeros(height, width, dtype=torch.bool, device=image.device)
     for region in regions:
-        mask |= _inside(region, height, width, region.height * _MARGIN).to(mask.device)
+        _cover(mask, region, region.height * _MARGIN)
     for block in _blocks(regions, height):
         mask |= _plate(image, mask, *block)
     return mask
 
 
-def _inside(region: TextRegion, height: int, width: int, margin: float) -> Tensor:
-    """The pixels of the region's quadrangle, which is convex, grown by ``margin`` pixels."""
-    rows, columns = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    inside = torch.ones(height, width, dtype=torch.bool)
+def _cover(mask: Tensor, region: TextRegion, margin: float) -> None:
+    """Set the pixels of the region's quadrangle, which is convex, grown by ``margin`` pixels."""
+    (left, right), (top, bottom) = (
+        (max(int(min(values) - margin), 0), ceil(max(values) + margin)) for values in zip(*region.box, strict=True)
+    )
+    part = mask[top:bottom, left:right]
+    rows, columns = (torch.arange(size, device=mask.device) + 0.5 for size in part.shape)
+    rows, columns = rows[:, None] + top, columns[None] + left
+    inside = torch.ones_like(part)
     for (x0, y0), (x1, y1) in zip(region.box, (*region.box[1:], region.box[0]), strict=True):
         length = max(((x1 - x0) ** 2 + (y1 - y0) ** 2) ** 0.5, 1e-6)
         distance = ((x1 - x0) * (rows - y0) - (y1 - y0) * (columns - x0)) / length  # above 0 on the inner side
         inside &= distance >= -margin
-    return inside
+    part |= inside
 
 
 def _blocks(regions: Sequence[TextRegion], height: int) -> list[tuple[int, int]]:
@@ -99,6 +105,8 @@ def _plate(image: Tensor, mask: Tensor, top: int, bottom: int) -> Tensor:
     below the lines.
     """
     plate = torch.zeros_like(mask)
+    if not mask[top:bottom].any():  # corners outside of the image
+        return plate
     colour = image[:, top:bottom][:, mask[top:bottom]].median(1).values  # letters cover less than half of their lines
     same = (image - colour[:, None, None]).abs().amax(0) <= _PLATE_TOLERANCE
     beyond = [float(same[row].float().mean()) for row in (top - 1, bottom) if 0 <= row < len(same)]
