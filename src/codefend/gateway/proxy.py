@@ -22,7 +22,7 @@ from codefend.gateway.config import Settings
 from codefend.gateway.engine import Caller, Engine, Outcome, Terms
 from codefend.gateway.errors import Api, Refused, error_body
 from codefend.gateway.forms import check_audio_form
-from codefend.gateway.headers import Headers, find, report, to_client, to_upstream
+from codefend.gateway.headers import Headers, find, report, to_client, to_upstream, with_text
 from codefend.gateway.routes import api_of, check_path, error_api_of, route_label
 from codefend.gateway.telemetry import Meters, Tracer, log
 from codefend.gateway.uploads import FILES, MESSAGE_BATCHES, rewrite_message_batch, rewrite_upload
