@@ -124,7 +124,7 @@ def gateway(src: Path, folder: Path) -> float:
     try:
         bodies = [chat(folder, number) for number in range(REQUESTS + 1)]
         send(port, bodies[0], folder)
-        before = tree_seconds(server)
+        before = settled_seconds(server)
         for body in bodies[1:]:
             send(port, body, folder)
         return tree_seconds(server) - before
@@ -161,6 +161,15 @@ def send(port: int, body: bytes, folder: Path, patience: float = 600) -> None:
             connection.close()
     if status != 200:
         raise SystemExit(f"the gateway answered {status}: {(folder / 'log').read_text()}")
+
+
+def settled_seconds(process: psutil.Process, pause: float = 5) -> float:
+    """As `tree_seconds`, once nothing works any more: further workers may still be starting."""
+    before, now = -1.0, tree_seconds(process)
+    while now - before > 0.02 * pause:
+        time.sleep(pause)
+        before, now = now, tree_seconds(process)
+    return now
 
 
 def tree_seconds(process: psutil.Process) -> float:
