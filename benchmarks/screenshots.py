@@ -27,7 +27,7 @@ from torch import Tensor
 from codefend import load_victim, purifiers
 from codefend.attacks.patch import AdversarialPatch
 from codefend.attacks.pgd import PGD
-from codefend.core.runs import make_generator
+from codefend.core.seeds import make_generator
 from codefend.purifiers.ocr import TextRegion
 from codefend.purifiers.redact import read
 from codefend.types import Budget
