@@ -16,6 +16,7 @@ from torch import Tensor
 from codefend.core import images
 from codefend.core.devices import device_named
 from codefend.core.noise import noise_seed, pixels_digest
+from codefend.core.png import drop_damaged_metadata
 from codefend.gateway.errors import Refused
 from codefend.gateway.limits import check_size
 from codefend.gateway.options import Encoding, LaneOptions, Limits, Mode
@@ -192,14 +193,15 @@ class Worker:
     def _decode(self, index: int, job: Job) -> _Decoded | Refused:
         limits = self.options.limits
         try:
-            header = images.probe(job.data, max_pixels=limits.max_pixels)
+            data = drop_damaged_metadata(job.data)
+            header = images.probe(data, max_pixels=limits.max_pixels)
             if job.pixels and header.width * header.height != job.pixels:
                 raise Refused(400, "invalid_image", "the image's header contradicts itself")
             check_size(header.width, header.height, limits)
             if header.animated and not limits.first_frame:
                 raise Refused(400, "animated_image", "animated or of several pages; send one still image")
             loaded = images.load(
-                job.data, max_pixels=limits.max_pixels, first_frame=limits.first_frame, max_side=limits.max_side
+                data, max_pixels=limits.max_pixels, first_frame=limits.first_frame, max_side=limits.max_side
             )
         except Refused as refusal:
             return refusal
