@@ -109,7 +109,8 @@ def score_submission(
     """
     folder, submitted, loaders = Path(folder), Path(submitted), loaders or Loaders()
     manifest = _read(folder / MANIFEST)
-    config = ChallengeConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in manifest["config"].items()})
+    saved: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in manifest["config"].items()}
+    config = ChallengeConfig(**saved)
     check_unchanged(folder, manifest["weights"], _weights(config))
     claim = read_claim(submitted, config)
     seed = secrets.randbelow(2**31) if seed is None else seed
