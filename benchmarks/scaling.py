@@ -1,6 +1,7 @@
 """Image-scaling attacks on the pocket, with and without a defense, and the detector's error rates, as Markdown.
 
     python benchmarks/scaling.py attack [--limit N] [--kernels K ...] [--defenses D ...]
+    python benchmarks/scaling.py clean [--limit N] [--kernels K ...] [--defenses D ...]
     python benchmarks/scaling.py adaptive [--limit N]
     python benchmarks/scaling.py calibrate
 
@@ -41,7 +42,7 @@ Defend = Callable[[Tensor], Tensor]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("attack", "adaptive", "calibrate"))
+    parser.add_argument("verb", choices=("attack", "clean", "adaptive", "calibrate"))
     parser.add_argument("--limit", type=int, default=16, help="hidden images")
     parser.add_argument("--kernels", nargs="+", default=SPARSE)
     parser.add_argument("--defenses", nargs="+", default=DEFENSES)
@@ -51,12 +52,12 @@ def main() -> None:
     bench = Bench(arguments.limit)
     if arguments.verb == "adaptive":
         return adaptive(bench)
-    print("| kernel | defense | hidden image named | cosine to it | clean scenes named | clean photographs, pixels |")
-    print("|---" * 6 + "|\n", end="")
+    row = bench.attack if arguments.verb == "attack" else bench.clean
+    print("| kernel | defense | objects named | cosine |\n|---|---|---|---|", flush=True)
     for kernel in arguments.kernels:
-        attacked = [bench.attacked(i, kernel) for i in range(arguments.limit)]
         for name in arguments.defenses:
-            print(f"| {kernel} | {name} | {' | '.join(bench.row(attacked, kernel, defense(name)))} |", flush=True)
+            named, similarity = row(kernel, defense(name))
+            print(f"| {kernel} | {name} | {float(named.mean()):.3f} | {float(similarity.mean()):.4f} |", flush=True)
 
 
 class Bench:
@@ -82,14 +83,18 @@ class Bench:
         answers = self.victim.generate(seen.clamp(0, 1), [example.prompt for example in self.examples])
         return self.task.metrics["all_tags"](answers, self.examples)
 
-    def row(self, attacked: Sequence[Tensor], kernel: Kernel, defend: Defend) -> Iterator[str]:
+    def attack(self, kernel: Kernel, defend: Defend) -> tuple[Tensor, Tensor]:
+        """Of each hidden image: whether its objects are named, and the cosine of what the victim sees to it."""
+        attacked = [self.attacked(i, kernel) for i in range(len(self.examples))]
         seen = torch.cat([shown(defend(image), kernel) for image in attacked])
-        yield f"{float(self.named(seen).mean()):.3f}"
-        yield f"{float(cosine(seen, self.hidden).mean()):.3f}"
+        return self.named(seen), cosine(seen, self.hidden)
+
+    def clean(self, kernel: Kernel, defend: Defend) -> tuple[Tensor, Tensor]:
+        """Of each scene at 512 pixels whether its objects are named; the cosine of photographs with and without."""
         large = images.quantize8(resize(self.hidden, (BIG, BIG), "bicubic-antialias"))
-        yield f"{float(self.named(torch.cat([shown(defend(image[None]), kernel) for image in large])).mean()):.3f}"
-        clean = [cosine(shown(defend(cover), kernel), shown(cover, kernel)) for cover in self.covers]
-        yield f"{float(torch.cat(clean).mean()):.3f}"
+        seen = torch.cat([shown(defend(image[None]), kernel) for image in large])
+        pairs = [cosine(shown(defend(cover), kernel), shown(cover, kernel)) for cover in self.covers]
+        return self.named(seen), torch.cat(pairs)
 
 
 def shown(image: Tensor, kernel: Kernel) -> Tensor:

@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 
 from codefend import __version__, purifiers
+from codefend.core import documents
 from codefend.gateway.access import Access, Keys, client_fields
 from codefend.gateway.budget import BodyBudget
 from codefend.gateway.config import EMBEDDED, NO_UPSTREAM, Settings, is_embedded, model_name
@@ -117,10 +118,17 @@ def _routes(proxy: Proxy, page: Page) -> list[BaseRoute]:
 def _reload(keys: Keys, proxy: Proxy, settings: Settings) -> None:
     """Take over what can change while requests run. Raises CodefendError as ``Terms.choose`` does."""
     terms = Terms.choose(proxy.engine.worker, settings.policy, settings.threshold, settings.text)
-    proxy.engine.inspection = Inspection(settings.allow_image_links, settings.allow_tools)
+    proxy.engine.inspection = _inspection(settings)
     keys.replace(_keys(settings))
     proxy.engine.terms = terms
     proxy.configure(settings)
+
+
+def _inspection(settings: Settings) -> Inspection:
+    """Raises CodefendError when documents are wanted and their package is missing."""
+    if settings.documents == "pages":
+        documents.require()
+    return Inspection(settings.allow_image_links, settings.allow_tools, settings.documents)
 
 
 def _keys(settings: Settings) -> list[str]:
@@ -218,7 +226,7 @@ def build_engine(settings: Settings, *, purifier: Purifier | None = None, prompt
         policy=_text_policy(prompt or load_any(settings.prompt), settings),
         everywhere=settings.prompt_everywhere,
         on_error=settings.on_error,
-        inspection=Inspection(settings.allow_image_links, settings.allow_tools),
+        inspection=_inspection(settings),
         fallback=runner(settings.fallback, None, isolate) if settings.on_error == "fallback" else None,
     )
 

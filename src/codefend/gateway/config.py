@@ -27,6 +27,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from codefend.gateway.documents import Documents
 from codefend.gateway.options import (
     AccessOptions,
     BudgetOptions,
@@ -117,6 +118,12 @@ class Settings(BaseSettings):
     )
     first_frame: bool = _setting(
         Limits.first_frame, "Images", "use the first frame of an animation instead of refusing it"
+    )
+    documents: Documents = _setting(
+        "refuse", "Images", "PDF files: refuse them, or send their pages on as purified images"
+    )
+    document_side: int = _setting(
+        Limits.document_side, "Images", "longer side of a document's page, in pixels", ge=64, le=8192
     )
     on_error: OnError = _setting("block", "Images", "when the purifier itself fails")
     fallback: str = _setting("jpeg", "Images", "purifier for on_error=fallback")

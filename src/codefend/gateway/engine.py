@@ -16,6 +16,7 @@ from codefend.gateway.excise import Excised, excise, marks
 from codefend.gateway.lane import Lane, digest_of
 from codefend.gateway.limits import check_count, inspect, payload
 from codefend.gateway.options import Limits, Mode, OnError
+from codefend.gateway.pages import PageRenderer
 from codefend.gateway.rewrite import EncodedImage, Policy, rebuild
 from codefend.gateway.shapes import Inspection, Slot, Survey, survey
 from codefend.gateway.suspicion import spell
@@ -125,6 +126,9 @@ class Engine:
     executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="prepare"))
     rescuer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="rescue"))
 
+    def __post_init__(self) -> None:
+        self.renderer = PageRenderer(self.worker, self.limits)
+
     async def rewrite_bytes(
         self, api: Api, raw: bytes, terms: Terms | None = None, caller: Caller | None = None
     ) -> tuple[bytes, Outcome]:
@@ -181,17 +185,19 @@ class Engine:
     async def reencode_all(self, reading: Reading) -> Any:
         """The body with all images re-encoded, not purified. Raises Refused."""
 
-        def reencode(reference: str) -> EncodedImage:
-            data = payload(reference, self.limits, cuts=reading.cuts)
-            return self._reencode(self._job(data, self.terms)).image
+        reading = await self._with_pages(reading, Caller().take)
+
+        def reencode(slot: Slot) -> EncodedImage:
+            return self._reencode(self._open(slot, reading.cuts, self.terms)[0]).image
 
         loop = asyncio.get_running_loop()
         slots = reading.survey.slots
-        images = [await loop.run_in_executor(self.rescuer, reencode, slot.reference) for slot in slots]
+        images = [await loop.run_in_executor(self.rescuer, reencode, slot) for slot in slots]
         return rebuild(reading.body, reading.survey, images)
 
     def close(self) -> None:
         """End the threads, without waiting for what they do."""
+        self.renderer.close()
         for executor in (self.executor, self.rescuer):
             executor.shutdown(wait=False, cancel_futures=True)
 
@@ -238,10 +244,17 @@ class Engine:
     async def _purify_all(
         self, reading: Reading, terms: Terms, caller: Caller, start: float, *, spliced: bool = False
     ) -> Outcome:
+        reading = await self._with_pages(reading, caller.take)
         images = await _gather([self._one(slot, terms, caller, reading.cuts) for slot in reading.survey.slots])
         seconds = time.perf_counter() - start
         finish = partial(self._finish, reading.body, reading.survey, images, terms, seconds, spliced=spliced)
         return await self.aside(0 if self.policy is None else _SMALL + 1, finish)  # a learned policy runs a model
+
+    async def _with_pages(self, reading: Reading, take: Take) -> Reading:
+        """The same with a slot for each page of its documents. Raises Refused."""
+        timeout_s = None if self.lane is None else self.lane.options.timeout_s
+        survey = await self.renderer.expand(reading.survey, reading.cuts, take, timeout_s)
+        return replace(reading, survey=survey)
 
     async def _one(
         self, slot: Slot, terms: Terms, caller: Caller, cuts: Mapping[str, memoryview]
@@ -255,13 +268,13 @@ class Engine:
                 data = await self.fetch(slot.reference, caller.client, caller.take)
                 job, digest = await loop.run_in_executor(self.executor, self._prepare, data, terms)
             else:
-                job, digest = await loop.run_in_executor(self.executor, self._open, slot.reference, cuts, terms)
+                job, digest = await loop.run_in_executor(self.executor, self._open, slot, cuts, terms)
             return await self._purify(job, digest, caller.client)
         except Refused as refusal:
             raise _at(refusal, slot) from refusal
 
-    def _open(self, reference: str, cuts: Mapping[str, memoryview], terms: Terms) -> tuple[Job, str]:
-        return self._prepare(payload(reference, self.limits, cuts=cuts), terms)
+    def _open(self, slot: Slot, cuts: Mapping[str, memoryview], terms: Terms) -> tuple[Job, str]:
+        return self._prepare(slot.data or payload(slot.reference, self.limits, cuts=cuts), terms)
 
     def _prepare(self, data: bytes, terms: Terms) -> tuple[Job, str]:
         digest = digest_of(data)

@@ -121,6 +121,11 @@ class Pool:
         answer: Purified = self._call("reencode", job)
         return answer
 
+    def pages(self, data: bytes, room: int) -> list[bytes]:
+        """The pages of a PDF. Raises Refused, and PurifyFailed when the process ends."""
+        files: list[bytes] = self._call("pages", data, room)
+        return files
+
     def close(self) -> None:
         """End all processes, whatever they are doing."""
         atexit.unregister(self.close)
@@ -324,7 +329,8 @@ def _answer(worker: Worker, pipe: Connection, verb: str, *arguments: Any) -> Non
             for step in worker.steps(jobs):
                 pipe.send(step)
         else:
-            pipe.send(worker.measure() if verb == "measure" else worker.reencode(*arguments))
+            verbs = {"measure": worker.measure, "reencode": worker.reencode, "pages": worker.pages}
+            pipe.send(verbs[verb](*arguments))
     except (Refused, PurifyFailed) as error:
         pipe.send(error)
     except (EOFError, OSError):

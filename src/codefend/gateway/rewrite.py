@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from codefend.gateway.documents import page_parts
 from codefend.gateway.errors import Api
 from codefend.gateway.shapes import TURN_TEXT, Slot, Survey
 from codefend.gateway.suspicion import Place
@@ -57,9 +58,11 @@ def rebuild(
     The policy wraps the user's messages that hold an image, or with ``everywhere`` all of them; the same message is
     wrapped alike in every later request of a conversation, so that an upstream's prefix cache still matches.
     """
-    for slot, image in zip(slots.slots, images, strict=True):
-        body = _replace(body, slot.place, _slot_value(slot, image))
-    noted = {slot.place: text for slot, text in zip(slots.slots, notes, strict=False) if text}
+    body = _with_images(body, slots, images)
+    noted: dict[Place, str] = {}
+    for slot, text in zip(slots.slots, notes, strict=False):
+        if text:
+            noted[slot.place] = noted.get(slot.place, "") + text  # pages of a document share their place
     if policy is None and not noted:
         return body
     turns = [turn for turn in slots.turns if everywhere or turn.has_image]
@@ -71,6 +74,20 @@ def rebuild(
     system += [system_text()] if any(notes) else []
     text = "\n\n".join(filter(None, system)) + "".join(noted.values())
     return _SYSTEM[slots.api](body, text) if text else body
+
+
+def _with_images(body: Any, slots: Survey, images: Sequence[EncodedImage]) -> Any:
+    pages: dict[Place, list[tuple[str, str]]] = {}
+    for slot, image in zip(slots.slots, images, strict=True):
+        if slot.form == "page":
+            pages.setdefault(slot.place, []).append((image.media_type, image.data))
+        else:
+            body = _replace(body, slot.place, _slot_value(slot, image))
+    for place, files in reversed(pages.items()):  # from the end, so that places before stay valid
+        parts, index = _get(body, place[:-1]), int(place[-1])
+        document = page_parts(slots.api, parts[index], files)
+        body = _replace(body, place[:-1], [*parts[:index], *document, *parts[index + 1 :]])
+    return body
 
 
 def _slot_value(slot: Slot, image: EncodedImage) -> Any:

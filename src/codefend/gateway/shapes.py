@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from codefend.gateway.documents import Documents, pdf_reference
 from codefend.gateway.errors import Api, Refused
 from codefend.gateway.suspicion import (
     Place,
@@ -36,7 +37,9 @@ class Slot:
 
     place: Place
     reference: str  # a data URL, a remote URL, or bare base64
-    form: Literal["url", "source", "base64"]  # a URL string, an Anthropic source object, a base64 string
+    # a URL string, an Anthropic source object, a base64 string; a part with a PDF, and a page of that part
+    form: Literal["url", "source", "base64", "document", "page"]
+    data: bytes = field(default=b"", repr=False)  # a page's file; the others' is in the reference
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Inspection:
 
     image_links: bool = False
     tools: tuple[str, ...] = ()
+    documents: Documents = "refuse"  # "pages": PDF parts are slots
 
 
 def survey(api: Api, body: Any, inspection: Inspection | None = None) -> Survey:
@@ -76,7 +80,7 @@ def survey(api: Api, body: Any, inspection: Inspection | None = None) -> Survey:
     if not isinstance(body, dict):
         raise Refused(400, "invalid_request", "the body must be a JSON object")
     check_tools(body, inspection.tools)
-    collected = _Collected()
+    collected = _Collected(inspection.documents)
     if api == "texts":
         check_addresses(body, image_links=inspection.image_links)
         search_rest(body, set(), ())
@@ -87,6 +91,7 @@ def survey(api: Api, body: Any, inspection: Inspection | None = None) -> Survey:
 
 @dataclass
 class _Collected:
+    documents: Documents = "refuse"
     slots: list[Slot] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
 
@@ -241,6 +246,8 @@ def _part(api: Api, part: dict[str, Any], place: Place, into: _Collected) -> Non
                 search(part[key], (*place, key))
         if kind == "input_audio":
             _audio(part.get(kind), (*place, kind))
+    elif into.documents == "pages" and (pdf := pdf_reference(api, part, place)) is not None:
+        into.slots.append(Slot(place, pdf, "document"))
     elif kind in _IMAGE_PARTS[api]:
         _image_part(api, part, place, into)
     elif api == "messages" and kind in _NESTED_BLOCKS:

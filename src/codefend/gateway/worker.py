@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from codefend.core import images
+from codefend.core import documents, images
 from codefend.core.devices import device_named
 from codefend.core.noise import noise_seed, pixels_digest
 from codefend.core.png import drop_damaged_metadata
@@ -88,6 +88,7 @@ class Runner(Protocol):
 
     def run(self, jobs: Sequence[Job], *, alone: bool = False) -> list[Result]: ...
     def reencode(self, job: Job) -> Purified: ...
+    def pages(self, data: bytes, room: int) -> list[bytes]: ...
     def warm_up(self) -> None: ...
     def close(self) -> None: ...
 
@@ -170,6 +171,17 @@ class Worker:
         if isinstance(decoded, Refused):
             raise decoded
         return Purified(self._encode(decoded.pixels, decoded.kind), purified=False, texts=decoded.texts)
+
+    def pages(self, data: bytes, room: int) -> list[bytes]:
+        """Each page of a PDF, ``room`` at most, as a PNG file. Raises Refused."""
+        limits = self.options.limits
+        side = min(limits.document_side, limits.max_side or limits.document_side)
+        try:
+            return documents.render_pages(data, max_pages=room, side=side, max_ratio=limits.max_ratio)
+        except CodefendError as error:
+            raise Refused(400, "invalid_document", str(error)) from error
+        except MemoryError as error:
+            raise Refused(413, "document_too_large", "not enough memory to render the document") from error
 
     def warm_up(self) -> None:
         """Purify a small grey image. Raises PurifyFailed when even that does not work."""
