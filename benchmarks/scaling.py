@@ -34,6 +34,7 @@ from codefend.types import Example
 from codefend.victims.pocket import Pocket
 
 SIDE = 128  # pixels; the victim's
+BATCH = 48  # images of one call of the victim
 BIG = 512  # pixels; clean scenes as they are sent
 DEFENSES = ("none", "max-side", f"area:side={SIDE}", f"area:side={SIDE},gate=true", f"scaling-median:side={SIDE}")
 STRENGTHS = (0.1, 0.15, 0.2, 0.3, 0.5)
@@ -52,12 +53,17 @@ def main() -> None:
     bench = Bench(arguments.limit)
     if arguments.verb == "adaptive":
         return adaptive(bench)
-    row = bench.attack if arguments.verb == "attack" else bench.clean
-    print("| kernel | defense | objects named | cosine |\n|---|---|---|---|", flush=True)
+    seen, rows = [], []
     for kernel in arguments.kernels:
+        images_sent = bench.attacks(kernel) if arguments.verb == "attack" else bench.scenes()
         for name in arguments.defenses:
-            named, similarity = row(kernel, defense(name))
-            print(f"| {kernel} | {name} | {float(named.mean()):.3f} | {float(similarity.mean()):.4f} |", flush=True)
+            seen.append(torch.cat([shown(defense(name)(image), kernel) for image in images_sent]))
+            similarity = cosine(seen[-1], bench.hidden) if arguments.verb == "attack" else bench.kept(kernel, name)
+            rows.append((kernel, name, float(similarity.mean())))
+            print(*rows[-1], flush=True)
+    print("\n| kernel | defense | objects named | cosine |\n|---|---|---|---|")
+    for (kernel, name, similarity), named in zip(rows, bench.named(seen), strict=True):
+        print(f"| {kernel} | {name} | {float(named.mean()):.3f} | {similarity:.4f} |")
 
 
 class Bench:
@@ -78,23 +84,27 @@ class Bench:
         """The image that hides example ``i``, in 8 bits."""
         return images.quantize8(hide(self.cover(i), self.hidden[i : i + 1], kernel, strength=strength))
 
-    def named(self, seen: Tensor) -> Tensor:
-        """Whether the caption of each image that the victim sees names the example's objects, ``[N]``."""
-        answers = self.victim.generate(seen.clamp(0, 1), [example.prompt for example in self.examples])
-        return self.task.metrics["all_tags"](answers, self.examples)
+    def attacks(self, kernel: Kernel, strength: float = 1.0) -> list[Tensor]:
+        return [self.attacked(i, kernel, strength) for i in range(len(self.examples))]
 
-    def attack(self, kernel: Kernel, defend: Defend) -> tuple[Tensor, Tensor]:
-        """Of each hidden image: whether its objects are named, and the cosine of what the victim sees to it."""
-        attacked = [self.attacked(i, kernel) for i in range(len(self.examples))]
-        seen = torch.cat([shown(defend(image), kernel) for image in attacked])
-        return self.named(seen), cosine(seen, self.hidden)
+    def scenes(self) -> list[Tensor]:
+        """The hidden images as clean ones of 512 pixels a side."""
+        return list(images.quantize8(resize(self.hidden, (BIG, BIG), "bicubic-antialias")).split(1))
 
-    def clean(self, kernel: Kernel, defend: Defend) -> tuple[Tensor, Tensor]:
-        """Of each scene at 512 pixels whether its objects are named; the cosine of photographs with and without."""
-        large = images.quantize8(resize(self.hidden, (BIG, BIG), "bicubic-antialias"))
-        seen = torch.cat([shown(defend(image[None]), kernel) for image in large])
-        pairs = [cosine(shown(defend(cover), kernel), shown(cover, kernel)) for cover in self.covers]
-        return self.named(seen), torch.cat(pairs)
+    def kept(self, kernel: Kernel, name: str) -> Tensor:
+        """Cosine of what the victim sees of each clean photograph, with and without the defense, ``[4]``."""
+        defend = defense(name)
+        return torch.cat([cosine(shown(defend(cover), kernel), shown(cover, kernel)) for cover in self.covers])
+
+    def named(self, seen: Sequence[Tensor]) -> list[Tensor]:
+        """For each batch that the victim sees, whether the captions name each example's objects, ``[N]``."""
+        batch = torch.cat(list(seen)).clamp(0, 1)
+        examples = [*self.examples] * len(seen)
+        answers: list[str] = []
+        for start in range(0, len(batch), BATCH):
+            part = examples[start : start + BATCH]
+            answers += self.victim.generate(batch[start : start + BATCH], [example.prompt for example in part])
+        return list(self.task.metrics["all_tags"](answers, examples).split(len(self.examples)))
 
 
 def shown(image: Tensor, kernel: Kernel) -> Tensor:
@@ -117,31 +127,22 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 def adaptive(bench: Bench) -> None:
     """Attackers who know the detector, and who know the area kernel."""
-    indices = range(len(bench.examples))
-    print(
-        "| attacker | named | undetected | named and undetected | cosine of the view to the hidden image | PSNR, dB |"
-    )
-    print("|---" * 6 + "|")
+    attackers: list[tuple[Kernel, float]] = [("bilinear", strength) for strength in STRENGTHS]
+    attackers.append(("area", 1.0))
+    sent = [bench.attacks(kernel, strength) for kernel, strength in attackers]
+    seen = [torch.cat([shown(image, attacker[0]) for image in sent[i]]) for i, attacker in enumerate(attackers)]
+    print("| kernel | strength | named | undetected | both | cosine of the view to the hidden image | PSNR, dB |")
+    print("|---" * 7 + "|")
     best = torch.zeros(len(bench.examples))
-    for strength in STRENGTHS:
-        attacked = [bench.attacked(i, "bilinear", strength) for i in indices]
-        both = report(bench, f"bilinear, strength {strength:g}", attacked, "bilinear")
-        best = torch.maximum(best, both)
-    print(f"| bilinear, the best strength for each image | | | {float(best.mean()):.3f} | | |")
-    attacked = [bench.attacked(i, "area") for i in indices]
-    report(bench, "area, behind area:side=128", attacked, "area")
-
-
-def report(bench: Bench, label: str, attacked: Sequence[Tensor], kernel: Kernel) -> Tensor:
-    """Print a row; returns for each example whether the attack succeeds undetected, ``[N]``."""
-    named = bench.named(torch.cat([shown(image, kernel) for image in attacked]))
-    undetected = torch.cat([disagreement(image, SIDE) for image in attacked]) < LEVEL
-    view = cosine(torch.cat([shown(image, "area") for image in attacked]), bench.hidden)
-    quality = torch.cat([psnr(image, bench.cover(i)) for i, image in enumerate(attacked)])
-    both = named * undetected
-    shares = " | ".join(f"{float(values.float().mean()):.3f}" for values in (named, undetected, both, view))
-    print(f"| {label} | {shares} | {float(quality.mean()):.1f} |", flush=True)
-    return both
+    for (kernel, strength), attacked, named in zip(attackers, sent, bench.named(seen), strict=True):
+        undetected = torch.cat([disagreement(image, SIDE) for image in attacked]) < LEVEL
+        view = cosine(torch.cat([shown(image, "area") for image in attacked]), bench.hidden)
+        quality = torch.cat([psnr(image, bench.cover(i)) for i, image in enumerate(attacked)])
+        both = named * undetected
+        best = torch.maximum(best, both) if kernel == "bilinear" else best
+        shares = " | ".join(f"{float(values.float().mean()):.3f}" for values in (named, undetected, both, view))
+        print(f"| {kernel} | {strength:g} | {shares} | {float(quality.mean()):.1f} |")
+    print(f"named and undetected at the best strength for each image: {float(best.mean()):.3f}")
 
 
 def calibrate() -> None:

@@ -20,6 +20,7 @@ from codefend.purifiers import load
 from codefend.purifiers.base import Purifier
 from codefend.purifiers.folders import MANIFEST, FolderOptions, FolderReport, plan, purify_paths
 from codefend.types import CodefendError
+from pdf_kit import pdf
 from purifiers_kit import PlainPurifier
 
 
@@ -360,3 +361,20 @@ def test_files_are_shrunk_as_the_gateway_shrinks_them(tmp_path: Path) -> None:
     expected = images.quantize8(images.load(source, max_side=15).pixels)
     assert torch.equal(images.load(tmp_path / "out.png").pixels, expected)
     assert torch.equal(from_pil(load("identity").purify(Image.open(source), max_side=15)).pixels, expected)
+
+
+def test_the_pages_of_a_pdf_are_purified_once(tmp_path: Path) -> None:
+    source = tmp_path / "report.pdf"
+    source.write_bytes(pdf(0.25, 0.75))
+    options = FolderOptions("identity", max_side=64)
+    first = purify_paths(lambda: load("identity"), [source], tmp_path / "out", options)
+    again = purify_paths(never, [source], tmp_path / "out", options)
+    pages = [images.load(tmp_path / "out" / f"report-00{number}.png").pixels for number in (1, 2)]
+    assert (first.done, again.skipped) == (2, 2)
+    assert [page.shape for page in pages] == [(3, 32, 64)] * 2
+    assert [round(float(page.mean()), 2) for page in pages] == [0.25, 0.75]
+    with pytest.raises(CodefendError, match="has 2 pages; name a folder"):
+        purify_paths(never, [source], tmp_path / "out.png", options)
+    source.write_bytes(b"%PDF-1.7 broken")
+    with pytest.raises(CodefendError, match=r"report\.pdf: the PDF is damaged"):
+        purify_paths(never, [source], tmp_path / "out", options)

@@ -17,7 +17,7 @@ from codefend.gateway.lane import Lane, digest_of
 from codefend.gateway.limits import check_count, inspect, payload
 from codefend.gateway.options import Limits, Mode, OnError
 from codefend.gateway.pages import PageRenderer
-from codefend.gateway.rewrite import EncodedImage, Policy, rebuild
+from codefend.gateway.rewrite import EncodedImage, Policy, rebuild, splice
 from codefend.gateway.shapes import Inspection, Slot, Survey, survey
 from codefend.gateway.suspicion import spell
 from codefend.gateway.wire import check_simple, dump, parse
@@ -367,19 +367,7 @@ class Engine:
 
 
 def _write(outcome: Outcome) -> bytes:
-    return splice(dump(outcome.body), outcome.tokens, outcome.images)
-
-
-def splice(raw: bytes, tokens: Sequence[str], images: Sequence[Purified]) -> bytes:
-    """Put base64 where its token stands. A JSON encoder would look at every character of it, on the event loop."""
-    places = [
-        (raw.index(token.encode()), len(token), image.image.data) for token, image in zip(tokens, images, strict=True)
-    ]
-    pieces, end = [], 0
-    for start, length, data in sorted(places):
-        pieces += [raw[end:start], data.encode("ascii")]
-        end = start + length
-    return b"".join([*pieces, raw[end:]])
+    return splice(dump(outcome.body), outcome.tokens, [image.image for image in outcome.images])
 
 
 def _is_remote(slot: Slot) -> bool:

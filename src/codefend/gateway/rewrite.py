@@ -90,6 +90,16 @@ def _with_images(body: Any, slots: Survey, images: Sequence[EncodedImage]) -> An
     return body
 
 
+def splice(raw: bytes, tokens: Sequence[str], images: Sequence[EncodedImage]) -> bytes:
+    """Put base64 where its token stands. A JSON encoder would look at every character of it, on the event loop."""
+    places = [(raw.index(token.encode()), len(token), image.data) for token, image in zip(tokens, images, strict=True)]
+    pieces, end = [], 0
+    for start, length, data in sorted(places):
+        pieces += [raw[end:start], data.encode("ascii")]
+        end = start + length
+    return b"".join([*pieces, raw[end:]])
+
+
 def _slot_value(slot: Slot, image: EncodedImage) -> Any:
     if slot.form == "source":
         return {"type": "base64", "media_type": image.media_type, "data": image.data}

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
-from codefend.core import images
+from codefend.core import documents, images
 from codefend.core.files import write_atomic
 from codefend.core.progress import progress
 from codefend.core.runs import Run, open_run, read_config
@@ -22,6 +23,8 @@ from codefend.types import CodefendError
 
 __all__ = ["MANIFEST", "FolderOptions", "FolderReport", "ImageJob", "plan", "purify_paths"]
 
+MAX_PAGES = 1000  # of a PDF file
+PAGE_SIDE = 2048  # pixels; longer side of a page, unless ``max_side`` says otherwise
 MANIFEST = ".codefend"  # the run folder kept inside the output folder
 
 
@@ -58,15 +61,44 @@ def purify_paths(
 ) -> FolderReport:
     """Purify images and folders of them into ``out``: an image file for a single file, else a folder.
 
-    The purifier is loaded last, after the cheap checks. Raises CodefendError for a missing or unreadable path, an
-    output that exists, an output folder with other options, and for a single file that fails.
+    A PDF file in ``paths`` counts as the images of its pages. The purifier is loaded last, after the cheap checks.
+    Raises CodefendError for a missing or unreadable path, an output that exists, an output folder with other options,
+    and for a single file that fails.
     """
-    sources, target = [Path(path) for path in paths], Path(out)
-    report = FolderReport()
+    with TemporaryDirectory(prefix="codefend-") as folder:
+        with _readable_paths():
+            for path in map(Path, paths):
+                if not path.exists():
+                    raise CodefendError(f"no such file or folder: {path}")
+            sources = [page for path in map(Path, paths) for page in _pages(path, Path(folder), options)]
+        if len(paths) == 1 and len(sources) > 1 and Path(out).suffix.lower() in images.READABLE:
+            raise CodefendError(f"{paths[0]} has {len(sources)} pages; name a folder for them, not {out}")
+        return _purify_sources(load_purifier, sources, out, options)
+
+
+def _pages(source: Path, folder: Path, options: FolderOptions) -> list[Path]:
+    """``source``, or where it is a PDF file a PNG file in ``folder`` for each page, of the PDF's age."""
+    if source.suffix.lower() != ".pdf" or not source.is_file():
+        return [source]
+    side = options.max_side or PAGE_SIDE
+    try:
+        pages = documents.render_pages(source.read_bytes(), max_pages=MAX_PAGES, side=side)
+    except CodefendError as error:
+        raise CodefendError(f"{source}: {error}") from error
+    place = folder / str(len(list(folder.iterdir())))
+    place.mkdir()
+    files = [place / f"{source.stem}-{number:03}.png" for number in range(1, len(pages) + 1)]
+    for file, page in zip(files, pages, strict=True):
+        file.write_bytes(page)
+        os.utime(file, ns=(source.stat().st_mtime_ns,) * 2)  # so that a rerun finds its own output
+    return files
+
+
+def _purify_sources(
+    load_purifier: Callable[[], Purifier], sources: Sequence[Path], out: str | Path, options: FolderOptions
+) -> FolderReport:
+    target, report = Path(out), FolderReport()
     with _readable_paths():
-        for path in sources:
-            if not path.exists():
-                raise CodefendError(f"no such file or folder: {path}")
         to_file = bool(target.suffix) and not target.is_dir() and not str(out).endswith(("/", os.sep))
         alone = to_file and len(sources) == 1 and not sources[0].is_dir()
         jobs = [] if alone else plan(sources, target, ending=options.format, failed=report.failed)
