@@ -6,6 +6,7 @@ import io
 import os
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,13 @@ import ray
 import torch
 
 import corpus_kit as kit
+import toys
+from codefend.bench import evaluate
+from codefend.bench.loaders import Loaders
 from codefend.core import images
-from codefend.integrations.ray import BatchPurifier, RayOptions, on_ray
-from codefend.types import CodefendError
+from codefend.integrations.ray import BatchPurifier, RayOptions, on_ray, ray_pool
+from codefend.types import CodefendError, Victim
+from evaluate_kit import SMALL, untimed
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 
@@ -105,3 +110,17 @@ def test_a_column_keeps_the_type_of_its_images() -> None:
     for wrong in ({"pixels": []}, {"image": ["text"]}, {"image": [array.astype(np.float32)]}):
         with pytest.raises(CodefendError, match="column"):
             purify(wrong)
+
+
+def toy_victim(name: str) -> Victim:
+    return toys.ToyVictim()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_an_evaluation_on_a_cluster_has_the_rows_of_one_process(tmp_path: Path) -> None:
+    loaders = Loaders(victim=toy_victim, task=toys.task, purifier=toys.purifier)
+    config = replace(SMALL, steps=2, limit=6, batch=3)
+    whole = untimed(evaluate(config, tmp_path / "one", loaders=loaders))
+    pool = ray_pool(RayOptions(workers=2))
+    assert untimed(evaluate(config, tmp_path / "two", loaders=loaders, workers=2, pool=pool)) == whole

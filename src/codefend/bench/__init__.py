@@ -22,9 +22,11 @@ from codefend.bench.config import (
     SeedsConfig,
     TransferConfig,
 )
+from codefend.types import CodefendError
 
 if TYPE_CHECKING:
     from codefend.bench.loaders import Loaders
+    from codefend.bench.parallel import StartPool
     from codefend.core.runs import Row
 
 __all__ = [
@@ -38,10 +40,18 @@ __all__ = [
 ]
 
 
-def evaluate(config: EvalConfig, run_dir: str | Path, *, loaders: Loaders | None = None, workers: int = 1) -> list[Row]:
+def evaluate(
+    config: EvalConfig,
+    run_dir: str | Path,
+    *,
+    loaders: Loaders | None = None,
+    workers: int = 1,
+    pool: StartPool | None = None,
+) -> list[Row]:
     """Evaluate ``config`` in ``run_dir`` and return all rows; the same call resumes after a kill.
 
-    ``workers`` processes make the same rows, each with models of its own; ``loaders`` must be picklable then.
+    ``workers`` processes make the same rows, each with models of its own; ``loaders`` must be picklable then. ``pool``
+    starts them elsewhere: `codefend.integrations.ray.ray_pool` on a Ray cluster that shares the run folder.
 
     A ``TransferConfig`` fills a folder with one run for each pair of victims, a ``SeedsConfig`` with one for each seed.
     ``loaders`` replaces the look-up of victims, tasks and purifiers by name, for your own objects.
@@ -65,6 +75,8 @@ def evaluate(config: EvalConfig, run_dir: str | Path, *, loaders: Loaders | None
     >>> [(row["defense"], row["threat"], row["scores"]["accuracy"]) for row in attacked]
     [('none', 'T0', 1.0), ('jpeg', 'T0', 1.0), ('jpeg', 'T2', 1.0)]
     """
+    if pool is not None and isinstance(config, TransferConfig | SeedsConfig):
+        raise CodefendError("a matrix or a run of several seeds stays on one machine; evaluate its runs on the cluster")
     if isinstance(config, TransferConfig):
         from codefend.bench.transfer import run_matrix
 
@@ -75,4 +87,4 @@ def evaluate(config: EvalConfig, run_dir: str | Path, *, loaders: Loaders | None
         return run_seeds(config, run_dir, loaders, workers)
     from codefend.bench.grid import run_grid
 
-    return run_grid(config, run_dir, loaders, workers=workers)
+    return run_grid(config, run_dir, loaders, workers=workers, pool=pool)

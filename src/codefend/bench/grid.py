@@ -11,11 +11,12 @@ from codefend.bench.cells import Cell
 from codefend.bench.config import AdaptiveOptions, AttackChoice, EvalConfig, check
 from codefend.bench.fingerprints import check_unchanged
 from codefend.bench.loaders import Loaders
-from codefend.bench.parallel import ParallelGrid
+from codefend.bench.parallel import ParallelGrid, StartPool
 from codefend.bench.results import BARE, CLEAN
 from codefend.bench.reuse import check_donor
 from codefend.bench.setup import Bench, open_bench
 from codefend.bench.work import CleanRows, clean_key, fill
+from codefend.core.processes import worker_pool
 from codefend.core.progress import progress
 from codefend.core.runs import Row, Run, check_run, open_run
 
@@ -27,10 +28,12 @@ def run_grid(
     *,
     donor: Path | None = None,
     workers: int = 1,
+    pool: StartPool | None = None,
 ) -> list[Row]:
     """Fill the run folder with every row that it lacks and return them all; see ``evaluate``.
 
-    ``donor`` is another run whose attacked images may be reused, ``config.attacked`` by default.
+    ``donor`` is another run whose attacked images may be reused, ``config.attacked`` by default. ``pool`` starts the
+    workers.
     """
     check(config)
     donor = donor or (Path(config.attacked) if config.attacked else None)
@@ -45,8 +48,8 @@ def run_grid(
         rows = run.rows()
         clean: CleanRows = {clean_key(row): row for row in rows if row["attack"] == CLEAN}
         with progress("evaluate", total, done=len(rows)) as advance:
-            if workers > 1:
-                ParallelGrid(bench, run, clean, donor, workers, loaders, advance).fill(work)
+            if workers > 1 or pool is not None:
+                ParallelGrid(bench, run, clean, donor, workers, loaders, pool or worker_pool, advance).fill(work)
             else:
                 for item in work:
                     advance(fill(bench, run, item, clean, donor), f"{item[0].defense} {item[0].attack}")

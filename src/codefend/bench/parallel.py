@@ -7,8 +7,7 @@ time; the defenses that are judged on it wait for that one and read its file.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,10 +17,10 @@ from codefend.bench.loaders import Loaders
 from codefend.bench.results import CLEAN
 from codefend.bench.setup import Bench, open_bench
 from codefend.bench.work import CleanRows, Work, batch_rows, clean_key, is_complete
-from codefend.core.processes import worker_pool
 from codefend.core.runs import Row, Run
 from codefend.types import CodefendError
 
+StartPool = Callable[..., Executor]  # workers, a function that starts each of them, its arguments
 _bench: list[Bench] = []  # of this process
 
 
@@ -43,6 +42,7 @@ class ParallelGrid:
     donor: Path | None
     workers: int
     loaders: Loaders | None
+    start_pool: StartPool
     advance: Callable[[int, str], None]
     running: dict[Future[list[Row]], int] = field(default_factory=dict)  # to the number of its work
     finished: dict[int, list[Row]] = field(default_factory=dict)  # rows that wait for those before them
@@ -51,11 +51,13 @@ class ParallelGrid:
         """Do all work that the run lacks. Raises CodefendError when a process is killed; rows so far are saved."""
         todo = [item for item in work if not is_complete(self.bench, self.run, item)]
         waiting, appended = list(range(len(todo))), 0
-        pool = worker_pool(min(self.workers, max(1, len(todo))), _start, self.bench.config, self.loaders)
+        pool = self.start_pool(min(self.workers, max(1, len(todo))), _start, self.bench.config, self.loaders)
         try:
             while appended < len(todo):
-                for number in [number for number in waiting if self._may_start(todo, number)]:
-                    if len(self.running) < self.workers and self._may_start(todo, number):
+                for number in list(waiting):
+                    if len(self.running) == self.workers:
+                        break
+                    if self._may_start(todo, number):
                         waiting.remove(number)
                         self.running[pool.submit(_rows, *self._arguments(todo[number]))] = number
                 self._collect()
@@ -63,7 +65,7 @@ class ParallelGrid:
                     cell = todo[appended][0]
                     self.advance(sum(self.run.append(row) for row in rows), f"{cell.defense} {cell.attack}")
                     appended += 1
-        except BrokenProcessPool as error:
+        except BrokenExecutor as error:
             raise CodefendError(
                 "a worker process was killed, perhaps for lack of memory; use fewer --workers and rerun to resume"
             ) from error

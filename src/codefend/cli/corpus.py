@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from codefend.types import CodefendError
+from codefend.cli.options import ONE_PROCESS, RayFlags, check_engine
 
 if TYPE_CHECKING:
     from codefend.purifiers.corpus import CorpusReport, Engine
@@ -23,11 +23,8 @@ class CorpusFlags:
     column: str | None = None
     keep_others: bool = False
     shard: str | None = None
-    workers: int = 1
     engine: str = "local"
-    worker_cpus: float = 1
-    worker_gpus: float = 0
-    address: str | None = None
+    ray: RayFlags = ONE_PROCESS
 
 
 def purify_as_corpus(paths: Sequence[str], out: str, options: FolderOptions, flags: CorpusFlags) -> bool:
@@ -53,15 +50,14 @@ def purify_as_corpus(paths: Sequence[str], out: str, options: FolderOptions, fla
 
 def choose_engine(flags: CorpusFlags) -> Engine:
     """The engine of ``--engine`` and ``--workers``. Raises CodefendError for an unknown one and a missing package."""
+    check_engine(flags.engine)
     if flags.engine == "ray":
         from codefend.integrations.ray import RayOptions, on_ray
 
-        return on_ray(RayOptions(flags.workers, flags.worker_cpus, flags.worker_gpus, flags.address))
-    if flags.engine != "local":
-        raise CodefendError(f"unknown engine {flags.engine!r}; known: local, ray")
+        return on_ray(RayOptions(*flags.ray))
     from codefend.purifiers.corpus import in_processes, in_this_process
 
-    return in_this_process if flags.workers == 1 else in_processes(flags.workers)
+    return in_this_process if flags.ray.workers == 1 else in_processes(flags.ray.workers)
 
 
 def _print_failures(report: CorpusReport) -> None:

@@ -5,12 +5,28 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from codefend.cli.options import ConfigFile, DryRun, RunFolder, Settings, preset_config, print_config
+from codefend.cli.options import (
+    Address,
+    ConfigFile,
+    DryRun,
+    Engine,
+    RayFlags,
+    RunFolder,
+    Settings,
+    WorkerCpus,
+    WorkerGpus,
+    check_engine,
+    preset_config,
+    print_config,
+)
 from codefend.types import CodefendError
+
+if TYPE_CHECKING:
+    from codefend.bench.parallel import StartPool
 
 app = typer.Typer()
 
@@ -30,6 +46,10 @@ def eval_(
     workers: Annotated[
         int, typer.Option("--workers", min=1, help="Processes, each with models of its own; the rows are the same.")
     ] = 1,
+    engine: Engine = "local",
+    worker_cpus: WorkerCpus = 1,
+    worker_gpus: WorkerGpus = 0,
+    address: Address = None,
     dry_run: DryRun = False,
 ) -> None:
     """Attack and evaluate every defense on every task; results are rows in the run folder. Rerun to resume.
@@ -54,10 +74,20 @@ def eval_(
     if dry_run:
         print_config(config)
         return
-    rows = evaluate(config, run, workers=workers)
+    pool = _choose_pool(engine, RayFlags(workers, worker_cpus, worker_gpus, address))
+    rows = evaluate(config, run, workers=workers, pool=pool)
     print(run)
     if max_asr is not None and _exceeds(rows, max_asr):
         raise typer.Exit(1)
+
+
+def _choose_pool(engine: str, flags: RayFlags) -> StartPool | None:
+    check_engine(engine)
+    if engine == "local":
+        return None
+    from codefend.integrations.ray import RayOptions, ray_pool
+
+    return ray_pool(RayOptions(*flags))
 
 
 def _exceeds(rows: Sequence[Any], limit: float) -> bool:

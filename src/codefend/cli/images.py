@@ -10,13 +10,18 @@ import typer
 
 from codefend.cli.options import (
     MAX_PIXELS,
+    Address,
     DefenseName,
+    Engine,
     FirstFrame,
     MaxPixels,
     Overwrite,
     PurifierName,
+    RayFlags,
     Seed,
     VictimName,
+    WorkerCpus,
+    WorkerGpus,
     check_output,
 )
 from codefend.types import CodefendError
@@ -73,12 +78,10 @@ def purify(
         str | None, typer.Option("--shard", metavar="I/N", help="Do part I of N, from 1/N to N/N.")
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes; with ray, the most of them.")] = 1,
-    engine: Annotated[str, typer.Option("--engine", help="local, or ray for a cluster.")] = "local",
-    worker_cpus: Annotated[float, typer.Option("--worker-cpus", help="Ray: cores of each worker.")] = 1,
-    worker_gpus: Annotated[float, typer.Option("--worker-gpus", help="Ray: GPUs of each worker, such as 0.5.")] = 0,
-    address: Annotated[
-        str | None, typer.Option("--address", help="Ray: the cluster; default: RAY_ADDRESS, else one on this machine.")
-    ] = None,
+    engine: Engine = "local",
+    worker_cpus: WorkerCpus = 1,
+    worker_gpus: WorkerGpus = 0,
+    address: Address = None,
 ) -> None:
     """Purify images, folders, Parquet files and tar archives. Rerun the command to resume.
 
@@ -101,7 +104,7 @@ def purify(
         overwrite=overwrite,
         max_side=max_side,
     )
-    flags = CorpusFlags(column, keep_others, shard, workers, engine, worker_cpus, worker_gpus, address)
+    flags = CorpusFlags(column, keep_others, shard, engine, RayFlags(workers, worker_cpus, worker_gpus, address))
     if purify_as_corpus(paths, out, options, flags):
         return
     outcome = purify_paths(lambda: purifiers.load(purifier), paths, out, options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -33,6 +33,31 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of the purifier's and th
 MaxPixels = Annotated[int, typer.Option("--max-pixels", min=1, help="Refuse images with more pixels.")]
 FirstFrame = Annotated[bool, typer.Option("--first-frame", help="Use the first frame of an animation.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")]
+
+Engine = Annotated[str, typer.Option("--engine", help="local, or ray for a cluster.")]
+WorkerCpus = Annotated[float, typer.Option("--worker-cpus", help="Ray: cores of each worker.")]
+WorkerGpus = Annotated[float, typer.Option("--worker-gpus", help="Ray: GPUs of each worker, such as 0.5.")]
+Address = Annotated[
+    str | None, typer.Option("--address", help="Ray: the cluster; default: RAY_ADDRESS, else one on this machine.")
+]
+
+
+class RayFlags(NamedTuple):
+    """The flags of a Ray cluster, in the order of `integrations.ray.RayOptions`."""
+
+    workers: int
+    cpus: float
+    gpus: float
+    address: str | None
+
+
+ONE_PROCESS = RayFlags(1, 1, 0, None)
+
+
+def check_engine(name: str) -> None:
+    """Raise CodefendError for an unknown engine."""
+    if name not in ("local", "ray"):
+        raise CodefendError(f"unknown engine {name!r}; known: local, ray")
 
 
 def preset_config(name: str, items: Sequence[str], kind: type | None = None, *, file: Path | None = None) -> Any:

@@ -16,7 +16,8 @@ from __future__ import annotations
 import os
 import pickle
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor, Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,12 +25,13 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from codefend.bench.parallel import StartPool
 from codefend.purifiers.batches import BatchPurifier
 from codefend.purifiers.corpus import Engine, Tick, Unit, UnitPurifier, UnitReport
 from codefend.purifiers.corpus.stores import Store
 from codefend.types import CodefendError
 
-__all__ = ["BatchPurifier", "RayOptions", "UnitActor", "on_ray"]
+__all__ = ["BatchPurifier", "RayOptions", "UnitActor", "on_ray", "ray_pool"]
 
 _OBJECT_STORE = 200 << 20  # bytes, of a cluster that is started here: units and reports are small
 _BLOCKS = 10_000
@@ -97,6 +99,68 @@ def on_ray(options: RayOptions) -> Engine:
                 yield answer
 
     return engine
+
+
+def ray_pool(options: RayOptions) -> StartPool:
+    """Worker processes of `codefend.evaluate` as actors of a Ray cluster, which must share the run folder.
+
+    Raises CodefendError as `on_ray`.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise CodefendError("--engine ray needs Ray: pip install 'codefend[ray]'") from error
+
+    def start_pool(workers: int, start: Callable[..., None], *arguments: object) -> Executor:
+        return _RayExecutor(ray, replace(options, workers=workers), start, arguments)
+
+    return start_pool
+
+
+class _CallActor:
+    """Starts like a worker process, then calls what it is given."""
+
+    def __init__(self, cpus: float, start: Callable[..., None], arguments: tuple[object, ...]) -> None:
+        import torch
+
+        torch.set_num_threads(max(1, int(cpus)))
+        start(*arguments)
+
+    def call(self, function: Callable[..., Any], arguments: tuple[object, ...]) -> Any:
+        return function(*arguments)
+
+
+class _RayExecutor(Executor):
+    """Actors, each with one call at a time, as long as no more calls are submitted than there are actors."""
+
+    def __init__(
+        self, ray: Any, options: RayOptions, start: Callable[..., None], arguments: tuple[object, ...]
+    ) -> None:
+        self._ray, self._cluster = ray, _cluster(ray, options)
+        self._cluster.__enter__()
+        actor = ray.remote(num_cpus=options.cpus, num_gpus=options.gpus)(_CallActor)
+        self._idle = [actor.remote(options.cpus, start, arguments) for _ in range(options.workers)]
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **_: Any) -> Future[Any]:
+        actor, future = self._idle.pop(), Future[Any]()
+        answer = actor.call.remote(function, arguments).future()
+        answer.add_done_callback(lambda answer: self._pass_on(actor, answer, future))
+        return future
+
+    def _pass_on(self, actor: Any, answer: Future[Any], future: Future[Any]) -> None:
+        self._idle.append(actor)
+        error = answer.exception()
+        if isinstance(error, self._ray.exceptions.RayTaskError):
+            error = error.cause
+        if isinstance(error, self._ray.exceptions.RayActorError):
+            error = BrokenExecutor(str(error))
+        if error is None:
+            future.set_result(answer.result())
+        else:
+            future.set_exception(error)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._cluster.__exit__(None, None, None)
 
 
 @contextmanager
