@@ -126,14 +126,15 @@ def test_a_cache_killed_in_mid_load_loses_nothing(tmp_path: Path) -> None:
     run(work())
 
 
-def test_replicas_with_one_secret_give_the_same_bytes_without_a_cache() -> None:
+@pytest.mark.parametrize("images", [5, pytest.param(1000, marks=pytest.mark.slow)])
+def test_replicas_with_one_secret_give_the_same_bytes_without_a_cache(images: int) -> None:
     async def work() -> None:
         replicas = [Replica(None, purifier="bridge:sigma=0.1") for _ in range(2)]
-        for index in range(5):
+        for index in range(images):
             results = [await replica.purify(png(index)) for replica in replicas]
             assert results[0].image == results[1].image
 
-    run(work())
+    run(work(), seconds=200)
 
 
 def test_a_cache_without_a_secret_or_with_a_bad_address_is_one_line() -> None:
