@@ -54,10 +54,10 @@ def test_every_header_of_the_gateway_is_described() -> None:
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "src" / "codefend" / "gateway").glob("*.py")]
     literals = {name for text in sources for name in re.findall(r"x-codefend-[a-z-]*[a-z]", text)}
     assert literals <= HEADERS.keys()
-    image = Purified(EncodedImage("image/png", ""), score=0.5)
+    image = Purified(EncodedImage("image/png", ""), score=0.5, texts=())
     outcome = Outcome(images=(image,), bypassed=("timeout",))
     names = {name.decode() for name, _ in report(outcome, purifier="jpeg", request_id="1", scores="exact", votes=3)}
-    assert names == {name for name, (place, _) in HEADERS.items() if place == "answer"}
+    assert names == {name for name, (place, _) in HEADERS.items() if "answer" in place}
 
 
 def test_pages_say_that_they_are_generated(pages: dict[str, str]) -> None:

@@ -28,6 +28,10 @@ HEADERS = {  # name: where it stands, what it means
     "x-codefend-key": ("request", "key of this gateway, where `authorization` and `x-api-key` are for the upstream"),
     "x-codefend-policy": ("request", "purify, detect or block for this request; needs `allow_override`"),
     "x-codefend-threshold": ("request", "detection score from which detect and block act; needs `allow_override`"),
+    "x-codefend-text": (
+        "request, answer",
+        "request: a stricter policy for text in images; answer: lines that read like instructions, by image",
+    ),
     "x-codefend-request-id": ("answer", "the request in the gateway's logs"),
     "x-codefend-status": ("answer", "purified, reencoded, bypassed (the purifier failed) or refused"),
     "x-codefend-images": ("answer", "number of images of the request"),
