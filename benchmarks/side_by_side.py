@@ -118,7 +118,7 @@ def gateway(src: Path, folder: Path) -> float:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{upstream.server_port}/v1"
-    # One thread: with two, the CPU time of an image on a busy machine is mostly that of threads that wait for each other.
+    # One thread: on a busy machine two of them spend most of their CPU time waiting for each other.
     flags = ("--purify-timeout-s", "300", "--torch-threads", "1")
     command = [*CODEFEND, "serve", "--upstream", address, "--port", str(port), *flags]
     with (folder / "log").open("wb") as log:
