@@ -127,6 +127,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=15, help="on the language-model loss")
     parser.add_argument("--word-steps", type=int, default=15)
     parser.add_argument("--eot", type=int, default=2, help="noise samples per step, where the defense draws noise")
+    parser.add_argument(
+        "--after", type=Path, help="rows of a weaker attack: attack what it left, the lower score counts"
+    )
     parser.add_argument("--summary", action="store_true", help="print the means of the rows and stop")
     parser.add_argument("--results", type=Path, help="write the means of the rows and stop")
     return parser.parse_args()
@@ -161,6 +164,7 @@ class Measurement:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.rows, self.undefended = args, Rows(args.rows), victims.load("pocket")
+        self.earlier = {row["key"]: row["score"] for row in read(args.after)} if args.after else {}
         self.defended = {spec: DefendedVictim(self.undefended, Defense.from_spec(spec)) for spec in args.defenses}
 
     def measure(self, task: str, examples: Sequence[Example]) -> None:
@@ -181,16 +185,18 @@ class Measurement:
                 self.rows.add(cell, examples, scores)
 
     def adaptive(self, victim: DefendedVictim, cell: dict[str, Any], examples: Sequence[Example]) -> list[float]:
-        """Scores of the images attacked through the defense; 0 for those that a smaller radius broke."""
+        """Scores of the images attacked through the defense; 0 for those that `--after` or a smaller radius broke."""
         smaller = [{**cell, "threat": "T2", "eps": eps} for eps in self.args.t2 if eps < cell["eps"]]
         smaller.append({**cell, "threat": "clean", "eps": 0})
         keys = zip(*(self.rows.keys(other, examples) for other in smaller), strict=True)
+        earlier = [self.earlier.get(key, 1.0) for key in self.rows.keys(cell, examples)]
         alive = [min(self.rows.scores.get(key, 1.0) for key in group) > 0 for group in keys]
+        alive = [is_alive and value > 0 for is_alive, value in zip(alive, earlier, strict=True)]
         rest = [example for example, is_alive in zip(examples, alive, strict=True) if is_alive]
         if not rest:
             return [0.0] * len(examples)
         attacked = iter(score(victim, attack(victim, self.undefended, rest, cell["eps"], self.args), rest))
-        return [next(attacked) if is_alive else 0.0 for is_alive in alive]
+        return [min(value, next(attacked)) if is_alive else 0.0 for is_alive, value in zip(alive, earlier, strict=True)]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -198,10 +204,15 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def read_cells(path: Path) -> dict[tuple[str, str, int, str], list[float]]:
-    """Scores by defense, threat model, radius and task."""
+    """Scores by defense, threat model, radius and task, of the images that all cells of a defense and task have."""
+    rows = read(path)
+    images: dict[tuple[str, str], dict[tuple[str, int], set[str]]] = defaultdict(lambda: defaultdict(set))
+    for row in rows:
+        images[row["defense"], row["task"]][row["threat"], row["eps"]].add(row["id"])
     cells = defaultdict(list)
-    for row in read(path):
-        cells[row["defense"], row["threat"], row["eps"], row["task"]].append(row["score"])
+    for row in rows:
+        if row["id"] in set.intersection(*images[row["defense"], row["task"]].values()):
+            cells[row["defense"], row["threat"], row["eps"], row["task"]].append(row["score"])
     return cells
 
 
@@ -240,7 +251,8 @@ def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(1)
     if args.results:
-        return write_results(read_cells(args.rows), args.results)
+        cells = {key: scores for key, scores in read_cells(args.rows).items() if key[0] in args.defenses}
+        return write_results(cells, args.results)
     if args.summary:
         return summarize(read_cells(args.rows))
     measurement = Measurement(args)
