@@ -29,7 +29,7 @@ from codefend.purifiers import instructions
 ROOT = Path(__file__).parent.parent
 PHRASES = json.loads((ROOT / "benchmarks/data/image_text_phrases.json").read_text(encoding="utf-8"))
 OUT = ROOT / "src/codefend/purifiers/instructions.json"
-THRESHOLD = 0.7  # of the regression's probability; an image has several windows, so false positives add up
+THRESHOLD = 0.8  # of the regression's probability; an image has several windows, so false positives add up
 
 
 def fill(split: str) -> list[str]:
@@ -79,9 +79,10 @@ def fit() -> dict[str, object]:
     ]
     positive = [*fill("train"), *fill("development"), *forms, *sample("instructions", 20_000, rng)]
     short = [*harmless("train"), *(value for values in fillers.values() for value in values)]
-    pairs = [f"{rng.choice(short)} {rng.choice(short)}" for _ in range(600)]
-    negative = [*short * 4, *pairs, *sample("harmless", 12_000, rng), *documents("train")]
-    vectorizer = CountVectorizer(analyzer=instructions.features, binary=True, min_df=6)
+    single = [*short * 4, *sample("harmless", 12_000, rng)]
+    joined = [" ".join(rng.sample(single, rng.randint(2, 5)))[:140] for _ in range(12_000)]  # lines of a page
+    negative = [*single, *joined, *documents("train")]
+    vectorizer = CountVectorizer(analyzer=instructions.features, binary=True, min_df=8)
     features = vectorizer.fit_transform([*positive, *negative])
     model = LogisticRegression(l1_ratio=1, C=1.0, solver="liblinear", class_weight="balanced", random_state=0)
     model.fit(features, [1] * len(positive) + [0] * len(negative))

@@ -13,9 +13,12 @@ from codefend.purifiers.ocr import TextRegion
 PHRASES = json.loads((Path(__file__).parents[2] / "benchmarks/data/image_text_phrases.json").read_text("utf-8"))
 
 
-def lines(*texts: str) -> list[TextRegion]:
-    box = ((0.0, 0.0), (9.0, 0.0), (9.0, 9.0), (0.0, 9.0))
-    return [TextRegion(text, 0.9, box) for text in texts]
+def lines(*texts: str, pitch: float = 12.0) -> list[TextRegion]:
+    """Lines below each other, 9 pixels high."""
+    tops = [pitch * i for i in range(len(texts))]
+    return [
+        TextRegion(t, 0.9, ((0.0, y), (90.0, y), (90.0, y + 9), (0.0, y + 9))) for t, y in zip(texts, tops, strict=True)
+    ]
 
 
 def marks(*texts: str) -> list[bool]:
@@ -68,3 +71,10 @@ def test_an_instruction_inside_a_long_line_is_found() -> None:
 
 def test_without_lines_there_is_nothing_to_mark() -> None:
     assert instructions.mark([]) == []
+
+
+def test_lines_that_are_apart_are_judged_more_strictly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instructions, "score", lambda text: 0.9 if len(text) > 40 else 0.0)
+    parts = ("the first half of the sentence", "and its second half, below it")
+    assert [region.instruction for region in instructions.mark(lines(*parts))] == [True, True]
+    assert [region.instruction for region in instructions.mark(lines(*parts, pitch=40.0))] == [False, False]
