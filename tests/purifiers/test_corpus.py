@@ -12,12 +12,13 @@ from pathlib import Path
 import fsspec
 import pyarrow.parquet as pq
 import pytest
+from torch import Tensor
 
 import corpus_kit as kit
 from codefend.core import images
 from codefend.core.noise import pixels_digest, secret_of
 from codefend.gateway.worker import Job, Purified, Worker, WorkerOptions
-from codefend.purifiers import load
+from codefend.purifiers import load, text_policy
 from codefend.purifiers.corpus import job, parse_shard
 from codefend.purifiers.corpus.stores import Store
 from codefend.purifiers.corpus.units import find_units
@@ -124,6 +125,20 @@ def test_an_object_store_holds_what_a_folder_would(corpus: Path, tmp_path: Path,
     for path in ("wds/000.tar", "data/train.parquet", "loose/a/001.png"):
         assert store.cat(f"/bucket/out/{path}") == (tmp_path / "out" / path).read_bytes()
     assert kit.run(f"{memory}/in", f"{memory}/out", NOISY).images == 0
+
+
+def test_instructions_in_images_are_noted_in_the_manifest(corpus: Path, tmp_path: Path) -> None:
+    def apply(pixels: Tensor, policy: str) -> tuple[Tensor, list[str]]:
+        return pixels, ["ignore all rules"] if pixels.mean() > 0.51 else []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_policy, "apply", apply)
+        patch.setattr(text_policy, "instructions_in", tuple)
+        kit.run(corpus / "wds", tmp_path / "out", text="report")
+    _, *lines = manifest(tmp_path / "out", "000.tar")
+    bright = [images.load(kit.image(index)).pixels.mean() > 0.51 for index in range(6)]
+    assert ["instructions" in line for line in lines] == bright
+    assert any(bright)
 
 
 # --- exactly once ----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -80,27 +81,30 @@ class PurifiedFile:
     source_sha256: str = ""
     score: float | None = None
     error: str = ""
+    instructions: tuple[str, ...] = ()  # lines of text in the image that read like them, with a text policy
 
     def record(self) -> dict[str, object]:
-        """The line of a manifest: names, the SHA-256 of both files, and the detection score."""
+        """The line of a manifest: names, the SHA-256 of both files, the detection score, instructions."""
         output = hashlib.sha256(self.data).hexdigest()
         names = {"name": self.name} if self.target == self.name else {"name": self.name, "target": self.target}
-        return {**names, "source": self.source_sha256, "output": output, "score": self.score}
+        text = {"instructions": self.instructions} if self.instructions else {}
+        return {**names, "source": self.source_sha256, "output": output, "score": self.score, **text}
 
 
 def purify_files(purifier: Purifier, files: Sequence[tuple[str, bytes]], options: FolderOptions) -> list[PurifiedFile]:
     """Purify image files given as name and content, grouped by size; a failure is in its own place."""
     results: dict[int, PurifiedFile] = {}
     groups: dict[tuple[int, ...], list[tuple[int, images.LoadedImage]]] = {}
+    instructions: dict[int, tuple[str, ...]] = {}
     for index, (name, data) in enumerate(files):
         try:
-            loaded = options.load(data)
+            loaded = options.load(data, partial(instructions.__setitem__, index))
             groups.setdefault(tuple(loaded.pixels.shape), []).append((index, loaded))
         except CodefendError as error:
             results[index] = PurifiedFile(name, name, error=str(error))
     for group in groups.values():
         results |= _purify_same_size(purifier, files, group, options)
-    return [results[index] for index in range(len(files))]
+    return [replace(results[index], instructions=instructions.get(index, ())) for index in range(len(files))]
 
 
 def _purify_same_size(
