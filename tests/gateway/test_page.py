@@ -137,7 +137,7 @@ def test_an_attack_is_shown_and_asked_about(page: Browser) -> None:
 def test_a_sample_comes_with_its_question_and_answer(page: Browser) -> None:
     page.run("samples = 1; document.getElementById('sample').click()")
     page.until(f"document.getElementById('right').checkVisibility() && {IDLE}")
-    assert text(page, "right").startswith("Right answer: ")
+    assert text(page, "right").startswith("Correct answer: ")
     assert page.run("document.getElementById('question').value").endswith("?")
     assert text(page, "bare")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import socketserver
 import ssl
@@ -14,10 +15,11 @@ from typing import Any, ClassVar
 import httpx2
 import pytest
 import trustme
+import uvicorn
 
 from codefend.gateway.app import create_app
 from codefend.gateway.errors import Refused
-from codefend.gateway.serve import tls_options
+from codefend.gateway.serve import _reload_on_sighup, tls_options
 from codefend.gateway.telemetry import Meters
 from codefend.gateway.upstream import Upstream, connect
 from codefend.types import CodefendError
@@ -70,6 +72,45 @@ def test_certificate_and_key_are_checked_before_the_start(certificate: tuple[Pat
     for wrong in (tmp_path / "missing.pem", certificate[1]):
         with pytest.raises(CodefendError, match="cannot serve HTTPS with"):
             tls_options(settings(tls_cert=wrong, tls_key=certificate[1]))
+
+
+def served_certificate(context: ssl.SSLContext, trust: ssl.SSLContext) -> bytes | None:
+    """What a server with this context shows to a client, by a handshake in memory."""
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = trust.wrap_bio(down, up, server_hostname="127.0.0.1")
+    server = context.wrap_bio(up, down, server_side=True)
+    for side in (client, server) * 4:
+        with suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    return client.getpeercert(binary_form=True)
+
+
+def test_a_renewed_certificate_is_used_after_sighup(authority: trustme.CA, ca: Path, tmp_path: Path) -> None:
+    def issue() -> None:
+        issued = authority.issue_cert("127.0.0.1")
+        issued.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+        issued.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+
+    issue()
+    given, trust = (
+        settings(tls_cert=tmp_path / "cert.pem", tls_key=tmp_path / "key.pem"),
+        ssl.create_default_context(cafile=ca),
+    )
+    app = create_app(given, purifier=Invert())
+    config = uvicorn.Config(app, **tls_options(given))
+    config.load()
+    assert config.ssl is not None
+    before, handler = served_certificate(config.ssl, trust), signal.getsignal(signal.SIGHUP)
+    issue()
+    try:
+        _reload_on_sighup(app, config, lambda: given)
+        signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+    after = served_certificate(config.ssl, trust)
+    assert before
+    assert after
+    assert before != after
 
 
 async def ask(base: str, **options: Any) -> int:

@@ -117,7 +117,7 @@ def _reload_on_sighup(app: Starlette, config: uvicorn.Config, load: Callable[[],
     def reload(sig: int, frame: FrameType | None) -> None:
         try:
             settings = load()
-            if settings.tls_cert is not None and config.is_ssl:
+            if settings.tls_cert is not None and config.ssl is not None:
                 _load_chain(config.ssl, settings)  # for connections to come
             app.state.reload(settings)
         except CodefendError as error:
