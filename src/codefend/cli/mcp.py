@@ -21,6 +21,9 @@ def mcp_proxy(
     ] = None,
     purifier: Annotated[str | None, typer.Option(help="Purifier by name or folder (bridge).")] = None,
     policy: Annotated[str | None, typer.Option(help="What happens to an image: purify, detect or block.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text in images: off, report, quote, redact, redact-all or block; needs ocr.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that decode, purify and encode.")] = 1,
     documents: Annotated[
         Literal["refuse", "pass"], typer.Option(help="PDFs, which may hold any image: refuse, or pass unchanged.")
@@ -38,6 +41,6 @@ def mcp_proxy(
 
     if (url is None) == (not command):
         raise CodefendError("give the server's command after --, or --url")
-    flags = {"purifier": purifier, "policy": policy, "workers": workers}
+    flags = {"purifier": purifier, "policy": policy, "text": text, "workers": workers}
     settings = load_settings(config, upstream=NO_UPSTREAM, **flags)
     raise typer.Exit(serve(settings, url or list(command or ()), documents))

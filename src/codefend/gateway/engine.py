@@ -150,14 +150,14 @@ class Engine:
         reading = Reading(body, await self.aside(size, self._survey, api, body))
         return await self._purify_all(reading, terms or self.terms, caller or Caller(), start)
 
-    async def purify_file(self, data: bytes, terms: Terms, caller: Caller) -> EncodedImage:
+    async def purify_file(self, data: bytes, terms: Terms, caller: Caller) -> Purified:
         """Purify one image file. Raises Refused."""
         loop = asyncio.get_running_loop()
         job, digest = await loop.run_in_executor(self.executor, self._prepare, data, terms)
         image, _ = await self._purify(job, digest, caller.client)
         if terms.mode == "block" and suspicious(image.score, terms.threshold):
             raise _blocked()
-        return image.image
+        return image
 
     def rewrite_now(self, api: Api, body: Any) -> Outcome:
         """Purify in this thread, without queue, cache and remote images. Raises Refused."""

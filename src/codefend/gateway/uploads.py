@@ -48,7 +48,7 @@ async def _rewrite_file(engine: Engine, part: Part, terms: Terms, caller: Caller
             ) from error
         if "is not an image" in str(error):
             return part.content
-    image = await engine.purify_file(part.content, terms, caller)
+    image = (await engine.purify_file(part.content, terms, caller)).image
     caller.take(len(image.data))
     return base64.b64decode(image.data)
 

@@ -79,8 +79,11 @@ def read(raw: bytes, limits: Limits, documents: Documents = "refuse") -> Reading
     return Reading(message, spans)
 
 
-def write(reading: Reading, images: Sequence[EncodedImage | None]) -> bytes:
-    """The message as one line, with ``images`` in the places of its spans; None empties a data URL."""
+def write(reading: Reading, images: Sequence[EncodedImage | None], note: str = "") -> bytes:
+    """The message as one line, with ``images`` in the places of its spans; None empties a data URL.
+
+    A ``note`` on the images becomes a text block behind a tool's others. Raises Refused for one in another message.
+    """
     changes = sorted(zip(reading.spans, images, strict=True), key=lambda change: -change[0].start)
     for span, image in changes:  # the last of a string first: the places of the others stay
         text = span.holder[span.key]
@@ -91,6 +94,15 @@ def write(reading: Reading, images: Sequence[EncodedImage | None]) -> bytes:
             if span.end - span.start == len(text) and _declares(span.holder, "image/"):
                 span.holder["mimeType"] = image.media_type
         span.holder[span.key] = text[: span.start] + written + text[span.end :]
+    if note:
+        result = reading.message.get("result") if isinstance(reading.message, dict) else None
+        content = result.get("content") if isinstance(result, dict) else None
+        if not isinstance(content, list):
+            message = (
+                "an image holds text that reads like instructions, and only a tool's result has a place to quote it"
+            )
+            raise Refused(400, "image_text_blocked", message)
+        content.append({"type": "text", "text": note})
     return dump(reading.message) + b"\n"
 
 

@@ -11,14 +11,15 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any, Protocol
 
 from codefend.gateway.engine import Caller, Engine
 from codefend.gateway.errors import Refused
-from codefend.gateway.rewrite import EncodedImage
+from codefend.gateway.worker import Purified
 from codefend.integrations.mcp.messages import Documents, Reading, Span, read, write
 from codefend.integrations.mcp.upstream import Upstream
+from codefend.prompts.image_text import note
 from codefend.types import CodefendError
 
 log = logging.getLogger("codefend.mcp")
@@ -109,8 +110,10 @@ class Proxy:
         """Pass on a message with purified images."""
         try:
             await self._ready
-            images = await asyncio.gather(*(self._image(span) for span in reading.spans))
-            await self._pass_on(await self.engine.aside(len(line), write, reading, images), reading.message)
+            results = await asyncio.gather(*(self._image(span) for span in reading.spans))
+            images = [None if result is None else result.image for result in results]
+            written = await self.engine.aside(len(line), write, reading, images, self._note(results))
+            await self._pass_on(written, reading.message)
         except Refused as refusal:
             await self._refuse(line, refusal)
         except CodefendError as error:
@@ -121,7 +124,14 @@ class Proxy:
         finally:
             self._places.release()
 
-    async def _image(self, span: Span) -> EncodedImage | None:
+    def _note(self, results: Sequence[Purified | None]) -> str:
+        """What the model is told about text in the images, if the text policy is to quote it."""
+        lines = dict.fromkeys(line for result in results if result is not None for line in result.texts or ())
+        if lines:
+            log.warning("%d lines of text in images read like instructions", len(lines))
+        return note(list(lines)).strip() if self.engine.terms.text == "quote" else ""
+
+    async def _image(self, span: Span) -> Purified | None:
         """The purified image, or None for a data URL whose image no purifier can read."""
         if span.data is None:
             return None
