@@ -6,10 +6,11 @@ import io
 import json
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import fsspec
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from torch import Tensor
@@ -19,7 +20,7 @@ from codefend.core import images
 from codefend.core.noise import pixels_digest, secret_of
 from codefend.gateway.worker import Job, Purified, Worker, WorkerOptions
 from codefend.purifiers import load, text_policy
-from codefend.purifiers.corpus import job, parse_shard
+from codefend.purifiers.corpus import Tick, Unit, UnitPurifier, UnitReport, in_processes, job, parse_shard
 from codefend.purifiers.corpus.stores import Store
 from codefend.purifiers.corpus.units import find_units
 from codefend.purifiers.folders import FolderOptions, purify_paths
@@ -357,9 +358,19 @@ def test_the_command_purifies_archives_and_says_what_failed(
 
 @pytest.mark.slow
 def test_worker_processes_write_the_same_and_one_that_is_killed_is_replaced(tmp_path: Path) -> None:
-    from codefend.purifiers.corpus import in_processes
+    kills = 0
+
+    def killing(purify: UnitPurifier, units: Iterable[Unit], tick: Tick) -> Iterator[UnitReport]:
+        nonlocal kills
+        for report in in_processes(2)(purify, units, tick):
+            workers = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+            if not kills and workers:
+                workers[0].kill()
+                kills += 1
+            yield report
 
     corpus = kit.write_all(tmp_path / "in", 100)
     kit.run(corpus, tmp_path / "one", NOISY)
-    kit.run(corpus, tmp_path / "two", NOISY, engine=in_processes(2))
+    kit.run(corpus, tmp_path / "two", NOISY, engine=killing)
+    assert kills == 1
     assert kit.contents(tmp_path / "two") == kit.contents(tmp_path / "one")
