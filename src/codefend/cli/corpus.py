@@ -32,10 +32,12 @@ def purify_as_corpus(paths: Sequence[str], out: str, options: FolderOptions, fla
 
     Raises typer.Exit(1) when images or files failed, and CodefendError as `purify_corpus`.
     """
-    from codefend.purifiers.corpus import CorpusOptions, is_corpus, parse_shard, purify_corpus
+    from codefend.purifiers.corpus_files import is_corpus
 
     if flags == CorpusFlags() and not is_corpus(paths, out):
         return False
+    from codefend.purifiers.corpus import CorpusOptions, parse_shard, purify_corpus
+
     shard = parse_shard(flags.shard or "1/1")
     report = purify_corpus(
         paths, out, CorpusOptions(options, flags.column, flags.keep_others, shard), choose_engine(flags)

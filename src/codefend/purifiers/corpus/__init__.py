@@ -16,7 +16,6 @@ from codefend.purifiers.corpus.job import (
     UnitPurifier,
     UnitReport,
     in_this_process,
-    is_corpus,
     purify_corpus,
 )
 from codefend.purifiers.corpus.processes import in_processes
@@ -32,7 +31,6 @@ __all__ = [
     "UnitReport",
     "in_processes",
     "in_this_process",
-    "is_corpus",
     "parse_shard",
     "purify_corpus",
 ]

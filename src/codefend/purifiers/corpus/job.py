@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO
 
 from codefend.core.runs import plain
@@ -19,7 +18,7 @@ from codefend.purifiers.corpus.stores import Store
 from codefend.purifiers.corpus.tables import purify_table
 from codefend.purifiers.corpus.tars import purify_tar
 from codefend.purifiers.corpus.unit_work import UnitWork, UnreadableSource
-from codefend.purifiers.corpus.units import Unit, find_units, kind_of, take_shard
+from codefend.purifiers.corpus.units import Unit, find_units, take_shard
 from codefend.purifiers.image_files import FolderOptions
 from codefend.types import CodefendError
 
@@ -120,17 +119,6 @@ Engine = Callable[[UnitPurifier, Iterable[Unit], Tick], Iterator[UnitReport]]
 def in_this_process(purify: UnitPurifier, units: Iterable[Unit], tick: Tick) -> Iterator[UnitReport]:
     """The engine without an engine: one unit after the other."""
     return (purify(unit, tick) for unit in units)
-
-
-def is_corpus(paths: Sequence[str], out: str) -> bool:
-    """Whether purifying needs this package: an URL, an archive or a table, or a folder that holds one."""
-    if any("://" in path or "::" in path for path in (*paths, out)):
-        return True
-    return any(kind_of(path) or _holds_units(Path(path)) for path in paths)
-
-
-def _holds_units(folder: Path) -> bool:
-    return folder.is_dir() and any(kind_of(path.name) for path in folder.rglob("*"))
 
 
 def purify_corpus(

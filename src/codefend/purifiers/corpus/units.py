@@ -7,17 +7,13 @@ import itertools
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from codefend.purifiers.corpus.stores import Entry, Store
+from codefend.purifiers.corpus_files import TABLES, TARS, Kind, kind_of
 from codefend.purifiers.image_files import is_image_name
 from codefend.types import CodefendError
 
-TARS = (".tar", ".tar.gz", ".tgz")
-TABLES = (".parquet",)
 GROUP = 16  # files of a group, on average; at most four times as many
-
-Kind = Literal["tar", "table", "group"]
 
 
 @dataclass(frozen=True)
@@ -38,12 +34,6 @@ class Unit:
         """The name of its manifest, which says what the source was: a changed source is purified again."""
         text = "\n".join(f"{name} {entry.size} {entry.stamp}" for name, entry in self.files)
         return f"{self.name}.{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.jsonl"
-
-
-def kind_of(name: str) -> Kind | None:
-    """Archive or table, by the ending of a file's name."""
-    lower = name.lower()
-    return "tar" if lower.endswith(TARS) else "table" if lower.endswith(TABLES) else None
 
 
 def find_units(sources: Sequence[str], sink: Store, *, keep_others: bool = False) -> Iterator[Unit]:
