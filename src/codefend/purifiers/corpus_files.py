@@ -1,4 +1,4 @@
-"""Which inputs are a corpus: URLs, archives and tables. Apart from `codefend.purifiers.corpus`, whose import takes time."""
+"""Which inputs are a corpus: URLs, archives and tables. Imports nothing of `codefend.purifiers.corpus`, which is slow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def kind_of(name: str) -> Kind | None:
 
 
 def is_corpus(paths: Sequence[str], out: str) -> bool:
-    """Whether purifying needs `codefend.purifiers.corpus`: an URL, an archive or a table, or a folder that holds one."""
+    """Whether purifying needs `codefend.purifiers.corpus`: a URL, an archive or a table, or a folder that holds one."""
     if any("://" in path or "::" in path for path in (*paths, out)):
         return True
     return any(kind_of(path) or _holds_units(Path(path)) for path in paths)
