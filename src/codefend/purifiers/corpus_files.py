@@ -1,4 +1,4 @@
-"""Which inputs are a corpus: URLs, archives and tables. Imports nothing of `codefend.purifiers.corpus`, which is slow."""
+"""Which inputs are a corpus: URLs, archives and tables. Apart from the package `corpus`, whose import takes time."""
 
 from __future__ import annotations
 
