@@ -19,7 +19,7 @@ from codefend import tasks, victims
 from codefend.tasks.intervals import bootstrap_interval
 from codefend.types import Example, Task, Victim
 
-METRICS = ("all_tags", "exact_tags", "vqa_accuracy")
+METRICS = ("all_tags", "exact_tags", "vqa_accuracy", "names_class", "exact_match")
 
 
 def main() -> None:
