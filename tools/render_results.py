@@ -6,7 +6,7 @@ Two markers: a block ``<!-- results: NAME -->`` ... ``<!-- /results -->`` holds 
 "rows FILE": all figures of a file; "strongest": the strongest attack known against each defense), and
 ``<!--=ID-->.90<!--/-->`` holds one figure. In a template, ``{ID}`` is a figure and ``{PREFIX/*}`` those of captions and
 questions. ``|%`` and ``|%1`` print percent with no or one decimal, ``|n`` the number of examples, ``|ci`` the
-published 95% interval.
+95% interval, as published or Wilson's.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def show(figure: Figure, style: str = "") -> str:
     """A figure as text: shares without the zero before the point, dB and seconds with one decimal."""
     if style == "n":
         return str(figure.n)
-    if style == "ci" and figure.interval:
-        low, high = (strip_zero(f"{bound:.2f}") for bound in figure.interval)
+    if style == "ci" and (bounds := interval(figure)):
+        low, high = (strip_zero(f"{bound:.2f}") for bound in bounds)
         return f"{show(figure)} [{low}, {high}]"
     if style.startswith("%"):
         return f"{100 * figure.value:.{style[1:] or 0}f}%"
