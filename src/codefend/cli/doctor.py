@@ -21,6 +21,7 @@ EXTRAS = {  # extra -> its modules, and its purpose
     "api": (("openai",), "OpenAI-compatible endpoints as victims"),
     "prompts": (("gepa",), "prompt search"),
     "parquet": (("pyarrow",), "Parquet data sets"),
+    "mcp": (("mcp",), "codefend mcp-proxy"),
     "documents": (("pypdfium2",), "pages of PDF files as images"),
     "diffusers": (("diffusers", "accelerate"), "diffusion models as purifiers"),
     "onnx": (("onnx", "onnxruntime"), "export, and serving without torch"),
