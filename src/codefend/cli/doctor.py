@@ -23,6 +23,7 @@ EXTRAS = {  # extra -> its modules, and its purpose
     "parquet": (("pyarrow",), "Parquet data sets"),
     "mcp": (("mcp",), "codefend mcp-proxy"),
     "documents": (("pypdfium2",), "pages of PDF files as images"),
+    "ocr": (("rapidocr", "onnxruntime"), "text in images"),
     "diffusers": (("diffusers", "accelerate"), "diffusion models as purifiers"),
     "onnx": (("onnx", "onnxruntime"), "export, and serving without torch"),
 }
