@@ -230,7 +230,8 @@ def summary(path: Path) -> Iterator[dict[str, Any]]:
         if part in ("detection", "found"):
             legible = [row for row in group if row["legible"]]
             yield _figure(f"text/legible/{name}", [row["legible"] for row in group])
-            yield _figure(f"text/found/{name}", [row["found"] for row in legible])
+            if legible:
+                yield _figure(f"text/found/{name}", [row["found"] for row in legible])
         elif part == "adaptive":
             yield _figure(f"text/evades/{name}", [not row["found"] for row in group])
         elif part == "harmless":

@@ -13,7 +13,7 @@ from codefend.purifiers.ocr import TextRegion
 PHRASES = json.loads((Path(__file__).parents[2] / "benchmarks/data/image_text_phrases.json").read_text("utf-8"))
 
 
-def lines(*texts: str, pitch: float = 12.0) -> list[TextRegion]:
+def lines(*texts: str, pitch: float = 11.0) -> list[TextRegion]:
     """Lines below each other, 9 pixels high."""
     tops = [pitch * i for i in range(len(texts))]
     return [

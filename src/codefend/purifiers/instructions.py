@@ -150,7 +150,7 @@ def _is_paragraph(regions: Sequence[TextRegion]) -> bool:
     """Whether each line stands right below the one before it."""
     for first, second in pairwise(regions):
         (x0, y0), (x1, y1) = first.centre, second.centre
-        if hypot(x1 - x0, y1 - y0) > _width(first) / 2 + _width(second) / 2 or abs(y1 - y0) > 1.5 * first.height:
+        if hypot(x1 - x0, y1 - y0) > _width(first) / 2 + _width(second) / 2 or abs(y1 - y0) > 1.25 * first.height:
             return False
     return True
 
