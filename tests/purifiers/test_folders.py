@@ -238,8 +238,8 @@ def test_skipped_folders_are_failures(folder: Path, tmp_path: Path, monkeypatch:
     (folder / "album").symlink_to(tmp_path / "elsewhere")
     scan = os.scandir
 
-    def guarded(path: str) -> Any:
-        if Path(path).name == "er":
+    def guarded(path: str | int) -> Any:
+        if not isinstance(path, int) and Path(path).name == "er":  # a descriptor: temporary folders being removed
             raise PermissionError(13, "Permission denied", str(path))
         return scan(path)
 

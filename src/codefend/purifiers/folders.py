@@ -17,8 +17,9 @@ from codefend.core import documents, images
 from codefend.core.files import write_atomic
 from codefend.core.progress import progress
 from codefend.core.runs import Run, open_run, read_config
+from codefend.core.seeds import make_generator
 from codefend.purifiers.base import Purifier
-from codefend.purifiers.image_files import FolderOptions, judge_group, purify_group, target_name
+from codefend.purifiers.image_files import FolderOptions, judge_group, purify_batch, purify_group, target_name
 from codefend.types import CodefendError
 
 __all__ = ["MANIFEST", "FolderOptions", "FolderReport", "ImageJob", "plan", "purify_paths"]
@@ -187,7 +188,8 @@ def _purify_one(
         raise CodefendError(f"{target} exists already; use --overwrite to replace it")
     report = FolderReport(done=1)
     loaded = options.load(source, partial(report.add_instructions, source.name))
-    pixels = purify_group(load_purifier(), [loaded], options.seed)[0]
+    noise = make_generator(options.seed, "purify", source.name)  # by name, as ever; in folders by the pixels
+    pixels = purify_batch(load_purifier(), [loaded], noise)[0]
     write_atomic(target, options.encode(loaded, pixels, images.format_of(target)))
     return report
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from codefend.core import images
 from codefend.core.devices import default_device
@@ -157,13 +157,17 @@ def purify_group(purifier: Purifier, loaded: Sequence[images.LoadedImage], seed:
     Raises CodefendError when the memory does not suffice, and RuntimeError for a purifier that changes the shape.
     """
     parts = [[image] for image in loaded] if purifier.stochastic else [loaded]
-    return torch.cat([_purify_batch(purifier, part, seed) for part in parts])
+    return torch.cat([purify_batch(purifier, part, _noise(purifier, part[0], seed)) for part in parts])
 
 
-def _purify_batch(purifier: Purifier, loaded: Sequence[images.LoadedImage], seed: int) -> Tensor:
+def _noise(purifier: Purifier, loaded: images.LoadedImage, seed: int) -> Generator:
+    digest = pixels_digest(secret_of(seed), purifier.name, loaded.pixels)
+    return torch.Generator().manual_seed(noise_seed(digest))
+
+
+def purify_batch(purifier: Purifier, loaded: Sequence[images.LoadedImage], generator: Generator) -> Tensor:
+    """As `purify_group`, in one call with this noise."""
     batch = torch.stack([image.pixels for image in loaded])
-    digest = pixels_digest(secret_of(seed), purifier.name, batch[0])
-    generator = torch.Generator().manual_seed(noise_seed(digest))
     try:
         with torch.no_grad():
             results = purifier(batch.to(default_device()), generator=generator).cpu()
