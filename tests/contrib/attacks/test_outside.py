@@ -41,7 +41,8 @@ def test_it_lowers_the_objective_about_as_much_as_ours_inside_the_budget(spec: A
     assert float(distance(attacked, clean, "linf").max()) <= BUDGET.eps * (1 + 1e-4)
     assert torch.equal(attacked, spec.build()(objective, clean, BUDGET, generator=seeded()))
     start, theirs, own = (objective(images).mean() for images in (clean, attacked, ours))
-    assert start - theirs > 0.4 * (start - own) > 0
+    assert start - theirs > min(0.4 * (start - own), 0.9)  # some stop at a success, 1 nat below the clean image
+    assert own < start
 
 
 def test_it_takes_as_many_gradients_as_the_budget_has_steps() -> None:
