@@ -10,8 +10,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 
 from codefend.attacks.scaling import hide
-from codefend.core.images import quantize8
+from codefend.core.images import encode, quantize8
 from codefend.core.kernels import SPARSE, Kernel, resize
+from codefend.gateway.engine import Terms
+from codefend.gateway.options import Limits
+from codefend.gateway.worker import Job, Purified, Worker, WorkerOptions, suspicious
 from codefend.purifiers import load
 from codefend.purifiers.kernel_detection import disagreement
 from codefend.purifiers.rescale import read_pixels
@@ -62,6 +65,14 @@ def test_the_gate_leaves_photographs_unchanged() -> None:
     gated = load("area", side=SIDE, gate=True)
     assert torch.equal(gated(COVER), COVER)
     assert torch.equal(gated(attacked("bilinear")), load("area", side=SIDE)(attacked("bilinear")))
+
+
+def test_the_gateway_can_block_attacks_by_the_score() -> None:
+    worker = Worker(load("area", side=SIDE), WorkerOptions(Limits(max_side=0)))
+    terms = Terms.choose(worker, "block")
+    jobs = [Job(encode(image), terms.mode, terms.threshold) for image in (COVER[0], attacked("bilinear")[0])]
+    scores = [result.score for result in worker.run(jobs) if isinstance(result, Purified)]
+    assert [suspicious(score, terms.threshold) for score in scores] == [False, True]
 
 
 def test_only_pixels_that_a_kernel_reads_change() -> None:

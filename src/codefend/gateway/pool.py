@@ -329,7 +329,11 @@ def _answer(worker: Worker, pipe: Connection, verb: str, *arguments: Any) -> Non
             for step in worker.steps(jobs):
                 pipe.send(step)
         else:
-            verbs = {"measure": worker.measure, "reencode": worker.reencode, "pages": worker.pages}
+            verbs: dict[str, Callable[..., Any]] = {
+                "measure": worker.measure,
+                "reencode": worker.reencode,
+                "pages": worker.pages,
+            }
             pipe.send(verbs[verb](*arguments))
     except (Refused, PurifyFailed) as error:
         pipe.send(error)
