@@ -37,8 +37,8 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             monkeypatch.setitem(sys.modules, name, ModuleType(name))
         monkeypatch.setattr(sys.modules["lmms_eval.api.model"], "lmms", Interface, raising=False)
     module = importlib.import_module("codefend.integrations.lmms_eval")
-    monkeypatch.setattr(module.victims, "load", lambda name: toys.ToyVictim() if name == "toy" else toys.BlackBox())
-    monkeypatch.setattr(module.purifiers, "load", lambda name: toys.PURIFIERS[name]())
+    monkeypatch.setattr(module, "load_victim", lambda name: toys.ToyVictim() if name == "toy" else toys.BlackBox())
+    monkeypatch.setattr(module, "load_purifier", lambda name: toys.PURIFIERS[name]())
     yield module
     sys.modules.pop("codefend.integrations.lmms_eval", None)
 

@@ -11,11 +11,11 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
 import typer
 
-from codefend import __version__
 from codefend.cli import challenge, doctor, evaluation, images, mcp, prompts, serve, training
 from codefend.cli.help import GroupedVerbs
 from codefend.core.registry import resolve
@@ -88,7 +88,7 @@ def _print_error(error: object) -> int:
 
 def _print_version(requested: bool) -> None:
     if requested:
-        print(f"codefend {__version__}")
+        print(f"codefend {version('codefend')}")
         raise typer.Exit
 
 

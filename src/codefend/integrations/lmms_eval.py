@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from lmms_eval.api.model import lmms
 from torch import Tensor
 
-from codefend import purifiers, victims
+from codefend import DefendedVictim, Defense, load_purifier, load_victim
 from codefend.core import images
 from codefend.core.progress import progress
 from codefend.core.seeds import make_generator
-from codefend.defense import DefendedVictim, Defense
 from codefend.types import CodefendError, HasLoss, WhiteBox
 
 GAP = 8  # white pixels between two images
@@ -40,9 +39,9 @@ class CoDefend(lmms):  # type: ignore[misc]  # lmms-eval has no types
     ) -> None:
         """Raises CodefendError for an unknown victim or defense. Other arguments (device, ...) are ignored."""
         super().__init__()
-        behind = Defense() if defense == "none" else Defense(purifiers.load(defense), name=defense)
+        behind = Defense() if defense == "none" else Defense(load_purifier(defense), name=defense)
         generator = make_generator(int(seed), "lmms-eval")
-        self.model = DefendedVictim(victims.load(victim), behind, generator=generator)
+        self.model = DefendedVictim(load_victim(victim), behind, generator=generator)
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 1  # "auto": one
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:

@@ -25,7 +25,6 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from codefend.bench.parallel import StartPool
 from codefend.purifiers.batches import BatchPurifier
 from codefend.purifiers.corpus import Engine, Tick, Unit, UnitPurifier, UnitReport
 from codefend.purifiers.corpus.stores import Store
@@ -101,7 +100,7 @@ def on_ray(options: RayOptions) -> Engine:
     return engine
 
 
-def ray_pool(options: RayOptions) -> StartPool:
+def ray_pool(options: RayOptions) -> Callable[..., Executor]:
     """Worker processes of `codefend.evaluate` as actors of a Ray cluster, which must share the run folder.
 
     Raises CodefendError as `on_ray`.
