@@ -135,7 +135,7 @@ def presets(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     calls: list[tuple[Any, ...]] = []
 
     def reached(verb: str) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **_: Any) -> Any:
             calls.append((verb, *arguments))
             return arguments[-1] or "report.html"
 
@@ -211,7 +211,7 @@ def test_max_asr_decides_the_exit_code(
     code: int,
     words: str,
 ) -> None:
-    stand_in(monkeypatch, "bench", evaluate=lambda *_: rows, EvalConfig=Config, TransferConfig=Inner)
+    stand_in(monkeypatch, "bench", evaluate=lambda *_, **__: rows, EvalConfig=Config, TransferConfig=Inner)
     exit_code, out, err = run("eval", "--run", tmp_path, "--max-asr", 0.25)
     assert (exit_code, out) == (code, f"{tmp_path}\n")
     assert words in err
@@ -222,7 +222,7 @@ def test_max_asr_needs_a_share_and_an_attack(
     presets: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Run
 ) -> None:
     assert run("eval", "--run", tmp_path, "--max-asr", 25)[0] == 2
-    stand_in(monkeypatch, "bench", evaluate=lambda *_: [], EvalConfig=Config, TransferConfig=Inner)
+    stand_in(monkeypatch, "bench", evaluate=lambda *_, **__: [], EvalConfig=Config, TransferConfig=Inner)
     code, _, err = run("eval", "--run", tmp_path, "--max-asr", 0.25)
     assert (code, "the run holds no attack" in err) == (2, True)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from codefend.gateway.errors import Refused
-from codefend.gateway.lane import OVERHEAD_PIXELS, Lane
+from codefend.gateway.lane import OVERHEAD_PIXELS, READING_PIXELS, Lane
 from codefend.gateway.options import LaneOptions
 from codefend.gateway.rewrite import EncodedImage
 from codefend.gateway.worker import Job, Purified, Result, Worker
@@ -126,6 +126,7 @@ def test_the_queue_counts_pixels() -> None:
 def test_shrinking_counts() -> None:
     lane = Lane(Worker(Invert()), LaneOptions(max_side=2048))
     assert lane.cost(48 * MEGAPIXEL) == 2048 * 2048 + OVERHEAD_PIXELS
+    assert lane.cost(MEGAPIXEL, "report") - lane.cost(MEGAPIXEL) == READING_PIXELS + 0.3 * MEGAPIXEL
 
 
 def test_files_with_the_same_pixels_share_one_entry_and_clients_none() -> None:

@@ -156,7 +156,7 @@ def test_a_result_is_counted_once() -> None:
     async def work() -> None:
         lane = Lane(Worker(Invert()))
         result = await lane(Job(png(1)), "1")
-        lane._remember(("", "1", "purify", None), result)
+        lane._remember(("", "1", "purify", None, "off"), result)
         assert lane.cached_bytes == len(result.image.data)
         await lane.close()
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from cachetools import LRUCache
@@ -23,10 +24,14 @@ from codefend.gateway.options import LaneOptions
 from codefend.gateway.shared_cache import SharedCache
 from codefend.gateway.worker import Job, Purified, PurifyFailed, Result, Runner
 
+if TYPE_CHECKING:
+    from codefend.purifiers.text_policy import TextPolicyName
+
 Key = tuple[str, str, str, float | None, str]  # client, digest of the file or its pixels, mode, threshold, text policy
 
 LARGE_S = 1.0  # seconds of work from which an image counts as large
 OVERHEAD_PIXELS = 50_000  # what decoding, encoding and sending cost, as pixels
+READING_PIXELS, READING_SHARE = 500_000, 0.3  # what OCR costs besides: of a dozen lines, and for each pixel
 _GUESS = 2e-6  # seconds per pixel before anything was measured
 _SMOOTHING = 0.2
 _ALIASES = 20_000  # files whose pixels are known
@@ -100,10 +105,12 @@ class Lane:
     def cached_bytes(self) -> int:
         return int(self._cache.currsize)
 
-    def cost(self, pixels: int) -> int:
-        """The work of an image as a number of pixels: those that remain after shrinking, and the overhead."""
+    def cost(self, pixels: int, text: TextPolicyName = "off") -> int:
+        """The work of an image as a number of pixels: those that remain after shrinking, the overhead, and OCR."""
         side = self.options.max_side
-        return (min(pixels, side * side) if side else pixels) + OVERHEAD_PIXELS
+        work = min(pixels, side * side) if side else pixels
+        reading = 0 if text == "off" else READING_PIXELS + round(READING_SHARE * work)
+        return work + OVERHEAD_PIXELS + reading
 
     async def __call__(self, job: Job, digest: str, client: str = "") -> Purified:
         """Purify, or answer from the cache. Raises Refused (413, 503) for what would take too long, and PurifyFailed.
@@ -143,7 +150,7 @@ class Lane:
     def _enqueue(self, key: Key, job: Job) -> _Task:
         if self._closed:
             raise Refused(503, "shutting_down", "the gateway is shutting down", retry_after=5)
-        cost = self.cost(job.pixels)
+        cost = self.cost(job.pixels, job.text)
         task = _Task(key, job, cost, asyncio.get_running_loop().create_future(), cost * self.rate > LARGE_S)
         with self._ready:
             self._check_room(task)
