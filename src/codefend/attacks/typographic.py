@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 
 import torch
 from torch import Generator, Tensor
@@ -64,10 +64,14 @@ class TypographicAttack(TextAttack):
     ) -> tuple[Tensor, list[str]]:
         clean, of_images = images.detach(), objective(prompts)
         best, last = self.best_of(of_images, clean, budget.eot), clean
-        for number, (place, ink) in enumerate(product(_PLACES, _INKS)):
-            last = write_text(clean, self.sentence, size=self.size, place=place, ink=ink)
+        for number, last in enumerate(self.renderings(clean, budget)):
             best.update(last, self.score(of_images, last, budget.eot, number))
         return self.select(best, of_images, last, budget), list(prompts)
+
+    def renderings(self, clean: Tensor, budget: Budget) -> Iterator[Tensor]:
+        """The candidates, each ``[B, 3, H, W]``: the sentence written on the images in different ways."""
+        for place, ink in product(_PLACES, _INKS):
+            yield write_text(clean, self.sentence, size=self.size, place=place, ink=ink)
 
     def outside(self, images: Tensor, clean: Tensor) -> Tensor:
         """0 for each image: text in the image is not bounded."""
@@ -101,20 +105,6 @@ class FaintTextAttack(TypographicAttack):
 
     name: str = "typographic-faint"
 
-    def __call__(
-        self,
-        objective: PromptObjective,
-        images: Tensor,
-        prompts: Sequence[str],
-        budget: Budget,
-        *,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, list[str]]:
-        clean, of_images = images.detach(), objective(prompts)
-        best, last = self.best_of(of_images, clean, budget.eot), clean
-        for number, (contrast, sign, gap) in enumerate(product(_CONTRASTS, (1, -1), _GAPS)):
-            if number == budget.steps:
-                break
-            last = write_faint(clean, self.sentence, size=self.size, contrast=sign * contrast, gap=gap)
-            best.update(last, self.score(of_images, last, budget.eot, number))
-        return self.select(best, of_images, last, budget), list(prompts)
+    def renderings(self, clean: Tensor, budget: Budget) -> Iterator[Tensor]:
+        for contrast, sign, gap in islice(product(_CONTRASTS, (1, -1), _GAPS), budget.steps):
+            yield write_faint(clean, self.sentence, size=self.size, contrast=sign * contrast, gap=gap)
