@@ -31,7 +31,7 @@ from gateway_common import await_port, free_port, memory_mb
 from gateway_hostile import PATHS, Request, good, hostile, survived
 
 BUSY = frozenset({429, 502, 503, 504})  # of a gateway whose upstream or workers are killed on purpose
-FLAGS = {
+FLAGS = {  # originals are recognized by a chequerboard, which blur removes; the bridges keep it
     "purifier": "blur:sigma=2",
     "max-body-bytes": 8_000_000,
     "max-image-bytes": 2_000_000,
