@@ -33,10 +33,29 @@ def test_pages_hold_what_the_data_say() -> None:
     assert not outdated, f"python tools/render_results.py changes {', '.join(outdated)}"
 
 
-@pytest.mark.parametrize("name", ["bridge/T2/word-head/2/caption", "bridge/T2/word-head/4/caption"])
+@pytest.mark.parametrize("name", ["bridge/T0/seen/8/caption", "bridge/T2/words-then-loss/4/vqa"])
 def test_another_value_changes_the_readme(name: str) -> None:
     changed = FIGURES | {name: replace(FIGURES[name], value=0.77)}
     assert ROOT / "README.md" in tool.outdated(changed)
+
+
+def test_the_readme_shows_the_attack_in_two_stages_once_it_was_run() -> None:
+    defense = "bridge-large:sigma=0.02"
+    figure = replace(FIGURES["bridge/T2/words-then-loss/4/vqa"], value=0.77, n=32)
+    rows = {id: replace(figure, id=id) for task in tool.TASKS for id in [f"{defense}/T2/words-then-loss/4/{task}"]}
+    others = {id: row for id, row in FIGURES.items() if not id.startswith(f"{defense}/")}
+    marker = "<!-- results: overview -->\n<!-- /results -->"
+    assert f"`{defense}`" not in tool.render(marker, others)
+    assert "77% / 77% (n 32)" in tool.render(marker, others | rows)
+    assert f"`{defense}` | questions | 32 |" in tool.two_stage_table(others | rows)
+
+
+def test_a_weaker_attack_gives_an_upper_bound() -> None:
+    weaker = {id: row for id, row in FIGURES.items() if "/words-then-loss/" not in id}
+    assert tool.adaptive_cell(weaker, "bridge", "2").startswith("at most ")
+    assert tool.adaptive_cell(weaker, "none", "2") == "-"
+    weaker["x/T2/apgd/2/vqa"] = replace(FIGURES["bridge/T2/word-head/2/caption"], id="x/T2/apgd/2/vqa", value=0.0, n=5)
+    assert tool.adaptive_cell(weaker, "x", "2") == "- / 0% (n 5)"
 
 
 def test_no_line_begins_with_a_marker() -> None:

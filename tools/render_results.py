@@ -3,10 +3,12 @@
 Usage: python tools/render_results.py [--check]
 
 Two markers: a block ``<!-- results: NAME -->`` ... ``<!-- /results -->`` holds results/tables/NAME.md, rendered (NAME
-"rows FILE": all figures of a file; "strongest": the strongest attack known against each defense), and
-``<!--=ID-->.90<!--/-->`` holds one figure. In a template, ``{ID}`` is a figure and ``{PREFIX/*}`` those of captions and
-questions. ``|%`` and ``|%1`` print percent with no or one decimal, ``|n`` the number of examples, ``|ci`` the
-95% interval, as published or Wilson's.
+"rows FILE": all figures of a file; "strongest": the strongest attack known against each defense; "answers": captions
+and questions under the adaptive attack in two stages), and ``<!--=ID-->.90<!--/-->`` holds one figure. In a template,
+``{ID}`` is a figure and ``{PREFIX/*}`` those of captions and questions; ``{?ID}`` is a dash where there is no such
+figure, and a row of dashes is left out; ``{adaptive DEFENSE/EPS}`` is captions / questions under that attack, and n.
+``|%`` and ``|%1`` print percent with no or one decimal, ``|n`` the number of examples, ``|ci`` the 95% interval, as
+published or Wilson's.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ BLOCK = re.compile(r"(<!-- results: (.+?) -->\n).*?(<!-- /results -->)", re.DOTA
 INLINE = re.compile(r"(<!--=(.+?)-->).*?(<!--/-->)")
 FIGURE = re.compile(r"\{([^{}\n]+/[^{}\n]+)\}")
 ATTACKED = re.compile(r"(?P<defense>.+)/(?P<threat>T2d?)/(?P<attack>[^/]+)/(?P<eps>\d+)/(?P<task>caption|vqa)")
+TWO_STAGE = "words-then-loss"  # the strongest adaptive attack that is run on captions and questions alike
+TASKS = {"caption": "captions", "vqa": "questions"}
+EMPTY_ROW = re.compile(r"\|[^|]*(\| - (/ - )?)+\|")
 NOT_RECORDED = "The command was not recorded."
 
 
@@ -78,10 +83,13 @@ def render_block(name: str, figures: dict[str, Figure], folder: Path) -> str:
         return strongest(figures)
     if name.startswith("rows "):
         return list_rows(folder / f"{name.removeprefix('rows ')}.json", figures)
+    if name == "answers":
+        return two_stage_table(figures)
     path = folder / "tables" / f"{name}.md"
     if not path.is_file():
         raise ValueError(f"there is no template {path.name} in results/tables")
-    return FIGURE.sub(lambda match: look_up(match[1], figures), path.read_text(encoding="utf-8"))
+    text = FIGURE.sub(lambda match: look_up(match[1], figures), path.read_text(encoding="utf-8"))
+    return "\n".join(line for line in text.splitlines() if not EMPTY_ROW.fullmatch(line))
 
 
 def strongest(figures: dict[str, Figure]) -> str:
@@ -103,10 +111,51 @@ def strongest(figures: dict[str, Figure]) -> str:
     return "\n".join(lines)
 
 
+def lowest_figure(figures: dict[str, Figure], defense: str, eps: str, task: str) -> Figure | None:
+    """The figure under the attack in two stages; where there is none, the lowest of the other adaptive attacks."""
+    two_stage = figures.get(f"{defense}/T2/{TWO_STAGE}/{eps}/{task}")
+    others = re.compile(rf"{re.escape(defense)}/T2/[^/]+/{eps}/{task}")
+    rest = [figure for id, figure in figures.items() if others.fullmatch(id)]
+    return two_stage or min(rest, key=lambda figure: figure.value, default=None)
+
+
+def adaptive_cell(figures: dict[str, Figure], defense: str, eps: str) -> str:
+    """Captions / questions in percent, and n. "at most": by a weaker attack, since the stronger one was not run."""
+    cells = {task: lowest_figure(figures, defense, eps, task) for task in TASKS}
+    known = [figure for figure in cells.values() if figure]
+    if not known:
+        return "-"
+    counts = ", ".join(dict.fromkeys(str(figure.n) for figure in known))
+    weaker = any(f"/{TWO_STAGE}/" not in figure.id and figure.value for figure in known)
+    values = " / ".join(show(figure, "%") if figure else "-" for figure in cells.values())
+    return f"{'at most ' if weaker else ''}{values} (n {counts})"
+
+
+def two_stage_table(figures: dict[str, Figure]) -> str:
+    """Every defense under the adaptive attack in two stages: captions and questions by radius, with intervals."""
+    pattern = re.compile(rf"(.+)/T2/{TWO_STAGE}/(\d+)/(?:caption|vqa)")
+    matches = [match for id in figures if (match := pattern.fullmatch(id))]
+    radii = sorted({match[2] for match in matches}, key=int)
+    titles = ["defense", "task", "n", "clean", *(f"adaptive, {eps}/255" for eps in radii)]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for defense in dict.fromkeys(match[1] for match in matches):
+        for task, title in TASKS.items():
+            ids = [f"{defense}/clean-strata/{task}", *(f"{defense}/T2/{TWO_STAGE}/{eps}/{task}" for eps in radii)]
+            counts = dict.fromkeys(str(figures[id].n) for id in ids if id in figures)
+            cells = [f"`{defense}`", title, ", ".join(counts), *(look_up(f"?{id}|ci", figures) for id in ids)]
+            lines += [f"| {' | '.join(cells)} |"] if counts else []
+    return "\n".join(lines)
+
+
 def look_up(text: str, figures: dict[str, Figure]) -> str:
     name, _, style = text.partition("|")
-    names = [name.replace("*", task) for task in ("caption", "vqa")] if name.endswith("/*") else [name]
+    if name.startswith("adaptive "):
+        return adaptive_cell(figures, *name.removeprefix("adaptive ").rsplit("/", 1))
+    optional, name = name.startswith("?"), name.removeprefix("?")
+    names = [name.replace("*", task) for task in TASKS] if name.endswith("/*") else [name]
     unknown = [name for name in names if name not in figures]
+    if unknown and optional:
+        return " / ".join(show(figures[name], style) if name in figures else "-" for name in names)
     if unknown:
         raise ValueError(f"results/*.json has no figure {unknown[0]}")
     return " / ".join(show(figures[name], style) for name in names)
