@@ -17,7 +17,7 @@ from torch import Tensor
 
 import corpus_kit as kit
 from codefend.core import images
-from codefend.core.noise import pixels_digest, secret_of
+from codefend.core.seeds import pixels_digest, secret_of
 from codefend.gateway.worker import Job, Purified, Worker, WorkerOptions
 from codefend.purifiers import load, text_policy
 from codefend.purifiers.corpus import Tick, Unit, UnitPurifier, UnitReport, in_processes, job, parse_shard

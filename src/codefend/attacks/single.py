@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from codefend.attacks.goals import objective_for
 from codefend.attacks.specs import NEEDS_IMAGE, NEEDS_SENTENCE
 from codefend.attacks.table import ATTACKS
-from codefend.core.registry import lookup
+from codefend.core.specs import lookup
 from codefend.types import Budget, CodefendError, Victim
 
 if TYPE_CHECKING:

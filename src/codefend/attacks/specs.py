@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from codefend.core.registry import resolve
 from codefend.types import Attack
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class TextAttackSpec:
 
 
 def _load(algorithm: str | Callable[..., Any]) -> Any:
-    return resolve(algorithm) if isinstance(algorithm, str) else algorithm
+    return resolve_name(algorithm) if isinstance(algorithm, str) else algorithm
 
 
 @runtime_checkable

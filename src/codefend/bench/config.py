@@ -10,9 +10,8 @@ from typing import Any, Literal, NamedTuple
 from codefend.attacks import EVERY_ATTACK, AttackSpec, TextAttackSpec
 from codefend.attacks.specs import HasRestarts
 from codefend.core.compat import current_attack_options
-from codefend.core.registry import lookup
 from codefend.core.settings import override, recorded
-from codefend.core.specs import literal, parse_encoders, parse_spec, split_specs
+from codefend.core.specs import literal, lookup, parse_encoders, parse_spec, split_specs
 from codefend.types import Budget, CodefendError
 
 # T0, oblivious: the attack goes through the bare victim. T1, transfer: through a surrogate defense. T2, adaptive white

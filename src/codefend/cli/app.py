@@ -12,13 +12,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib.metadata import version
+from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
 
 import typer
 
-from codefend.cli import challenge, doctor, evaluation, images, mcp, prompts, serve, training
+from codefend.cli import challenge, doctor, evaluation, images, mcp, prompts, purify, serve, training
 from codefend.cli.help import GroupedVerbs
-from codefend.core.registry import resolve
 from codefend.types import CodefendError
 
 app = typer.Typer(
@@ -128,7 +128,7 @@ def _load_registry(kind: str) -> Mapping[str, Any]:
         near = get_close_matches(kind, REGISTRIES, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"choose {', '.join(REGISTRIES)}"
         raise CodefendError(f"unknown list {kind!r}; {hint}")
-    table: Mapping[str, Any] = resolve(REGISTRIES[kind])
+    table: Mapping[str, Any] = resolve_name(REGISTRIES[kind])
     return table
 
 
@@ -143,5 +143,5 @@ def summary(entry: Any) -> str:
     return str(text).strip().partition("\n")[0]
 
 
-for verbs in (images, training, evaluation, challenge, prompts, serve, mcp, doctor):
+for verbs in (purify, images, training, evaluation, challenge, prompts, serve, mcp, doctor):
     app.add_typer(verbs.app)  # without a name: at the top level

@@ -1,27 +1,20 @@
-"""Verbs for images: purify, ask, caption, attack."""
+"""Verbs that show an image to a model: ask, caption, attack."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from codefend.cli.options import (
     MAX_PIXELS,
-    Address,
     DefenseName,
-    Engine,
     FirstFrame,
     MaxPixels,
     Overwrite,
-    PurifierName,
-    RayFlags,
     Seed,
     VictimName,
-    WorkerCpus,
-    WorkerGpus,
     check_output,
 )
 from codefend.types import CodefendError
@@ -30,128 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from codefend.defense import DefendedVictim
-    from codefend.purifiers.folders import FolderReport
-    from codefend.purifiers.text_policy import TextPolicyName
 
 app = typer.Typer()
 
 ImageFile = Annotated[Path, typer.Argument(metavar="IMAGE", help="An image file.", show_default=False)]
-
-
-@app.command()
-def purify(
-    paths: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="SOURCE...", help="Images, folders, Parquet files, tar archives; paths or URLs.", show_default=False
-        ),
-    ],
-    out: Annotated[str, typer.Option("--out", "-o", help="An image file for one input, otherwise a folder or URL.")],
-    purifier: PurifierName = "bridge",
-    seed: Seed = 0,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Images of one size per call.")] = 1,
-    max_pixels: MaxPixels = MAX_PIXELS,
-    first_frame: FirstFrame = False,
-    flatten: Annotated[bool, typer.Option("--flatten", help="Composite transparent images on white.")] = False,
-    file_format: Annotated[
-        str | None, typer.Option("--format", help="File format of the outputs of a folder, such as png.")
-    ] = None,
-    quality: Annotated[
-        int | None, typer.Option("--quality", min=1, max=100, help="Quality of JPEG and lossy WebP.")
-    ] = None,
-    max_side: Annotated[
-        int | None,
-        typer.Option("--max-side", min=1, help="First shrink larger images to this longer side, by area averaging."),
-    ] = None,
-    text: Annotated[
-        str,
-        typer.Option("--text", help="Text in images: off, report, redact, redact-all or block (extra ocr)."),
-    ] = "off",
-    overwrite: Overwrite = False,
-    column: Annotated[
-        str | None, typer.Option("--column", help="Image column of Parquet files; default: all of datasets' type.")
-    ] = None,
-    keep_others: Annotated[
-        bool, typer.Option("--keep-others", help="Also copy the files of folders that are no images.")
-    ] = False,
-    shard: Annotated[
-        str | None, typer.Option("--shard", metavar="I/N", help="Do part I of N, from 1/N to N/N.")
-    ] = None,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes; with ray, the most of them.")] = 1,
-    engine: Engine = "local",
-    worker_cpus: WorkerCpus = 1,
-    worker_gpus: WorkerGpus = 0,
-    address: Address = None,
-) -> None:
-    """Purify images, folders, Parquet files and tar archives. Rerun the command to resume.
-
-    Example: codefend purify photos/ -o clean/
-    """
-    from codefend import purifiers
-    from codefend.cli.corpus import CorpusFlags, purify_as_corpus
-    from codefend.purifiers.folders import FolderOptions, purify_paths
-
-    options = FolderOptions(
-        text=_text_policy(text),
-        purifier=purifier,
-        seed=seed,
-        batch=batch,
-        max_pixels=max_pixels,
-        first_frame=first_frame,
-        flatten=flatten,
-        format=file_format,
-        quality=quality,
-        overwrite=overwrite,
-        max_side=max_side,
-    )
-    flags = CorpusFlags(column, keep_others, shard, engine, RayFlags(workers, worker_cpus, worker_gpus, address))
-    if purify_as_corpus(paths, out, options, flags):
-        return
-    outcome = purify_paths(lambda: purifiers.load(purifier), paths, out, options)
-    skipped = f", {outcome.skipped} skipped (purified before)" if outcome.skipped else ""
-    print(f"purified {outcome.done}{skipped} -> {out}")
-    for name, lines in outcome.instructions:
-        print(f"text that reads like instructions: {name}: {' / '.join(lines)}")
-    if outcome.failed:
-        _print_failures(outcome)
-        raise typer.Exit(1)
-
-
-def _text_policy(name: str) -> TextPolicyName:
-    """``name`` as a policy that needs no model. Raises CodefendError for another, and without the `ocr` extra."""
-    if name not in ("off", "report", "redact", "redact-all", "block"):
-        raise CodefendError(f"--text is off, report, redact, redact-all or block, not {name!r}")
-    if name != "off":
-        from codefend.purifiers import ocr
-
-        ocr.check_installed()
-    return cast("TextPolicyName", name)
-
-
-def _print_failures(outcome: FolderReport) -> None:
-    for name, reason in outcome.failed:
-        print(f"failed: {name}: {reason}", file=sys.stderr)
-    names = [name for name, _ in outcome.failed]
-    total = outcome.done + outcome.skipped + len(names)
-    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    print(f"error: {len(names)} of {total} failed: {', '.join(names[:20])}{more}", file=sys.stderr)
-
-
-@app.command()
-def export(
-    out: Annotated[Path, typer.Option("--out", "-o", help="The model file, *.onnx.")],
-    purifier: PurifierName = "bridge",
-    overwrite: Overwrite = False,
-) -> None:
-    """Export a purifier as an ONNX model, verified against torch.
-
-    Example: codefend export -o bridge.onnx --purifier bridge:sigma=0
-    """
-    from codefend.purifiers.onnx_export import export_onnx
-
-    check_output(out, overwrite)
-    model = export_onnx(purifier, out)
-    print(f"{model.path}: differs from torch by {model.difference:.1e} at most, pixels in [0, 1]")
 
 
 @app.command()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from codefend.core.compat import OLD_ABLATION
-from codefend.core.registry import lookup
+from codefend.core.specs import lookup
 from codefend.types import CodefendError
 
 MAX_PIXELS = 64_000_000  # equals images.MAX_PIXELS, whose import would load torch

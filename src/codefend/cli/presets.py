@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pkgutil import resolve_name
 from typing import Any
 
 from codefend.core.compat import OLD_PRESETS
-from codefend.core.registry import resolve
 from codefend.core.settings import override
 
 
@@ -25,7 +25,7 @@ class Preset:
 
     def build(self, settings: Mapping[str, str]) -> Any:
         """The config with ``settings`` applied. Raises CodefendError for an unknown key or an invalid value."""
-        return override(resolve(self.kind)(**self.values), {**self.changes, **settings})
+        return override(resolve_name(self.kind)(**self.values), {**self.changes, **settings})
 
 
 _PAIRS, _BRIDGE = "codefend.training.pairs:PairsConfig", "codefend.training.bridge:BridgeConfig"

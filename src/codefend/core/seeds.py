@@ -1,13 +1,14 @@
-"""Random generators that are derived from a seed and names."""
+"""Random generators and seeds, derived from a seed and names, or from the pixels of an image."""
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # `codefend --help` must not import torch
-    from torch import Generator
+    from torch import Generator, Tensor
 
 
 def make_generator(seed: int, *names: object, device: str = "cpu") -> Generator:
@@ -16,3 +17,23 @@ def make_generator(seed: int, *names: object, device: str = "cpu") -> Generator:
 
     digest = hashlib.sha256(json.dumps([seed, *map(str, names)]).encode()).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def pixels_digest(secret: bytes, name: str, pixels: Tensor) -> bytes:
+    """HMAC-SHA256 under ``secret`` of a purifier's name and of pixels ``[3, H, W]``: 32 bytes that name both.
+
+    So the same pixels get the same noise, in any file, process and order.
+    """
+    code = hmac.new(secret, f"{name}|{tuple(pixels.shape)}|".encode(), hashlib.sha256)
+    code.update(pixels.contiguous().numpy().data)
+    return code.digest()
+
+
+def noise_seed(digest: bytes) -> int:
+    """The seed of a generator, from the first 56 bits of a digest."""
+    return int.from_bytes(digest[:7], "big")
+
+
+def secret_of(seed: int) -> bytes:
+    """The secret for jobs whose noise is fixed by a public seed. A gateway's secret must be random instead."""
+    return f"codefend seed {seed}".encode()

@@ -8,6 +8,8 @@ Specs are for the command line and for saved configs; in Python, pass objects an
 - ``openai:URL#MODEL[?KEY=VALUE&...]``: an endpoint (`parse_endpoint`)
 - ``ENCODER[@SIDE]``: an encoder and the side in pixels of its input; several are joined by ``+`` (`parse_encoders`)
 - lists are joined by commas; `split_specs` keeps the options of one spec together
+
+`lookup` finds the name of a spec in its registry.
 """
 
 from __future__ import annotations
@@ -15,14 +17,17 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 from codefend.types import CodefendError
 
 PROMPT = "+prompt="  # between a purifier and a prompt policy
 VOTES = "+votes="  # behind both: the number of answers under different noise that are voted on
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,15 @@ def parse_spec(text: str, names: Collection[str] = ()) -> Spec:
     elif name not in names:
         return Spec(head, prompt=prompt, votes=votes)
     return Spec(name, parse_options([item for item in tail.split(",") if item]), prompt, votes)
+
+
+def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
+    """Return ``table[name]``. Raises CodefendError naming the nearest entries of the table when there is none."""
+    if name in table:
+        return table[name]
+    near = get_close_matches(name, table, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(sorted(table))}"
+    raise CodefendError(f"unknown {kind} {name!r}; {hint} (`codefend list {kind}s` shows all)")
 
 
 def parse_options(items: Sequence[str]) -> dict[str, str]:

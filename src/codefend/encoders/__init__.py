@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
-from codefend.core.registry import lookup, resolve
+from codefend.core.specs import lookup
 from codefend.types import CodefendError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def shared(name: str) -> Encoder:
 
 
 def _build(place: str, name: str) -> Encoder:
-    encoder: Encoder = resolve(place)(name)
+    encoder: Encoder = resolve_name(place)(name)
     return encoder
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from codefend.core import documents, images
 from codefend.core.devices import device_named
-from codefend.core.noise import noise_seed, pixels_digest
 from codefend.core.png import drop_damaged_metadata
+from codefend.core.seeds import noise_seed, pixels_digest
 from codefend.gateway.errors import Refused
 from codefend.gateway.limits import check_size
 from codefend.gateway.options import Encoding, LaneOptions, Limits, Mode

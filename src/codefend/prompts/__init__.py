@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codefend.core.assets import asset, assets
-from codefend.core.registry import lookup
+from codefend.core.specs import lookup
 from codefend.prompts.folders import load_folder, save_folder
 from codefend.prompts.policy import Policy, PromptPolicy, TextPolicy, VictimPolicy, attach, load_policy, save_policy
 from codefend.types import CodefendError

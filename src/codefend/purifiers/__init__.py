@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from codefend.core.assets import asset
-from codefend.core.registry import lookup, resolve
-from codefend.core.settings import override
-from codefend.core.specs import parse_spec
+from codefend.core.settings import check_keys, override
+from codefend.core.specs import lookup, parse_spec
 from codefend.types import CodefendError
 
 if TYPE_CHECKING:
@@ -80,9 +80,12 @@ def build_net_purifier(
     if kind not in KINDS:
         raise CodefendError(f"{name} holds a network of unknown kind {kind!r}; known: {', '.join(KINDS)}")
     place, fallback = KINDS[kind]
-    cls: type[NetPurifier] = resolve(place)
-    defaults = override(cls.options_class(), {**fallback, **meta.get("options", {})})
-    purifier = cls(net, override(defaults, settings), name=name, defaults=defaults, kind=kind)
+    cls: type[NetPurifier] = resolve_name(place)
+    saved = {**fallback, **meta.get("options", {})}
+    check_keys(cls.options_class, saved)
+    defaults = cls.options_class(**saved)
+    options = override(defaults, settings) if settings else defaults
+    purifier = cls(net, options, name=name, defaults=defaults, kind=kind)
     detector = Detector.from_dict(meta["detector"]) if meta.get("detector") else None
     purifier.use_detector(detector, calibrated_for=defaults)
     return purifier.eval()
@@ -90,7 +93,7 @@ def build_net_purifier(
 
 def _named(place: str) -> BuildNamed:
     def build(name: str, settings: Mapping[str, object]) -> Purifier:
-        purifier: Purifier = resolve(place)(name, settings)
+        purifier: Purifier = resolve_name(place)(name, settings)
         return purifier
 
     return build
@@ -98,7 +101,7 @@ def _named(place: str) -> BuildNamed:
 
 def _plain(place: str) -> Build:
     def build(settings: Mapping[str, object]) -> Purifier:
-        cls: type[Purifier] = resolve(place)
+        cls: type[Purifier] = resolve_name(place)
         if cls.options_class is None and settings:
             raise CodefendError(f"purifier {cls.name!r} has no options")
         return cls() if cls.options_class is None else cls(override(cls.options_class(), settings))

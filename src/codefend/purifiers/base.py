@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -67,7 +66,7 @@ class Purifier(nn.Module):
             options = self.options_class()
         self.options, self.defaults = options, type(options)() if defaults is None else defaults
         self.base_name = name or self.name
-        self.name = self.base_name if options is None else format_spec(self.base_name, options, self.defaults)
+        self.name = format_spec(self.base_name, options, self.defaults) if options != self.defaults else self.base_name
 
     if TYPE_CHECKING:  # `nn.Module.__call__` passes its arguments on to `forward`
 
@@ -292,8 +291,8 @@ class NetPurifier(Purifier):
 
         Raises CodefendError for a gate without a detector.
         """
-        unchanged = {key: getattr(self.options, key) for key in self.after_network}
-        if detector is not None and replace(calibrated_for, **unchanged) == self.options:
+        changes = {key for key, value in vars(self.options).items() if value != vars(calibrated_for)[key]}
+        if detector is not None and changes <= set(self.after_network):
             self.detector = detector
         elif self.gate:
             raise CodefendError(

@@ -50,8 +50,9 @@ class Bridge(NetPurifier):
         o = self.options
         self.evaluations, self.stochastic, self.gate = o.evaluations, o.sigma > 0, o.gate
         self.noise = o.sigma
-        guides = encoder_names(o.guides)  # a wrong name fails also where nothing is guided
-        self.guidance = Guidance.by_encoders(o.guided, guides) if o.guided else None
+        if o.guided or o.guides != BridgeOptions.guides:  # a wrong name fails also where nothing is guided
+            guides = encoder_names(o.guides)
+            self.guidance = Guidance.by_encoders(o.guided, guides) if o.guided else None
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
         o = self.options

@@ -11,15 +11,13 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from torch import Tensor
-
 from codefend.core import documents, images
 from codefend.core.files import write_atomic
 from codefend.core.progress import progress
 from codefend.core.runs import Run, open_run, read_config
 from codefend.core.seeds import make_generator
 from codefend.purifiers.base import Purifier
-from codefend.purifiers.image_files import FolderOptions, judge_group, purify_batch, purify_group, target_name
+from codefend.purifiers.image_files import FolderOptions, PurifiedImage, purify_batch, purify_sources, target_name
 from codefend.types import CodefendError
 
 __all__ = ["MANIFEST", "FolderOptions", "FolderReport", "ImageJob", "plan", "purify_paths"]
@@ -183,14 +181,14 @@ def _open_manifest(out: Path, options: FolderOptions) -> Run:
 def _purify_one(
     load_purifier: Callable[[], Purifier], source: Path, target: Path, options: FolderOptions
 ) -> FolderReport:
-    images.format_of(target)
+    kind = images.format_of(target)
     if target.exists() and not options.overwrite:
         raise CodefendError(f"{target} exists already; use --overwrite to replace it")
     report = FolderReport(done=1)
     loaded = options.load(source, partial(report.add_instructions, source.name))
     noise = make_generator(options.seed, "purify", source.name)  # by name, as ever; in folders by the pixels
     pixels = purify_batch(load_purifier(), [loaded], noise)[0]
-    write_atomic(target, options.encode(loaded, pixels, images.format_of(target)))
+    write_atomic(target, options.encode(loaded, pixels, kind))
     return report
 
 
@@ -241,46 +239,28 @@ def _purify_chunk(
     options: FolderOptions,
     report: FolderReport,
 ) -> None:
-    groups: dict[tuple[int, ...], list[tuple[ImageJob, images.LoadedImage]]] = {}
-    for job in chunk:
-        try:
-            loaded = options.load(job.source, partial(report.add_instructions, job.name))
-        except CodefendError as error:
-            report.failed.append((job.name, str(error)))
-        else:
-            groups.setdefault(tuple(loaded.pixels.shape), []).append((job, loaded))
-    for group in groups.values():
-        try:
-            loaded_images = [loaded for _, loaded in group]
-            results = purify_group(purifier, loaded_images, options.seed)
-        except CodefendError as error:
-            report.failed += [(job.name, str(error)) for job, _ in group if job in todo]
-            continue
-        scores = judge_group(purifier, loaded_images, results)
-        for (job, loaded), pixels, score in zip(group, results, scores, strict=True):
-            if job in todo:
-                _write(job, loaded, pixels, score, run, options, report)
+    def add_instructions(index: int, lines: tuple[str, ...]) -> None:
+        report.add_instructions(chunk[index].name, lines)
+
+    results = purify_sources(purifier, [job.source for job in chunk], options, add_instructions)
+    for job, result in zip(chunk, results, strict=True):
+        if job in todo:
+            try:
+                _write(job, result, run, options)
+                report.done += 1
+            except CodefendError as error:
+                report.failed.append((job.name, str(error)))
 
 
-def _write(
-    job: ImageJob,
-    loaded: images.LoadedImage,
-    pixels: Tensor,
-    score: float,
-    run: Run,
-    options: FolderOptions,
-    report: FolderReport,
-) -> None:
-    try:
-        data = options.encode(loaded, pixels, images.format_of(job.target))
-        source, digest = job.stamp(), _digest(data)
-        # The row comes first: a kill in between must not leave a file without a row, which a rerun would refuse.
-        row = {"key": f"{source} {digest}", "source": source, "name": job.name, "digest": digest}
-        run.append({**row, "score": score})
-        write_atomic(job.target, data)
-        report.done += 1
-    except CodefendError as error:
-        report.failed.append((job.name, str(error)))
+def _write(job: ImageJob, result: PurifiedImage | CodefendError, run: Run, options: FolderOptions) -> None:
+    if isinstance(result, CodefendError):
+        raise result
+    data = options.encode(result.loaded, result.pixels, images.format_of(job.target))
+    source, digest = job.stamp(), _digest(data)
+    # The row comes first: a kill in between must not leave a file without a row, which a rerun would refuse.
+    row = {"key": f"{source} {digest}", "source": source, "name": job.name, "digest": digest}
+    run.append({**row, "score": result.score})
+    write_atomic(job.target, data)
 
 
 def _digest(data: bytes) -> str:

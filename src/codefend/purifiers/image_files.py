@@ -12,17 +12,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
 from codefend.core import images
 from codefend.core.devices import default_device
-from codefend.core.noise import noise_seed, pixels_digest, secret_of
+from codefend.core.seeds import noise_seed, pixels_digest, secret_of
 from codefend.purifiers import text_policy
 from codefend.purifiers.base import Purifier
 from codefend.purifiers.text_policy import TextPolicyName
 from codefend.types import CodefendError
+
+TARS = (".tar", ".tar.gz", ".tgz")
+TABLES = (".parquet",)
+
+Kind = Literal["tar", "table", "group"]  # of a unit of a corpus
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,14 @@ class FolderOptions:
         return images.encode(image, kind, quality=self.quality, icc=loaded.icc)
 
 
+class PurifiedImage(NamedTuple):
+    """An image as read, its purified pixels ``[3, H, W]``, and its detection score."""
+
+    loaded: images.LoadedImage
+    pixels: Tensor
+    score: float
+
+
 @dataclass(frozen=True)
 class PurifiedFile:
     """``data`` is empty for an image that could not be purified; ``error`` says why."""
@@ -93,41 +107,53 @@ class PurifiedFile:
 
 def purify_files(purifier: Purifier, files: Sequence[tuple[str, bytes]], options: FolderOptions) -> list[PurifiedFile]:
     """Purify image files given as name and content, grouped by size; a failure is in its own place."""
-    results: dict[int, PurifiedFile] = {}
-    groups: dict[tuple[int, ...], list[tuple[int, images.LoadedImage]]] = {}
     instructions: dict[int, tuple[str, ...]] = {}
-    for index, (name, data) in enumerate(files):
-        try:
-            loaded = options.load(data, partial(instructions.__setitem__, index))
-            groups.setdefault(tuple(loaded.pixels.shape), []).append((index, loaded))
-        except CodefendError as error:
-            results[index] = PurifiedFile(name, name, error=str(error))
-    for group in groups.values():
-        results |= _purify_same_size(purifier, files, group, options)
-    return [replace(results[index], instructions=instructions.get(index, ())) for index in range(len(files))]
+    results = purify_sources(purifier, [data for _, data in files], options, instructions.__setitem__)
+    return [
+        replace(_encoded(name, data, result, options), instructions=instructions.get(index, ()))
+        for index, ((name, data), result) in enumerate(zip(files, results, strict=True))
+    ]
 
 
-def _purify_same_size(
-    purifier: Purifier,
-    files: Sequence[tuple[str, bytes]],
-    group: Sequence[tuple[int, images.LoadedImage]],
-    options: FolderOptions,
-) -> dict[int, PurifiedFile]:
-    loaded = [image for _, image in group]
+def _encoded(name: str, data: bytes, result: PurifiedImage | CodefendError, options: FolderOptions) -> PurifiedFile:
+    if isinstance(result, CodefendError):
+        return PurifiedFile(name, name, error=str(result))
     try:
-        purified = purify_group(purifier, loaded, options.seed)
+        target = target_name(name, result.loaded.format, options.format)
+        written = options.encode(result.loaded, result.pixels, images.format_of(target))
     except CodefendError as error:
-        return {index: PurifiedFile(files[index][0], files[index][0], error=str(error)) for index, _ in group}
-    results = {}
-    for (index, image), pixels, score in zip(group, purified, judge_group(purifier, loaded, purified), strict=True):
-        name, data = files[index]
+        return PurifiedFile(name, name, error=str(error))
+    return PurifiedFile(name, target, written, hashlib.sha256(data).hexdigest(), result.score)
+
+
+def purify_sources(
+    purifier: Purifier,
+    sources: Sequence[images.Source],
+    options: FolderOptions,
+    on_instructions: Callable[[int, tuple[str, ...]], None],
+) -> list[PurifiedImage | CodefendError]:
+    """Read and purify images, grouped by size: for each the result or why there is none.
+
+    ``on_instructions`` is given the index of an image and the lines of its text that read like instructions.
+    """
+    results: dict[int, PurifiedImage | CodefendError] = {}
+    groups: dict[tuple[int, ...], dict[int, images.LoadedImage]] = {}
+    for index, source in enumerate(sources):
         try:
-            target = target_name(name, image.format, options.format)
-            written = options.encode(image, pixels, images.format_of(target))
-            results[index] = PurifiedFile(name, target, written, hashlib.sha256(data).hexdigest(), score)
+            loaded = options.load(source, partial(on_instructions, index))
+            groups.setdefault(tuple(loaded.pixels.shape), {})[index] = loaded
         except CodefendError as error:
-            results[index] = PurifiedFile(name, name, error=str(error))
-    return results
+            results[index] = error
+    for group in groups.values():
+        try:
+            purified = purify_group(purifier, list(group.values()), options.seed)
+        except CodefendError as error:
+            results |= dict.fromkeys(group, error)
+            continue
+        scores = judge_group(purifier, list(group.values()), purified)
+        for (index, loaded), pixels, score in zip(group.items(), purified, scores, strict=True):
+            results[index] = PurifiedImage(loaded, pixels, score)
+    return [results[index] for index in range(len(sources))]
 
 
 def target_name(name: str, kind: str, ending: str | None = None) -> str:
@@ -191,3 +217,20 @@ def judge_group(purifier: Purifier, loaded: Sequence[images.LoadedImage], purifi
 def is_image_name(name: str | Path) -> bool:
     """Whether a file name has the ending of a format that is read."""
     return PurePosixPath(name).suffix.lower() in images.READABLE
+
+
+def kind_of(name: str) -> Kind | None:
+    """Archive or table, by the ending of a file's name."""
+    lower = name.lower()
+    return "tar" if lower.endswith(TARS) else "table" if lower.endswith(TABLES) else None
+
+
+def is_corpus(paths: Sequence[str], out: str) -> bool:
+    """Whether purifying needs `codefend.purifiers.corpus`: a URL, an archive or a table, or a folder that holds one."""
+    if any("://" in path or "::" in path for path in (*paths, out)):
+        return True
+    return any(kind_of(path) or _holds_units(Path(path)) for path in paths)
+
+
+def _holds_units(folder: Path) -> bool:
+    return folder.is_dir() and any(kind_of(path.name) for path in folder.rglob("*"))

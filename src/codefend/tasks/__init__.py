@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from codefend.core.registry import lookup
+from codefend.core.specs import lookup
 from codefend.types import CodefendError
 
 if TYPE_CHECKING:

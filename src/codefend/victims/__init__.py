@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from codefend.core.assets import asset
-from codefend.core.registry import lookup, resolve
+from codefend.core.specs import lookup
 
 if TYPE_CHECKING:
     from codefend.types import Victim, WhiteBox
@@ -33,12 +34,14 @@ PREFIXES = {  # of names that are given whole to a loader
 
 def _shipped(place: str, name: str, *parts: str, summary: str) -> VictimSpec:
     """A victim with the installed weights ``name``, and of ``parts`` of it in folders of their own."""
-    return VictimSpec(name, summary, lambda: resolve(place)(*(asset(f"weights/{part}") for part in (name, *parts))))
+    return VictimSpec(
+        name, summary, lambda: resolve_name(place)(*(asset(f"weights/{part}") for part in (name, *parts)))
+    )
 
 
 def _prefix(prefix: str, rest: str, summary: str) -> VictimSpec:
     """The row of a prefix; loaded by this very name, it says what is missing."""
-    return VictimSpec(f"{prefix}{rest}", summary, lambda: resolve(PREFIXES[prefix])(prefix))
+    return VictimSpec(f"{prefix}{rest}", summary, lambda: resolve_name(PREFIXES[prefix])(prefix))
 
 
 VICTIMS: dict[str, VictimSpec] = {
@@ -78,7 +81,7 @@ def _weights(folder: Path) -> WhiteBox:
     """The victim of a folder of trained weights."""
     from codefend.victims.smolvlm_pocket import is_weights
 
-    victim: WhiteBox = resolve(SMOLVLM if is_weights(folder) else POCKET)(folder)
+    victim: WhiteBox = resolve_name(SMOLVLM if is_weights(folder) else POCKET)(folder)
     return victim
 
 
@@ -96,7 +99,7 @@ def load(name: str) -> Victim:
     """
     prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
     if prefix and name not in VICTIMS:
-        victim: Victim = resolve(PREFIXES[prefix])(name)
+        victim: Victim = resolve_name(PREFIXES[prefix])(name)
         return victim
     if name not in VICTIMS and (Path(name).is_dir() or "/" in name):
         return _weights(Path(name))

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from codefend.purifiers.corpus.stores import Entry, Store
-from codefend.purifiers.corpus_files import TABLES, TARS, Kind, kind_of
-from codefend.purifiers.image_files import is_image_name
+from codefend.purifiers.image_files import TABLES, TARS, Kind, is_image_name, kind_of
 from codefend.types import CodefendError
 
 GROUP = 16  # files of a group, on average; at most four times as many

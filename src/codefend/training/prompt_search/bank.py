@@ -24,8 +24,8 @@ from codefend.bench.loaders import Loaders
 from codefend.bench.tasks import same_size_batches
 from codefend.core.checkpoints import load_checkpoint, save_checkpoint
 from codefend.core.images import quantize8
-from codefend.core.registry import lookup
 from codefend.core.seeds import make_generator
+from codefend.core.specs import lookup
 from codefend.defense import DefendedVictim, Defense, StraightThrough
 from codefend.prompts.folders import language_model
 from codefend.prompts.items import Group, Item, benign
