@@ -12,10 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 MARK = b"CODEFEND-SOAK-ORIGINAL"  # in every file sent: re-encoding must lose it
+SIDES = (32, 64, 200, 400)  # pixels, of marked images
 PATHS = {"chat": "/v1/chat/completions", "responses": "/v1/responses", "messages": "/v1/messages"}
+Floats = NDArray[np.float64]
 Request = tuple[str, bytes, frozenset[int]]  # API, body, statuses that are correct, besides those of a busy gateway
 
 GOOD = frozenset({200})
@@ -23,12 +26,11 @@ REFUSED = frozenset({400, 413})
 
 
 def marked_image(rng: random.Random, kind: str = "", side: int = 0) -> bytes:
-    """A marked file whose upper left corner is a fine chequerboard: no purifier that blurs lets it through."""
-    side = side or rng.choice((32, 64, 200, 400))
-    pixels = np.random.default_rng(rng.getrandbits(32)).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    pixels = np.repeat(np.repeat(pixels[::8, ::8], 8, 0), 8, 1)[:side, :side].copy()
-    rows, columns = np.mgrid[:16, :16]
-    pixels[:16, :16] = np.where((rows + columns) % 2, 255, 0)[..., None]
+    """A marked file. Blocks of 8 x 8 pixels have one colour each, and the pattern of `survived` lies over them."""
+    side = side or rng.choice(SIDES)
+    blocks = np.random.default_rng(rng.getrandbits(32)).integers(64, 192, (side // 8 + 1, side // 8 + 1, 3))
+    colours = np.repeat(np.repeat(blocks, 8, 0), 8, 1)[:side, :side]
+    pixels = (colours + pattern(side)[..., None]).astype(np.uint8)
     kind = kind or rng.choice(("PNG", "PNG", "JPEG", "WEBP", "BMP", "TIFF"))
     options: dict[str, Any] = {"quality": 95} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
     if kind == "PNG":
@@ -39,12 +41,33 @@ def marked_image(rng: random.Random, kind: str = "", side: int = 0) -> bytes:
     return buffer.getvalue() + MARK
 
 
+def pattern(side: int) -> Floats:
+    """The mark in the pixels, [side, side]: noise of cells of 2 x 2 pixels and 10 of 255 levels, the same in all."""
+    cells = np.random.default_rng(0).choice((-10.0, 10.0), (max(SIDES) // 2, max(SIDES) // 2))
+    return np.repeat(np.repeat(cells, 2, 0), 2, 1)[:side, :side]
+
+
 def survived(data: bytes) -> bool:
-    """Whether an image that reached the upstream is an original: by its bytes, or by its chequerboard."""
-    if MARK in data:
-        return True
-    corner = np.asarray(Image.open(io.BytesIO(data)).convert("L"), dtype=float)[:16, :16]
-    return bool(np.abs(np.diff(corner, axis=1)).mean() > 100)
+    """Whether an image that reached the upstream is an original: by its bytes, or by the pattern in its pixels.
+
+    Other files with the same pixels, JPEG and shrinking by area leave most of the pattern, purifiers about half.
+    """
+    pixels = np.asarray(Image.open(io.BytesIO(data)).convert("L"), dtype=float)
+    return MARK in data or any(share(pixels, side) > 0.7 for side in SIDES if side >= max(pixels.shape))
+
+
+def share(pixels: Floats, side: int) -> float:
+    """How much of the pattern of an image of ``side`` is in ``pixels``, grey levels: 1 all, 0 nothing."""
+    height, width = pixels.shape
+    mark = Image.fromarray(pattern(side).astype(np.float32)).resize((width, height), Image.Resampling.BOX)
+    expected = without_blocks(np.asarray(mark, dtype=float))
+    return float((without_blocks(pixels) * expected).sum() / (expected**2).sum())
+
+
+def without_blocks(pixels: Floats) -> Floats:
+    """Less the mean of 5 x 5 pixels around each: the pattern stays, the colours of the blocks go."""
+    around = np.lib.stride_tricks.sliding_window_view(np.pad(pixels, 2, mode="edge"), (5, 5)).mean((2, 3))
+    return pixels - around
 
 
 def body(api: str, files: list[bytes], model: str, *, stream: bool = False) -> bytes:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import httpx2
@@ -10,7 +13,7 @@ import pytest
 
 from codefend.gateway.app import create_app
 from codefend.gateway.pool import Pool, PoolOptions
-from codefend.gateway.worker import Worker
+from codefend.gateway.worker import Job, Result, Worker
 from gateway_kit import Invert, Upstream, b64, gateway, png, run, settings, url
 from pdf_kit import LOCK, SCRIPT, pdf
 
@@ -155,7 +158,7 @@ def test_documents_are_rendered_in_processes_and_a_hanging_one_is_ended() -> Non
     async def work() -> None:
         upstream = Upstream()
         app = create_app(settings(documents="pages"), purifier=Invert(), transport=upstream.transport)
-        app.state.engine.renderer.worker = pool
+        app.state.lane.worker = pool
         async with gateway(upstream, app=app) as client:
             assert (await post(client, "chat", document("chat", pdf(0.5)))).status_code == 200
             answer = await post(client, "chat", document("chat"))
@@ -166,3 +169,50 @@ def test_documents_are_rendered_in_processes_and_a_hanging_one_is_ended() -> Non
         run(work(), 120)
     finally:
         pool.close()
+
+
+class Slow(Worker):
+    """As a pool of two processes: two calls at a time. Documents and large images take until ``go`` is set."""
+
+    def __init__(self) -> None:
+        super().__init__(Invert())
+        self.processes, self.go, self.held = threading.BoundedSemaphore(2), threading.Event(), 0
+
+    def pages(self, data: bytes, room: int) -> list[bytes]:
+        with self.processes:
+            self.hold()
+            return super().pages(data, room)
+
+    def run(self, jobs: Sequence[Job], *, alone: bool = False) -> list[Result]:
+        with self.processes:
+            if any(job.pixels > 500_000 for job in jobs):
+                self.hold()
+            return super().run(jobs)
+
+    def hold(self) -> None:
+        self.held += 1
+        assert self.go.wait(30)
+
+
+def test_slow_documents_and_large_images_leave_a_worker_to_others() -> None:
+    slow = Slow()
+
+    async def work() -> None:
+        upstream = Upstream()
+        app = create_app(settings(documents="pages"), purifier=Invert(), transport=upstream.transport)
+        app.state.lane.worker = slow
+        async with gateway(upstream, app=app) as client:
+            parts = [document("chat"), {"type": "image_url", "image_url": {"url": url(png(1, height=800, width=800))}}]
+            parts += [document("chat", pdf(0.5))]
+            tasks = [asyncio.create_task(post(client, "chat", part)) for part in parts]
+            while not slow.held:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)
+            small = {"type": "image_url", "image_url": {"url": url(png(2))}}
+            answer = await asyncio.wait_for(post(client, "chat", small), 10)
+            assert answer.status_code == 200
+            assert slow.held == 1
+            slow.go.set()
+            assert [(await task).status_code for task in tasks] == [200, 200, 200]
+
+    run(work(), 60)

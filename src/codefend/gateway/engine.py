@@ -127,7 +127,7 @@ class Engine:
     rescuer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="rescue"))
 
     def __post_init__(self) -> None:
-        self.renderer = PageRenderer(self.worker, self.limits)
+        self.renderer = PageRenderer(self.limits, self.executor)
 
     async def rewrite_bytes(
         self, api: Api, raw: bytes, terms: Terms | None = None, caller: Caller | None = None
@@ -197,7 +197,6 @@ class Engine:
 
     def close(self) -> None:
         """End the threads, without waiting for what they do."""
-        self.renderer.close()
         for executor in (self.executor, self.rescuer):
             executor.shutdown(wait=False, cancel_futures=True)
 
@@ -252,8 +251,8 @@ class Engine:
 
     async def _with_pages(self, reading: Reading, take: Take) -> Reading:
         """The same with a slot for each page of its documents. Raises Refused."""
-        timeout_s = None if self.lane is None else self.lane.options.timeout_s
-        survey = await self.renderer.expand(reading.survey, reading.cuts, take, timeout_s)
+        assert self.lane is not None
+        survey = await self.renderer.expand(self.lane, reading.survey, reading.cuts, take)
         return replace(reading, survey=survey)
 
     async def _one(

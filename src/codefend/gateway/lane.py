@@ -1,7 +1,8 @@
 """The purification lane: a queue between the event loop and the workers, bounded by what can be purified in time.
 
 Small images go first, large ones (over `LARGE_S`) never take the last worker, and an image that could not be purified
-before its deadline is refused when it arrives. How long an image takes is estimated from its pixels.
+before its deadline is refused when it arrives. How long an image takes is estimated from its pixels. Documents are
+rendered as large images are purified.
 """
 
 from __future__ import annotations
@@ -32,17 +33,29 @@ Key = tuple[str, str, str, float | None, str]  # client, digest of the file or i
 LARGE_S = 1.0  # seconds of work from which an image counts as large
 OVERHEAD_PIXELS = 50_000  # what decoding, encoding and sending cost, as pixels
 READING_PIXELS, READING_SHARE = 500_000, 0.3  # what OCR costs besides: of a dozen lines, and for each pixel
+DOCUMENT_S = 1.0  # seconds of work that a document counts as; nobody knows before it is rendered
 _GUESS = 2e-6  # seconds per pixel before anything was measured
 _SMOOTHING = 0.2
 _ALIASES = 20_000  # files whose pixels are known
 
 
+@dataclass(frozen=True)
+class _Document:
+    """A PDF file to render, of ``room`` pages at most."""
+
+    data: bytes
+    room: int
+
+
+_Answer = Result | list[bytes]  # of an image, of a document
+
+
 @dataclass(eq=False)
 class _Task:
     key: Key
-    job: Job
+    job: Job | _Document
     cost: int  # pixels
-    future: asyncio.Future[Result]
+    future: asyncio.Future[_Answer]
     large: bool = False
     arrival: float = field(default_factory=time.monotonic)
     started: float | None = None
@@ -123,9 +136,24 @@ class Lane:
             return replace(hit, cached=True)
         task = self._pending.get(key)
         if task is None:
-            task = self._enqueue(key, job)
+            cost = self.cost(job.pixels, job.text)
+            task = self._enqueue(key, job, cost, large=cost * self.rate > LARGE_S)
         else:
             task.waiters += 1
+        outcome = await self._outcome(task)
+        assert isinstance(outcome, Purified)
+        return outcome
+
+    async def pages(self, data: bytes, room: int) -> list[bytes]:
+        """The pages of a PDF file, ``room`` at most, as PNG files. Raises as for an image."""
+        key = ("", f"document {next(self._numbers)}", "purify", None, "off")
+        pages = await self._outcome(
+            self._enqueue(key, _Document(data, room), round(DOCUMENT_S / self.rate), large=True)
+        )
+        assert isinstance(pages, list)
+        return pages
+
+    async def _outcome(self, task: _Task) -> Purified | list[bytes]:
         try:
             outcome = await asyncio.wait_for(asyncio.shield(task.future), self.options.timeout_s)
         except TimeoutError as error:
@@ -134,7 +162,7 @@ class Lane:
             task.waiters -= 1
             if task.waiters == 0 and not task.future.done():
                 self._abandon(task)
-        if not isinstance(outcome, Purified):
+        if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
@@ -147,11 +175,10 @@ class Lane:
         for thread in self._threads:
             await asyncio.to_thread(thread.join, max(0.0, end - time.monotonic()))
 
-    def _enqueue(self, key: Key, job: Job) -> _Task:
+    def _enqueue(self, key: Key, job: Job | _Document, cost: int, *, large: bool) -> _Task:
         if self._closed:
             raise Refused(503, "shutting_down", "the gateway is shutting down", retry_after=5)
-        cost = self.cost(job.pixels, job.text)
-        task = _Task(key, job, cost, asyncio.get_running_loop().create_future(), cost * self.rate > LARGE_S)
+        task = _Task(key, job, cost, asyncio.get_running_loop().create_future(), large)
         with self._ready:
             self._check_room(task)
             heap = self._large if task.large else self._small
@@ -162,7 +189,7 @@ class Lane:
 
     def _check_room(self, task: _Task) -> None:
         options, work = self.options, task.cost * self.rate
-        if task.cost * self.worker.seconds_per_pixel > options.timeout_s:
+        if isinstance(task.job, Job) and task.cost * self.worker.seconds_per_pixel > options.timeout_s:
             message = (
                 f"an image of {task.job.pixels:,} pixels takes over {options.timeout_s:g} s here; send a smaller one"
             )
@@ -248,24 +275,32 @@ class Lane:
         start = time.perf_counter()
         try:
             results = self._results(tasks, alone)
+        except (Refused, PurifyFailed) as error:
+            results = [error]
         except BaseException as error:  # the thread must survive, and nobody may wait forever
             results = [PurifyFailed("exception", f"{type(error).__name__} in the worker")] * len(tasks)
-        seconds = time.perf_counter() - start
-        self.on_batch(len(tasks), seconds)
-        if all(isinstance(result, Purified) and not result.cached for result in results):
-            rate = seconds / sum(task.cost for task in tasks)
-            self._rate = self.rate + _SMOOTHING * (rate - self.rate)
+        if isinstance(tasks[0].job, Job):
+            self._measure(tasks, results, time.perf_counter() - start)
         for task, result in zip(tasks, results, strict=True):
             loop = task.future.get_loop()
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._settle, task, result)
 
-    def _results(self, tasks: list[_Task], alone: bool) -> list[Result]:
-        """From the shared cache, the rest from the worker."""
-        jobs = [(task.key[0], task.job) for task in tasks]
+    def _measure(self, tasks: Sequence[_Task], results: Sequence[_Answer], seconds: float) -> None:
+        self.on_batch(len(tasks), seconds)
+        if all(isinstance(result, Purified) and not result.cached for result in results):
+            rate = seconds / sum(task.cost for task in tasks)
+            self._rate = self.rate + _SMOOTHING * (rate - self.rate)
+
+    def _results(self, tasks: Sequence[_Task], alone: bool) -> Sequence[_Answer]:
+        """The pages of a document, which comes alone; images from the shared cache, the rest from the worker."""
+        document = tasks[0].job
+        if isinstance(document, _Document):
+            return [self.worker.pages(document.data, document.room)]
+        jobs = [(task.key[0], task.job) for task in tasks if isinstance(task.job, Job)]
         known = [None] * len(jobs) if self.shared is None else self.shared.fetch(jobs)
         todo = [place for place, result in enumerate(known) if result is None]
-        fresh = self.worker.run([tasks[place].job for place in todo], alone=alone) if todo else []
+        fresh = self.worker.run([jobs[place][1] for place in todo], alone=alone) if todo else []
         results = dict(zip(todo, fresh, strict=True))
         if self.shared is not None:
             self.shared.store([(*jobs[i], result) for i, result in results.items() if isinstance(result, Purified)])
@@ -273,7 +308,7 @@ class Lane:
 
     # --- in the event loop ---
 
-    def _settle(self, task: _Task, result: Result) -> None:
+    def _settle(self, task: _Task, result: _Answer) -> None:
         del self._pending[task.key]
         if isinstance(result, Purified):
             self._remember(task.key, result)

@@ -1,33 +1,33 @@
-"""Documents in front of the lane: each is rendered in a worker, one at a time, and its pages go on as images."""
+"""Documents are rendered in the lane, and their pages go on as images."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from codefend.gateway.documents import rename
 from codefend.gateway.errors import Refused
+from codefend.gateway.lane import Lane
 from codefend.gateway.limits import check_count, payload
 from codefend.gateway.options import Limits
 from codefend.gateway.shapes import Slot, Survey
 from codefend.gateway.suspicion import spell
-from codefend.gateway.worker import PurifyFailed, Runner
+from codefend.gateway.worker import PurifyFailed
 
 
 @dataclass
 class PageRenderer:
     """Replaces the slots of documents by slots of their pages, which count as images of the request."""
 
-    worker: Runner
     limits: Limits
-    executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="pages"))
+    executor: ThreadPoolExecutor  # decodes base64
 
     async def expand(
-        self, survey: Survey, cuts: Mapping[str, memoryview], take: Callable[[int], None], timeout_s: float | None
+        self, lane: Lane, survey: Survey, cuts: Mapping[str, memoryview], take: Callable[[int], None]
     ) -> Survey:
-        """The survey with a slot for each page. ``timeout_s`` includes the wait for other documents. Raises Refused."""
+        """The survey with a slot for each page; ``take`` accounts for their bytes. Raises Refused."""
         if all(slot.form != "document" for slot in survey.slots):
             return survey
         slots: list[Slot] = []
@@ -37,36 +37,29 @@ class PageRenderer:
                 slots.append(slot)
                 continue
             pages = sum(slot.form == "page" for slot in slots)
-            files = await self._render(slot, cuts, self.limits.max_images - others - pages, timeout_s)
+            files = await self._render(lane, slot, cuts, self.limits.max_images - others - pages)
             take(sum(map(len, files)))
             slots += [replace(slot, reference="", form="page", data=file) for file in files]
         check_count(len(slots), self.limits)
         return replace(survey, slots=tuple(slots))
 
-    async def _render(
-        self, slot: Slot, cuts: Mapping[str, memoryview], room: int, timeout_s: float | None
-    ) -> list[bytes]:
-        loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(self.executor, self._pages, slot.reference, cuts, room)
+    async def _render(self, lane: Lane, slot: Slot, cuts: Mapping[str, memoryview], room: int) -> list[bytes]:
         try:
-            return await asyncio.wait_for(work, timeout_s)
+            loop = asyncio.get_running_loop()
+            data = await loop.run_in_executor(self.executor, self._read, slot.reference, cuts)
+            return await lane.pages(data, room)
         except Refused as refusal:
             status, code, message = refusal.status, refusal.code, refusal.message
-            raise Refused(status, code, message, where=spell(slot.place)) from refusal
-        except (TimeoutError, PurifyFailed) as error:
-            if isinstance(error, PurifyFailed) and error.reason != "timeout":
+            raise Refused(status, code, message, where=spell(slot.place), retry_after=refusal.retry_after) from refusal
+        except PurifyFailed as error:
+            if error.reason != "timeout":
                 message = "a document could not be rendered"
                 raise Refused(500, "purification_failed", message, where=spell(slot.place)) from error
-            message = "a document was not rendered in time"
-            raise Refused(503, "purification_timeout", message, where=spell(slot.place), retry_after=1) from error
+            message, wait = "a document was not rendered in time", max(1.0, lane.backlog_s)
+            raise Refused(503, "purification_timeout", message, where=spell(slot.place), retry_after=wait) from error
 
-    def _pages(self, reference: str, cuts: Mapping[str, memoryview], room: int) -> list[bytes]:
+    def _read(self, reference: str, cuts: Mapping[str, memoryview]) -> bytes:
         try:
-            data = payload(reference, self.limits, cuts=cuts)
+            return payload(reference, self.limits, cuts=cuts)
         except Refused as refusal:
             raise rename(refusal) from refusal
-        return self.worker.pages(data, room)
-
-    def close(self) -> None:
-        """End the thread, without waiting for what it does."""
-        self.executor.shutdown(wait=False, cancel_futures=True)
