@@ -1,4 +1,4 @@
-"""Low-frequency attack: a perturbation of few cosines, against purifiers that remove or drown high frequencies.
+"""Low-frequency attack: a perturbation of few cosines, against purifiers that remove or mask high frequencies.
 
 DiffBreak (Kassis et al. 2025, arXiv 2411.16598) finds that perturbations at low frequencies survive diffusion
 purification, and bounds them by LPIPS, which needs a further network. Here the same kind of perturbation is written

@@ -1,4 +1,4 @@
-"""The cells of the grid: one figure each, with the names under which its rows, images and random streams are filed."""
+"""The cells of the evaluation grid, one figure each, and the names of their rows, image files and random streams."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Cell(NamedTuple):
 def source_cell(config: EvalConfig, cell: Cell) -> Cell:
     """The cell with the defense that its attack goes through: what attacked images and their seeds depend on.
 
-    A transfer from another victim without a surrogate defense uses what is an oblivious attack on that victim.
+    A transfer attack from another victim without a surrogate defense is the oblivious attack on that victim.
     """
     if config.craft_victim and not config.surrogate:
         return cell._replace(threat="T0", defense=BARE)

@@ -21,7 +21,7 @@ TAIL, LATE = 0.1, 0.05  # converged: the last tenth of the steps brought at most
 
 
 def attack_notes(attack: object, result: AttackResult, clean: Tensor, budget: Budget) -> list[Row]:
-    """One note per example on how its attacked image came about."""
+    """One note per example on how its attacked image was made."""
     columns = (
         result.prompts,
         perturbations(result.images, clean),
@@ -89,7 +89,7 @@ def _problem(name: str, image: Tensor, clean: Tensor, budget: Budget, attack: ob
 
 
 def curves(losses: Sequence[Tensor], count: int) -> list[Row | None]:
-    """Per example: the objective at the start, the best at the end, the share of the gain that came last."""
+    """Per example: the objective at the start, its best value, and the last tenth's share of the gain."""
     if len(losses) < 2:
         return [None] * count
     table = torch.stack(list(losses)).double()  # [K, B]

@@ -42,7 +42,7 @@ class Certificate:
     """``says`` holds for the smoothed victim at every image closer than ``radius`` (l2, pixels in [0, 1]).
 
     ``radius`` is 0 where the certificate abstains: then nothing is certain, not even ``says`` for the image itself.
-    ``hits`` of ``draws`` said so, whose probability is at least ``lower`` at the confidence asked for.
+    ``hits`` of ``draws`` answers gave ``says``; its probability is at least ``lower`` with confidence 1 - alpha.
     """
 
     says: str
@@ -60,7 +60,7 @@ class SmoothedVictim:
     """A victim behind a purifier, as a function of noisy images.
 
     Raises CodefendError when a certificate's conditions do not hold: a purifier without noise, or with more noise than
-    the first; a victim that doesn't say that it answers greedily.
+    the first; a victim that does not declare greedy answers.
     """
 
     def __init__(self, victim: Victim, defense: Defense) -> None:
@@ -185,7 +185,7 @@ def _upper_tail(hits: int, draws: int, p: float) -> float:
 
 
 def check_draws(samples: int, selection: int, alpha: float, batch: int) -> None:
-    """Raise CodefendError for numbers with which nothing can be certified."""
+    """Raise CodefendError for settings that cannot certify anything."""
     if not 0 < alpha < 1:
         raise CodefendError(f"alpha must be between 0 and 1, not {alpha:g}")
     for name, value in (("samples", samples), ("selection", selection), ("batch", batch)):

@@ -26,7 +26,7 @@ from codefend.victims.pocket import Pocket, load_unmerged
 
 @dataclass(frozen=True)
 class TecoaConfig(FareConfig):
-    """Everything that decides the encoder: as FARE, with another loss."""
+    """The settings that determine the encoder: FARE's, with another loss."""
 
     kind: ClassVar[str] = "tecoa"
 

@@ -1,4 +1,4 @@
-"""Purified images that replicas share through Redis: spares work, and is never trusted.
+"""Purified images that replicas share through Redis: saves work; its content is authenticated.
 
 Keys are HMACs of everything that decides the result, the client included: no client learns from the time of an answer
 that another has sent the same image. Each entry carries an HMAC of its key and content under the replicas' noise
@@ -23,7 +23,7 @@ from codefend.types import CodefendError
 _TIMEOUT_S = 0.25  # for Redis to answer: purifying a small image takes about as long
 _PAUSE_S = 5.0  # without Redis after a failure
 _MAX_BYTES = 16 << 20  # of an entry
-_TAG = 32  # bytes
+_TAG = 32  # bytes of an entry's HMAC
 
 log = logging.getLogger("codefend.gateway")
 
@@ -32,7 +32,7 @@ class SharedCache:
     """``scope`` names what decides a result besides image and client: weights, options and version. Thread-safe.
 
     ``on_event`` is told "hit", "miss", "forged" or "error" for each image. Raises CodefendError for a missing package
-    and for an address that is none.
+    and for an invalid address.
     """
 
     def __init__(self, url: str, secret: bytes, scope: str, *, ttl_s: int = 3600) -> None:

@@ -20,7 +20,7 @@ def check_votable(outcome: Outcome | None) -> None:
 
 
 def choose(api: Api, responses: Sequence[httpx2.Response]) -> httpx2.Response:
-    """The first error, else the response whose text most others are like (`core.votes.elect`). All are read."""
+    """The first error, else the majority response (`core.votes.elect`). All are read."""
     failed = [response for response in responses if response.status_code != 200]
     if failed:
         return failed[0]

@@ -3,7 +3,7 @@
 What a bridge leaves of a perturbation still pulls features towards those of the attacked image, also the features of
 encoders that the attack didn't use. Guidance moves the purified image a little against that pull. Related:
 anti-adversaries (Alfarra et al. 2022, arXiv 2103.14347) and test-time counterattacks (Xing et al. 2025, arXiv
-2503.03613), which move the image itself away from its own class or embedding.
+2503.03613), which move the input image itself away from its own class or embedding.
 
 Every quantity is local: none is computed over the whole image, so that tiles are guided like the image they are from.
 """
@@ -59,7 +59,7 @@ class Guidance:
 
     def __call__(self, images: Tensor, purified: Tensor) -> Tensor:
         """``purified`` ``[B,3,H,W]``, moved and not clipped; ``images`` are the attacked ones it was computed from."""
-        if torch.is_inference_mode_enabled():  # under which nothing has a gradient
+        if torch.is_inference_mode_enabled():  # gradients are needed even where the caller disabled them
             with torch.inference_mode(False), torch.no_grad():
                 return self(images.clone(), purified.clone())
         work = [pad_to_multiple(x.float(), MULTIPLE) for x in (images, purified)]

@@ -43,7 +43,7 @@ BAND = 0.5  # logits over which the gate opens
 
 @dataclass(frozen=True)
 class PhotographConfig:
-    """Everything that decides the weights."""
+    """The settings that determine the weights."""
 
     victim: str = ""  # folder of pocket weights; empty: the shipped ones
     natural: NaturalConfig = field(default_factory=lambda: NaturalConfig(shares=(0.7, 0.3, 0.0)))

@@ -69,7 +69,7 @@ INSTRUCTION_SEED = 50  # added to the seed: stage 2 has other scenes than the po
 
 @dataclass(frozen=True)
 class SmolVLMConfig:
-    """Everything that decides the weights."""
+    """The settings that determine the weights."""
 
     teacher: str = ""  # folder of pocket weights; empty: the shipped ones
     init: str = ""  # folder of this victim's weights, from which stage 2 goes on; empty: stage 1 first

@@ -23,7 +23,7 @@ from codefend.victims.pocket import Pocket
 
 @dataclass(frozen=True)
 class AdbmConfig(PeerConfig):
-    """Everything that decides the weights."""
+    """The settings that determine the weights."""
 
     method: ClassVar[str] = "adbm"
 

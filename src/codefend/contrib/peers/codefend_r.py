@@ -24,7 +24,7 @@ from codefend.victims.pocket import Pocket
 
 @dataclass(frozen=True)
 class CodefendRConfig(PairsPeerConfig):
-    """Everything that decides the weights."""
+    """The settings that determine the weights."""
 
     method: ClassVar[str] = "codefend-r"
 

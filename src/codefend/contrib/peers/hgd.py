@@ -18,7 +18,7 @@ from codefend.training.fit import Losses
 
 @dataclass(frozen=True)
 class HgdConfig(PairsPeerConfig):
-    """Everything that decides the weights."""
+    """The settings that determine the weights."""
 
     method: ClassVar[str] = "hgd"
 

@@ -28,8 +28,8 @@ from codefend.victims.hf.pixels import pixel_values
 from codefend.victims.hf.prompts import answer_end, answer_lead, question
 
 NEUTRAL = "Describe the picture."  # the question that `features` asks of encoders that read it (InstructBLIP)
-LAYOUTS = 4096  # cached layouts of texts; an attack needs the same few hundreds of times
-TEXT_ROWS = ("input_ids", "attention_mask", "type_ids")  # endings of the keys whose rows are as long as the text
+LAYOUTS = 4096  # cached layouts; an attack needs the same few of them at every step
+TEXT_ROWS = ("input_ids", "attention_mask", "type_ids")  # suffixes of keys that have one entry per text position
 Layout = Mapping[str, Tensor]  # what the processor gives for one example, without its pixels
 
 
