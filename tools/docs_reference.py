@@ -5,6 +5,8 @@ Usage: python tools/docs_reference.py [FOLDER]
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -48,7 +50,10 @@ def section(title: str, verb: Any) -> str:
     lines = [f"## {title}", "", (verb.help or "").replace("\n\nExample: ", "\n\nExample: `").strip()]
     if "Example: `" in lines[-1]:
         lines[-1] += "`"
-    lines += ["", "| option | meaning |", "|---|---|"]
+    if title == "codefend serve":
+        lines += ["", "Options: every setting of the [gateway](configuration.md), such as `--max-side` for `max_side`."]
+    if verb.params:
+        lines += ["", "| option | meaning |", "|---|---|"]
     for parameter in verb.params:
         names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
         names = names if parameter.param_type_name == "option" else f"`{parameter.metavar or parameter.name.upper()}`"
@@ -72,9 +77,13 @@ def configuration() -> str:
         sections.setdefault(str(extra["section"]), []).append(cells)
     for section, rows in sections.items():
         parts += [f"## Gateway: {section.lower()}", table(("setting", "default", "meaning"), rows)]
-    rows = [(f"`{field.name}`", f"`{spell(getattr(EvalConfig(), field.name))}`") for field in fields(EvalConfig)]
+    meanings = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(EvalConfig), re.MULTILINE))
+    rows = [
+        (f"`{field.name}`", f"`{spell(getattr(EvalConfig(), field.name))}`", meanings[field.name])
+        for field in fields(EvalConfig)
+    ]
     about = "`codefend eval --set NAME=VALUE`; `--dry-run` prints the settings of a preset."
-    parts += ["## Evaluation", about, table(("setting", "default"), rows)]
+    parts += ["## Evaluation", about, table(("setting", "default", "meaning"), rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -108,7 +117,9 @@ def gateway() -> str:
 
 def spell(value: Any) -> str:
     if isinstance(value, (tuple, list)):
-        return ",".join(map(str, value)) or "none"
+        return ",".join(map(str, value)) or "empty"
+    if value == "":
+        return "empty"
     if isinstance(value, float):
         return f"{value:g}"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

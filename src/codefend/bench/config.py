@@ -56,24 +56,24 @@ class EvalConfig:
     ('T0', 'T2')
     """
 
-    victim: str = "pocket"
+    victim: str = "pocket"  # the model that answers
     craft_victim: str = ""  # the white box that attacks are made on; empty: the victim itself
-    tasks: tuple[str, ...] = ("caption", "vqa")
-    defenses: tuple[str, ...] = ("none", "jpeg", "diffpure", "bridge")
-    attacks: tuple[str, ...] = ("apgd", "apgd-targeted")
+    tasks: tuple[str, ...] = ("caption", "vqa")  # see `codefend list tasks`
+    defenses: tuple[str, ...] = ("none", "jpeg", "diffpure", "bridge")  # none: undefended
+    attacks: tuple[str, ...] = ("apgd", "apgd-targeted")  # see `codefend list attacks`
     eps: tuple[float, ...] = (8.0,)  # l-inf: in 1/255; l2: in pixel units
-    norm: Literal["linf", "l2"] = "linf"
+    norm: Literal["linf", "l2"] = "linf"  # linf or l2
     steps: int = 0  # gradient steps, or queries of a score attack; 0: each attack's usual number
     eot: int = 1  # gradient samples per step, where the attacked defense is randomized
     restarts: int = 1  # of the attacks that have restarts, best per example
-    threats: tuple[Threat, ...] = ("T0", "T2")
+    threats: tuple[Threat, ...] = ("T0", "T2")  # threat models: T0, T1, T2, T2d
     surrogate: str = ""  # the defense that T1 goes through
-    split: str = "test"
+    split: str = "test"  # of the task's data
     limit: int | None = None  # examples per task, see `sample`; None: all
     adaptive: tuple[str, ...] = ()  # the defenses attacked at T2 and T2d; empty: all
     adaptive_limit: int | None = None  # examples per task at T2 and T2d, the first of the task's; None: as limit
-    batch: int = 16
-    seed: int = 0
+    batch: int = 16  # examples attacked and answered at a time
+    seed: int = 0  # of the attacks and of the defenses' noise
     resubmissions: int = 1  # N: how often the same image is submitted to a randomized defense
     skip_wrong: bool = True  # T2, untargeted: leave out images whose clean answer already scores 0
     panels: int = 3  # examples per task whose images are stored for the report, the first ones

@@ -115,7 +115,9 @@ def codefend(
 
 
 @app.command("list")
-def list_(kind: Annotated[str, typer.Argument(metavar="|".join(REGISTRIES), show_default=False)]) -> None:
+def list_(
+    kind: Annotated[str, typer.Argument(metavar="|".join(REGISTRIES), help="What to list.", show_default=False)],
+) -> None:
     """List purifiers, attacks, victims, tasks, encoders, prompts or presets."""
     table = _load_registry(kind)
     width = max(map(len, table), default=0)

@@ -43,7 +43,7 @@ def score(
     submission: Annotated[
         Path, typer.Argument(metavar="SUBMISSION", help="A submission's folder.", show_default=False)
     ],
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the defense's noise.", show_default="fresh")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the noise.", show_default="fresh")] = None,
 ) -> None:
     """Check a submission's images against the budget, answer them behind the defense, and write score.json.
 

@@ -120,7 +120,7 @@ def certify(
     estimate: Annotated[bool, typer.Option("--estimate", help="Measure and print the cost, and exit.")] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Certify answers by randomized smoothing: no change of a smaller l2 norm changes them. Rerun to resume.
+    """Certify answers by randomized smoothing, with an l2 radius for each. Rerun to resume.
 
     The purifier is the denoiser behind its own noise; the victim must answer greedily. Questions: the answer's text.
     Captions: the objects that they name, all together. All settings: class CertifyConfig.

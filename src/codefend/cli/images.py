@@ -81,7 +81,7 @@ def attack(
     ] = None,
     eps: Annotated[str, typer.Option("--eps", help="Radius, pixels in [0, 1]: 8/255 or 0.03.")] = "8/255",
     norm: Annotated[str, typer.Option("--norm", help="linf or l2.")] = "linf",
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Default: the attack's own.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps; default: the attack's own.")] = None,
     defense: DefenseName = "none",
     victim: VictimName = "pocket",
     seed: Seed = 0,

@@ -30,7 +30,7 @@ def mcp_proxy(
     ] = "refuse",
     config: Annotated[Path | None, typer.Option(help="Settings of the gateway as TOML or YAML.")] = None,
 ) -> None:
-    """Stand between an MCP client and a server, and purify every image the server sends.
+    """Purify every image that an MCP server sends to its client.
 
     The client starts this command in place of the server's. Limits, workers and keys are the gateway's settings, as
     CODEFEND_* variables or in --config; CODEFEND_UPSTREAM_API_KEY is sent to a --url.

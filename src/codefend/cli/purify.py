@@ -71,7 +71,7 @@ def purify(
         str | None, typer.Option("--column", help="Image column of Parquet files; default: all of datasets' type.")
     ] = None,
     keep_others: Annotated[
-        bool, typer.Option("--keep-others", help="Also copy the files of folders that are no images.")
+        bool, typer.Option("--keep-others", help="Also copy the files of folders that are not images.")
     ] = False,
     shard: Annotated[
         str | None, typer.Option("--shard", metavar="I/N", help="Do part I of N, from 1/N to N/N.")

@@ -2,8 +2,8 @@
 
 Keys are HMACs of everything that decides the result, the client included: no client learns from the time of an answer
 that another has sent the same image. Each entry carries an HMAC of its key and content under the replicas' noise
-secret, so whoever can write to Redis, but does not know the secret, can only cause misses. Whatever fails is a miss,
-too: the image is purified here.
+secret, so whoever can write to Redis, but does not know the secret, can only cause misses. A failure counts as a
+miss: the image is purified locally.
 """
 
 from __future__ import annotations

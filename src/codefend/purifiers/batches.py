@@ -40,7 +40,7 @@ class BatchPurifier:
         self.column, self.failures = column, 0
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Purify one batch. Raises CodefendError for a missing column and for values that are no images."""
+        """Purify one batch. Raises CodefendError for a missing column and for values that are not images."""
         if self.column not in batch:
             raise CodefendError(f"the batch has no column {self.column!r}; it has {', '.join(batch)}")
         values = batch[self.column]

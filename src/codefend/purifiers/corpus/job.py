@@ -34,7 +34,7 @@ class CorpusOptions:
 
     files: FolderOptions = field(default_factory=FolderOptions)
     column: str | None = None  # of Parquet files; None: every image column
-    keep_others: bool = False  # also copy the files of folders that are no images
+    keep_others: bool = False  # also copy the files of folders that are not images
     shard: tuple[int, int] = (1, 1)  # number, from 1, and count
 
     def fingerprint(self) -> dict[str, object]:
