@@ -28,9 +28,8 @@ from codefend.attacks import (
     TextAttackSpec,
 )
 from codefend.attacks.base import BestImages, PromptObjective
-from codefend.attacks.bounds import excess, quantize_attacked
 from codefend.attacks.noise import RandomNoise
-from codefend.attacks.norms import random_signs, uniform
+from codefend.attacks.norms import excess, quantize_attacked, random_signs, uniform
 from codefend.attacks.patch import AdversarialPatch
 from codefend.attacks.stadv import StAdv, warp
 from codefend.bench.attacking import AttackGoal, attack_batch, clean_images

@@ -32,7 +32,7 @@ from codefend.core.images import quantize8
 from codefend.core.seeds import make_generator
 from codefend.encoders.base import Classifier
 from codefend.purifiers.base import Purifier
-from codefend.tasks.image_metrics import psnr
+from codefend.tasks.metrics import psnr
 from codefend.tasks.photographs import load_photographs
 from codefend.tasks.training_images import HELD_OUT
 from codefend.types import Budget

@@ -16,7 +16,7 @@ from codefend import purifiers
 from codefend.core.assets import asset
 from codefend.core.seeds import make_generator
 from codefend.purifiers.nets import load_net
-from codefend.tasks.image_metrics import psnr
+from codefend.tasks.metrics import psnr
 from codefend.tasks.photographs import load_all
 from codefend.tasks.training_images import HELD_OUT
 

@@ -27,7 +27,7 @@ from codefend.core.kernels import SPARSE, Kernel, resize
 from codefend.core.seeds import make_generator
 from codefend.purifiers.detection import threshold_at
 from codefend.purifiers.kernel_detection import LEVEL, disagreement
-from codefend.tasks.image_metrics import psnr
+from codefend.tasks.metrics import psnr
 from codefend.tasks.photographs import load_all
 from codefend.tasks.training_images import training_photographs
 from codefend.types import Example

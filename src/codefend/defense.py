@@ -139,11 +139,15 @@ class DefendedVictim:
     ['dark']
     """
 
+    victim: Any  # with the soft prefix of the defense, if that has one
+
     def __new__(cls, victim: Victim, defense: Defense, *, generator: Generator | None = None) -> DefendedVictim:
-        return object.__new__(_with_capabilities(cls, attach(victim, defense.policy)))
+        attached = attach(victim, defense.policy)
+        defended = object.__new__(_with_capabilities(cls, attached))
+        defended.victim = attached
+        return defended
 
     def __init__(self, victim: Victim, defense: Defense, *, generator: Generator | None = None) -> None:
-        self.victim: Any = attach(victim, defense.policy)
         self.defense, self.generator = defense, generator
         self.name = f"{victim.name}+{defense.name}"
 

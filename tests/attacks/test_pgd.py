@@ -8,9 +8,9 @@ from attacks_kit import (
     sample_images,
     seeded,
 )
+from codefend.attacks.base import Trace
 from codefend.attacks.objectives import features_away
 from codefend.attacks.pgd import PGD
-from codefend.attacks.trace import Trace
 
 
 def test_feature_attack_needs_its_random_start() -> None:

@@ -9,7 +9,7 @@ from attacks_kit import (
     objective_of,
     sample_images,
 )
-from codefend.attacks.bounds import excess
+from codefend.attacks.norms import excess
 from codefend.attacks.stadv import StAdv, roughness, warp
 from codefend.types import Budget
 

@@ -23,14 +23,13 @@ from attacks_kit import (
 )
 from codefend.attacks import ATTACKS, AttackSpec
 from codefend.attacks.apgd import APGD
-from codefend.attacks.bounds import OwnBound, excess, quantize_attacked
+from codefend.attacks.base import Trace
 from codefend.attacks.cw import CW
 from codefend.attacks.mifgsm import MIFGSM
 from codefend.attacks.noise import RandomNoise
-from codefend.attacks.norms import distance
+from codefend.attacks.norms import OwnBound, distance, excess, quantize_attacked
 from codefend.attacks.objectives import untargeted
 from codefend.attacks.pgd import PGD
-from codefend.attacks.trace import Trace
 from codefend.defense import DefendedVictim, Defense
 from codefend.types import Budget, Objective
 

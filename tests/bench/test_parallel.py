@@ -11,7 +11,7 @@ import pytest
 
 import toys
 from codefend.bench import EvalConfig, evaluate
-from codefend.bench.loaders import Loaders
+from codefend.bench.setup import Loaders
 from codefend.core.runs import Row, read_rows
 from codefend.types import CodefendError, Victim
 from evaluate_kit import SMALL, untimed

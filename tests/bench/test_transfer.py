@@ -16,12 +16,11 @@ from torch import Tensor
 
 import toys
 from codefend.bench import EvalConfig, TransferConfig, evaluate
-from codefend.bench.loaders import Loaders
 from codefend.bench.report import export_rows, print_summary, write_report
 from codefend.bench.report.plots import heat_map
 from codefend.bench.report.transfer import read_matrix
 from codefend.bench.results import CLEAN
-from codefend.bench.setup import open_bench
+from codefend.bench.setup import Loaders, open_bench
 from codefend.bench.transfer import pairs
 from codefend.core.checkpoints import load_checkpoint
 from codefend.core.runs import Row

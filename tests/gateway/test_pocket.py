@@ -18,7 +18,7 @@ import pytest
 from starlette.applications import Starlette
 from torch import Tensor
 
-from codefend.cli.showcase import Showcase
+from codefend.cli.showcase import BenchShowcase
 from codefend.core import images
 from codefend.gateway.app import create_app
 from codefend.gateway.config import model_name
@@ -44,8 +44,10 @@ EXPECTED = f"brightness {float(1 - image(1, shade=0.8).mean()):.2f} it seems"
 
 
 def pocket_app(victim: Any, **flags: Any) -> Starlette:
-    transport = pocket_transport(victim, showcase=Showcase())
-    return create_app(settings(upstream="pocket", **flags), purifier=Invert(), transport=transport, showcase=Showcase())
+    transport = pocket_transport(victim, showcase=BenchShowcase())
+    return create_app(
+        settings(upstream="pocket", **flags), purifier=Invert(), transport=transport, showcase=BenchShowcase()
+    )
 
 
 @asynccontextmanager
@@ -109,8 +111,8 @@ def test_the_model_goes_by_its_own_name(tmp_path: Path) -> None:
 
     async def work() -> tuple[Any, ...]:
         given = settings(upstream="smolvlm-pocket")
-        transport = pocket_transport(Painter(), name=given.upstream, showcase=Showcase())
-        app = create_app(given, purifier=Invert(), transport=transport, showcase=Showcase())
+        transport = pocket_transport(Painter(), name=given.upstream, showcase=BenchShowcase())
+        app = create_app(given, purifier=Invert(), transport=transport, showcase=BenchShowcase())
         async with gateway(None, app=app) as client:  # type: ignore[arg-type]
             info = (await client.get("/page/info")).json()
             models = (await client.get("/v1/models")).json()["data"]
@@ -218,7 +220,7 @@ def test_nobody_waits_for_an_abandoned_attack() -> None:
     steps: list[float] = []
     released = threading.Event()
 
-    class Endless(Showcase):
+    class Endless(BenchShowcase):
         def attack(self, victim: Any, image: Tensor, question: str, check: Any = lambda: None) -> dict[str, Any]:
             try:
                 for _ in range(3000):

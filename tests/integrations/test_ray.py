@@ -19,7 +19,7 @@ import torch
 import corpus_kit as kit
 import toys
 from codefend.bench import evaluate
-from codefend.bench.loaders import Loaders
+from codefend.bench.setup import Loaders
 from codefend.core import images
 from codefend.integrations.ray import BatchPurifier, RayOptions, on_ray, ray_pool
 from codefend.types import CodefendError, Victim

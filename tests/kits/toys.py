@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from codefend.bench.loaders import Loaders
+from codefend.bench.setup import Loaders
 from codefend.purifiers.base import Purifier
 from codefend.tasks.metrics import VQA_METRICS, all_tags, cider_d
 from codefend.types import CodefendError, Example, Task

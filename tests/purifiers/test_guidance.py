@@ -14,7 +14,7 @@ from torch import Tensor
 from codefend import encoders, purifiers
 from codefend.attacks.objectives import features_away
 from codefend.attacks.pgd import PGD
-from codefend.bench.adaptive import evasive_objective
+from codefend.bench.craft import evasive_objective
 from codefend.purifiers import grid, guidance
 from codefend.purifiers.base import Purifier
 from codefend.purifiers.guidance import Guidance

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from codefend.encoders import class_names
 from codefend.encoders.base import Classifier, Encoder
-from codefend.encoders.imagenet import class_names
 from codefend.types import CodefendError
 from codefend.victims import photographs
 from codefend.victims.photographs import NAME_TOKENS, TOKENS, PhotographTokens

@@ -2,20 +2,19 @@
 
 An attack has two optional hooks, which can be set after construction:
 ``on_step(step, losses[B])`` receives the objective at every iterate, ``on_gradient(step, norms[B], nonfinite[B])`` the
-l2 norm of the gradient and the number of its entries that were not finite. `trace.Trace` records both.
+l2 norm of the gradient and the number of its entries that were not finite. `Trace` records both.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Generator, Tensor
 
-from codefend.attacks.bounds import OwnBound
-from codefend.attacks.norms import choose, length
+from codefend.attacks.norms import OwnBound, choose, length
 from codefend.types import Budget, CodefendError, Objective
 
 OnStep = Callable[[int, Tensor], None]
@@ -71,7 +70,7 @@ class AttackBase:
 class ImageAttack(AttackBase, ABC):
     """An attack on the pixels; a subclass implements `perturb`.
 
-    Returns the images with the lowest objective, inside the budget (or the attack's own bound, `bounds.OwnBound`) and
+    Returns the images with the lowest objective, inside the budget (or the attack's own bound, `norms.OwnBound`) and
     inside [0, 1]. With ``eps`` 0 the images are returned unchanged, unless the attack has its own bound.
     """
 
@@ -180,3 +179,32 @@ class BestPrompts:
 
 def nan_to_inf(losses: Tensor) -> Tensor:
     return torch.where(losses.isnan(), torch.full_like(losses, torch.inf), losses)
+
+
+@dataclass
+class Trace:
+    """Loss curves and gradient statistics of one attack call, on the CPU. Call ``trace.attach(attack)`` first."""
+
+    losses: list[Tensor] = field(default_factory=list)  # per step [B]
+    gradient_norms: list[Tensor] = field(default_factory=list)  # per gradient step [B], l2
+    nonfinite: list[Tensor] = field(default_factory=list)  # per gradient step [B], entries replaced by zero
+
+    def attach(self, attack: object) -> bool:
+        """Record ``attack``; False when it has no hooks (`AttackBase`)."""
+        if not isinstance(attack, AttackBase):
+            return False
+        attack.on_step, attack.on_gradient = self.step, self.gradient
+        return True
+
+    def step(self, step: int, losses: Tensor) -> None:
+        self.losses.append(losses.detach().cpu())
+
+    def gradient(self, step: int, norms: Tensor, nonfinite: Tensor) -> None:
+        self.gradient_norms.append(norms.detach().cpu())
+        self.nonfinite.append(nonfinite.detach().cpu())
+
+    def zero_gradients(self) -> Tensor:
+        """Share of gradient steps with an exactly zero gradient, ``[B]``; nan when there were none."""
+        if not self.gradient_norms:
+            return torch.tensor(float("nan"))
+        return (torch.stack(self.gradient_norms) == 0).float().mean(0)

@@ -56,7 +56,7 @@ def attack(
     >>> victim.generate(images, ["Bright or dark?"]), victim.generate(adversarial, ["Bright or dark?"])
     (['bright'], ['dark'])
     """
-    from codefend.attacks.bounds import quantize_attacked
+    from codefend.attacks.norms import quantize_attacked
     from codefend.core.seeds import make_generator
 
     spec = lookup("attack", attack, ATTACKS)

@@ -27,7 +27,7 @@ Goal = Literal[
 ]
 # "white-box" attacks need gradients, "score" attacks the objective's value; a "control" has no adversary.
 Threat = Literal["white-box", "score", "control"]
-# "ball": Budget's norm and eps. Anything else is the attack's own limit, which no eps changes (`bounds.OwnBound`).
+# "ball": Budget's norm and eps. Anything else is the attack's own limit, which no eps changes (`norms.OwnBound`).
 Bound = Literal["ball", "flow", "colour", "patch", "none"]
 
 NEEDS_IMAGE: tuple[Goal, ...] = ("feature-target", "hidden-image")

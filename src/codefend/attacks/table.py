@@ -377,30 +377,23 @@ _OUTSIDE = (
     ("foolbox-mifgsm", "sign steps with momentum", "foolbox", "MomentumIterativeFastGradientMethod"),
     ("art-pgd", "projected gradient descent", "art", "PGD"),
     ("art-apgd", "auto-PGD", "art", "APGD"),
-    (
-        "art-autoattack",
-        "AutoAttack: auto-PGD on two losses, then Square, a third of the steps each",
-        "art",
-        "",
-    ),
+    ("art-autoattack", "AutoAttack: auto-PGD on two losses, then Square, a third of the steps each", "art", ""),
     ("torchattacks-pgd", "projected gradient descent", "torchattacks", "PGD"),
     ("torchattacks-eotpgd", "projected gradient descent over the defense's noise", "torchattacks", "EOTPGD"),
     ("torchattacks-apgd", "auto-PGD", "torchattacks", "APGD"),
 )
 _LIBRARIES = {"foolbox": "Foolbox", "art": "Adversarial Robustness Toolbox", "torchattacks": "torchattacks"}
 # By the code of other libraries, against the true answer: `contrib.outside`, extra "outside".
-OUTSIDE_ATTACKS: dict[str, AttackSpec] = _by_name(
-    *(
-        AttackSpec(
-            name,
-            f"by {_LIBRARIES[library]}: {summary}",
-            _LIBRARIES[library],
-            "white-box",
-            "codefend.contrib.outside:OutsideAttack",
-            options={"library": library, "algorithm": algorithm},
-        )
-        for name, summary, library, algorithm in _OUTSIDE
+OUTSIDE_ATTACKS: dict[str, AttackSpec] = {
+    name: AttackSpec(
+        name,
+        f"by {_LIBRARIES[library]}: {summary}",
+        _LIBRARIES[library],
+        "white-box",
+        "codefend.contrib.outside:OutsideAttack",
+        options={"library": library, "algorithm": algorithm},
     )
-)
+    for name, summary, library, algorithm in _OUTSIDE
+}
 
 EVERY_ATTACK: dict[str, AttackSpec | TextAttackSpec] = {**ATTACKS, **TEXT_ATTACKS, **OUTSIDE_ATTACKS}

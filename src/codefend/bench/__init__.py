@@ -1,11 +1,12 @@
 """The bench: the grid tasks x attacks x eps x threats x defenses, cell by cell, into the rows of a run folder.
 
-``config``: what to evaluate. ``setup`` loads it: ``tasks``, ``defenses``. ``grid``: the loop over the cells. ``craft``:
-attacked images, ``reuse``: those of another run. ``judge``: answers, scores and rows. ``transfer``: attacks from victim
-to victim, ``seeds``: one evaluation with several seeds. ``results``, ``sanity`` and ``report`` read the rows.
+``config``: what to evaluate. ``setup`` loads it; ``tasks``: examples and metrics. ``grid``: the loop over the cells.
+``judge``: the rows of one batch, from ``craft`` (attacked images of a cell, by ``attacking``) or ``reuse`` (those of
+another run) to answers and scores. ``cells``: names. ``transfer``: attacks from victim to victim, ``seeds``: one
+evaluation with several seeds. ``results``, ``sanity`` and ``report`` read the rows.
 
-For other evaluations and searches, the same parts without the grid: `loaders.Loaders` and `defenses.load_defense` load
-by name, `tasks.same_size_batches` batches examples, `attacking.AttackGoal` and `attacking.attack_batch` make attacked
+For other evaluations and searches, the same parts without the grid: `setup.Loaders` and `setup.load_defense` load by
+name, `tasks.same_size_batches` batches examples, `attacking.AttackGoal` and `attacking.attack_batch` make attacked
 images. This module imports no torch, so that presets can be listed quickly.
 """
 
@@ -25,8 +26,8 @@ from codefend.bench.config import (
 from codefend.types import CodefendError
 
 if TYPE_CHECKING:
-    from codefend.bench.loaders import Loaders
     from codefend.bench.parallel import StartPool
+    from codefend.bench.setup import Loaders
     from codefend.core.runs import Row
 
 __all__ = [
@@ -59,7 +60,7 @@ def evaluate(
 
     >>> import tempfile, torch
     >>> from codefend import EvalConfig, Example, Task, evaluate
-    >>> from codefend.bench.loaders import Loaders
+    >>> from codefend.bench.setup import Loaders
     >>> class Brightness:
     ...     name = "brightness"
     ...     def generate(self, images, prompts):

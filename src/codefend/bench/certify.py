@@ -12,16 +12,14 @@ from typing import Literal
 
 from codefend.bench.attacking import clean_images
 from codefend.bench.config import DefenseChoice
-from codefend.bench.defenses import load_defense
-from codefend.bench.fingerprints import check_unchanged, fingerprints
-from codefend.bench.loaders import Loaders
+from codefend.bench.setup import Loaders, check_unchanged, fingerprints, load_defense
 from codefend.bench.smoothing import Certificate, SmoothedVictim, certificates, check_draws, naming
 from codefend.bench.tasks import EvaluatedTask, check_task, stratified
 from codefend.core.progress import progress
 from codefend.core.runs import Row, Run, check_run, open_run
 from codefend.core.seeds import make_generator
 from codefend.core.specs import split_specs
-from codefend.tasks.answers import normalize_answer
+from codefend.tasks.metrics import normalize_answer
 from codefend.types import CodefendError, Example, Victim
 
 

@@ -17,9 +17,7 @@ from torch import Tensor
 
 from codefend.bench.attacking import clean_images
 from codefend.bench.config import DefenseChoice, check_radius
-from codefend.bench.defenses import load_defense
-from codefend.bench.fingerprints import check_unchanged, fingerprints
-from codefend.bench.loaders import Loaders
+from codefend.bench.setup import Loaders, check_unchanged, fingerprints, load_defense
 from codefend.bench.tasks import EvaluatedTask, check_task, same_size_batches, stratified
 from codefend.core import images
 from codefend.core.files import write_atomic

@@ -14,15 +14,24 @@ import torch
 from torch import Generator, Tensor
 
 from codefend.attacks import AttackSpec
-from codefend.bench.adaptive import attacked_defense, evasive_objective
-from codefend.bench.attacking import AttackGoal, attack_batch, clean_images, evaluate_objective, other_images
+from codefend.attacks.objectives import evading
+from codefend.bench.attacking import (
+    AttackGoal,
+    attack_batch,
+    attack_notes,
+    clean_images,
+    evaluate_objective,
+    other_images,
+    skipped_note,
+)
 from codefend.bench.cells import Cell, attacked_path, noise_names, source_cell
-from codefend.bench.notes import attack_notes, skipped_note
-from codefend.bench.setup import Bench
+from codefend.bench.config import AdaptiveOptions
+from codefend.bench.setup import Bench, EvaluatedDefense
 from codefend.core.checkpoints import load_checkpoint, save_checkpoint
+from codefend.core.devices import default_device
 from codefend.core.runs import Row
 from codefend.core.seeds import make_generator
-from codefend.defense import DefendedVictim, Defense
+from codefend.defense import DefendedVictim, Defense, StraightThrough
 from codefend.purifiers.base import Purifier, WrappedPurifier
 from codefend.types import CodefendError, Example, Objective, Victim
 
@@ -54,7 +63,7 @@ def craft(
 ) -> AttackedBatch:
     """The attacked images of one batch, from the run folder if they are there.
 
-    ``skip`` ``[B]`` bool: examples to leave clean, see `grid.already_broken`.
+    ``skip`` ``[B]`` bool: examples to leave clean, see `judge.already_broken`.
     """
     source = source_cell(bench.config, cell)
     path = attacked_path(folder, bench.config, source, batch)
@@ -157,3 +166,62 @@ def save_attacked(path: Path, attacked: AttackedBatch) -> AttackedBatch:
     levels = (attacked.images * 255).round().clamp(0, 255).to(torch.uint8)
     save_checkpoint(path, {"images": levels}, {"notes": attacked.notes})
     return AttackedBatch(levels.to(torch.float32) / 255, attacked.notes)
+
+
+# --- adaptive attacks -------------------------------------------------------------------------------------------------
+
+
+def attacked_defense(bench: Bench, evaluated: EvaluatedDefense, options: AdaptiveOptions) -> Defense:
+    """The defense as an attack with these options differentiates it."""
+    defense = evaluated.differentiable
+    if options.process:
+        defense = replace(defense, purifier=bench.shorter[evaluated.label, options.process])
+    if options.bpda and defense.purifier is not None and evaluated.gradient == "exact":
+        defense = replace(defense, purifier=StraightThrough(defense.purifier))
+    return defense
+
+
+def options_apply(bench: Bench, evaluated: EvaluatedDefense, options: AdaptiveOptions) -> bool:
+    """Whether the options change the attack on this defense."""
+    if evaluated.defense.purifier is None:
+        return options == AdaptiveOptions()
+    if options.process and (evaluated.label, options.process) not in bench.shorter:
+        return False
+    return not options.bpda or evaluated.gradient == "exact"
+
+
+def detection_score(purifier: Purifier, images: Tensor, purified: Tensor) -> Tensor:
+    """How suspicious ``purifier`` finds each image, ``[B]``, in units whose gradient doesn't fade.
+
+    The logit of a calibrated detector, else the root mean square of the removed part in 8-bit levels. ``purified`` is
+    `Purifier.transformed` of the images: before guidance and gate.
+    """
+    if purifier.detector is not None:
+        return purifier.detector.logit(images, purified)
+    return 255 * ((images - purified).square().flatten(1).mean(1) + 1e-12).sqrt()
+
+
+def transformed(purifier: Purifier, images: Tensor, generator: Generator | None) -> Tensor:
+    """`Purifier.transformed` on the default device, returned where the images lay."""
+    return purifier.transformed(images.to(default_device()), generator=generator).to(images.device)
+
+
+def evasive_objective(
+    objective: Objective, purifier: Purifier, clean: Tensor, weight: float, generator: Generator | None
+) -> Objective:
+    """``objective`` with a penalty on detection scores above the detector's threshold, else above the clean image's.
+
+    Each evaluation costs another purification. Carlini & Wagner 2017 (arXiv 1705.07263): attacks that aim at a detector
+    evade it.
+    """
+
+    def score(images: Tensor) -> Tensor:
+        purified = transformed(purifier, images, generator)
+        # An identity gradient of the purifier would cancel the residual's own: there would be nothing to descend.
+        return detection_score(purifier, images, purified.detach() if purifier.surrogate else purified)
+
+    if purifier.detector is not None:
+        return evading(objective, score, purifier.detector.limit, weight=weight)
+    with torch.no_grad():
+        limit = score(clean)
+    return evading(objective, score, limit, weight=weight)

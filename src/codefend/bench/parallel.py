@@ -13,10 +13,9 @@ from pathlib import Path
 
 from codefend.bench.cells import source_cell
 from codefend.bench.config import EvalConfig
-from codefend.bench.loaders import Loaders
+from codefend.bench.judge import CleanRows, Work, batch_rows, clean_key, is_complete
 from codefend.bench.results import CLEAN
-from codefend.bench.setup import Bench, open_bench
-from codefend.bench.work import CleanRows, Work, batch_rows, clean_key, is_complete
+from codefend.bench.setup import Bench, Loaders, open_bench
 from codefend.core.runs import Row, Run
 from codefend.types import CodefendError
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from codefend.bench.config import EvalConfig, SeedsConfig, check
 from codefend.bench.grid import run_grid
-from codefend.bench.loaders import Loaders
 from codefend.bench.results import CLEAN, Group, group_rows, score, worst_rows
+from codefend.bench.setup import Loaders
 from codefend.core.runs import Row, open_run
 from codefend.tasks.intervals import Interval, bootstrap_interval
 

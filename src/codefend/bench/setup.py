@@ -1,27 +1,93 @@
-"""Everything an evaluation works with, loaded and checked once: victims, tasks, defenses and attacks."""
+"""Everything an evaluation works with, loaded and checked once: victims, tasks, defenses and attacks.
+
+Defenses come with measurements of their randomness, gradient and cost. Fingerprints name the weights of a config: a
+folder that is still being trained, or was calibrated again, would mix rows of two networks in one figure.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Generator, Tensor
 
 from codefend.attacks import EVERY_ATTACK, NEEDS_SENTENCE, AttackSpec, TextAttackSpec
 from codefend.bench.attacking import clean_images
 from codefend.bench.config import AttackChoice, Case, DefenseChoice, EvalConfig, check
-from codefend.bench.defenses import EvaluatedDefense, evaluated_defense
-from codefend.bench.fingerprints import fingerprints
-from codefend.bench.loaders import Loaders
+from codefend.bench.results import BARE
 from codefend.bench.tasks import EvaluatedTask, check_task, stratified
+from codefend.core.assets import find_asset
 from codefend.core.devices import default_device
+from codefend.core.seeds import make_generator
+from codefend.defense import Defense, StraightThrough
 from codefend.prompts.policy import Policy, attach
+from codefend.purifiers import PURIFIERS
 from codefend.purifiers.base import Purifier
 from codefend.types import CodefendError, HasFeatures, Task, Victim, WhiteBox
 
 TEXT_ONLY = ("answer", "answer-target")  # goals that need nothing but answers
 FEATURES_ONLY = ("feature", "feature-target")  # goals that need no language-model loss
+FINGERPRINT_CHUNK = 1 << 20  # bytes; larger files are read at both ends only, which new weights change
+
+
+def _victim(name: str) -> Victim:
+    from codefend.victims import load
+
+    return load(name)
+
+
+def _task(name: str, split: str, limit: int | None, **options: Any) -> Task:
+    from codefend.tasks import load
+
+    return load(name, split=split, limit=limit, **options)
+
+
+def _purifier(name: str, **options: Any) -> Purifier:
+    from codefend.purifiers import load
+
+    return load(name, **options)
+
+
+def _policy(name: str) -> Callable[[str], str]:
+    from codefend.prompts import load_any
+
+    return load_any(name)
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """One function for each kind of object; the defaults look names up in the registries."""
+
+    victim: Callable[[str], Victim] = _victim
+    task: Callable[..., Task] = _task  # (name, split, limit, **options)
+    purifier: Callable[..., Purifier] = _purifier  # (name, **options)
+    policy: Callable[[str], Callable[[str], str]] = _policy  # name or file of a prompt policy
+
+
+@dataclass(frozen=True)
+class EvaluatedDefense:
+    """A defense with its measurements, made once per evaluation."""
+
+    label: str
+    defense: Defense
+    randomized: bool
+    gradient: str  # "exact", "straight-through" (BPDA), or "none needed" for the undefended victim
+    cost: dict[str, Any]
+
+    @property
+    def differentiable(self) -> Defense:
+        """The same function with a gradient, for white-box attacks: its own, or the identity's where it has none."""
+        purifier = self.defense.purifier
+        if purifier is None or self.gradient == "exact":
+            return self.defense
+        return replace(self.defense, purifier=StraightThrough(purifier))
 
 
 @dataclass(frozen=True)
@@ -157,3 +223,120 @@ def shortened(
             with suppress(CodefendError):  # its number is fixed, or a gate would be left without its detector
                 purifiers[label, evaluations] = purifier.replace(evaluations=evaluations)
     return purifiers
+
+
+# --- defenses --------------------------------------------------------------------------------------------------------
+
+
+def load_defense(label: str, loaders: Loaders) -> Defense:
+    """The defense ``label`` as a config spells it: a purifier with options, ``+prompt=POLICY``, or both.
+
+    Raises CodefendError for a malformed label, an unknown name or an option that it doesn't have.
+    """
+    choice = DefenseChoice.parse(label)
+    policy = loaders.policy(choice.prompt) if choice.prompt else None
+    purifier = None if choice.name == BARE else loaders.purifier(choice.name, **choice.options)
+    return Defense(purifier, policy, label, choice.votes)
+
+
+def evaluated_defense(label: str, loaders: Loaders, image: Tensor, seed: int = 0) -> EvaluatedDefense:
+    """Load a defense and measure on ``image`` ``[1, 3, H, W]`` whether it is random and differentiable, and its cost.
+
+    What a purifier declares (``stochastic``, ``differentiable``) counts only where it makes the attack stronger.
+    """
+    defense = load_defense(label, loaders)
+    purifier = defense.purifier
+    if purifier is None:
+        gradient = "exact" if defense.policy else "none needed"
+        return EvaluatedDefense(label, defense, False, gradient, _cost(None, image, seed))
+    randomized = purifier.stochastic or is_random(purifier, image, seed)
+    exact = purifier.differentiable and has_gradient(purifier, image, seed)
+    gradient = "exact" if exact else "straight-through"
+    cost = _cost(purifier, image, seed)
+    for column in ("ms_per_image", "multiply_adds", "evaluations"):
+        cost[column] *= defense.votes
+    return EvaluatedDefense(label, defense, randomized, gradient, cost)
+
+
+def is_random(purifier: Purifier, image: Tensor, seed: int) -> bool:
+    """Whether two draws of noise give two images."""
+    with torch.no_grad():
+        first, second = (purifier(image, generator=make_generator(seed, "probe", i)) for i in range(2))
+    return not torch.equal(first, second)
+
+
+def has_gradient(purifier: Purifier, image: Tensor, seed: int) -> bool:
+    """Whether a gradient reaches the input that isn't zero everywhere (rounding has one that is)."""
+    image = image.clone().requires_grad_(True)
+    with torch.enable_grad():
+        purified = purifier(image, generator=make_generator(seed, "probe"))
+        if not purified.requires_grad:
+            return False
+        weights = torch.rand(purified.shape, generator=make_generator(seed, "weights")).to(purified)
+        (gradient,) = torch.autograd.grad((purified * weights).sum(), image, allow_unused=True)
+    return gradient is not None and bool((gradient != 0).any())
+
+
+def _cost(purifier: Purifier | None, image: Tensor, seed: int) -> dict[str, Any]:
+    """Milliseconds (median of three after a warm-up) and multiply-adds for one image."""
+    size = [int(image.shape[2]), int(image.shape[3])]
+    if purifier is None:
+        return {"ms_per_image": 0.0, "multiply_adds": 0, "evaluations": 0, "size": size}
+    generator = make_generator(seed, "cost")
+    with torch.no_grad():
+        purifier(image, generator=generator)
+        times = [_seconds(purifier, image, generator) for _ in range(3)]
+    return {
+        "ms_per_image": sorted(times)[1] * 1000,
+        "multiply_adds": purifier.multiply_adds(*size),
+        "evaluations": purifier.evaluations,
+        "size": size,
+        "threshold": None if purifier.detector is None else purifier.detector.limit,  # of `craft.detection_score`
+    }
+
+
+def _seconds(purifier: Purifier, image: Tensor, generator: Generator) -> float:
+    start = time.perf_counter()
+    purifier(image, generator=generator).cpu()  # waits for a GPU
+    return time.perf_counter() - start
+
+
+# --- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def fingerprints(names: Iterable[str]) -> dict[str, str]:
+    """The fingerprint of each purifier or victim, as a config spells it, whose weights are in a local folder."""
+    folders = {name: _folder(name) for name in names}
+    return {name: _fingerprint(folder) for name, folder in folders.items() if folder is not None}
+
+
+def check_unchanged(run_dir: Path, before: Mapping[str, str], now: Mapping[str, str], *, what: str = "weights") -> None:
+    """Raise CodefendError naming the first of ``now`` whose fingerprint differs from the run's."""
+    changed = [name for name, key in now.items() if before.get(name, key) != key]
+    if changed:
+        raise CodefendError(f"the {what} of {changed[0]!r} changed since {run_dir} began; use another folder")
+
+
+def _folder(name: str) -> Path | None:
+    """Where the weights of ``FOLDER``, ``FOLDER:options``, ``hf:FOLDER`` or a shipped name lie; None for others."""
+    while name:
+        for text in filter(None, (name, name.partition(":")[2])):
+            places = find_asset(f"weights/{text}"), None if text in PURIFIERS else Path(text)  # as `load` does
+            for place in filter(None, places):
+                if place.is_dir():
+                    return place
+        name = name.rpartition(":")[0]
+    return None
+
+
+def _fingerprint(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        with path.open("rb") as stream:
+            digest.update(stream.read(FINGERPRINT_CHUNK))
+            if size > FINGERPRINT_CHUNK:
+                stream.seek(-FINGERPRINT_CHUNK, 2)
+                digest.update(stream.read(FINGERPRINT_CHUNK))
+    return digest.hexdigest()[:16]

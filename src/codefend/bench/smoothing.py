@@ -29,8 +29,7 @@ from codefend.core.devices import default_device
 from codefend.defense import Defense
 from codefend.prompts.policy import attach
 from codefend.purifiers.diffusion import noise_like
-from codefend.tasks.answers import normalize_answer
-from codefend.tasks.metrics import holds_phrase
+from codefend.tasks.metrics import holds_phrase, normalize_answer
 from codefend.types import AnswersGreedily, CodefendError, Victim
 
 Statement = Callable[[str], str]  # what an answer says: one class of finitely or countably many

@@ -14,7 +14,7 @@ from pathlib import Path
 from codefend.bench.cells import slug
 from codefend.bench.config import EvalConfig, TransferConfig, check
 from codefend.bench.grid import run_grid
-from codefend.bench.loaders import Loaders
+from codefend.bench.setup import Loaders
 from codefend.core.runs import Row, open_run
 from codefend.types import CodefendError
 

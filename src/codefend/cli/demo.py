@@ -16,7 +16,7 @@ from codefend.types import CodefendError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from codefend.bench.loaders import Loaders
+    from codefend.bench.setup import Loaders
 
 # Sized for two slow cores, where one white-box gradient of the pocket costs 0.3 s an image: 192 of them.
 DEMO = EvalConfig(

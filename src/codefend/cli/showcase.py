@@ -21,7 +21,7 @@ MAX_PIXELS = 1_000_000  # of an image to attack: its gradient is as large
 SAMPLES = 24
 
 
-class Showcase:
+class BenchShowcase:
     """`codefend.gateway.pocket.Showcase` with the tasks and attacks of the bench."""
 
     def sample(self, number: int, *, photographs: bool) -> dict[str, Any]:
@@ -68,6 +68,6 @@ class Showcase:
         }
 
 
-def showcase() -> Showcase:
+def showcase() -> BenchShowcase:
     """Make the showcase; tasks and attacks are imported with this module."""
-    return Showcase()
+    return BenchShowcase()

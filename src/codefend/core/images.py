@@ -265,8 +265,7 @@ def _shrink_tensor(values: Tensor, max_side: int) -> Tensor:
 def _eight_bits(image: Image.Image, max_side: int) -> tuple[Tensor, Tensor | None]:
     transparent = image.has_transparency_data
     mode = "RGBA" if transparent else "RGB"
-    if image.mode != mode:
-        image = image.convert(mode)
+    image = image if image.mode == mode else image.convert(mode)
     size = _shrunk_size(image.width, image.height, max_side)
     if size is not None:
         image = image.resize(size, Image.Resampling.BOX)  # weights colours by their alpha

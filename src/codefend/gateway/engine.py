@@ -17,7 +17,7 @@ from codefend.gateway.lane import Lane, digest_of
 from codefend.gateway.limits import check_count, inspect, payload
 from codefend.gateway.options import Limits, Mode, OnError
 from codefend.gateway.pages import PageRenderer
-from codefend.gateway.rewrite import EncodedImage, Policy, rebuild, splice
+from codefend.gateway.rewrite import EncodedImage, PromptWrapper, rebuild, splice
 from codefend.gateway.shapes import Inspection, Slot, Survey, survey
 from codefend.gateway.suspicion import spell
 from codefend.gateway.wire import check_simple, dump, parse
@@ -116,7 +116,7 @@ class Engine:
     lane: Lane | None = None
     limits: Limits = field(default_factory=Limits)
     terms: Terms = field(default_factory=Terms)
-    policy: Policy | None = None
+    policy: PromptWrapper | None = None
     everywhere: bool = False
     on_error: OnError = "block"
     fallback: Runner | None = None

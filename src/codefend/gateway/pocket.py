@@ -81,7 +81,7 @@ class _Abandoned(Exception):
     """Nobody waits for the attack any more."""
 
 
-class _Server:
+class _PocketServer:
     """One question at a time, off the event loop; attacks in a thread of their own."""
 
     def __init__(self, victim: Victim, showcase: Showcase | None, model: str) -> None:
@@ -196,7 +196,7 @@ def create_pocket(victim: Victim, showcase: Showcase | None = None, *, model: st
 
     ``/v1/demo/*`` is the page's: no request of a client reaches it.
     """
-    server = _Server(victim, showcase, model)
+    server = _PocketServer(victim, showcase, model)
     card = {"id": model, "object": "model", "created": 0, "owned_by": "codefend"}
 
     async def models(request: Request) -> Response:

@@ -21,7 +21,7 @@ class EncodedImage:
     data: str
 
 
-class Policy(Protocol):
+class PromptWrapper(Protocol):
     """The part of ``codefend.prompts.PromptPolicy`` that is needed here."""
 
     @property
@@ -33,7 +33,7 @@ class Policy(Protocol):
 class _Noted:
     """A policy, or none, with a note behind the text."""
 
-    policy: Policy | None
+    policy: PromptWrapper | None
     note: str
 
     def around(self, prompt: str) -> tuple[str, str]:
@@ -46,7 +46,7 @@ def rebuild(
     slots: Survey,
     images: Sequence[EncodedImage],
     *,
-    policy: Policy | None = None,
+    policy: PromptWrapper | None = None,
     everywhere: bool = False,
     notes: Sequence[str] = (),
 ) -> Any:

@@ -2,12 +2,13 @@
 
 Captions: ``cider_d`` (headline), ``bleu4``, ``rouge_l``. Questions: ``vqa_accuracy`` (headline), ``exact_match``.
 Scenes: ``tag_recall``, ``all_tags``, ``exact_tags``. Attacks: ``untargeted_success``, ``targeted_success`` (higher is
-better for the attacker; their nan are the examples outside the denominator).
+better for the attacker; their nan are the examples outside the denominator). Images: ``psnr``.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codefend.tasks.answers import normalize_answer
 from codefend.tasks.cider import DocumentFrequencies, caption_tokens, cider_d, document_frequencies
 from codefend.tasks.intervals import Interval, MeanScore, bootstrap_interval, mean_score, paired_difference_interval
 from codefend.types import CodefendError, Example, Metric
@@ -42,12 +42,34 @@ __all__ = [
     "mean_score",
     "normalize_answer",
     "paired_difference_interval",
+    "psnr",
     "rouge_l",
     "tag_recall",
     "targeted_success",
     "untargeted_success",
     "vqa_accuracy",
 ]
+
+_COUNTING = "zero one two three four five six seven eight nine ten"
+_NUMBERS = {"none": "0"} | {word: str(value) for value, word in enumerate(_COUNTING.split())}
+_ARTICLES = frozenset({"a", "an", "the"})
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_DIGIT_COMMA = re.compile(r"\d,\d")
+_PERIOD = re.compile(r"\.(?!\d)")
+
+# The words whose apostrophe the challenge restores; "let's", "she's" and "I'm" are in its list too, without effect.
+_CONTRACTED = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
+how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
+oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's
+they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
+where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
+y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+"""
+_APOSTROPHES = {
+    word[:i] + word[i + 1 :]: word for word in _CONTRACTED.split() for i, letter in enumerate(word) if letter == "'"
+}
 
 
 def bleu4(answers: Sequence[str], examples: Sequence[Example]) -> Tensor:
@@ -265,3 +287,36 @@ def holds_phrase(text: str, phrase: str) -> bool:
 CAPTION_METRICS: dict[str, Metric] = {"cider_d": cider_d, "bleu4": bleu4, "rouge_l": rouge_l}
 VQA_METRICS: dict[str, Metric] = {"vqa_accuracy": vqa_accuracy, "exact_match": exact_match}
 METRICS: dict[str, Metric] = {**CAPTION_METRICS, **VQA_METRICS, "tag_recall": tag_recall, "all_tags": all_tags}
+
+
+def normalize_answer(text: str) -> str:
+    """Normalize an answer by the rules of the VQA challenge (Antol et al. 2015; Goyal et al. 2017).
+
+    Lower case, no punctuation, no articles, number words as digits ("none" is 0), apostrophes restored.
+
+    Punctuation becomes nothing where it touches a space anywhere in the answer, or when digits hold a comma
+    ("1,000"), and a space elsewhere ("t-shirt" -> "t shirt"); a period stays only before a digit.
+    Source: the evaluation script of visualqa.org.
+    """
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    grouped = _DIGIT_COMMA.search(text) is not None
+    plain = text
+    for mark in _PUNCTUATION:
+        touches_space = mark + " " in text or " " + mark in text
+        plain = plain.replace(mark, "" if grouped or touches_space else " ")
+    words = (_NUMBERS.get(word, word) for word in _PERIOD.sub("", plain).lower().split())
+    return " ".join(_APOSTROPHES.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, ``[B,C,H,W]`` in [0, 1] -> ``[B]``; inf where the images are equal.
+
+    Own code: torchmetrics takes seconds to import and brings lightning-utilities. Raises ValueError when shapes differ.
+    """
+    _check(a, b)
+    return -10 * (a - b).square().mean(dim=(1, 2, 3)).log10()
+
+
+def _check(a: Tensor, b: Tensor) -> None:
+    if a.ndim != 4 or a.shape != b.shape:
+        raise ValueError(f"expected two batches [B,C,H,W] of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from codefend import encoders
+from codefend.encoders import CLASS_SIDE, SURE, class_names
 from codefend.encoders.base import Classifier
-from codefend.encoders.imagenet import CLASS_SIDE, SURE, class_names
 from codefend.encoders.views import fit_square
 from codefend.tasks.language import CAPTION_PROMPT
 from codefend.tasks.metrics import exact_match, holds_phrase

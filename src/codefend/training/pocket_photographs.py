@@ -22,7 +22,7 @@ from codefend.core import images as files
 from codefend.core.assets import asset
 from codefend.core.checkpoints import save_checkpoint
 from codefend.core.files import write_atomic
-from codefend.encoders.imagenet import SURE, class_names
+from codefend.encoders import SURE, class_names
 from codefend.encoders.views import SIDE, fit_square
 from codefend.tasks.language import BRIEF, CAPTION_PROMPTS, PREFIXES
 from codefend.tasks.natural_images import NaturalConfig, NaturalImages

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from codefend.encoders import CLASS_SIDE, SURE, class_names
 from codefend.encoders.base import Classifier, Encoder
-from codefend.encoders.imagenet import CLASS_SIDE, SURE, class_names
 from codefend.encoders.views import fit_square
 from codefend.types import CodefendError
 

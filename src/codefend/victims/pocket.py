@@ -94,7 +94,7 @@ class Pocket(nn.Module):
         return self._tokens(images).to(images.device)
 
     def _tokens(self, images: Tensor) -> Tensor:
-        tokens: Tensor = self.encoder(fit_square(images.to(self.device)))
+        tokens: Tensor = self.encoder.features(fit_square(images.to(self.device)))
         return tokens
 
     def _vision(self, images: Tensor) -> Tensor:

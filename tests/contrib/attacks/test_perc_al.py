@@ -9,7 +9,7 @@ from attacks_kit import (
     sample_images,
     seeded,
 )
-from codefend.attacks.bounds import excess, quantize_attacked
+from codefend.attacks.norms import excess, quantize_attacked
 from codefend.contrib.attacks.perc_al import PerCAL, colour_distance, shrink
 from codefend.types import Budget
 

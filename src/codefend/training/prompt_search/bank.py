@@ -19,8 +19,7 @@ from torch import Tensor
 from codefend.attacks import EVERY_ATTACK, AttackSpec, TextAttackSpec
 from codefend.bench.attacking import AttackGoal, attack_batch, clean_images, other_images
 from codefend.bench.config import check_radius
-from codefend.bench.defenses import load_defense
-from codefend.bench.loaders import Loaders
+from codefend.bench.setup import Loaders, load_defense
 from codefend.bench.tasks import same_size_batches
 from codefend.core.checkpoints import load_checkpoint, save_checkpoint
 from codefend.core.images import quantize8

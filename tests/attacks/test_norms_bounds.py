@@ -8,7 +8,7 @@ import torch
 from attacks_kit import (
     sample_images,
 )
-from codefend.attacks.bounds import excess
+from codefend.attacks.norms import excess
 from codefend.attacks.pgd import PGD
 from codefend.types import Budget
 

@@ -12,8 +12,8 @@ from torch import Generator, Tensor
 
 from codefend import attacks
 from codefend.attacks import AttackSpec
-from codefend.attacks.trace import Trace
-from codefend.bench.notes import curves, gradients
+from codefend.attacks.base import Trace
+from codefend.bench.attacking import curves, gradients
 from codefend.types import Budget, Objective
 from evaluate_kit import SMALL, run
 

@@ -10,7 +10,7 @@ import pytest
 
 import toys
 from codefend.bench import evaluate
-from codefend.bench.fingerprints import CHUNK, fingerprints
+from codefend.bench.setup import FINGERPRINT_CHUNK, fingerprints
 from codefend.types import CodefendError
 from evaluate_kit import SMALL
 
@@ -33,9 +33,9 @@ def test_a_fingerprint_is_that_of_the_contents(tmp_path: Path) -> None:
     assert fingerprints([str(twin)])[str(twin)] != first
 
 
-@pytest.mark.parametrize("place", [0, CHUNK * 3 - 1])
+@pytest.mark.parametrize("place", [0, FINGERPRINT_CHUNK * 3 - 1])
 def test_both_ends_of_a_large_file_count(tmp_path: Path, place: int) -> None:
-    content = bytearray(CHUNK * 3)
+    content = bytearray(FINGERPRINT_CHUNK * 3)
     before = fingerprints([str(weights(tmp_path / "w", bytes(content)))])
     content[place] = 1
     assert fingerprints([str(weights(tmp_path / "w", bytes(content)))]) != before

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from codefend.attacks.trace import Trace
+from codefend.attacks.base import Trace
 
 
 def test_trace_needs_the_hooks() -> None:

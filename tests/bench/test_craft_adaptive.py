@@ -142,7 +142,7 @@ def test_malformed_adaptive_options_are_named(tmp_path: Path) -> None:
 
 
 def test_detector_of_the_weights_sets_the_limit() -> None:
-    from codefend.bench.adaptive import detection_score, evasive_objective
+    from codefend.bench.craft import detection_score, evasive_objective
 
     class Judged(PlainPurifier):
         class detector:
@@ -163,7 +163,7 @@ def test_detector_of_the_weights_sets_the_limit() -> None:
 
 
 def test_evasion_has_a_gradient_where_the_purifier_has_none() -> None:
-    from codefend.bench.adaptive import evasive_objective
+    from codefend.bench.craft import evasive_objective
 
     images = torch.full((2, 3, 4, 4), 0.498).requires_grad_()
     wrapped = StraightThrough(StraightThrough(toys.Rounded()))

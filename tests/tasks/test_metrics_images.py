@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from codefend.tasks.image_metrics import psnr
+from codefend.tasks.metrics import psnr
 
 
 def random_images(*shape: int, seed: int = 0) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 import toys
-from codefend.bench.defenses import evaluated_defense
+from codefend.bench.setup import evaluated_defense
 from codefend.prompts import PromptPolicy
 from codefend.types import WhiteBox
 
