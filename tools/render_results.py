@@ -7,8 +7,8 @@ Two markers: a block ``<!-- results: NAME -->`` ... ``<!-- /results -->`` holds 
 and questions under the adaptive attack in two stages), and ``<!--=ID-->.90<!--/-->`` holds one figure. In a template,
 ``{ID}`` is a figure and ``{PREFIX/*}`` those of captions and questions; ``{?ID}`` is a dash where there is no such
 figure, and a row of dashes is left out; ``{adaptive DEFENSE/EPS}`` is captions / questions under that attack, and n.
-``|%`` and ``|%1`` print percent with no or one decimal, ``|n`` the number of examples, ``|ci`` the 95% interval, as
-published or Wilson's.
+``|%`` and ``|%1`` print percent with no or one decimal, ``|2`` a number with two decimals, ``|e`` with an exponent,
+``|n`` the number of examples, ``|ci`` the 95% interval, as published or Wilson's.
 """
 
 from __future__ import annotations
@@ -170,6 +170,10 @@ def show(figure: Figure, style: str = "") -> str:
         return f"{show(figure)} [{low}, {high}]"
     if style.startswith("%"):
         return f"{100 * figure.value:.{style[1:] or 0}f}%"
+    if style.isdigit():
+        return strip_zero(f"{figure.value:.{style}f}")
+    if style == "e":
+        return f"{figure.value:.1e}".replace("e-0", "e-") if figure.value else "0"
     if figure.unit == "dB":
         return f"{figure.value:.1f}"
     if figure.unit == "ms":
