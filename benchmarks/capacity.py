@@ -147,12 +147,15 @@ async def check(images: int, load: float, side: int, sleep_s: float) -> None:
         return files.encode(torch.rand(3, side, side, generator=torch.Generator().manual_seed(seed)))
 
     payloads = [image(seed) for seed in range(images)]
-    alone = []
+    alone, served = list[float](), list[float]()
+    engine.lane.on_batch = lambda count, seconds: served.append(seconds)  # batches of one image, in order
     for index in range(12):
         start = time.perf_counter()
         await engine.purify_file(image(10_000 + index), Terms(), Caller())
         alone.append(time.perf_counter() - start)
-    service = statistics.mean(alone[2:])
+    service = statistics.mean(served[2:])
+    outside = statistics.mean(alone[2:]) - service  # the worker is free for the next image meanwhile
+    del served[:]
     chance, tasks, loop = random.Random(0), [], asyncio.get_running_loop()
     arrivals: list[float] = []
 
@@ -167,13 +170,28 @@ async def check(images: int, load: float, side: int, sleep_s: float) -> None:
         await asyncio.sleep(chance.expovariate(load / service))
     real = Outcome(times=list(await asyncio.gather(*tasks)))
     await engine.lane.close()
-    free, model = 0.0, Outcome()
-    for arrival in arrivals:  # the same arrivals in the queue of the simulation
-        free = max(arrival, free) + service
-        model.times.append(free - arrival)
-    print(f"service {service:.3f} s")
-    for label, outcome in (("gateway", real), ("model", model)):
+    print(f"alone: worker {service:.3f} s, outside {outside:.3f} s")
+    print(f"worker under load: mean {statistics.mean(served):.3f} s, p95 {_p95(served):.3f} s")
+    outcomes = {
+        "gateway": real,
+        "model, one time for all images": _queue(arrivals, [service] * images, outside),
+        "model, each image's own time": _queue(arrivals, served, outside),
+    }
+    for label, outcome in outcomes.items():
         print(f"{label}: p50 {outcome.quantile(0.5):.3f} s, p95 {outcome.quantile(0.95):.3f} s")
+
+
+def _p95(times: list[float]) -> float:
+    return Outcome(times=times).quantile(0.95)
+
+
+def _queue(arrivals: list[float], services: list[float], outside: float) -> Outcome:
+    """The queue of the simulation, with one worker, these arrivals and these times in the worker and outside it."""
+    free, outcome = 0.0, Outcome()
+    for arrival, service in zip(arrivals, services, strict=True):
+        free = max(arrival, free) + service
+        outcome.times.append(free - arrival + outside)
+    return outcome
 
 
 def cost(core_hour: float, gpu_hour: float, gpu_tflops: float) -> None:

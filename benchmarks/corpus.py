@@ -1,6 +1,6 @@
 """A corpus through `codefend purify`: what reading, writing and the manifest cost next to the purifier, and memory.
 
-python benchmarks/corpus.py cost --images 60 --side 256 --purifier bridge
+python benchmarks/corpus.py cost --images 40 --side 256 --purifier bridge
 python benchmarks/corpus.py memory --images 500 2500 --side 64 --purifier bitdepth
 python benchmarks/corpus.py ray --images 200 --side 256 --purifier bridge
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import resource
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -36,7 +37,12 @@ def astronaut() -> torch.Tensor:
 
 
 def photograph(number: int, side: int) -> bytes:
-    """A JPEG cut from scikit-image's astronaut, another one for each number."""
+    """A JPEG cut from scikit-image's astronaut; there are 200 of them."""
+    return _cut(number % 200, side)
+
+
+@cache
+def _cut(number: int, side: int) -> bytes:
     pixels = astronaut()
     top, left = (number * 37) % 200, (number * 53) % 200
     part = F.interpolate(pixels[None, :, top : top + 300, left : left + 300], (side, side), mode="area")[0]
@@ -77,22 +83,33 @@ def purify(source: Path, sink: Path, purifier: str) -> float:
 
 
 def cost(arguments: argparse.Namespace) -> None:
+    """Medians of interleaved rounds. The purifier is loaded before: once for a corpus, whatever its size."""
     count, side = arguments.images[0], arguments.side
     purifier = load_purifier(arguments.purifier)
     pixels = [images.load(photograph(number, side)).pixels[None] for number in range(count)]
-    with torch.no_grad():
-        purifier(pixels[0])
+
+    def purify_alone() -> float:
         start = time.process_time()
-        for image in pixels:
-            purifier.judge(image, purifier(image))
-    alone = time.process_time() - start
-    print(f"purifier alone: {alone / count * 1000:.1f} ms an image")
+        with torch.no_grad():
+            for image in pixels:
+                purifier.judge(image, purifier(image))
+        return time.process_time() - start
+
     with tempfile.TemporaryDirectory() as folder:
+        seconds: dict[str, list[float]] = {"purifier alone": [], **{ending: [] for ending in WRITERS}}
         for ending, write in WRITERS.items():
-            source = Path(folder) / f"x.{ending}"
-            write(source, range(count), side)
-            seconds = purify(source, Path(folder) / ending, arguments.purifier)
-            print(f"{ending}: {seconds / count * 1000:.1f} ms an image, {seconds / alone - 1:+.1%}", flush=True)
+            write(Path(folder) / f"x.{ending}", range(count), side)
+            write(Path(folder) / f"first.{ending}", range(2), side)
+            purify(Path(folder) / f"first.{ending}", Path(folder) / "first" / ending, arguments.purifier)
+        for number in range(arguments.rounds):
+            seconds["purifier alone"].append(purify_alone())
+            for ending in WRITERS:
+                sink = Path(folder) / f"{ending}{number}"
+                seconds[ending].append(purify(Path(folder) / f"x.{ending}", sink, arguments.purifier))
+    alone = statistics.median(seconds["purifier alone"])
+    for label, times in seconds.items():
+        middle, span = statistics.median(times), [f"{value / count * 1000:.2f}" for value in (min(times), max(times))]
+        print(f"{label}: {middle / count * 1000:.2f} ms an image [{', '.join(span)}], {middle / alone - 1:+.1%}")
 
 
 def memory(arguments: argparse.Namespace) -> None:
@@ -145,6 +162,7 @@ def main() -> None:
     parser.add_argument("verb", choices=["cost", "memory", "ray"])
     parser.add_argument("--images", type=int, nargs="+", required=True)
     parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3, help="of cost")
     parser.add_argument("--purifier", default="bridge")
     arguments = parser.parse_args()
     {"cost": cost, "memory": memory, "ray": on_ray}[arguments.verb](arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,14 +28,6 @@ from evaluate_kit import SMALL, untimed
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_cluster_writes_the_same_bytes(tmp_path: Path) -> None:
     corpus = kit.write_all(tmp_path / "in")
@@ -46,7 +38,6 @@ def test_a_cluster_writes_the_same_bytes(tmp_path: Path) -> None:
     assert kit.contents(tmp_path / "two") == kit.contents(tmp_path / "one")
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_pipeline_of_your_own_purifies_the_same(tmp_path: Path) -> None:
     kit.run(kit.write_table(tmp_path / "in" / "x.parquet"), tmp_path / "out", "bridge:sigma=0.1")
@@ -62,7 +53,6 @@ def test_a_pipeline_of_your_own_purifies_the_same(tmp_path: Path) -> None:
     assert [list(row["tags"]) for row in rows] == [["x", "y"]] * 6
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(tmp_path: Path) -> None:
     corpus = kit.write_all(tmp_path / "in", 200)
@@ -116,7 +106,6 @@ def toy_victim(name: str) -> Victim:
     return toys.ToyVictim()
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_an_evaluation_on_a_cluster_has_the_rows_of_one_process(tmp_path: Path) -> None:
     loaders = Loaders(victim=toy_victim, task=toys.task, purifier=toys.purifier)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +62,49 @@ def test_pairs_then_bridge(bare_pocket: Pocket, tmp_path: Path, monkeypatch: pyt
         for row in read_rows(tmp_path / "bridge")
         for term in ("bridge", "features", "words", "direction")
     )
+
+
+def fork_pool(workers: int, start: Callable[..., None], *arguments: object) -> ProcessPoolExecutor:
+    """Processes that inherit what a test has replaced."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start, arguments)
+
+
+@pytest.mark.weights
+def test_two_processes_make_the_bank_of_one(
+    bare_pocket: Pocket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from codefend import victims
+
+    monkeypatch.setattr(victims, "load", lambda name: bare_pocket)
+    kinds = ("features", "words")
+    config = pairs.PairsConfig(encoders=("lite0",), count=8, kinds=kinds, steps=1, shard=4)
+    whole = contents(pairs.make_pairs(config, tmp_path / "one"))
+    assert contents(pairs.make_pairs(config, tmp_path / "two", workers=2, pool=fork_pool)) == whole
+    rows = tmp_path / "two" / "rows.jsonl"
+    rows.write_bytes(b"".join(rows.read_bytes().splitlines(keepends=True)[:1]))  # as after a kill
+    assert contents(pairs.make_pairs(config, tmp_path / "two", workers=2, pool=fork_pool)) == whole
+
+
+def contents(bank: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in bank.iterdir() if path.name.startswith(("rows", "pairs"))}
+
+
+def kill_oneself(config: pairs.PairsConfig) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.weights
+def test_a_killed_process_ends_the_command_in_one_line(
+    bare_pocket: Pocket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from codefend import victims
+
+    monkeypatch.setattr(victims, "load", lambda name: bare_pocket)
+    monkeypatch.setattr(pairs, "_start", kill_oneself)
+    config = pairs.PairsConfig(encoders=("lite0",), count=12, kinds=("features",), shard=4)
+    with pytest.raises(CodefendError, match="a worker process was killed"):
+        pairs.make_pairs(config, tmp_path, workers=2, pool=fork_pool)
+    assert not read_rows(tmp_path)
 
 
 def test_banks_of_different_seeds_share_no_scene() -> None:

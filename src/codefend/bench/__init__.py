@@ -26,8 +26,8 @@ from codefend.bench.config import (
 from codefend.types import CodefendError
 
 if TYPE_CHECKING:
-    from codefend.bench.parallel import StartPool
     from codefend.bench.setup import Loaders
+    from codefend.core.processes import StartPool
     from codefend.core.runs import Row
 
 __all__ = [

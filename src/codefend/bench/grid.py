@@ -10,11 +10,11 @@ from codefend.bench.cells import Cell
 from codefend.bench.config import AdaptiveOptions, AttackChoice, EvalConfig, check
 from codefend.bench.craft import options_apply
 from codefend.bench.judge import CleanRows, clean_key, fill
-from codefend.bench.parallel import ParallelGrid, StartPool
+from codefend.bench.parallel import ParallelGrid
 from codefend.bench.results import BARE, CLEAN
 from codefend.bench.reuse import check_donor
 from codefend.bench.setup import Bench, Loaders, check_unchanged, open_bench
-from codefend.core.processes import worker_pool
+from codefend.core.processes import StartPool, worker_pool
 from codefend.core.progress import progress
 from codefend.core.runs import Row, Run, check_run, open_run
 

@@ -7,7 +7,7 @@ time; the defenses that are judged on it wait for that one and read its file.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,10 +16,10 @@ from codefend.bench.config import EvalConfig
 from codefend.bench.judge import CleanRows, Work, batch_rows, clean_key, is_complete
 from codefend.bench.results import CLEAN
 from codefend.bench.setup import Bench, Loaders, open_bench
+from codefend.core.processes import KILLED, StartPool
 from codefend.core.runs import Row, Run
 from codefend.types import CodefendError
 
-StartPool = Callable[..., Executor]  # workers, a function that starts each of them, its arguments
 _bench: list[Bench] = []  # of this process
 
 
@@ -65,9 +65,7 @@ class ParallelGrid:
                     self.advance(sum(self.run.append(row) for row in rows), f"{cell.defense} {cell.attack}")
                     appended += 1
         except BrokenExecutor as error:
-            raise CodefendError(
-                "a worker process was killed, perhaps for lack of memory; use fewer --workers and rerun to resume"
-            ) from error
+            raise CodefendError(KILLED) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

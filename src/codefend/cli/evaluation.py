@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -19,14 +19,12 @@ from codefend.cli.options import (
     Settings,
     WorkerCpus,
     WorkerGpus,
-    check_engine,
+    Workers,
+    choose_pool,
     preset_config,
     print_config,
 )
 from codefend.types import CodefendError
-
-if TYPE_CHECKING:
-    from codefend.bench.parallel import StartPool
 
 app = typer.Typer()
 
@@ -43,9 +41,7 @@ def eval_(
         float | None,
         typer.Option("--max-asr", min=0, max=1, help="Exit with 1 when an attack success rate is above this."),
     ] = None,
-    workers: Annotated[
-        int, typer.Option("--workers", min=1, help="Processes, each with models of its own; the rows are the same.")
-    ] = 1,
+    workers: Workers = 1,
     engine: Engine = "local",
     worker_cpus: WorkerCpus = 1,
     worker_gpus: WorkerGpus = 0,
@@ -74,20 +70,11 @@ def eval_(
     if dry_run:
         print_config(config)
         return
-    pool = _choose_pool(engine, RayFlags(workers, worker_cpus, worker_gpus, address))
+    pool = choose_pool(engine, RayFlags(workers, worker_cpus, worker_gpus, address))
     rows = evaluate(config, run, workers=workers, pool=pool)
     print(run)
     if max_asr is not None and _exceeds(rows, max_asr):
         raise typer.Exit(1)
-
-
-def _choose_pool(engine: str, flags: RayFlags) -> StartPool | None:
-    check_engine(engine)
-    if engine == "local":
-        return None
-    from codefend.integrations.ray import RayOptions, ray_pool
-
-    return ray_pool(RayOptions(*flags))
 
 
 def _exceeds(rows: Sequence[Any], limit: float) -> bool:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from codefend.core.compat import OLD_ABLATION
 from codefend.core.specs import lookup
 from codefend.types import CodefendError
+
+if TYPE_CHECKING:
+    from codefend.core.processes import StartPool
 
 MAX_PIXELS = 64_000_000  # equals images.MAX_PIXELS, whose import would load torch
 
@@ -34,6 +37,9 @@ MaxPixels = Annotated[int, typer.Option("--max-pixels", min=1, help="Refuse imag
 FirstFrame = Annotated[bool, typer.Option("--first-frame", help="Use the first frame of an animation.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")]
 
+Workers = Annotated[
+    int, typer.Option("--workers", min=1, help="Processes, each with models of its own; the rows are the same.")
+]
 Engine = Annotated[str, typer.Option("--engine", help="local, or ray for a cluster.")]
 WorkerCpus = Annotated[float, typer.Option("--worker-cpus", help="Ray: cores of each worker.")]
 WorkerGpus = Annotated[float, typer.Option("--worker-gpus", help="Ray: GPUs of each worker, such as 0.5.")]
@@ -58,6 +64,16 @@ def check_engine(name: str) -> None:
     """Raise CodefendError for an unknown engine."""
     if name not in ("local", "ray"):
         raise CodefendError(f"unknown engine {name!r}; known: local, ray")
+
+
+def choose_pool(engine: str, flags: RayFlags) -> StartPool | None:
+    """The worker processes of ``--engine``; None for this machine's. Raises CodefendError for an unknown engine."""
+    check_engine(engine)
+    if engine == "local":
+        return None
+    from codefend.integrations.ray import RayOptions, ray_pool
+
+    return ray_pool(RayOptions(*flags))
 
 
 def preset_config(name: str, items: Sequence[str], kind: type | None = None, *, file: Path | None = None) -> Any:

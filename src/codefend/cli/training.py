@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from codefend.cli.options import ConfigFile, DryRun, RunFolder, Settings, preset_config, print_config
+from codefend.cli.options import (
+    Address,
+    ConfigFile,
+    DryRun,
+    Engine,
+    RayFlags,
+    RunFolder,
+    Settings,
+    WorkerCpus,
+    WorkerGpus,
+    Workers,
+    choose_pool,
+    preset_config,
+    print_config,
+)
 
 app = typer.Typer()
 
@@ -23,6 +37,11 @@ def pairs(
     parquet: Annotated[
         Path | None, typer.Option("--parquet", help="Also write the pairs as a Parquet data set into this folder.")
     ] = None,
+    workers: Workers = 1,
+    engine: Engine = "local",
+    worker_cpus: WorkerCpus = 1,
+    worker_gpus: WorkerGpus = 0,
+    address: Address = None,
     dry_run: DryRun = False,
 ) -> None:
     """Generate pairs of adversarial and clean images, to train a purifier on.
@@ -35,7 +54,8 @@ def pairs(
     if dry_run:
         print_config(config)
         return
-    print(make_pairs(config, run))
+    pool = choose_pool(engine, RayFlags(workers, worker_cpus, worker_gpus, address))
+    print(make_pairs(config, run, workers=workers, pool=pool))
     if parquet is not None:
         from codefend.training.pair_tables import write_table
 

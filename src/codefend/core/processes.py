@@ -6,13 +6,43 @@ import multiprocessing as mp
 import os
 import signal
 import threading
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
+from typing import TypeVar
+
+from codefend.types import CodefendError
+
+T = TypeVar("T")
+R = TypeVar("R")
+StartPool = Callable[..., Executor]  # workers, a function that starts each of them, its arguments
+KILLED = "a worker process was killed, perhaps for lack of memory; use fewer --workers and rerun to resume"
 
 
 def worker_pool(workers: int, start: Callable[..., None] | None = None, *arguments: object) -> ProcessPoolExecutor:
     """A pool of fresh processes that share the cores; ``start(*arguments)``, picklable, runs first in each."""
     return ProcessPoolExecutor(workers, mp.get_context("spawn"), _start, (workers, start, arguments))
+
+
+def map_in_order(pool: Executor, workers: int, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """``function`` of each item, in order, with at most ``workers`` calls at a time; shuts the pool down in the end.
+
+    Raises CodefendError when a process is killed.
+    """
+    waiting, results = deque(items), deque[Future[R]]()
+    try:
+        while waiting or results:
+            running = {result for result in results if not result.done()}
+            while waiting and len(running) < workers:
+                results.append(pool.submit(function, waiting.popleft()))
+                running.add(results[-1])
+            wait(running, return_when=FIRST_COMPLETED)
+            while results and results[0].done():
+                yield results.popleft().result()
+    except BrokenExecutor as error:
+        raise CodefendError(KILLED) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start(workers: int, start: Callable[..., None] | None, arguments: tuple[object, ...]) -> None:

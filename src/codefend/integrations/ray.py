@@ -178,7 +178,7 @@ def _cluster(ray: Any, options: RayOptions) -> Iterator[None]:
         else:
             cores = max(1, round(options.workers * options.cpus))
             ray.init(address="local", num_cpus=cores, object_store_memory=_OBJECT_STORE, **quiet)
-    except (ConnectionError, OSError, RuntimeError) as error:
+    except Exception as error:  # a node that does not start in time is a bare one
         reason = " ".join(str(error).split())[:200]
         raise CodefendError(f"cannot reach the Ray cluster at {address or 'this machine'}: {reason}") from error
     try:

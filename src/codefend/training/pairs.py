@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,9 @@ from codefend.attacks.pgd import PGD
 from codefend.core.checkpoints import load_checkpoint, save_checkpoint
 from codefend.core.devices import default_device
 from codefend.core.images import quantize8
+from codefend.core.processes import StartPool, map_in_order, worker_pool
 from codefend.core.progress import progress
-from codefend.core.runs import Row, Run, check_run, open_run, read_rows
+from codefend.core.runs import Row, check_run, open_run, read_rows
 from codefend.core.seeds import make_generator
 from codefend.core.settings import recorded
 from codefend.encoders import ENCODERS
@@ -77,27 +79,49 @@ class PairsConfig:
         return recorded(self, later="photographs")
 
 
-def make_pairs(config: PairsConfig, folder: str | Path) -> Path:
+def make_pairs(config: PairsConfig, folder: str | Path, *, workers: int = 1, pool: StartPool | None = None) -> Path:
     """Fill ``folder`` with pairs; the same call resumes after the last whole shard.
 
-    Raises CodefendError for an unknown encoder or kind, or a folder made with another config.
+    ``workers`` processes, of ``pool`` if it is given, make the bank of one process with as many threads; each has
+    networks of its own. Raises CodefendError for an unknown encoder or kind, or a folder made with another config.
     """
-    from codefend import victims
-
     described = {"pairs": True, **config.recorded()}
     check_run(folder, described)
     check_encoders(config.encoders)
     own_photographs(config.photographs)  # fail early where the folder is missing
-    victim = victims.load_white_box(config.victim)
-    source = _ShardSource(config, victim, load_encoders(config.encoders, victim))
+    source = _open_source(config)  # also for workers: what is wrong is said before the folder is created
     run = open_run(folder, described)
-    shards = -(-config.count // config.shard)
-    with progress("pairs", shards * config.shard) as advance:
-        for shard in range(shards):
-            if not run.has(f"shard-{shard}"):
-                source.make(run, shard)
+    shards = range(-(-config.count // config.shard))
+    todo = [shard for shard in shards if not run.has(f"shard-{shard}")]
+    rows: Iterator[Row] = map(partial(source.make, run.dir), todo)
+    if workers > 1 or pool is not None:
+        workers = min(workers, max(1, len(todo)))
+        started = (pool or worker_pool)(workers, _start, config)
+        rows = map_in_order(started, workers, partial(_make_shard, run.dir), todo)
+    done = (len(shards) - len(todo)) * config.shard
+    with progress("pairs", len(shards) * config.shard, done=done) as advance:
+        for row in rows:  # appended in order: a row settles that its file is whole
+            run.append(row)
             advance(config.shard)
     return run.dir
+
+
+def _open_source(config: PairsConfig) -> _ShardSource:
+    from codefend import victims
+
+    victim = victims.load_white_box(config.victim)
+    return _ShardSource(config, victim, load_encoders(config.encoders, victim))
+
+
+_source: list[_ShardSource] = []  # of a worker process
+
+
+def _start(config: PairsConfig) -> None:
+    _source.append(_open_source(config))
+
+
+def _make_shard(folder: Path, shard: int) -> Row:
+    return _source[-1].make(folder, shard)
 
 
 def first_scene(seed: int, shard: int, size: int) -> int:
@@ -113,8 +137,8 @@ class _ShardSource:
     victim: WhiteBox
     encoders: Sequence[AnyEncoder]
 
-    def make(self, run: Run, shard: int) -> None:
-        """Write the file and the row of a shard."""
+    def make(self, folder: Path, shard: int) -> Row:
+        """Write the file of a shard; returns its row."""
         config, rng = self.config, np.random.default_rng([self.config.seed, 5, shard])
         kind = config.kinds[shard % len(config.kinds)]
         if kind == "answers" and shard // len(config.kinds) >= config.answer_shards:
@@ -126,13 +150,13 @@ class _ShardSource:
         clean = quantize8(clean).to(default_device())
         steps = config.answer_steps if kind == "answers" else config.steps
         attacked, pairs = self._perturb(clean, build, rng, shard, steps)
-        path = run.dir / f"pairs-{shard:05d}.safetensors"
+        path = folder / f"pairs-{shard:05d}.safetensors"
         save_checkpoint(path, {"clean": _to_bytes(clean), "attacked": _to_bytes(attacked)}, {"kind": kind})
         on_features = kind in ("features", "towards")
         row = {"kind": kind, "target": (encoder if on_features else self.victim).name, "steps": steps, "pairs": pairs}
         if on_features and isinstance(encoder, ViewedEncoder) and encoder.view != View():
             row["view"] = asdict(encoder.view)
-        run.append({"key": f"shard-{shard}", **row})
+        return {"key": f"shard-{shard}", **row}
 
     def _perturb(
         self, clean: Tensor, build: Build, rng: np.random.Generator, shard: int, steps: int
