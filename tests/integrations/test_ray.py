@@ -25,7 +25,7 @@ from codefend.integrations.ray import BatchPurifier, RayOptions, on_ray, ray_poo
 from codefend.types import CodefendError, Victim
 from evaluate_kit import SMALL, untimed
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]  # Ray's own warnings; it starts slowly
 
 
 @pytest.mark.usefixtures("cluster")
@@ -38,6 +38,7 @@ def test_a_cluster_writes_the_same_bytes(tmp_path: Path) -> None:
     assert kit.contents(tmp_path / "two") == kit.contents(tmp_path / "one")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_pipeline_of_your_own_purifies_the_same(tmp_path: Path) -> None:
     kit.run(kit.write_table(tmp_path / "in" / "x.parquet"), tmp_path / "out", "bridge:sigma=0.1")
@@ -53,6 +54,7 @@ def test_a_pipeline_of_your_own_purifies_the_same(tmp_path: Path) -> None:
     assert [list(row["tags"]) for row in rows] == [["x", "y"]] * 6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(tmp_path: Path) -> None:
     corpus = kit.write_all(tmp_path / "in", 200)

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import httpx2
 import pytest
-import ray
 from ray import serve
 
 from codefend.integrations.ray_serve import deployment
@@ -50,9 +49,10 @@ def upstream() -> Iterator[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("cluster")
 def test_two_replicas_on_ray_serve_purify_alike(upstream: str) -> None:
     settings = {"upstream": upstream, "noise_secret": "s" * 16, "purifier": "bridge:sigma=0.1", "isolate": False}
-    ray.init(address="local", num_cpus=4, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": 8899})
         serve.run(deployment(settings, num_replicas=2), route_prefix="/")
@@ -64,7 +64,6 @@ def test_two_replicas_on_ray_serve_purify_alike(upstream: str) -> None:
             assert answer.status_code == 200, answer.text
     finally:
         serve.shutdown()
-        ray.shutdown()
     purified = {body["messages"][0]["content"][1]["image_url"]["url"] for body in Upstream.bodies}
     assert len(purified) == 1
     assert purified != {image}
