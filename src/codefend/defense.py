@@ -156,9 +156,10 @@ class DefendedVictim:
         return turns[0] if len(turns) == 1 else [turn[elect(turn)] for turn in zip(*turns, strict=True)]
 
     def _answer_once(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
+        prompts = self.defense.prompts(prompts)
         with torch.no_grad():
             purified = self._purified(images)
-        answers: list[str] = self.victim.generate(purified, self.defense.prompts(prompts))
+        answers: list[str] = self.victim.generate(purified, prompts)
         return answers
 
     def _purified(self, images: Tensor) -> Tensor:
@@ -168,7 +169,8 @@ class DefendedVictim:
 class _DefendedLoss(DefendedVictim):
     def loss(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
         """``[B]``, see `HasLoss`."""
-        loss: Tensor = self.victim.loss(self._purified(images), self.defense.prompts(prompts), targets)
+        prompts = self.defense.prompts(prompts)
+        loss: Tensor = self.victim.loss(self._purified(images), prompts, targets)
         return loss
 
 

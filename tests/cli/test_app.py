@@ -13,7 +13,7 @@ import pytest
 
 import codefend
 from cli_kit import Run, raising, stand_in
-from codefend.core.settings import override
+from codefend.cli.presets import Preset
 from codefend.types import CodefendError
 
 # --- the front -------------------------------------------------------------------------------------------------------
@@ -141,9 +141,10 @@ def presets(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
         return call
 
-    preset = SimpleNamespace(summary="a toy", build=lambda settings: override(Config(), settings))
-    other = SimpleNamespace(summary="not for pairs or eval", build=lambda settings: override(Inner(), settings))
-    stand_in(monkeypatch, "cli.presets", PRESETS={"pairs": preset, "tiny": preset, "quick": preset, "other": other})
+    preset = Preset("a toy", f"{__name__}:Config")
+    other = Preset("not for pairs or eval", f"{__name__}:Inner")
+    toys = {"pairs": preset, "tiny": preset, "quick": preset, "other": other}
+    monkeypatch.setattr("codefend.cli.presets.PRESETS", toys)
     stand_in(monkeypatch, "training", train=lambda config, folder, *, tracker: reached("train")(config, folder))
     stand_in(monkeypatch, "training.pairs", make_pairs=reached("pairs"), PairsConfig=Config)
     stand_in(monkeypatch, "bench", evaluate=reached("eval"), EvalConfig=Config, TransferConfig=Inner)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from codefend.core.compat import OLD_ABLATION
-from codefend.core.specs import lookup
 from codefend.types import CodefendError
 
 if TYPE_CHECKING:
@@ -40,7 +37,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing o
 Workers = Annotated[
     int, typer.Option("--workers", min=1, help="Processes, each with models of its own; the rows are the same.")
 ]
-Engine = Annotated[str, typer.Option("--engine", help="local, or ray for a cluster.")]
+EngineName = Literal["local", "ray"]
+Engine = Annotated[EngineName, typer.Option("--engine", help="local, or ray for a cluster.")]
 WorkerCpus = Annotated[float, typer.Option("--worker-cpus", help="Ray: cores of each worker.")]
 WorkerGpus = Annotated[float, typer.Option("--worker-gpus", help="Ray: GPUs of each worker, such as 0.5.")]
 Address = Annotated[
@@ -60,43 +58,13 @@ class RayFlags(NamedTuple):
 ONE_PROCESS = RayFlags(1, 1, 0, None)
 
 
-def check_engine(name: str) -> None:
-    """Raise CodefendError for an unknown engine."""
-    if name not in ("local", "ray"):
-        raise CodefendError(f"unknown engine {name!r}; known: local, ray")
-
-
-def choose_pool(engine: str, flags: RayFlags) -> StartPool | None:
-    """The worker processes of ``--engine``; None for this machine's. Raises CodefendError for an unknown engine."""
-    check_engine(engine)
+def choose_pool(engine: EngineName, flags: RayFlags) -> StartPool | None:
+    """The worker processes of ``--engine``; None for this machine's. Raises CodefendError for a missing package."""
     if engine == "local":
         return None
     from codefend.integrations.ray import RayOptions, ray_pool
 
     return ray_pool(RayOptions(*flags))
-
-
-def preset_config(name: str, items: Sequence[str], kind: type | None = None, *, file: Path | None = None) -> Any:
-    """Build the config of preset ``name`` with the settings of ``file`` and ``key=value`` overrides.
-
-    Raises CodefendError for an unknown preset or key (the nearest is named), for a preset of another verb, and for a
-    file that cannot be read.
-    """
-    from codefend.cli.presets import PRESETS
-    from codefend.core.settings import check_keys, read_settings
-    from codefend.core.specs import parse_options
-
-    if name.startswith(OLD_ABLATION):
-        raise CodefendError(
-            f"write bridge --config recipes/ablations/{name.removeprefix(OLD_ABLATION)}.toml for {name}"
-        )
-    preset = lookup("preset", name, PRESETS)
-    settings = {**(read_settings(file) if file else {}), **parse_options(items)}
-    defaults = preset.build({})
-    if kind is not None and not isinstance(defaults, kind):
-        raise CodefendError(f"preset {name!r} belongs to another verb; see `codefend list presets`")
-    check_keys(defaults, settings)
-    return preset.build(settings)
 
 
 def print_config(config: Any) -> None:

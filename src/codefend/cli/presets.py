@@ -5,13 +5,16 @@ One-off settings are files for ``--config``: see ``recipes/``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from codefend.core.compat import OLD_PRESETS
-from codefend.core.settings import override
+from codefend.core.compat import OLD_ABLATION, OLD_PRESETS
+from codefend.core.settings import override, read_settings
+from codefend.core.specs import lookup, parse_options
+from codefend.types import CodefendError
 
 
 @dataclass(frozen=True)
@@ -195,3 +198,20 @@ _OLD = {
 }
 
 PRESETS: dict[str, Preset] = {**_TRAININGS, **_EVALUATIONS, **_OLD}
+
+
+def preset_config(name: str, items: Sequence[str], kind: type | None = None, *, file: Path | None = None) -> Any:
+    """Build the config of preset ``name`` with the settings of ``file`` and ``key=value`` overrides.
+
+    Raises CodefendError for an unknown preset or key (the nearest is named), for a preset of another verb, and for a
+    file that cannot be read.
+    """
+    if name.startswith(OLD_ABLATION):
+        raise CodefendError(
+            f"write bridge --config recipes/ablations/{name.removeprefix(OLD_ABLATION)}.toml for {name}"
+        )
+    preset = lookup("preset", name, PRESETS)
+    settings = {**(read_settings(file) if file else {}), **parse_options(items)}
+    if kind is not None and not issubclass(resolve_name(preset.kind), kind):
+        raise CodefendError(f"preset {name!r} belongs to another verb; see `codefend list presets`")
+    return preset.build(settings)

@@ -15,6 +15,7 @@ from codefend.cli.options import (
     ONE_PROCESS,
     Address,
     Engine,
+    EngineName,
     FirstFrame,
     MaxPixels,
     Overwrite,
@@ -23,7 +24,6 @@ from codefend.cli.options import (
     Seed,
     WorkerCpus,
     WorkerGpus,
-    check_engine,
     check_output,
 )
 from codefend.types import CodefendError
@@ -142,7 +142,7 @@ class CorpusFlags:
     column: str | None = None
     keep_others: bool = False
     shard: str | None = None
-    engine: str = "local"
+    engine: EngineName = "local"
     ray: RayFlags = ONE_PROCESS
 
 
@@ -170,8 +170,7 @@ def _purify_as_corpus(paths: Sequence[str], out: str, options: FolderOptions, fl
 
 
 def _choose_engine(flags: CorpusFlags) -> RunUnits:
-    """The engine of ``--engine`` and ``--workers``. Raises CodefendError for an unknown one and a missing package."""
-    check_engine(flags.engine)
+    """The engine of ``--engine`` and ``--workers``. Raises CodefendError for a missing package."""
     if flags.engine == "ray":
         from codefend.integrations.ray import RayOptions, on_ray
 

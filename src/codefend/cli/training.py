@@ -19,9 +19,9 @@ from codefend.cli.options import (
     WorkerGpus,
     Workers,
     choose_pool,
-    preset_config,
     print_config,
 )
+from codefend.cli.presets import preset_config
 
 app = typer.Typer()
 
