@@ -15,7 +15,7 @@ from chromium_kit import Browser
 
 ROOT = Path(__file__).parent.parent
 WIDTH = 1100
-SECTIONS = {"Leaderboard": 305, "Warnings": 420, "Examples": 1000}  # heading: height at most
+SECTIONS = {"Leaderboard": 358, "Warnings": 420, "Examples": 935}  # heading: height at most
 PLACE = """(() => {
   const head = [...document.querySelectorAll("h2")].find(h => h.textContent.trim() == "%s");
   let next = head.nextElementSibling;

@@ -174,6 +174,13 @@ def test_terminal_summary(evaluated: Path) -> None:
     assert "too few examples" in text
 
 
+def test_a_narrow_terminal_has_no_table_of_all_figures(evaluated: Path) -> None:
+    text = printed(print_summary, evaluated, 80)
+    assert "all figures" not in text
+    assert "too few examples" in text
+    assert "all figures" in printed(print_summary, evaluated, 120)
+
+
 def test_overview_fits_a_narrow_terminal(evaluated: Path) -> None:
     text = printed(print_overview, evaluated, 80)
     assert "0.00 n=6" in text

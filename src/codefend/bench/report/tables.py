@@ -39,6 +39,7 @@ from codefend.tasks.metrics import corpus_bleu4
 from codefend.types import CodefendError, Example
 
 TERMINAL_LINES = 40  # longer result tables show clean and worst-case lines only
+RESULTS_WIDTH = 120  # characters; in less, `results` breaks its words
 RULES = (
     "Ranked by the worst case under the strongest threat model of the run: for each example the lowest score over all "
     "attacks of that threat and of every weaker one, at the largest eps or within the attack's own bound (patches, "
@@ -389,11 +390,11 @@ def costs(report: Report) -> Table:
     return Table("Cost", columns, tuple(lines), notes, frozenset({"defense", "gradient"}))
 
 
-def summary_tables(report: Report) -> list[Table]:
-    """For a terminal: leaderboard and results of each task, then the warnings."""
+def summary_tables(report: Report, width: int) -> list[Table]:
+    """For a terminal of ``width`` characters: leaderboard and, where they fit, results of each task, then warnings."""
     tables = [overview(report)] if len(report.tasks) > 1 else []
     for task in report.tasks:
         full = results(report, task)
         short = full if len(full.lines) <= TERMINAL_LINES else results(report, task, brief=True)
-        tables += [leaderboard(report, task), short]
+        tables += [leaderboard(report, task), short] if width >= RESULTS_WIDTH else [leaderboard(report, task)]
     return [table for table in [*tables, warnings(report)] if table.lines]

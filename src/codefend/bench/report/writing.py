@@ -74,7 +74,7 @@ def print_summary(run_dir: str | Path, console: Console) -> None:
     if is_matrix(run_dir):
         print_matrix(run_dir, console)
         return
-    for table in summary_tables(read_report(run_dir)):
+    for table in summary_tables(read_report(run_dir), console.width):
         console.print(table.rich())
         console.print()
 
