@@ -138,7 +138,7 @@ def test_traces_carry_on_where_an_sdk_is_configured() -> None:
         assert onward.split("-")[1] == given.split("-")[1]
         assert onward != given
         spans = memory.get_finished_spans()
-        assert [span.name for span in spans] == ["codefend.purify", "codefend.upstream"]
+        assert [span.name for span in spans] == ["codefend.purify", "codefend.upstream", "codefend.request"]
         request_id = upstream.requests[-1].headers["x-request-id"]
         assert {span.attributes["request_id"] for span in spans} == {request_id}
 

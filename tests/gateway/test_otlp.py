@@ -1,6 +1,6 @@
 """Spans as they arrive over OTLP: a receiver that decodes protobuf with OpenTelemetry's own definitions.
 
-It stands for a collector, of which there is no Python package.
+It stands for a collector. What a real one stored is in docs/notebook/2026-11.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from codefend.gateway.app import create_app
 from codefend.gateway.telemetry import Tracer, tracer_provider
 from gateway_kit import CHAT, Invert, Upstream, chat, gateway, png, run, served, settings
 
-TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
 class Receiver:
@@ -57,16 +57,23 @@ def test_spans_arrive_at_a_receiver_of_otlp(monkeypatch: pytest.MonkeyPatch) -> 
             upstream = Upstream()
             app = create_app(settings(), purifier=Invert(), transport=upstream.transport)
             async with gateway(upstream, app=app) as client:
-                head = {"traceparent": f"00-{TRACE}-00f067aa0ba902b7-01", "x-request-id": "r-1"}
+                head = {"traceparent": f"00-{TRACE}-{PARENT}-01", "x-request-id": "r-1"}
                 assert (await client.post(CHAT, json=chat(png(1)), headers=head)).status_code == 200
+                assert (await client.post(CHAT, json=chat(b""))).status_code == 400
 
         run(work())
         provider.shutdown()  # sends what is left
     resources = [resource for request in receiver.requests for resource in request.resource_spans]
-    spans = {span.name: span for resource in resources for scope in resource.scope_spans for span in scope.spans}
+    every = [span for resource in resources for scope in resource.scope_spans for span in scope.spans]
+    spans = {span.name: span for span in every if span.trace_id.hex() == TRACE}
+    request = spans.pop("codefend.request")
+    assert request.parent_span_id.hex() == PARENT
     assert set(spans) == {"codefend.purify", "codefend.upstream"}
-    assert {span.trace_id.hex() for span in spans.values()} == {TRACE}
+    assert {span.parent_span_id for span in spans.values()} == {request.span_id}
     attributes = {pair.key: pair.value.string_value for pair in spans["codefend.purify"].attributes}
     assert (attributes["route"], attributes["request_id"]) == (CHAT, "r-1")
+    purify, refused = (span for span in every if span.trace_id.hex() != TRACE)
+    assert (purify.trace_id, purify.parent_span_id) == (refused.trace_id, refused.span_id)
+    assert "invalid_image" in {pair.value.string_value for pair in refused.attributes}
     (name,) = {pair.value.string_value for pair in resources[0].resource.attributes if pair.key == "service.name"}
     assert name == "gateway-7"

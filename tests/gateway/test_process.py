@@ -113,6 +113,7 @@ def test_a_served_process_reloads_on_sighup_and_drains_on_sigterm(tmp_path: Path
     assert "settings reloaded" in [line["message"] for line in lines]
     assert (request["request_id"], request["status"], request["images"]) == ("r-1", 200, 1)
     assert "sesame" not in errors + out
+    assert '"name": "codefend.request"' in out
     assert '"name": "codefend.purify"' in out
     assert '"name": "codefend.upstream"' in out
 

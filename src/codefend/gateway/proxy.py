@@ -100,7 +100,9 @@ class Proxy:
             exchange = Exchange(scope, send, error_api_of(scope["path"]), request_id, lease)
             self.meters.in_flight.inc()
             try:
-                await self._guarded(exchange, receive)
+                with self._span("codefend.request", exchange, parent=exchange.trace):
+                    await self._guarded(exchange, receive)
+                    self.tracer.note(status=exchange.status, code=exchange.code)
             finally:
                 self.meters.in_flight.dec()
                 self._record(exchange)
@@ -220,8 +222,10 @@ class Proxy:
         await exchange.send({"type": "http.response.start", "status": response.status_code, "headers": lines})
         await exchange.send({"type": "http.response.body", "body": response.content})
 
-    def _span(self, name: str, exchange: Exchange) -> AbstractContextManager[dict[str, str]]:
-        return self.tracer.span(name, exchange.trace, route=exchange.route, request_id=exchange.request_id)
+    def _span(
+        self, name: str, exchange: Exchange, *, parent: dict[str, str] | None = None
+    ) -> AbstractContextManager[dict[str, str]]:
+        return self.tracer.span(name, parent, route=exchange.route, request_id=exchange.request_id)
 
     async def _rewrite(self, exchange: Exchange, raw: bytes) -> bytes:
         """The body to send: the original bytes when nothing in them had to change."""

@@ -161,22 +161,30 @@ class Tracer:
     def __init__(self, provider: Any = None) -> None:
         self._tracer: Any = None
         try:
-            trace = import_module("opentelemetry.trace")
+            self._trace: Any = import_module("opentelemetry.trace")
             self._propagate: Any = import_module("opentelemetry.propagate")
         except ModuleNotFoundError:
             return
-        provider = provider or trace.get_tracer_provider()
+        provider = provider or self._trace.get_tracer_provider()
         if type(provider).__name__ not in ("ProxyTracerProvider", "NoOpTracerProvider"):  # an SDK is configured
             self._tracer = provider.get_tracer("codefend.gateway")
 
     @contextmanager
-    def span(self, name: str, headers: dict[str, str], **attributes: Any) -> Iterator[dict[str, str]]:
-        """Open a span below the caller's ``traceparent``; yield the headers that carry it on."""
+    def span(self, name: str, headers: dict[str, str] | None, **attributes: Any) -> Iterator[dict[str, str]]:
+        """Open a span and yield the headers that carry it on.
+
+        Its parent is the ``traceparent`` in the caller's ``headers``, or without them the current span.
+        """
         if self._tracer is None:
             yield {}
             return
-        parent = self._propagate.extract(headers)
+        parent = None if headers is None else self._propagate.extract(headers)
         with self._tracer.start_as_current_span(name, context=parent, attributes=attributes):
             onward: dict[str, str] = {}
             self._propagate.inject(onward)
             yield onward
+
+    def note(self, **attributes: str | int) -> None:
+        """Add attributes to the current span, those that are not empty."""
+        if self._tracer is not None:
+            self._trace.get_current_span().set_attributes({name: value for name, value in attributes.items() if value})
