@@ -150,6 +150,19 @@ def test_keys_and_policies_are_reloaded_while_requests_run() -> None:
     assert run(work()) == [200, 401, 400]
 
 
+def test_the_upstreams_key_is_reloaded() -> None:
+    async def work() -> list[str]:
+        upstream = Upstream()
+        app = create_app(settings(upstream_api_key="old-key"), purifier=Invert(), transport=upstream.transport)
+        async with gateway(upstream, app=app) as client:
+            await client.post(CHAT, json=chat(png(1)))
+            app.state.reload(settings(upstream_api_key="new-key"))
+            await client.post(CHAT, json=chat(png(1)))
+        return [request.headers["authorization"] for request in upstream.requests]
+
+    assert run(work()) == ["Bearer old-key", "Bearer new-key"]
+
+
 def test_keys_are_compared_with_all_headers() -> None:
     keys = Keys(["sesame-open"])
     with pytest.raises(Refused):

@@ -120,6 +120,7 @@ def _reload(keys: Keys, proxy: Proxy, settings: Settings) -> None:
     terms = Terms.choose(proxy.engine.worker, settings.policy, settings.threshold, settings.text)
     proxy.engine.inspection = _inspection(settings)
     keys.replace(_keys(settings))
+    proxy.upstream.key = _upstream_key(settings)
     proxy.engine.terms = terms
     proxy.configure(settings)
 
@@ -133,6 +134,10 @@ def _inspection(settings: Settings) -> Inspection:
 
 def _keys(settings: Settings) -> list[str]:
     return [key.get_secret_value() for key in settings.api_keys]
+
+
+def _upstream_key(settings: Settings) -> str | None:
+    return None if settings.upstream_api_key is None else settings.upstream_api_key.get_secret_value()
 
 
 def _middleware(settings: Settings, keys: Keys, meters: Meters) -> list[Middleware]:
@@ -297,13 +302,12 @@ def _upstream(
 
         base_url = "http://pocket/v1"
         transport = transport or pocket_transport(name=settings.upstream, policy=prompt, showcase=showcase)
-    key = settings.upstream_api_key
     return Upstream(
         transport or connect(settings.upstream_ca, settings.upstream_proxy),
         base_url,
         meters,
         settings.part(UpstreamOptions),
-        key=None if key is None else key.get_secret_value(),
+        key=_upstream_key(settings),
     )
 
 

@@ -53,7 +53,7 @@ class _Server(uvicorn.Server):
 def serve(load: Callable[[], Settings], *, showcase: Callable[[], Showcase] | None = None) -> int:
     """Serve until SIGINT or SIGTERM; 0 after a clean stop.
 
-    On SIGHUP keys, policy, routes and the certificate are loaded again.
+    On SIGHUP keys, the upstream's among them, policy, routes and the certificate are loaded again.
 
     ``showcase`` is called for embedded pocket models only. Raises CodefendError for what is wrong before the start.
     """
