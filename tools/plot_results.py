@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from render_results import ROOT, Figure, interval, load_figures
+from render_results import ROOT, TWO_STAGE, Figure, interval, load_figures
 
 OUT = ROOT / "docs" / "assets"
 T2 = "{}/T2/word-head/{}/caption"
@@ -25,31 +25,35 @@ DIALS = (("bridge", "bridge:sigma=0.1"), ("bridge-coarse", "bridge-coarse:sigma=
 COSTS = ("bridge", "bridge-detail", "bridge-large", "bridge-large:guided=0.2")
 
 
+def adaptive(figures: dict[str, Figure], name: str, eps: int) -> Figure | None:
+    """Captions under the adaptive attack in two stages where it was run, else under `word-head`; None without both."""
+    return figures.get(f"{name}/T2/{TWO_STAGE}/{eps}/caption", figures.get(T2.format(name, eps)))
+
+
 def accuracy(figures: dict[str, Figure]) -> dict[str, list[tuple[int, Figure]]]:
     """Captions by defense: (radius of 255, accuracy under an adaptive attack), the clean one at radius 0."""
     curves = {}
     for name, clean in CLEAN.items():
-        radii = [eps for eps in (1, 2, 4, 8) if T2.format(name, eps) in figures]
-        curves[name] = [(0, figures[clean]), *((eps, figures[T2.format(name, eps)]) for eps in radii)]
+        points = [(eps, figure) for eps in (1, 2, 4, 8) if (figure := adaptive(figures, name, eps))]
+        curves[name] = [(0, figures[clean]), *points]
     return curves
 
 
 def trade_off(figures: dict[str, Figure]) -> dict[tuple[str, ...], list[tuple[Figure, Figure]]]:
     """By weights, the points of the dial: (PSNR of clean photographs, accuracy at 4/255)."""
+    points = {name: adaptive(figures, name, 4) for names in DIALS for name in names}
     return {
-        names: [(figures[f"{name}/photographs/psnr"], figures[T2.format(name, 4)]) for name in names] for names in DIALS
+        names: [(figures[f"{name}/photographs/psnr"], point) for name in names if (point := points[name])]
+        for names in DIALS
     }
 
 
 def cost(figures: dict[str, Figure]) -> dict[str, tuple[Figure, Figure, Figure]]:
     """Seconds a megapixel; accuracy under an adaptive attack at 2/255; cosine restored under an oblivious one."""
     return {
-        name: (
-            figures[f"{name}/time/bfloat16"],
-            figures[T2.format(name, 2)],
-            figures[f"{name}/photographs/cosine/lite1"],
-        )
+        name: (figures[f"{name}/time/bfloat16"], point, figures[f"{name}/photographs/cosine/lite1"])
         for name in COSTS
+        if (point := adaptive(figures, name, 2))
     }
 
 
