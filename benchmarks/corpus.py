@@ -2,14 +2,15 @@
 
 python benchmarks/corpus.py cost --images 40 --side 256 --purifier bridge
 python benchmarks/corpus.py memory --images 500 2500 --side 64 --purifier bitdepth
-python benchmarks/corpus.py ray --images 200 --side 256 --purifier bridge
+python benchmarks/corpus.py ray --images 100 300 --side 256 --purifier bridge
 
-Times are of the processor, so that other work on the machine does not count; ``ray`` needs an idle machine.
+Times are of the processor, so that other work on the machine does not count; those of ``ray`` are both.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import resource
 import statistics
@@ -17,10 +18,12 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from functools import cache
 from pathlib import Path
 
+import psutil
 import torch
 import torch.nn.functional as F
 from skimage import data
@@ -128,29 +131,55 @@ def one(source: str, sink: str, purifier: str) -> None:
     print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB, {seconds:.1f} s")
 
 
+class ProcessTree:
+    """Seconds of the processor of this process and all below it, also of those that have ended; sampled."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[tuple[int, float], float] = {}
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def total(self) -> float:
+        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                self.seconds[process.pid, process.create_time()] = times.user + times.system
+        return sum(self.seconds.values())
+
+    def _watch(self) -> None:
+        while True:
+            self.total()
+            time.sleep(0.5)
+
+
 def on_ray(arguments: argparse.Namespace) -> None:
-    """One process without an engine, then one and two workers of one thread, on a folder of images."""
+    """One process without an engine, then one and two workers of one thread, on a folder of images.
+
+    Each does a smaller corpus as well: the difference is what an image costs, without what starting costs.
+    """
     import ray
 
     from codefend.integrations.ray import RayOptions
     from codefend.integrations.ray import on_ray as engine
 
     torch.set_num_threads(1)
-    count = arguments.images[0]
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "in").mkdir()
-        for number in range(count):
-            (Path(folder) / "in" / f"{number:06d}.jpg").write_bytes(photograph(number, arguments.side))
+        for count in arguments.images:
+            (Path(folder) / f"in{count}").mkdir()
+            for number in range(count):
+                (Path(folder) / f"in{count}" / f"{number:06d}.jpg").write_bytes(photograph(number, arguments.side))
         options = CorpusOptions(FolderOptions(arguments.purifier))
-        ray.init(address="local", num_cpus=2, object_store_memory=200 << 20, include_dashboard=False)
+        ray.init(address="local", num_cpus=2, object_store_memory=100 << 20, include_dashboard=False)
+        tree = ProcessTree()
         for label, chosen in (
             ("no engine", in_this_process),
             ("ray, 1 worker", engine(RayOptions(1))),
             ("ray, 2 workers", engine(RayOptions(2))),
         ):
-            start = time.perf_counter()
-            purify_corpus([f"{folder}/in"], f"{folder}/{label}", options, chosen)
-            print(f"{label}: {count / (time.perf_counter() - start):.2f} images/s", flush=True)
+            for count in arguments.images:
+                start, before = time.perf_counter(), tree.total()
+                purify_corpus([f"{folder}/in{count}"], f"{folder}/{label}{count}", options, chosen)
+                wall, cpu = time.perf_counter() - start, tree.total() - before
+                print(f"{label}, {count} images: {wall:.1f} s, {cpu:.1f} s of CPU", flush=True)
         ray.shutdown()
 
 

@@ -18,6 +18,7 @@ import pytest
 
 # Read by Ray when it is imported: a token for the clusters of this process, instead of one in the home folder.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_USAGE_DISABLED": "1"}
 _PORTS = {  # name of the file that a node waits for -> option of `ray start`
     "metrics_agent_port": "dashboard-agent-grpc-port",
     "metrics_export_port": "metrics-export-port",
@@ -61,8 +62,9 @@ def _start(folder: Path, node: str, port: int, ports: dict[str, int]) -> subproc
     command += ["--disable-usage-stats", "--include-log-monitor=false", f"--object-store-memory={100 << 20}"]
     command += [f"--{_PORTS[name]}={number}" for name, number in ports.items()]
     patience = {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": node, "RAY_raylet_start_wait_time_s": "120"}
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}  # with the folders that pytest has added
     with (folder / "log").open("wb") as stream:
-        return subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **patience})
+        return subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **patience, **path})
 
 
 def _free_ports(count: int) -> list[int]:
