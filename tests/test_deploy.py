@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import compose_spec
 import kubernetes_validate
 import pytest
 import yaml
@@ -95,6 +96,15 @@ def test_the_autoscaler_and_the_dashboard_use_metrics_that_exist(metrics: set[st
     names = set(re.findall(r"\b(?:codefend|process)_\w+", queries))
     assert len(names) > 12
     assert names <= metrics
+
+
+def test_the_compose_file_fits_its_specification() -> None:
+    text = (DEPLOY / "compose" / "compose.yaml").read_text()
+    assert "gateway" in compose_spec.PyCompose.from_yaml(text).service_names()
+    broken = yaml.safe_load(text)
+    broken["services"]["gateway"]["helthcheck"] = {}
+    with pytest.raises(ValueError, match="helthcheck"):
+        compose_spec.PyCompose.from_yaml(yaml.safe_dump(broken))
 
 
 def test_files_that_compose_mounts_exist() -> None:
