@@ -18,7 +18,7 @@ from codefend.core.specs import literal, parse_spec
 from codefend.core.votes import elect
 from codefend.prompts.policy import attach
 from codefend.purifiers.base import Purifier, WrappedPurifier
-from codefend.types import CodefendError, HasFeatures, HasLoss, HasMargins, HasWordScores, Victim
+from codefend.types import CodefendError, HasClassScores, HasFeatures, HasLoss, HasMargins, HasWordScores, Victim
 
 
 @dataclass(frozen=True)
@@ -201,11 +201,25 @@ class _DefendedWordScores(DefendedVictim):
         return scores
 
 
+class _DefendedClassScores(DefendedVictim):
+    @property
+    def classes(self) -> Sequence[str]:
+        """The victim's, see `HasClassScores`."""
+        classes: Sequence[str] = self.victim.classes
+        return classes
+
+    def class_scores(self, images: Tensor) -> Tensor:
+        """``[B, C]``, see `HasClassScores`."""
+        scores: Tensor = self.victim.class_scores(self._purified(images))
+        return scores
+
+
 _CAPABILITIES: dict[type, type[DefendedVictim]] = {
     HasLoss: _DefendedLoss,
     HasFeatures: _DefendedFeatures,
     HasMargins: _DefendedMargins,
     HasWordScores: _DefendedWordScores,
+    HasClassScores: _DefendedClassScores,
 }
 
 

@@ -129,6 +129,20 @@ class HasWordScores(Protocol):
 
 
 @runtime_checkable
+class HasClassScores(Protocol):
+    """A victim whose vision encoder names classes."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """The names of the classes; none where the encoder has no classes."""
+        ...
+
+    def class_scores(self, images: Tensor) -> Tensor:
+        """The logit of each class, ``[B, C]``, differentiable in the images."""
+        ...
+
+
+@runtime_checkable
 class AnswersGreedily(Protocol):
     """A victim that says whether its answer is a function of image and prompt: greedy decoding, no sampling."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from attacks_kit import ANSWERS, PROMPTS, CallCounter, Dim, ToyVictim, sample_images
-from codefend.attacks import ATTACKS, AttackSpec, objective_for
+from codefend.attacks import ATTACKS, AttackSpec, objective_for, objectives
 from codefend.attacks.objectives import (
     answers_scored,
+    classes_away,
     features_away,
     features_towards,
     targeted,
@@ -174,3 +176,26 @@ def test_every_row_is_complete(spec: AttackSpec) -> None:
     assert "\n" not in spec.summary
     assert spec.source
     assert spec.steps > 0
+
+
+def test_classes_away_lowers_what_the_clean_image_shows_and_raises_what_the_prompt_asks_for(images: Tensor) -> None:
+    victim = ToyVictim()
+    scores = victim.class_scores(images)
+    absent = [victim.classes[int(i)] for i in scores.argmin(1)]
+    prompts = ["What is it?", f"Is there a {absent[1]}?", f"Is there a {absent[2]}?"]
+    values = classes_away(victim, prompts, images)(images)
+    odds = [math.log(p / (1 - p)) for p in scores.softmax(-1).amin(1).tolist()]
+    assert values[0] > 0  # the shown classes are likely
+    assert values[1:].tolist() == pytest.approx([-odds[1], -odds[2]], rel=1e-3)
+
+
+def test_a_prompt_names_the_longest_class_alone() -> None:
+    assert objectives._named("Is there a big ant in the photo?", ToyVictim.classes).nonzero().flatten().tolist() == [1]
+    assert not objectives._named("What is in the photograph?", ToyVictim.classes).any()
+
+
+def test_a_victim_without_classes_is_named(images: Tensor) -> None:
+    victim = ToyVictim()
+    victim.classes = ()  # type: ignore[assignment]
+    with pytest.raises(CodefendError, match="names no classes"):
+        classes_away(victim, PROMPTS, images)

@@ -24,6 +24,7 @@ class ToyVictim:
 
     name = "toy"
     vocabulary = ("a", "bb", "ccc", "dddd", "eeeee")
+    classes = ("ant", "big ant", "cat", "dog", "eel", "fox", "gnu", "hen")
 
     def __init__(self, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -52,6 +53,9 @@ class ToyVictim:
     def word_scores(self, images: Tensor, words: Sequence[str]) -> Tensor:
         table = torch.stack([torch.sin(torch.arange(12) * (len(word) + 1.0)) for word in words]).to(images)
         return normalize(self.features(images), dim=-1) @ normalize(table, dim=-1).T
+
+    def class_scores(self, images: Tensor) -> Tensor:
+        return 2 * self.logits(images, [""] * len(images))
 
     def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
         letters = ["abcdefgh"[i] for i in self.logits(images, prompts).argmax(1).tolist()]

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from codefend.attacks.specs import NEEDS_SENTENCE, AttackSpec, Goal, TextAttackSpec
-from codefend.types import CodefendError, HasFeatures, HasLoss, HasMargins, HasWordScores, Objective, Victim
+from codefend.types import (
+    CodefendError,
+    HasClassScores,
+    HasFeatures,
+    HasLoss,
+    HasMargins,
+    HasWordScores,
+    Objective,
+    Victim,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +32,7 @@ NEEDS: dict[Goal, tuple[type, str]] = {
     "feature": (HasFeatures, "has no vision tokens: use apgd"),
     "feature-target": (HasFeatures, "has no vision tokens: use apgd-targeted"),
     "feature-text": (HasWordScores, "has no space that vision tokens and words share: use feature-target"),
+    "classes": (HasClassScores, "names no classes: use apgd"),
     "feature-words": (HasWordScores, "has no space that vision tokens and words share: use feature"),
 }
 
@@ -65,6 +75,8 @@ def objective_for(
             return objectives.features_towards_text(model, targets)
         case "feature-words":
             return objectives.words_away(model, clean_images, reference=_capable(spec, reference or victim))
+        case "classes":
+            return objectives.classes_away(model, prompts, clean_images, reference=_capable(spec, reference or victim))
         case "hidden-image":
             from codefend.attacks.scaling import HiddenImage
 

@@ -6,6 +6,7 @@ The batch is fixed when the objective is made: prompts, answers and reference im
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -13,9 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from codefend.types import CodefendError, HasFeatures, HasLoss, HasMargins, HasWordScores, Objective, Victim
+from codefend.types import (
+    CodefendError,
+    HasClassScores,
+    HasFeatures,
+    HasLoss,
+    HasMargins,
+    HasWordScores,
+    Objective,
+    Victim,
+)
 
 WORD_TEMPERATURE = 0.05  # of a cross-entropy over cosines
+POSSIBLE = 0.02  # of the first class's probability; above it an image may show a class, too
 
 
 def untargeted(victim: HasLoss, prompts: Sequence[str], answers: Sequence[str]) -> Objective:
@@ -133,6 +144,43 @@ def word_loss(scores: Tensor, words: Tensor) -> Tensor:
     """Mean cross-entropy ``[B]`` of word scores ``[B, T, C]`` (cosines) with the tokens' words ``[B, T]``."""
     losses = cross_entropy((scores / WORD_TEMPERATURE).flatten(0, 1), words.flatten(), reduction="none")
     return losses.view(words.shape).mean(1)
+
+
+def classes_away(
+    victim: HasClassScores,
+    prompts: Sequence[str],
+    clean_images: Tensor,
+    *,
+    reference: HasClassScores | None = None,
+) -> Objective:
+    """Log-odds (nats) of the classes that the clean image may show; where the prompt names another, minus that one's.
+
+    Class probabilities saturate, and with them the gradient of what a model says about them; logits don't (the reason
+    of Carlini & Wagner's f6, arXiv 1608.04644). All likely classes count, since any of them may be a right answer.
+    ``reference`` reads the clean images, by default the victim itself. Raises CodefendError when it has no classes.
+    """
+    if not victim.classes:
+        raise CodefendError("the victim names no classes: use apgd")
+    with torch.no_grad():
+        scores = (reference or victim).class_scores(clean_images)
+    shown = scores.softmax(-1) > POSSIBLE * scores.softmax(-1).amax(1, keepdim=True)
+    asked = torch.stack([_named(prompt, victim.classes) for prompt in prompts]).to(shown.device) & ~shown
+    towards = asked.any(1)
+    group, sign = torch.where(towards[:, None], asked, shown), 1 - 2 * towards.to(clean_images.dtype)
+
+    def objective(images: Tensor) -> Tensor:
+        scores = victim.class_scores(images)
+        inside, outside = (scores.masked_fill(mask, -torch.inf).logsumexp(-1) for mask in (~group, group))
+        return sign * (inside - outside)
+
+    return objective
+
+
+def _named(prompt: str, classes: Sequence[str]) -> Tensor:
+    """Which class a prompt names, ``[C]`` bool: the longest, since a tiger cat is no tiger."""
+    words = [" ".join(["", *re.findall(r"\w+", text.lower()), ""]) for text in (prompt, *classes)]
+    lengths = torch.tensor([len(name) if name in words[0] else 0 for name in words[1:]])
+    return (lengths > 0) & (lengths == lengths.max())
 
 
 def answers_scored(

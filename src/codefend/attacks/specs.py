@@ -21,6 +21,7 @@ Goal = Literal[
     "feature-target",  # turn them towards another image's
     "feature-text",  # turn them towards the sentence, in a space that tokens and words share
     "feature-words",  # turn each of them away from its nearest word
+    "classes",  # show other classes, or the one that the prompt asks about in vain
     "hidden-image",  # show another image once the victim has shrunk them
     "answer",  # change the text of the answer, from answers alone
     "answer-target",  # bring the text of the answer close to the sentence, from answers alone

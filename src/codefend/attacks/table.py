@@ -181,6 +181,14 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "feature-words",
     ),
     AttackSpec(
+        "class-head",
+        "auto-PGD that turns the class of a photograph into another, on the logits of the pocket's encoder",
+        "Croce & Hein 2020, arXiv 2003.01690; logits after Carlini & Wagner 2017, arXiv 1608.04644",
+        "white-box",
+        "codefend.attacks.apgd:APGD",
+        "classes",
+    ),
+    AttackSpec(
         "ssa-cwa",
         "common weakness attack over simulated spectra, away from the clean tokens; a transfer attack",
         "Dong et al. 2023, arXiv 2309.11751; SSA 2207.05382, CWA 2303.09105",

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from codefend.prompts.policy import fingerprint
-from codefend.types import CodefendError, HasMargins, HasWordScores, Victim, WhiteBox
+from codefend.types import CodefendError, HasClassScores, HasMargins, HasWordScores, Victim, WhiteBox
 
 MAX_TOKENS = 64  # of a prefix; each costs every request
 
@@ -74,7 +74,22 @@ class _WithWordScores(SoftPromptedVictim):
         return scores
 
 
-_CAPABILITIES: dict[type, type[SoftPromptedVictim]] = {HasMargins: _WithMargins, HasWordScores: _WithWordScores}
+class _WithClassScores(SoftPromptedVictim):
+    @property
+    def classes(self) -> Sequence[str]:
+        classes: Sequence[str] = self.victim.classes
+        return classes
+
+    def class_scores(self, images: Tensor) -> Tensor:
+        scores: Tensor = self.victim.class_scores(images)
+        return scores
+
+
+_CAPABILITIES: dict[type, type[SoftPromptedVictim]] = {
+    HasMargins: _WithMargins,
+    HasWordScores: _WithWordScores,
+    HasClassScores: _WithClassScores,
+}
 
 
 @dataclass(frozen=True)

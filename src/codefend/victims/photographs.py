@@ -32,6 +32,12 @@ STEEPNESS = 20.0  # of the step at SURE
 Embed = Callable[[Sequence[str]], list[Tensor]]
 
 
+def class_scores(encoder: Encoder, images: Tensor) -> Tensor:
+    """Logits ``[B, C]`` of the classes, in the view of the images that the encoder names them in."""
+    assert isinstance(encoder, Classifier)  # as `build` has checked
+    return encoder.logits(fit_square(images, CLASS_SIDE))
+
+
 class PhotographGate(nn.Module):
     """Logistic regression: 1 for photographs, exactly 0 for scenes, in between in a small band.
 
@@ -90,8 +96,7 @@ class PhotographTokens(nn.Module):
         chosen = share.nonzero()[:, 0]
         if not len(chosen):
             return vision
-        assert isinstance(encoder, Classifier)  # as `build` has checked
-        probabilities = encoder.logits(fit_square(images[chosen], CLASS_SIDE)).softmax(-1)
+        probabilities = class_scores(encoder, images[chosen]).softmax(-1)
         weight = share[chosen, None, None]
         mixed = (1 - weight) * vision[chosen] + weight * self.tokens(probabilities)
         return vision.index_copy(0, chosen, mixed)

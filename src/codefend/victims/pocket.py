@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from codefend import encoders
 from codefend.core.devices import default_device
+from codefend.encoders.imagenet import class_names
 from codefend.encoders.views import SIDE, fit_square
 from codefend.types import CodefendError
 from codefend.victims.packed import answer_logits
-from codefend.victims.photographs import PhotographTokens
+from codefend.victims.photographs import PhotographTokens, class_scores
 from codefend.victims.photographs import load as load_photographs
 from codefend.victims.smollm import load_smollm
 
@@ -135,6 +136,15 @@ class Pocket(nn.Module):
         table = F.normalize(torch.stack([e.mean(0) for e in self.embed(words)]), dim=-1)
         cosines = F.normalize(self.connector.words(self._tokens(images)), dim=-1) @ table.T
         return cosines.to(images.device)
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """The classes that it names in photographs."""
+        return class_names() if self.photographs is not None else ()
+
+    def class_scores(self, images: Tensor) -> Tensor:
+        """Logits ``[B, C]`` of the classes, before the steps and powers through which the tokens read them."""
+        return class_scores(self.encoder, images.to(self.device)).to(images.device)
 
     # Capabilities
 
