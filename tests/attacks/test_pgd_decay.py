@@ -11,12 +11,12 @@ from codefend.attacks.pgd_decay import PGDDecay
 from codefend.types import Budget
 
 
-def test_steps_fall_linearly_from_eps_to_a_twentieth() -> None:
+def test_steps_fall_geometrically_from_eps_to_a_twentieth() -> None:
     attack, budget = PGDDecay(), Budget("linf", 8 / 255, 40)
     steps = [attack.step_size(step, budget) for step in range(40)]
     assert steps[0] == pytest.approx(8 / 255)
     assert steps[-1] == pytest.approx(8 / 255 / 20)
-    falls = [a - b for a, b in pairwise(steps)]
+    falls = [b / a for a, b in pairwise(steps)]
     assert falls == pytest.approx([falls[0]] * 39)
 
 

@@ -4,10 +4,11 @@ Two rules differ from the paper's, as in the Adversarial Robustness Toolbox, who
 language model's loss (docs/notebook): a step counts as progress when it is below the best so far, not below the last;
 and after a return to the best point the momentum is that of the move which led there.
 
-A third rule is for stochastic objectives. The lowest of many noisy losses is biased downwards: no later iterate
-improves on it, so the step size halves at every checkpoint and the search returns to that point repeatedly. With
-``Budget.eot`` above 1 the best point is therefore evaluated again on fresh samples at each checkpoint, with its
-gradient: one more gradient in 2 to 20 steps. Where the current iterate is lower than that, it becomes the best.
+Where ``Budget.eot`` is above 1 and two evaluations of the clean images differ, the objective is stochastic, and the
+paper's step rule reads noise: a lucky loss counts as progress, which keeps steps too long, and is then the best that no
+later iterate reaches, so that the search returns to it. There the step falls geometrically from eps to eps / 20
+instead, with the paper's momentum and no returns (docs/notebook). A run of fewer than 5 steps has none to spare for
+short ones: it keeps the paper's rule, and evaluates the best point again on fresh samples at each checkpoint.
 """
 
 from __future__ import annotations
@@ -31,9 +32,16 @@ def checkpoints(steps: int) -> list[int]:
     return marks
 
 
+FEWEST = 5  # steps of the schedule for stochastic objectives
+REL_LAST = 0.05  # its last step, times eps
+
+
 @dataclass(kw_only=True)
 class APGD(ImageAttack):
-    """Momentum descent that halves its step and returns to the best point whenever progress stalls."""
+    """Momentum descent that halves its step and returns to the best point whenever progress stalls.
+
+    On stochastic objectives the step falls by a schedule instead, see the module.
+    """
 
     alpha: float = 0.75  # share of the new step against the last move (sec. 3.1)
     rho: float = 0.75  # of the steps between checkpoints must have brought a new best
@@ -44,11 +52,31 @@ class APGD(ImageAttack):
 
     def perturb(self, objective: Objective, clean: Tensor, budget: Budget, generator: Generator | None) -> Tensor:
         overall, last = self.best_of(objective, clean, budget.eot), clean
+        descent = self._scheduled if self._is_stochastic(objective, clean, budget) else self._run
         for run in range(self.restarts):
             start = random_start(clean, budget, generator=generator) if self.random_start or run else clean
-            best, last = self._run(objective, start, clean, budget, run * (budget.steps + 1))
+            best, last = descent(objective, start, clean, budget, run * (budget.steps + 1))
             overall.update(best.images, best.losses)
         return self.select(overall, objective, last, budget)
+
+    def _is_stochastic(self, objective: Objective, clean: Tensor, budget: Budget) -> bool:
+        if budget.eot < 2 or budget.steps < FEWEST:
+            return False
+        return not torch.equal(self.score(objective, clean, 1), self.score(objective, clean, 1))
+
+    def _scheduled(
+        self, objective: Objective, x: Tensor, clean: Tensor, budget: Budget, first: int
+    ) -> tuple[BestImages, Tensor]:
+        """As `_run`, for stochastic objectives: step lengths that depend on no loss, and no returns."""
+        best, previous_x = BestImages(x, torch.full((len(x),), torch.inf, device=x.device)), x
+        for k in range(budget.steps):
+            f, grad = self.gradient(objective, x, budget.eot, first + k)
+            best.update(x, f)
+            z = descend(x, grad, budget.eps * REL_LAST ** (k / (budget.steps - 1)), clean, budget)
+            alpha = self.alpha if k else 1.0
+            previous_x, x = x, project(x + alpha * (z - x) + (1 - alpha) * (x - previous_x), clean, budget)
+        best.update(x, self.score(objective, x, budget.eot, first + budget.steps))
+        return best, x
 
     def _run(
         self, objective: Objective, x: Tensor, clean: Tensor, budget: Budget, first: int

@@ -33,6 +33,10 @@ class PGD(ImageAttack):
         """Length of step number ``step``, counted from 0, in pixel units."""
         return self.rel_step * budget.eps / max(budget.steps, 1)
 
+    def accumulate(self, velocity: Tensor, grad: Tensor, budget: Budget) -> Tensor:
+        """The direction of the next step, from that of the last one and the gradient."""
+        return self.momentum * velocity + (1 - self.momentum) * direction(grad, budget.norm)
+
     def _run(
         self, objective: Objective, images: Tensor, clean: Tensor, budget: Budget, best: BestImages, first: int
     ) -> Tensor:
@@ -41,7 +45,7 @@ class PGD(ImageAttack):
         for step in range(budget.steps):
             losses, grad = self.gradient(objective, images, budget.eot, first + step)
             best.update(images, losses)
-            velocity = self.momentum * velocity + (1 - self.momentum) * direction(grad, budget.norm)
+            velocity = self.accumulate(velocity, grad, budget)
             images = descend(images, velocity, self.step_size(step, budget), clean, budget)
         best.update(images, self.score(objective, images, budget.eot, first + budget.steps))
         return images

@@ -152,7 +152,7 @@ _EVALUATIONS = {
         {
             "defenses": _HEADLINE,
             "adaptive": _HEADLINE[2:],
-            "attacks": ("apgd", "word-head"),
+            "attacks": ("apgd", "pgd-decay", "word-head"),
             "eps": (2.0, 4.0, 8.0),
             "steps": 60,
             "eot": 8,

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from codefend import encoders
 from codefend.core.devices import default_device
-from codefend.encoders.imagenet import class_names
 from codefend.encoders.views import SIDE, fit_square
 from codefend.types import CodefendError
 from codefend.victims.packed import answer_logits
@@ -140,7 +139,7 @@ class Pocket(nn.Module):
     @property
     def classes(self) -> Sequence[str]:
         """The classes that it names in photographs."""
-        return class_names() if self.photographs is not None else ()
+        return encoders.class_names() if self.photographs is not None else ()
 
     def class_scores(self, images: Tensor) -> Tensor:
         """Logits ``[B, C]`` of the classes, before the steps and powers through which the tokens read them."""
