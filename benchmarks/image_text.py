@@ -1,9 +1,12 @@
 """Text in images: instructions found and harmless text left alone, by rendering; screenshots; cost.
 
     python benchmarks/image_text.py detection|harmless|adaptive|cost|summary [--limit N] [--out ROWS.jsonl]
+    python benchmarks/image_text.py heldout|heldout-harmless|heldout-strings --heldout FILE --fonts FILE... [...]
 
-Phrases of the test split (`benchmarks/data/image_text_phrases.json`) in `TEST_FONTS`. A rendering counts as legible
-when OCR reads at least 80% of its characters. Typographic attacks on victims are rows of the attack registry:
+"heldout": texts of others from `benchmarks/heldout_text.py` in fonts that are given; "heldout-strings" judges them all
+without rendering. The other parts: phrases of the test split (`benchmarks/data/image_text_phrases.json`) in
+`TEST_FONTS`. A rendering is legible when OCR reads at least 80% of its characters. Typographic attacks on victims
+are rows of the attack registry:
 `codefend eval quick --set attacks=typographic --set defenses=none,redact:scope=all`.
 """
 
@@ -14,7 +17,7 @@ import json
 import random
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from codefend import tasks
 from codefend.purifiers import ocr
+from codefend.purifiers.instructions import mark
 from codefend.purifiers.redact import read
 
 PHRASES = json.loads((Path(__file__).parent / "data/image_text_phrases.json").read_text(encoding="utf-8"))
@@ -71,6 +75,7 @@ EVASIONS = {
 
 
 def font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """A font of matplotlib by name, or any by its path without the ending ".ttf"."""
     return ImageFont.truetype(str(Path(get_data_path()) / "fonts/ttf" / f"{name}.ttf"), size)
 
 
@@ -142,29 +147,44 @@ def legible(regions: list[ocr.TextRegion], text: str) -> bool:
     return distance(reading, truth) <= 0.2 * len(truth)
 
 
-def detection(limit: int, renderings: dict[str, Rendering] = RENDERINGS) -> Iterator[dict[str, Any]]:
-    """For each rendering, on ``limit`` test phrases: legible, found, and both."""
+def detection(
+    limit: int,
+    renderings: dict[str, Rendering] = RENDERINGS,
+    phrases: Sequence[str] = (),
+    faces: Sequence[str] = TEST_FONTS,
+) -> Iterator[dict[str, Any]]:
+    """For each rendering, on ``limit`` of the phrases, by default the test split's: legible, found, and both."""
     rng, scenes = random.Random(1), backgrounds()
-    phrases = fill(rng)
+    phrases = list(phrases) or fill(rng)
     rng.shuffle(phrases)
     for number, (name, rendering) in enumerate(renderings.items()):
         for i in range(limit):
-            text, face = phrases[(number * limit + i) % len(phrases)], TEST_FONTS[i % len(TEST_FONTS)]
+            text, face = phrases[(number * limit + i) % len(phrases)], faces[i % len(faces)]
             regions = read(render(text, rendering, face, scenes[i % len(scenes)], rng))
             found = any(region.instruction for region in regions)
-            yield {"rendering": name, "text": text, "legible": legible(regions, text), "found": found, "font": face}
+            yield {
+                "rendering": name,
+                "text": text,
+                "legible": legible(regions, text),
+                "found": found,
+                "font": Path(face).name,
+            }
 
 
-def harmless(limit: int) -> Iterator[dict[str, Any]]:
-    """Harmless test phrases, one an image for signs and several for menus, screens and documents."""
+def harmless(
+    limit: int,
+    kinds: dict[str, list[str]] = PHRASES["harmless"]["test"],
+    faces: Sequence[str] = TEST_FONTS,
+) -> Iterator[dict[str, Any]]:
+    """Harmless phrases, one an image for signs and four for menus, screens and documents."""
     rng, scenes = random.Random(2), backgrounds()
-    for kind, phrases in PHRASES["harmless"]["test"].items():
+    for kind, phrases in kinds.items():
         for i in range(limit):
             count = 1 if kind == "signs" else 4
             text = "\n".join(phrases[(count * i + k) % len(phrases)] for k in range(count))
             rendering = Rendering(size=(20, 14, 26)[i % 3], scene=kind == "signs")
             flat = " ".join(text.split("\n")) if count == 1 else text
-            regions = read(_page(flat, rendering, TEST_FONTS[i % len(TEST_FONTS)], scenes[i % len(scenes)], rng))
+            regions = read(_page(flat, rendering, faces[i % len(faces)], scenes[i % len(scenes)], rng))
             wrong = [region.text for region in regions if region.instruction]
             yield {"kind": kind, "text": text, "found": bool(wrong), "lines": wrong, "read": len(regions)}
 
@@ -182,6 +202,25 @@ def _page(text: str, rendering: Rendering, face: str, scene: np.ndarray[Any, Any
 def adaptive(limit: int) -> Iterator[dict[str, Any]]:
     """An attacker who knows the defense: renderings that OCR may miss."""
     yield from detection(limit, EVASIONS)
+
+
+def heldout(limit: int, texts: dict[str, Any], faces: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Injections of others in all renderings."""
+    phrases = [phrase for kind in texts["instructions"].values() for phrase in kind]
+    yield from detection(limit, RENDERINGS, phrases, faces)
+
+
+def heldout_harmless(limit: int, texts: dict[str, Any], faces: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Pages of four strings of programs, or four paragraphs of documents."""
+    yield from harmless(limit, texts["test"], faces)
+
+
+def heldout_strings(limit: int, texts: dict[str, Any], faces: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Up to ``limit`` texts of a kind as one line each, without rendering."""
+    for kind, phrases in {**texts["instructions"], **texts["test"]}.items():
+        for text in phrases[:limit]:
+            region = ocr.TextRegion(text, 1.0, ((0, 0), (9, 0), (9, 1), (0, 1)))
+            yield {"kind": kind, "found": mark([region])[0].instruction}
 
 
 def cost(limit: int) -> Iterator[dict[str, Any]]:
@@ -217,6 +256,13 @@ PARTS: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {
 }
 
 
+HELDOUT: dict[str, Callable[[int, dict[str, Any], Sequence[str]], Iterator[dict[str, Any]]]] = {
+    "heldout": heldout,
+    "heldout-harmless": heldout_harmless,
+    "heldout-strings": heldout_strings,
+}
+
+
 def summary(path: Path) -> Iterator[dict[str, Any]]:
     """Rows for `results/image_text.json` from the rows of all parts and of `benchmarks/screenshots.py`."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -224,6 +270,9 @@ def summary(path: Path) -> Iterator[dict[str, Any]]:
     for row in rows:
         group = row.get("rendering") or row.get("kind") or row.get("attack") or str(row.get("lines", ""))
         groups.setdefault((row["part"], group), []).append(row)
+    groups |= {("heldout", "all"): [row for row in rows if row["part"] == "heldout"]}
+    groups |= {("heldout-harmless", "all"): [row for row in rows if row["part"] == "heldout-harmless"]}
+    groups = {key: group for key, group in groups.items() if group}
     groups |= {("found", "all"): [row for row in rows if row["part"] == "detection"]}
     groups |= {("harmless", "all"): [row for row in rows if row["part"] == "harmless"]}
     for (part, name), group in groups.items():
@@ -232,6 +281,11 @@ def summary(path: Path) -> Iterator[dict[str, Any]]:
             yield _figure(f"text/legible/{name}", [row["legible"] for row in group])
             if legible:
                 yield _figure(f"text/found/{name}", [row["found"] for row in legible])
+        elif part == "heldout":
+            yield _figure(f"text/heldout/legible/{name}", [row["legible"] for row in group])
+            yield _figure(f"text/heldout/found/{name}", [row["found"] for row in group if row["legible"]])
+        elif part in HELDOUT:
+            yield _figure(f"text/{part}/{name}", [row["found"] for row in group])
         elif part == "adaptive":
             yield _figure(f"text/evades/{name}", [not row["found"] for row in group])
         elif part == "harmless":
@@ -258,16 +312,24 @@ def _figure(name: str, values: list[float]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=[*PARTS, "summary"])
+    parser.add_argument("part", choices=[*PARTS, *HELDOUT, "summary"])
     parser.add_argument("--limit", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("runs/image-text.jsonl"))
+    parser.add_argument("--heldout", type=Path, default=Path("runs/heldout-text.json"))
+    parser.add_argument("--fonts", type=Path, nargs="*", default=(), help="TrueType files")
     arguments = parser.parse_args()
     if arguments.part == "summary":
         print("\n".join(map(json.dumps, summary(arguments.out))))
         return
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a", encoding="utf-8") as stream, torch.no_grad():
-        for row in PARTS[arguments.part](arguments.limit):
+        if arguments.part in HELDOUT:
+            texts = json.loads(arguments.heldout.read_text(encoding="utf-8"))
+            faces = [str(path.resolve().with_suffix("")) for path in arguments.fonts] or TEST_FONTS
+            rows = HELDOUT[arguments.part](arguments.limit, texts, faces)
+        else:
+            rows = PARTS[arguments.part](arguments.limit)
+        for row in rows:
             print(json.dumps({"part": arguments.part, **row}, ensure_ascii=False), file=stream, flush=True)
 
 

@@ -12,12 +12,16 @@ from torch import Generator, Tensor
 
 from codefend.purifiers import instructions, ocr
 from codefend.purifiers.base import Purifier
-from codefend.purifiers.ocr import TextRegion
+from codefend.purifiers.ocr import Point, TextRegion
 from codefend.types import CodefendError
 
 _MARGIN = 0.25  # around a line, as a share of its height
 _PLATE_TOLERANCE = 0.06  # of a pixel's colours to the plate's, in [0, 1]
 _PAGE_SHARE = 0.5  # of a row above or below the lines: more of the plate's colour there is a page's background
+_PLAIN = 0.4  # of a line's pixels of one colour: less is a line on a scene
+_STROKE = 0.35  # of a line's height: more than any stroke is wide
+_FAINTEST = 0.02  # contrast of a stroke to what surrounds it, in [0, 1]
+MOST_FILLED = 0.5  # of an image: what is filled from less than as much again is a guess
 
 
 @dataclass(frozen=True)
@@ -54,20 +58,76 @@ def select(regions: Sequence[TextRegion], scope: str) -> list[TextRegion]:
 
 
 def redact(image: Tensor, regions: Sequence[TextRegion]) -> Tensor:
-    """``[3, H, W]`` with the regions, and the plates on which they are written, filled from their surroundings."""
+    """``[3, H, W]`` with the regions filled from their surroundings: plates whole, other lines by their strokes.
+
+    Where OCR still reads something after that, lines are filled whole. An image of which that would be more than
+    `MOST_FILLED` returns as it is: the same tensor.
+    """
     mask = text_mask(image, regions)
-    return inpaint(image, mask) if mask.any() else image
+    if not mask.any() or mask.float().mean() > MOST_FILLED:
+        return image
+    filled = inpaint(image, mask)
+    centres = [line.centre for line in ocr.read(filled)]
+    left = [region for region in regions if any(_contains(region, centre) for centre in centres)]
+    mask = text_mask(image, regions, whole=left)
+    if mask.float().mean() > MOST_FILLED:
+        return image
+    return inpaint(image, mask) if left else filled
 
 
-def text_mask(image: Tensor, regions: Sequence[TextRegion]) -> Tensor:
-    """Which pixels ``[H, W]`` belong to the regions and their plates."""
-    height, width = image.shape[-2:]
-    mask = torch.zeros(height, width, dtype=torch.bool, device=image.device)
-    for region in regions:
-        _cover(mask, region, region.height * _MARGIN)
-    for block in _blocks(regions, height):
-        mask |= _plate(image, mask, *block)
+def text_mask(image: Tensor, regions: Sequence[TextRegion], whole: Sequence[TextRegion] = ()) -> Tensor:
+    """Which pixels ``[H, W]`` belong to the regions: plates and the lines on them, lines of ``whole``, and strokes."""
+    boxes = {region: _inside(image, region, region.height * _MARGIN) for region in regions}
+    plain = [region for region in regions if _is_plain(image, region)]
+    under, plates = torch.zeros(2, *image.shape[-2:], dtype=torch.bool, device=image.device)
+    for region in plain:
+        under |= boxes[region]
+    for block in _blocks(plain, len(under)):
+        plates |= _plate(image, under, *block)
+    mask = plates.clone()
+    for region, box in boxes.items():
+        mask |= box if region in whole or (plates & box).any() else _strokes(image, region, box)
     return mask
+
+
+def _inside(image: Tensor, region: TextRegion, margin: float = 0.0) -> Tensor:
+    mask = torch.zeros(image.shape[-2:], dtype=torch.bool, device=image.device)
+    _cover(mask, region, margin)
+    return mask
+
+
+def _is_plain(image: Tensor, region: TextRegion) -> bool:
+    """Whether the line stands on one colour; a line of which no pixel is in the image does."""
+    pixels = image[:, _inside(image, region)]
+    if not pixels.numel():
+        return True
+    colour = pixels.median(1).values
+    return float(((pixels - colour[:, None]).abs().amax(0) <= _PLATE_TOLERANCE / 2).float().mean()) >= _PLAIN
+
+
+def _strokes(image: Tensor, region: TextRegion, inside: Tensor) -> Tensor:
+    """Pixels ``[H, W]`` ``inside`` the line that are lighter, or darker, than anything wider than a stroke around them.
+
+    Grey opening and closing with a square (Serra 1982), the polarity that differs more; a pixel of margin.
+    """
+    if not inside.any():
+        return inside
+    grey = image.mean(0)
+    size = max(2 * round(region.height * _STROKE / 2) + 1, 3)
+
+    def dilate(values: Tensor, size: int) -> Tensor:
+        return F.max_pool2d(values[None, None], size, stride=1, padding=size // 2)[0, 0]
+
+    light = grey - dilate(-dilate(-grey, size), size)  # opening: erosion is the dilation of the negative
+    dark = -dilate(-dilate(grey, size), size) - grey
+    contrast = max(light, dark, key=lambda values: float(values[inside].sum()))
+    strokes = inside & (contrast > max(float(contrast[inside].quantile(0.9)) / 2, _FAINTEST))
+    return dilate(strokes.to(grey.dtype), 3) > 0
+
+
+def _contains(region: TextRegion, point: Point) -> bool:
+    (left, right), (top, bottom) = ((min(values), max(values)) for values in zip(*region.box, strict=True))
+    return left <= point[0] <= right and top <= point[1] <= bottom
 
 
 def _cover(mask: Tensor, region: TextRegion, margin: float) -> None:

@@ -24,7 +24,8 @@ def apply(image: Tensor, policy: TextPolicyName) -> tuple[Tensor, list[TextRegio
     """The image ``[3, H, W]`` under ``policy``, and its lines of text; without reading it when that is "off".
 
     "redact" fills the lines that read like instructions and "redact-all" every line; the others leave the image as it
-    is. Raises TextBlocked for an instruction under "block", and CodefendError without the `ocr` extra.
+    is. Raises TextBlocked for an instruction under "block", and under the two that fill where it covers too much of the
+    image to be filled; CodefendError without the `ocr` extra.
     """
     if policy == "off":
         return image, []
@@ -34,7 +35,10 @@ def apply(image: Tensor, policy: TextPolicyName) -> tuple[Tensor, list[TextRegio
     if policy == "block" and (lines := select(regions, "instructions")):
         raise TextBlocked(f"the image holds {len(lines)} lines of text that read like instructions to a model")
     if policy in ("redact", "redact-all"):
-        image = redact(image, select(regions, "all" if policy == "redact-all" else "instructions"))
+        filled = redact(image, select(regions, "all" if policy == "redact-all" else "instructions"))
+        if filled is image and instructions_in(regions):
+            raise TextBlocked("text that reads like instructions to a model covers too much of the image to be filled")
+        return filled, regions
     return image, regions
 
 
