@@ -122,7 +122,7 @@ def _strokes(image: Tensor, region: TextRegion, inside: Tensor) -> Tensor:
     dark = -dilate(-dilate(grey, size), size) - grey
     contrast = max(light, dark, key=lambda values: float(values[inside].sum()))
     strokes = inside & (contrast > max(float(contrast[inside].quantile(0.9)) / 2, _FAINTEST))
-    return dilate(strokes.to(grey.dtype), 3) > 0
+    return inside & (dilate(strokes.to(grey.dtype), 3) > 0)
 
 
 def _contains(region: TextRegion, point: Point) -> bool:
