@@ -23,7 +23,6 @@ from codefend.cli.options import (
     choose_pool,
     print_config,
 )
-from codefend.cli.presets import preset_config
 from codefend.types import CodefendError
 
 app = typer.Typer()
@@ -62,6 +61,7 @@ def eval_(
     Example: codefend eval quick --run runs/quick && codefend report runs/quick
     """
     from codefend.bench import EvalConfig, TransferConfig, evaluate
+    from codefend.cli.presets import preset_config
 
     changes = [*([f"limit={limit}"] if limit else []), *([f"victim={victim}"] if victim else [])]
     config = preset_config(preset, [*settings, *changes], EvalConfig, file=file)
@@ -115,6 +115,7 @@ def certify(
     Example: codefend certify --run runs/certify --limit 8 && codefend report runs/certify
     """
     from codefend.bench.certify import CertifyConfig, run_certify
+    from codefend.cli.presets import preset_config
 
     changes = [*([f"limit={limit}"] if limit else []), *([f"victim={victim}"] if victim else [])]
     config = preset_config(preset, [*settings, *changes], CertifyConfig, file=file)

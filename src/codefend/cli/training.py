@@ -21,7 +21,6 @@ from codefend.cli.options import (
     choose_pool,
     print_config,
 )
-from codefend.cli.presets import preset_config
 
 app = typer.Typer()
 
@@ -48,6 +47,7 @@ def pairs(
 
     Example: codefend pairs --run runs/pairs
     """
+    from codefend.cli.presets import preset_config
     from codefend.training.pairs import PairsConfig, make_pairs
 
     config = preset_config(preset, settings, PairsConfig, file=file)
@@ -78,6 +78,7 @@ def train(
     Example: codefend train bridge --run runs/bridge --set pairs=runs/pairs
     """
     from codefend import training
+    from codefend.cli.presets import preset_config
 
     config = preset_config(preset, settings, file=file)
     if dry_run:
@@ -120,6 +121,7 @@ def calibrate(
 
     Example: codefend calibrate runs/bridge/weights --set pairs=runs/pairs-held-out
     """
+    from codefend.cli.presets import preset_config
     from codefend.training.calibrate import CalibrateConfig
     from codefend.training.calibrate import calibrate as fit
 
