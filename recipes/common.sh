@@ -4,7 +4,7 @@
 #   export POCKET=runs/pocket-2/weights PRIOR=runs/prior/weights BRIDGE=runs/bridge/weights
 #   recipes/pairs.sh && recipes/bridge.sh && recipes/bridge-detail.sh && recipes/bridge-coarse.sh
 #   recipes/bridge-large.sh                        # on a GPU
-#   recipes/robust.sh                              # encoders of other families and a bridge for any noise level
+#   recipes/bridge-transfer.sh && recipes/bridge-transfer-large.sh
 #   recipes/bridge-plain.sh                        # and the peers: hgd, flowpure, flowpure-gauss, adbm, codefend-r, fare,
 #                                                  tecoa
 #   recipes/headline.sh && recipes/outside.sh       # the headline table, and attacks by others

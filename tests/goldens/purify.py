@@ -16,6 +16,8 @@ NAMES = (
     "bridge",
     "bridge-detail",
     "bridge-large",
+    "bridge-transfer",
+    "bridge-transfer-large",
     "bridge-coarse",
     "diffpure:t=0.05,steps=5",
     "bridge:sigma=0.1",

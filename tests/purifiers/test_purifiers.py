@@ -49,7 +49,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("root") / "weights"
     for kind in ("prior", "bridge", "hgd", "flowpure", "flowpure-gauss", "adbm", "codefend-r"):
         save_net(folder / kind, random_net(), kind=kind)
-    for name in ("bridge-detail", "bridge-large", "bridge-coarse"):
+    for name in ("bridge-detail", "bridge-large", "bridge-transfer", "bridge-transfer-large", "bridge-coarse"):
         save_net(folder / name, random_net(), kind="bridge")
     return folder
 

@@ -215,6 +215,18 @@ _ROWS = (
         _shipped("bridge-large"),
     ),
     PurifierSpec(
+        "bridge-transfer",
+        "the bridge behind little noise, trained on encoders of several families: for models it was not trained on",
+        "CoDefend; as bridge, training after N-FGSM, arXiv 2202.01181",
+        _shipped("bridge-transfer"),
+    ),
+    PurifierSpec(
+        "bridge-transfer-large",
+        "bridge-transfer in a network three times as large, for a GPU",
+        "CoDefend; as bridge-transfer",
+        _shipped("bridge-transfer-large"),
+    ),
+    PurifierSpec(
         "bridge-coarse",
         "the bridge trained for words alone, behind noise of 0.1: more correct captions under unseen attacks",
         "CoDefend; as bridge",
