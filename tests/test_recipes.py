@@ -113,6 +113,19 @@ def test_the_recipe_of_the_second_victim_has_the_settings_of_the_shipped_weights
     assert {key: first[key] for key in expected} == expected
 
 
+@pytest.mark.parametrize("name", ["bridge-transfer", "bridge-transfer-large"])
+def test_a_recipe_has_the_settings_of_the_shipped_transfer_weights(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = json.loads((asset(f"weights/{name}") / "training.json").read_text())
+    last = config([call for call in calls(f"{name}.sh", tmp_path) if call[0] == "train"][-1], capsys)
+    places = {"train", "prior", "teacher", "zoo", "natural"}
+    expected = {key: value for key, value in training["config"].items() if key not in places}
+    assert {key: last[key] for key in expected} == expected
+    families = [Path(str(folder).removesuffix("/weights")).name for folder in training["config"]["zoo"]]
+    assert [Path(str(folder).removesuffix("/weights")).name for folder in last["zoo"]] == families
+
+
 def test_every_training_has_a_recipe() -> None:
     text = "".join((RECIPES / name).read_text() for name in NAMES)
     trainings = {"pocket", "smolvlm-pocket", "prior", "bridge", "hgd", "flowpure", "flowpure-gauss", "adbm"}
