@@ -6,7 +6,7 @@ and after a return to the best point the momentum is that of the move which led 
 
 Where ``Budget.eot`` is above 1 and two evaluations of the clean images differ, the objective is stochastic, and the
 paper's step rule reads noise: a lucky loss counts as progress, which keeps steps too long, and is then the best that no
-later iterate reaches, so that the search returns to it. There the step falls geometrically from eps to eps / 20
+later iterate reaches, so that the search returns to it. There the step falls linearly from eps to eps / 20
 instead, with the paper's momentum and no returns (docs/notebook). A run of fewer than 5 steps has none to spare for
 short ones: it keeps the paper's rule, and evaluates the best point again on fresh samples at each checkpoint.
 """
@@ -72,7 +72,7 @@ class APGD(ImageAttack):
         for k in range(budget.steps):
             f, grad = self.gradient(objective, x, budget.eot, first + k)
             best.update(x, f)
-            z = descend(x, grad, budget.eps * REL_LAST ** (k / (budget.steps - 1)), clean, budget)
+            z = descend(x, grad, budget.eps * (1 - (1 - REL_LAST) * k / (budget.steps - 1)), clean, budget)
             alpha = self.alpha if k else 1.0
             previous_x, x = x, project(x + alpha * (z - x) + (1 - alpha) * (x - previous_x), clean, budget)
         best.update(x, self.score(objective, x, budget.eot, first + budget.steps))
