@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from chromium_kit import CHROMIUM, Browser
-from codefend.cli.showcase import Showcase
+from codefend.cli.showcase import BenchShowcase
 from codefend.gateway.app import create_app
 from codefend.gateway.pocket import pocket_transport
 from gateway_kit import Invert, b64, image, png, served, settings
@@ -49,8 +49,8 @@ class Painter:
 
 @pytest.fixture(scope="module")
 def base() -> Iterator[str]:
-    transport = pocket_transport(Painter(), showcase=Showcase())
-    app = create_app(settings(upstream="pocket"), purifier=Invert(), transport=transport, showcase=Showcase())
+    transport = pocket_transport(Painter(), showcase=BenchShowcase())
+    app = create_app(settings(upstream="pocket"), purifier=Invert(), transport=transport, showcase=BenchShowcase())
     with served(app) as url:
         yield url
 

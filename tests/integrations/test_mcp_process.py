@@ -32,7 +32,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 def processes(word: str) -> list[psutil.Process]:
     """The processes below this one whose command line holds ``word``."""
-    below = psutil.Process().children(recursive=True)
+    below = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
     return [process for process in below if any(word in argument for argument in process.cmdline())]
 
 

@@ -84,7 +84,7 @@ def text_mask(image: Tensor, regions: Sequence[TextRegion], whole: Sequence[Text
         under |= boxes[region]
     for block in _blocks(plain, len(under)):
         plates |= _plate(image, under, *block)
-    mask = plates.clone()
+    mask: Tensor = plates.clone()
     for region, box in boxes.items():
         mask |= box if region in whole or (plates & box).any() else _strokes(image, region, box)
     return mask
