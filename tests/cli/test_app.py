@@ -13,7 +13,8 @@ import pytest
 
 import codefend
 from cli_kit import Run, raising, stand_in
-from codefend.cli.presets import Preset
+from codefend.bench.config import EvalConfig, check
+from codefend.cli.presets import Preset, preset_config
 from codefend.types import CodefendError
 
 # --- the front -------------------------------------------------------------------------------------------------------
@@ -296,3 +297,15 @@ def test_demo_returns_its_exit_code(run: Run, monkeypatch: pytest.MonkeyPatch, t
     stand_in(monkeypatch, "cli.demo", run_demo=lambda folder: 0 if folder == tmp_path else 1)
     assert run("demo", "--run", tmp_path)[0] == 0
     assert run("demo")[0] == 1
+
+
+def test_other_defenses_leave_the_presets_adaptive_attacks_on_those_that_remain() -> None:
+    def adaptive(*items: str) -> tuple[str, ...]:
+        config: EvalConfig = preset_config("quick", items, EvalConfig)
+        return config.adaptive
+
+    assert adaptive() == ("jpeg", "bridge")
+    assert adaptive("defenses=none,bridge") == ("bridge",)
+    assert adaptive("defenses=none,blur") == ()  # all of them
+    with pytest.raises(CodefendError, match="not among the defenses"):
+        check(preset_config("quick", ["defenses=none,bridge", "adaptive=jpeg"], EvalConfig))

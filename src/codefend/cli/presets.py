@@ -6,7 +6,7 @@ One-off settings are files for ``--config``: see ``recipes/``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -27,8 +27,14 @@ class Preset:
     changes: Mapping[str, str] = field(default_factory=dict)  # as text, applied before the user's
 
     def build(self, settings: Mapping[str, str]) -> Any:
-        """The config with ``settings`` applied. Raises CodefendError for an unknown key or an invalid value."""
-        return override(resolve_name(self.kind)(**self.values), {**self.changes, **settings})
+        """The config with ``settings`` applied. Raises CodefendError for an unknown key or an invalid value.
+
+        Where ``settings`` names other defenses, those of the preset's ``adaptive`` that are not among them go.
+        """
+        config = override(resolve_name(self.kind)(**self.values), {**self.changes, **settings})
+        if "adaptive" in self.values and "defenses" in settings and "adaptive" not in settings:
+            config = replace(config, adaptive=tuple(name for name in config.adaptive if name in config.defenses))
+        return config
 
 
 _PAIRS, _BRIDGE = "codefend.training.pairs:PairsConfig", "codefend.training.bridge:BridgeConfig"
