@@ -145,7 +145,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--crops", type=int, default=6, help="of each of the four photographs")
     parser.add_argument("--eps", type=int, nargs="+", default=[4, 8], help="in 1/255")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--results", type=Path, help="write the means of the rows, too")
+    parser.add_argument("--results", type=Path, help="also write the means of the rows")
     return parser.parse_args()
 
 

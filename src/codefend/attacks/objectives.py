@@ -26,7 +26,7 @@ from codefend.types import (
 )
 
 WORD_TEMPERATURE = 0.05  # of a cross-entropy over cosines
-POSSIBLE = 0.02  # of the first class's probability; above it an image may show a class, too
+POSSIBLE = 0.02  # of the first class's probability; above it an image may also show a class
 
 
 def untargeted(victim: HasLoss, prompts: Sequence[str], answers: Sequence[str]) -> Objective:
