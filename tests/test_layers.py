@@ -11,8 +11,8 @@ import pytest
 import codefend
 
 ROOT = Path(codefend.__file__).parent
-# Floors from the ground up: a room imports from its own floor or a lower one. Strings that name modules count.
-FLOORS: tuple[frozenset[str], ...] = (
+# Layers from the lowest up: a subpackage imports from its own layer or a lower one. Strings that name modules count.
+LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"types"}),
     frozenset({"core"}),
     frozenset({"encoders"}),
@@ -25,7 +25,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"integrations"}),
     frozenset({"cli"}),
 )
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+LAYER_OF = {subpackage: layer for layer, subpackages in enumerate(LAYERS) for subpackage in subpackages}
 PEERS = {"purifiers", "victims", "attacks", "tasks"}  # none of these may know another
 GATEWAY_NEVER = {"attacks", "tasks", "training", "bench", "contrib"}  # serving stays light
 VICTIMS_DOOR = {"gateway/pocket.py"}  # the one module through which the gateway reaches models
@@ -50,7 +50,7 @@ NOT_TORCH_ON_IMPORT = {"__init__", "types", "cli"}
 
 Import = tuple[str, str]  # dotted name; "now" when the module is imported, "later" in a function, "types" for checkers
 FILES = sorted(ROOT.rglob("*.py"))
-ROOMS = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+SUBPACKAGES = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
 
 
 @cache  # each file is read by three tests
@@ -73,7 +73,7 @@ def modules_in(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Import):
         return [name.name for name in node.names]
     if isinstance(node, ast.ImportFrom):
-        assert node.level == 0, "relative imports hide which floor is meant"
+        assert node.level == 0, "relative imports hide which layer is meant"
         assert node.module is not None
         return [f"{node.module}.{name.name}" for name in node.names]
     if isinstance(node, ast.Constant) and isinstance(node.value, str) and is_module(node.value.partition(":")[0]):
@@ -92,40 +92,40 @@ def is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
-def room_of(path: Path) -> str:
+def subpackage_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-def project_rooms(imports: frozenset[Import]) -> set[str]:
+def project_subpackages(imports: frozenset[Import]) -> set[str]:
     parts = [name.split(".") for name, _ in imports if name.split(".")[0] == "codefend"]
-    return {part[1] if len(part) > 1 and part[1] in ROOMS else "__init__" for part in parts}
+    return {part[1] if len(part) > 1 and part[1] in SUBPACKAGES else "__init__" for part in parts}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_imports_go_down(path: Path) -> None:
-    room, file = room_of(path), path.relative_to(ROOT).as_posix()
-    if room == "__init__":  # the front door looks its names up lazily, on every floor
+    own, file = subpackage_of(path), path.relative_to(ROOT).as_posix()
+    if own == "__init__":  # the front door looks its names up lazily, on every layer
         return
-    assert room in FLOOR_OF, f"give {room} a floor in ARCHITECTURE.md and in this test"
-    for other in project_rooms(imports_of(path.read_text())) - {room, "__init__"}:
+    assert own in LAYER_OF, f"give {own} a layer in ARCHITECTURE.md and in this test"
+    for other in project_subpackages(imports_of(path.read_text())) - {own, "__init__"}:
         if other in {"contrib", "integrations"} and file in REGISTRIES:
             continue
-        if other == "victims" and room == "gateway":
+        if other == "victims" and own == "gateway":
             assert file in VICTIMS_DOOR, f"the gateway reaches models through {', '.join(VICTIMS_DOOR)} only"
-        assert FLOOR_OF[other] < FLOOR_OF[room], f"{room} (floor {FLOOR_OF[room]}) imports {other} ({FLOOR_OF[other]})"
-        assert not (room == "gateway" and other in GATEWAY_NEVER), f"the gateway may not import {other}"
+        assert LAYER_OF[other] < LAYER_OF[own], f"{own} (layer {LAYER_OF[own]}) imports {other} ({LAYER_OF[other]})"
+        assert not (own == "gateway" and other in GATEWAY_NEVER), f"the gateway may not import {other}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_heavy_libraries_stay_with_their_owners(path: Path) -> None:
-    room = room_of(path)
+    own = subpackage_of(path)
     for name, when in imports_of(path.read_text()):
         library = name.partition(".")[0]
         if when == "types":
             continue
-        assert room in OWNERS.get(library, {room}), f"{room} imports {library}, which belongs to {OWNERS[library]}"
+        assert own in OWNERS.get(library, {own}), f"{own} imports {library}, which belongs to {OWNERS[library]}"
         if library == "torch" and when == "now":
-            assert room not in NOT_TORCH_ON_IMPORT, f"{room} imports torch when it is imported"
+            assert own not in NOT_TORCH_ON_IMPORT, f"{own} imports torch when it is imported"
 
 
 def test_no_circle_of_files() -> None:
@@ -160,4 +160,4 @@ def f():
     assert ("torch.nn", "now") in imports
     assert ("PIL.Image", "later") in imports
     assert ("codefend.bench.evaluate", "types") in imports
-    assert {"bench", "victims", "attacks"} == project_rooms(imports)
+    assert {"bench", "victims", "attacks"} == project_subpackages(imports)

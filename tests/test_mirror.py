@@ -1,4 +1,4 @@
-"""Tests mirror the tree by file name, as tests/ROOM/test_MODULE.py or test_MODULE_PART.py; others are listed here.
+"""Tests mirror the tree by file name, as tests/SUBPACKAGE/test_MODULE[_PART].py; others are listed here.
 
 Tests of the gateway mostly go through the whole server, and are named after what a client or an operator does.
 """
@@ -23,12 +23,12 @@ CROSSING = {  # tests of several modules at once -> what they check
 
 
 def modules_of(test: Path) -> list[Path]:
-    """What a test file is named after: a module, or a folder of this name in the room or the room itself."""
+    """What a test file is named after: a module or a folder in the subpackage, or the subpackage itself."""
     words = test.stem.removeprefix("test_").split("_")
     names = ["_".join(words[:count]) for count in range(1, len(words) + 1)]
-    room = ROOT / test.parent.relative_to(TESTS)
-    places = [place for name in names for place in (room / f"{name}.py", room / name)]
-    return [place for place in (*places, *([room] if room.name == names[-1] else [])) if place.exists()]
+    subpackage = ROOT / test.parent.relative_to(TESTS)
+    places = [place for name in names for place in (subpackage / f"{name}.py", subpackage / name)]
+    return [place for place in (*places, *([subpackage] if subpackage.name == names[-1] else [])) if place.exists()]
 
 
 def test_every_file_is_named_after_what_it_tests() -> None:

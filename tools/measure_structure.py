@@ -1,4 +1,4 @@
-"""Measure a checkout: rooms, pairs of rooms with an import, lines, and the files that a command visits.
+"""Measure a checkout: subpackages, pairs with an import, lines, and the files that a command visits.
 
 Usage: python tools/measure_structure.py [SRC] [--journey COMMAND ...], e.g. --journey purify photo.png -o clean.png
 """
@@ -18,20 +18,20 @@ def main(arguments: list[str]) -> None:
     src = Path(arguments[0] if at else "src").resolve()
     package = src / "codefend"
     files = sorted(package.rglob("*.py"))
-    print(f"rooms {len({room(package, file) for file in files})}")
-    print(f"pairs of rooms with an import {len(pairs(package, files))}")
+    print(f"subpackages {len({top(package, file) for file in files})}")
+    print(f"pairs of subpackages with an import {len(pairs(package, files))}")
     texts = [file.read_text(encoding="utf-8") for file in files]
     print(f"lines {sum(len(text.splitlines()) for text in texts)}, of code {sum(map(code_lines, texts))}")
     if at < len(arguments):
         journey(src, arguments[at + 1 :])
 
 
-def room(package: Path, file: Path) -> str:
+def top(package: Path, file: Path) -> str:
     return file.relative_to(package).parts[0].removesuffix(".py")
 
 
 def pairs(package: Path, files: list[Path]) -> set[tuple[str, str]]:
-    """Ordered pairs of rooms: one imports the other, or names one of its modules in a string."""
+    """Ordered pairs of subpackages: one imports the other, or names one of its modules in a string."""
     modules = {module_name(package, file): file for file in files}
     edges = set()
     for file in files:
@@ -42,7 +42,7 @@ def pairs(package: Path, files: list[Path]) -> set[tuple[str, str]]:
                 while name not in modules and "." in name:
                     name = name.rpartition(".")[0]
                 if name in modules:
-                    edges.add((room(package, file), room(package, modules[name])))
+                    edges.add((top(package, file), top(package, modules[name])))
     return {(a, b) for a, b in edges if a != b}
 
 

@@ -37,7 +37,7 @@ UNUSED = ("head.", "fc.")  # of the encoder: its ImageNet classifier, which no t
 
 @dataclass(frozen=True)
 class FareConfig:
-    """Everything that decides the encoder. The paper: PGD-10, step 1/255, AdamW, lr 1e-5 for a ViT-L."""
+    """Settings of the encoder's training. The paper: PGD-10, step 1/255, AdamW, lr 1e-5 for a ViT-L."""
 
     kind: ClassVar[str] = "fare"
 

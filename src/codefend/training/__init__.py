@@ -10,7 +10,7 @@ from codefend.types import CodefendError
 
 @runtime_checkable
 class TrainingConfig(Protocol):
-    """Everything that decides the weights of a training."""
+    """Settings of a training; they determine its weights."""
 
     def train(self, folder: str | Path) -> Path:
         """Train in the run folder ``folder`` and return the folder with the weights; the same call resumes."""

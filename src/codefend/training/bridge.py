@@ -49,7 +49,7 @@ class Pairs(NamedTuple):
 
 @dataclass(frozen=True)
 class BridgeConfig:
-    """Everything that decides a bridge's weights."""
+    """Settings of a training of a bridge on pairs."""
 
     pairs: tuple[str, ...] = ()  # bank folders made by `codefend pairs`, also as Parquet
     prior: str = ""  # weights folder to fine-tune from, a prior's or a bridge's; empty: the shipped prior; "none"

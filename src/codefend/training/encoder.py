@@ -31,7 +31,7 @@ DECAY = 0.99  # of the moving average
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Everything that decides an encoder's weights."""
+    """Settings of the training of an encoder."""
 
     family: str = "vit16"
     width: int = 0  # 0: the family's default, also for depth

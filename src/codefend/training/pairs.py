@@ -42,7 +42,7 @@ Build = Callable[[slice, Tensor], Objective]  # a part of a shard and its clean 
 
 @dataclass(frozen=True)
 class PairsConfig:
-    """Everything that decides a bank."""
+    """Settings of a bank of pairs."""
 
     victim: str = "pocket"  # a name or a weights folder; must be a pocket for the kinds "words" and "answers"
     encoders: tuple[str, ...] = ("lite0", "lite2")  # whose features are attacked; "victim": the victim's own

@@ -42,7 +42,7 @@ Encode = Callable[[Sequence[str]], list[list[int]]]  # texts to token ids, witho
 
 @dataclass(frozen=True)
 class PocketConfig:
-    """Everything that decides the pocket's weights."""
+    """Settings of the pocket's training."""
 
     encoder: str = "lite0"  # lite0, lite1 or lite2: a different victim each
     rank: int = 32  # of the LoRA adapters

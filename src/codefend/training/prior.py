@@ -21,7 +21,7 @@ from codefend.training.nets import net_training
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """Everything that decides the prior's weights."""
+    """Settings of the prior's training."""
 
     net: NetConfig = field(default_factory=NetConfig)
     seed: int = 0

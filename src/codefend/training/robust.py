@@ -48,7 +48,7 @@ Threat = Literal["words", "adaptive", "oblivious", "damage"]
 
 @dataclass(frozen=True)
 class RobustConfig:
-    """Everything that decides a bridge's weights."""
+    """Settings of a training of a bridge for any noise level."""
 
     prior: str = ""  # weights folder to start from, a prior's or a bridge's; empty: the shipped prior
     channels: tuple[int, ...] = (32, 64, 128, 256)

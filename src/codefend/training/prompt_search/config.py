@@ -18,7 +18,7 @@ from codefend.types import CodefendError
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """Everything that decides a search.
+    """Settings of a search.
 
     The chosen policy may lose ``clean_cost`` of the clean score, and refuse ``more_refusals`` more often.
     """
