@@ -118,7 +118,10 @@ def codefend(
 def list_(
     kind: Annotated[str, typer.Argument(metavar="|".join(REGISTRIES), help="What to list.", show_default=False)],
 ) -> None:
-    """List purifiers, attacks, victims, tasks, encoders, prompts or presets."""
+    """List purifiers, attacks, victims, tasks, encoders, prompts or presets.
+
+    Example: codefend list purifiers
+    """
     table = _load_registry(kind)
     width = max(map(len, table), default=0)
     for name, entry in table.items():

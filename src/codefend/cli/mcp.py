@@ -34,6 +34,8 @@ def mcp_proxy(
 
     The client starts this command in place of the server's. Limits, workers and keys are the gateway's settings, as
     CODEFEND_* variables or in --config; CODEFEND_UPSTREAM_API_KEY is sent to a --url.
+
+    Example: codefend mcp-proxy -- npx -y @playwright/mcp@latest
     """
     import_module("mcp")
     from codefend.gateway.config import NO_UPSTREAM, load_settings

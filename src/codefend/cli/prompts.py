@@ -54,7 +54,10 @@ def optimize_prompt(
 
 @prompts.command("list")
 def list_() -> None:
-    """List the prompt policies."""
+    """List the prompt policies.
+
+    Example: codefend prompts list
+    """
     from codefend.prompts import PROMPTS
 
     width = max(map(len, PROMPTS))
@@ -66,7 +69,10 @@ def list_() -> None:
 def show(
     name: Annotated[str, typer.Argument(metavar="POLICY|RUN", help="A policy, or the run folder of a search.")],
 ) -> None:
-    """Show a policy's text and card, or the Pareto front of a search, finished or not."""
+    """Show a policy's text and card, or the Pareto front of a search, finished or not.
+
+    Example: codefend prompts show text-is-data
+    """
     if (Path(name) / "rows.jsonl").is_file():
         _show_run(Path(name), to=sys.stdout)
         return
@@ -84,7 +90,10 @@ def apply(
     name: PolicyName,
     prompt: Annotated[str, typer.Argument(help="The user's prompt; - reads it from standard input.")],
 ) -> None:
-    """Print a prompt with the policy applied, as the model receives it."""
+    """Print a prompt with the policy applied, as the model receives it.
+
+    Example: codefend prompts apply text-is-data "Describe the image."
+    """
     from codefend.prompts import load
 
     print(load(name)(sys.stdin.read().strip() if prompt == "-" else prompt))
@@ -99,7 +108,10 @@ def table(
     policies: Annotated[list[str], typer.Option("--prompt", help="A policy to compare; repeat.")] = [],  # noqa: B006
     dry_run: DryRun = False,
 ) -> None:
-    """Compare purifiers and policies, alone and combined, on the test images; writes table.json and table.md to RUN."""
+    """Compare purifiers and policies, alone and combined, on the test images; writes table.json and table.md to RUN.
+
+    Example: codefend prompts table --run runs/table --purifier bridge --prompt text-is-data
+    """
     from dataclasses import replace
 
     from codefend.core.files import write_atomic

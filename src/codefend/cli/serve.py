@@ -14,7 +14,9 @@ app = typer.Typer(add_completion=False)
 _HELP = """Put CoDefend in front of a multimodal LLM server.
 
 Secrets (CODEFEND_API_KEYS, CODEFEND_UPSTREAM_API_KEY, CODEFEND_NOISE_SECRET) come from the environment or from files,
-because every process of a machine can read command lines."""
+because every process of a machine can read command lines.
+
+Example: codefend serve --upstream http://localhost:8000/v1"""
 
 
 class _LazyCommand(TyperCommand):
