@@ -1,4 +1,4 @@
-"""Blocks of README and docs: Python runs unchanged (a title: it needs a server or a model), commands are valid."""
+"""Blocks of README and docs: untitled Python runs unchanged, commands are valid. `test_docs_run` runs the rest."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     Image.fromarray(np.full((32, 40, 3), 90, np.uint8)).save("photo.png")
-    for name in ("photos", "runs/quick", "runs/bridge/weights", "runs/eval", "my/weights"):
+    for name in ("photos", "runs/quick", "runs/bridge/weights", "runs/own-bridge/weights", "my/weights"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     return tmp_path
@@ -111,24 +111,6 @@ def test_commands_in_sentences_have_these_verbs_and_options(mention: str) -> Non
     options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     if command.name != "serve":  # it hands its options on
         assert {word for word in rest if re.fullmatch(r"--[a-z].*|-[a-z]", word)} <= options
-
-
-def shown_outputs(text: str) -> list[tuple[str, str]]:
-    """Commands after ``$`` in the shell blocks of a page, with the output that follows them."""
-    blocks = [block for block in shell_blocks(text) if block.lstrip().startswith("$ ")]
-    parts = [part for block in blocks for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]]
-    return [(command, output.strip()) for command, _, output in (part.partition("\n") for part in parts)]
-
-
-@pytest.mark.slow
-@pytest.mark.weights
-def test_commands_print_what_the_readme_shows(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shown = shown_outputs(TEXTS["README.md"])
-    assert [command.split()[1] for command, _ in shown] == ["ask", "purify", "ask"]
-    assert shown[0][1] != shown[2][1]
-    for command, output in shown:
-        assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
-        assert capsys.readouterr().out.strip() == output
 
 
 def test_every_extra_has_a_row() -> None:

@@ -26,13 +26,13 @@ def settings(folder: Path) -> dict[str, dict[str, dict[str, object]]]:
 
 
 def test_what_one_wheel_leaves_out_the_other_brings() -> None:
-    excluded = settings(ROOT)["tool"]["hatch"]["build"]["targets"]["wheel"]["exclude"]  # type: ignore[index]
-    included = settings(MODELS)["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]  # type: ignore[index]
-    folders = {source.removeprefix("../../"): place for source, place in included.items() if "/src/" in source}
+    excluded = settings(ROOT)["tool"]["hatch"]["build"]["exclude"]  # type: ignore[index]
+    included = settings(MODELS)["tool"]["hatch"]["build"]["hooks"]["custom"]["files"]  # type: ignore[index]
+    folders = {source: place for source, place in included.items() if source.startswith("src/")}
     assert sorted(folders) == sorted(excluded)
     for source, place in folders.items():
         assert (ROOT / source).is_dir(), source
-        assert place == source.replace("src/codefend", "codefend_models"), source
+        assert source == f"src/codefend/{place}"
     weights = {path.parent.name for path in (ROOT / "src" / "codefend" / "weights").glob("*/config.json")}
     assert weights == CORE | {Path(source).name for source in folders if "/weights/" in source}
 
@@ -54,25 +54,42 @@ def call(*words: object, cwd: Path = ROOT, code: int = 0) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The wheels of codefend and codefend-models, in this order."""
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Source distributions of codefend and codefend-models, and the wheels built from these."""
     if missing := [name for name in ("build", "hatchling", "twine") if find_spec(name) is None]:
         pytest.skip(f"the release extra, whose {missing[0]} is missing, builds packages")
     out = tmp_path_factory.mktemp("dist")
     for folder in (ROOT, MODELS):
-        call(sys.executable, "-m", "build", "--no-isolation", "--wheel", "-o", out, folder)
-    return sorted(out.glob("*.whl"))
+        call(sys.executable, "-m", "build", "--no-isolation", "-o", out, folder)
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheels(dist: Path) -> list[Path]:
+    """The wheels of codefend and codefend-models, in this order."""
+    return sorted(dist.glob("*.whl"))
+
+
+def names(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
 
 
 @pytest.mark.slow
-def test_wheels_are_small_and_pass_twine(wheels: list[Path]) -> None:
-    core, models = wheels
-    assert core.stat().st_size <= CORE_LIMIT
-    assert models.stat().st_size <= MODELS_LIMIT
-    call(sys.executable, "-m", "twine", "check", "--strict", core, models)
-    with zipfile.ZipFile(core) as archive:
-        weights = {name.split("/")[2] for name in archive.namelist() if name.startswith("codefend/weights/")}
-    assert weights == CORE
+def test_distributions_are_small_and_pass_twine(dist: Path, wheels: list[Path]) -> None:
+    files = sorted(dist.iterdir())
+    assert [path.name.rpartition("-0.1.0")[2] for path in files] == ["-py3-none-any.whl", ".tar.gz"] * 2
+    for path in files:
+        assert path.stat().st_size <= (MODELS_LIMIT if "models" in path.name else CORE_LIMIT), path.name
+    call(sys.executable, "-m", "twine", "check", "--strict", *files)
+    assert {name.split("/")[2] for name in names(wheels[0]) if name.startswith("codefend/weights/")} == CORE
+
+
+@pytest.mark.slow
+def test_a_wheel_from_the_repository_is_that_from_the_source_distribution(wheels: list[Path], tmp_path: Path) -> None:
+    for folder, wheel in zip((ROOT, MODELS), wheels, strict=True):
+        call(sys.executable, "-m", "build", "--no-isolation", "--wheel", "-o", tmp_path, folder)
+        assert names(tmp_path / wheel.name) == names(wheel)
 
 
 @pytest.mark.slow

@@ -123,6 +123,24 @@ def test_a_black_box_alone_names_the_attacks_that_need_more() -> None:
         open_bench(config, loaders())
 
 
+class LossOnly:
+    name = "loss-only"
+
+    def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
+        return ["no"] * len(images)
+
+    def loss(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
+        return images.mean((1, 2, 3))
+
+
+def test_a_victim_with_a_loss_alone_is_attacked_by_its_loss() -> None:
+    lossy = replace(loaders(), victim=lambda name: LossOnly())
+    config = replace(CONFIG, craft_victim="", attacks=("apgd",))
+    open_bench(config, lossy)
+    with pytest.raises(CodefendError, match="has a language-model loss and no features, which feature needs"):
+        open_bench(replace(config, attacks=("apgd", "feature")), lossy)
+
+
 def test_a_black_box_can_be_queried(tmp_path: Path) -> None:
     config = replace(CONFIG, craft_victim="", attacks=("square-text",), steps=3, limit=2)
     rows = run(tmp_path, config)

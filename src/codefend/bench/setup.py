@@ -30,10 +30,11 @@ from codefend.defense import Defense, StraightThrough
 from codefend.prompts.policy import Policy, attach
 from codefend.purifiers import PURIFIERS
 from codefend.purifiers.base import Purifier
-from codefend.types import CodefendError, HasFeatures, Task, Victim, WhiteBox
+from codefend.types import CodefendError, HasFeatures, HasLoss, Task, Victim, WhiteBox
 
 TEXT_ONLY = ("answer", "answer-target")  # goals that need nothing but answers
 FEATURES_ONLY = ("feature", "feature-target")  # goals that need no language-model loss
+LOSS_ONLY = ("untargeted", "targeted")  # goals that need no features
 FINGERPRINT_CHUNK = 1 << 20  # bytes; larger files are read at both ends only, which new weights change
 
 
@@ -189,11 +190,15 @@ def check_access(crafter: Victim, attacks: Mapping[str, AttackChoice]) -> None:
     blind = [label for label, choice in attacks.items() if not _can_attack(crafter, choice.spec)]
     if not blind:
         return
-    if isinstance(crafter, HasFeatures):
-        raise CodefendError(
-            f"victim {crafter.name!r} has features and no language-model loss, which {', '.join(blind)} "
-            f"need{'s' * (len(blind) == 1)}: use attacks=feature"
-        )
+    for capability, part, other, able in (
+        (HasFeatures, "features", "language-model loss", "feature"),
+        (HasLoss, "a language-model loss", "features", "apgd"),
+    ):
+        if isinstance(crafter, capability):
+            raise CodefendError(
+                f"victim {crafter.name!r} has {part} and no {other}, which {', '.join(blind)} "
+                f"need{'s' * (len(blind) == 1)}: use attacks={able}"
+            )
     able = ", ".join(sorted(name for name, spec in EVERY_ATTACK.items() if _needs_answers_only(spec)))
     raise CodefendError(
         f"victim {crafter.name!r} only answers text, and {', '.join(blind)} need{'s' * (len(blind) == 1)} a white "
@@ -204,6 +209,8 @@ def check_access(crafter: Victim, attacks: Mapping[str, AttackChoice]) -> None:
 def _can_attack(victim: Victim, spec: AttackSpec | TextAttackSpec) -> bool:
     if _needs_answers_only(spec) or isinstance(victim, WhiteBox):
         return True
+    if spec.goal in LOSS_ONLY:
+        return isinstance(victim, HasLoss)
     return spec.goal in FEATURES_ONLY and isinstance(victim, HasFeatures)
 
 
