@@ -23,20 +23,22 @@ import time
 from functools import cache
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 import torch.nn.functional as F
 from skimage import data
 
 from codefend import load_purifier
 from codefend.core import images
+from codefend.core.processes import keep_freed_memory
 from codefend.purifiers.corpus import CorpusOptions, in_this_process, purify_corpus
 from codefend.purifiers.image_files import FolderOptions
 
 
 @cache
 def astronaut() -> torch.Tensor:
-    return torch.from_numpy(data.astronaut().copy()).permute(2, 0, 1).float() / 255
+    pixels = data.astronaut().copy()  # type: ignore[no-untyped-call]
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
 def photograph(number: int, side: int) -> bytes:
@@ -184,6 +186,7 @@ def on_ray(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    keep_freed_memory()  # as the command does
     if sys.argv[1] == "one":
         one(*sys.argv[2:])
         return

@@ -22,6 +22,7 @@ from codefend.bench import evaluate
 from codefend.bench.setup import Loaders
 from codefend.core import images
 from codefend.integrations.ray import BatchPurifier, RayOptions, on_ray, ray_pool
+from codefend.training.pairs import PairsConfig, make_pairs
 from codefend.types import CodefendError, Victim
 from evaluate_kit import SMALL, untimed
 
@@ -82,6 +83,7 @@ def test_a_cluster_that_does_not_answer_is_one_line(
     code, _, err = run(*command, "--engine", "ray", "--address", "127.0.0.1:1")
     assert code == 2
     assert "cannot reach the Ray cluster at 127.0.0.1:1: [Errno 111] Connection refused" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_column_keeps_the_type_of_its_images() -> None:
@@ -115,3 +117,15 @@ def test_an_evaluation_on_a_cluster_has_the_rows_of_one_process(tmp_path: Path) 
     whole = untimed(evaluate(config, tmp_path / "one", loaders=loaders))
     pool = ray_pool(RayOptions(workers=2))
     assert untimed(evaluate(config, tmp_path / "two", loaders=loaders, workers=2, pool=pool)) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+@pytest.mark.usefixtures("cluster")
+def test_pairs_on_a_cluster_are_those_of_one_process(tmp_path: Path) -> None:
+    config = PairsConfig(encoders=("lite0",), count=12, kinds=("features", "words", "towards"), steps=1, shard=4)
+    alone = make_pairs(config, tmp_path / "one")
+    spread = make_pairs(config, tmp_path / "two", workers=2, pool=ray_pool(RayOptions(workers=2)))
+    names = {path.name for path in alone.iterdir() if path.name.startswith(("rows", "pairs"))}
+    assert len(names) == 4
+    assert all((spread / name).read_bytes() == (alone / name).read_bytes() for name in names)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import random
+import resource
 import shutil
+import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
@@ -20,7 +24,7 @@ from codefend.core import images
 from codefend.core.seeds import pixels_digest, secret_of
 from codefend.gateway.worker import Job, Purified, Worker, WorkerOptions
 from codefend.purifiers import load, text_policy
-from codefend.purifiers.corpus import Tick, Unit, UnitPurifier, UnitReport, in_processes, job, parse_shard
+from codefend.purifiers.corpus import Tick, Unit, UnitPurifier, UnitReport, in_processes, job, parse_shard, units
 from codefend.purifiers.corpus.stores import Store
 from codefend.purifiers.corpus.units import find_units
 from codefend.purifiers.folders import FolderOptions, purify_paths
@@ -256,7 +260,7 @@ def test_a_damaged_table_fails_alone(corpus: Path, tmp_path: Path) -> None:
 def test_a_column_without_images_is_one_line(corpus: Path, tmp_path: Path, settings: dict[str, str], text: str) -> None:
     with pytest.raises(CodefendError, match=text):
         kit.run(corpus / "data", tmp_path / "out", **settings)
-    assert not (tmp_path / "out" / "train.parquet").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_sink_with_another_manifest_other_files_or_other_weights_is_refused(corpus: Path, tmp_path: Path) -> None:
@@ -297,19 +301,56 @@ def test_a_corpus_never_overwrites_itself(corpus: Path) -> None:
         kit.run(corpus, corpus)
 
 
-def test_a_full_disk_leaves_nothing_half_written(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Store, name: str, write: object) -> str:
-        if name.endswith(".tar"):
-            raise CodefendError(f"cannot write {name}: No space left on device")
-        return put(self, name, write)  # type: ignore[arg-type]
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Writing beyond ``size`` bytes of a file fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    put = Store.put
-    monkeypatch.setattr(Store, "put", full)
-    with pytest.raises(CodefendError, match="No space left"):
-        kit.run(corpus, tmp_path / "out")
-    monkeypatch.undo()
-    kit.run(corpus, tmp_path / "out")
-    assert len(kit.read_tar(tmp_path / "out" / "wds" / "000.tar")) == 12
+
+@pytest.mark.parametrize("name", ["x.tar", "x.tgz", "x.parquet"])
+def test_a_disk_without_room_leaves_nothing_half_written(tmp_path: Path, name: str) -> None:
+    if name.endswith("parquet"):
+        source = kit.write_table(tmp_path / "in" / name, 30)
+    else:
+        source = kit.write_tar(tmp_path / "in" / name, extra={"clip.mp4": random.Random(0).randbytes(20_000)})
+    with files_of_at_most(8000), pytest.raises(CodefendError, match=f"cannot write .*{name}: File too large"):
+        kit.run(source, tmp_path / "out")
+    assert list(kit.contents(tmp_path / "out")) == [job.CONFIG]
+    kit.run(source, tmp_path / "out")
+    kit.run(source, tmp_path / "undisturbed")
+    assert kit.contents(tmp_path / "out") == kit.contents(tmp_path / "undisturbed")
+
+
+def test_no_room_for_temporary_files_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = kit.write_folder(tmp_path / "in", 120)
+    monkeypatch.setattr(units, "GROUP", 1000)  # the lines of a unit are more than one buffer
+    with files_of_at_most(1000), pytest.raises(CodefendError, match=r"cannot write a temporary file \(File too large"):
+        kit.run(folder, tmp_path / "out")
+    assert not (tmp_path / "out" / job.MANIFESTS).exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "extra"), [("pyarrow", (), "parquet"), ("ray", ("--engine", "ray"), "ray")]
+)
+def test_a_missing_extra_is_one_line(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run: Callable[..., tuple[int, str, str]],
+    module: str,
+    flags: tuple[str, ...],
+    extra: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    code, _, err = run("purify", corpus, "-o", tmp_path / "out", "--purifier", "bitdepth", *flags)
+    assert code == 2
+    assert f"pip install 'codefend[{extra}]'" in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_upload_that_fails_is_one_line_and_done_again(
@@ -332,11 +373,12 @@ def test_an_upload_that_fails_is_one_line_and_done_again(
 
 def test_groups_bound_their_size_and_shards_their_number(tmp_path: Path) -> None:
     for index in range(200):
-        (tmp_path / "in" / f"{index}.png").parent.mkdir(exist_ok=True)
-        (tmp_path / "in" / f"{index}.png").write_bytes(b"")
+        (tmp_path / "in" / f"{index:06d}.png").parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{index:06d}.png").write_bytes(b"")
     units = list(find_units([str(tmp_path / "in")], Store(str(tmp_path / "out"))))
     assert sum(len(unit.files) for unit in units) == 200
     assert max(len(unit.files) for unit in units) <= 64
+    assert 8 <= len(units) <= 20  # also for numbered names
     for text in ("0/2", "3/2", "1", "a/b", "1/0"):
         with pytest.raises(CodefendError, match="is not I/N"):
             parse_shard(text)

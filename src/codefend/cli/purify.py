@@ -86,9 +86,11 @@ def purify(
 
     Example: codefend purify photos/ -o clean/
     """
+    from codefend.core.processes import keep_freed_memory
     from codefend.purifiers import load
     from codefend.purifiers.folders import FolderOptions, purify_paths
 
+    keep_freed_memory()
     options = FolderOptions(
         text=_text_policy(text),
         purifier=purifier,

@@ -1,7 +1,9 @@
-"""Worker processes on one machine."""
+"""Worker processes on one machine, and their memory."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing as mp
 import os
 import signal
@@ -17,6 +19,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 StartPool = Callable[..., Executor]  # workers, a function that starts each of them, its arguments
 KILLED = "a worker process was killed, perhaps for lack of memory; use fewer --workers and rerun to resume"
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
 def worker_pool(workers: int, start: Callable[..., None] | None = None, *arguments: object) -> ProcessPoolExecutor:
@@ -43,6 +46,18 @@ def map_in_order(pool: Executor, workers: int, function: Callable[[T], R], items
         raise CodefendError(KILLED) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def keep_freed_memory() -> None:
+    """Have this process reuse the memory of freed tensors, for jobs that purify image after image.
+
+    The C library gives large blocks back to the system and gets them again, page by page, for every layer of a network:
+    a tenth of the time. The peak of the memory stays. Nothing happens with other C libraries than glibc.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(_MMAP_THRESHOLD, 1 << 30)
+        library.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _start(workers: int, start: Callable[..., None] | None, arguments: tuple[object, ...]) -> None:

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from codefend.core.processes import keep_freed_memory
 from codefend.purifiers.batches import BatchPurifier
 from codefend.purifiers.corpus import Engine, Tick, Unit, UnitPurifier, UnitReport
 from codefend.purifiers.corpus.stores import Store
@@ -53,6 +54,7 @@ class UnitActor:
         import torch
 
         torch.set_num_threads(max(1, int(cpus)))
+        keep_freed_memory()
         self.purify = purify
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -81,8 +83,8 @@ def on_ray(options: RayOptions) -> Engine:
 
     def engine(purify: UnitPurifier, units: Iterable[Unit], tick: Tick) -> Iterator[UnitReport]:
         purify = replace(purify, sink=Store(_absolute(purify.sink.url)))
-        items = [{"unit": pickle.dumps(replace(unit, source=_absolute(unit.source)))} for unit in units]
         with _cluster(ray, options):
+            items = [{"unit": pickle.dumps(replace(unit, source=_absolute(unit.source)))} for unit in units]
             ray.data.DataContext.get_current().enable_progress_bars = False  # the job shows its own
             answers = ray.data.from_items(items, override_num_blocks=min(len(items), _BLOCKS)).map_batches(
                 UnitActor,

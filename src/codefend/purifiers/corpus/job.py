@@ -15,7 +15,7 @@ from codefend.purifiers.base import Purifier
 from codefend.purifiers.corpus.groups import purify_group
 from codefend.purifiers.corpus.meter import metered
 from codefend.purifiers.corpus.stores import Store
-from codefend.purifiers.corpus.tables import purify_table
+from codefend.purifiers.corpus.tables import check_columns, purify_table
 from codefend.purifiers.corpus.tars import purify_tar
 from codefend.purifiers.corpus.unit_work import UnitWork, UnreadableSource
 from codefend.purifiers.corpus.units import Unit, find_units, take_shard
@@ -82,18 +82,25 @@ class UnitPurifier:
 
     def __call__(self, unit: Unit, tick: Callable[[int, int], None] = lambda images, size: None) -> UnitReport:
         """Purify a unit, write it, then its manifest. Raises CodefendError when the sink cannot be written."""
-        purifier, report = _loaded(self.load_purifier, self.options.files.purifier), UnitReport(unit.name, unit.size)
-        with tempfile.TemporaryFile() as rows:
-            work = UnitWork(purifier, self.options.files, self.sink, rows, self.options.column, tick)
-            try:
-                outputs = _WRITERS[unit.kind](unit, work)
-            except UnreadableSource as error:
-                report.unreadable = str(error)
-                return report
-            summary = {"unit": unit.name, "images": work.images, "failed": work.failures, "outputs": outputs}
-            self.sink.put(f"{MANIFESTS}/{unit.manifest}", lambda stream: _write_manifest(stream, summary, rows))
-        report.images, report.failures, report.failed = work.images, work.failures, work.failed
+        report = UnitReport(unit.name, unit.size)
+        try:
+            with tempfile.TemporaryFile() as rows:
+                self._purify(unit, report, rows, tick)
+        except OSError as error:  # reading and writing raise others
+            raise CodefendError(f"cannot write a temporary file ({error.strerror or error}); set TMPDIR") from error
         return report
+
+    def _purify(self, unit: Unit, report: UnitReport, rows: IO[bytes], tick: Callable[[int, int], None]) -> None:
+        purifier = _loaded(self.load_purifier, self.options.files.purifier)
+        work = UnitWork(purifier, self.options.files, self.sink, rows, self.options.column, tick)
+        try:
+            outputs = _WRITERS[unit.kind](unit, work)
+        except UnreadableSource as error:
+            report.unreadable = str(error)
+            return
+        summary = {"unit": unit.name, "images": work.images, "failed": work.failures, "outputs": outputs}
+        self.sink.put(f"{MANIFESTS}/{unit.manifest}", lambda stream: _write_manifest(stream, summary, rows))
+        report.images, report.failures, report.failed = work.images, work.failures, work.failed
 
 
 _purifiers: dict[str, Purifier] = {}  # of this process, by name
@@ -136,16 +143,24 @@ def purify_corpus(
         return take_shard(find_units(sources, place, keep_others=options.keep_others), options.shard)
 
     _check_names(find_units(sources, place, keep_others=options.keep_others), place)
-    done = _open_sink(place, options)
-    count, size = 0, 0
+    done = set[str]() if _saved_config(place, options) is None else place.names(MANIFESTS)
+    count, size, tables = 0, 0, list[Unit]()
     for unit in units():
-        count, size = (count, size) if unit.manifest in done else (count + 1, size + unit.size)
-        report.skipped += unit.manifest in done
+        if unit.manifest in done:
+            report.skipped += 1
+            continue
+        count, size = count + 1, size + unit.size
+        tables += [unit] if unit.kind == "table" and not tables else []
+    for unit in tables:  # a wrong column is in all of them
+        check_columns(unit, options.column)
+
+    def todo() -> Iterator[Unit]:
+        _open_sink(place, options)  # only now: an engine that cannot start leaves no sink behind
+        yield from (unit for unit in units() if unit.manifest not in done)
+
     if count:
-        _check_weights(place, options)
-        todo = (unit for unit in units() if unit.manifest not in done)
         with metered(size) as meter:
-            for result in engine(UnitPurifier(place, options), todo, meter.tick):
+            for result in engine(UnitPurifier(place, options), todo(), meter.tick):
                 report.add(result)
                 meter.finish(result.images + result.failures, result.size)
     return report
@@ -164,13 +179,13 @@ def _check_names(units: Iterator[Unit], sink: Store) -> None:
         raise CodefendError(f"no images, Parquet files or tar archives found; {sink.url} is unchanged")
 
 
-def _open_sink(sink: Store, options: CorpusOptions) -> set[str]:
-    """Write the config of a new sink; the manifests that are there. Raises CodefendError for another config."""
+def _saved_config(sink: Store, options: CorpusOptions) -> dict[str, object] | None:
+    """The config of the sink; None for one that is new or to be overwritten. Raises CodefendError for another."""
     saved, config = sink.read(CONFIG), plain(options.fingerprint())
     before = None if saved is None else _parse(saved, sink)
     settings = None if before is None else {key: value for key, value in before.items() if key != "weights"}
     if settings == config:
-        return sink.names(MANIFESTS)
+        return before
     if not options.files.overwrite:
         if settings is not None:
             keys = [key for key in sorted({*settings, *config}) if settings.get(key) != config.get(key)]
@@ -178,9 +193,20 @@ def _open_sink(sink: Store, options: CorpusOptions) -> set[str]:
             raise CodefendError(f"{sink.url} was written with other options: {changes}. Choose another sink")
         if sink.has_files():
             raise CodefendError(f"{sink.url} holds other files; choose another sink, or use --overwrite")
-    sink.remove(MANIFESTS)
-    _write_config(sink, config)
-    return set()
+    return None
+
+
+def _open_sink(sink: Store, options: CorpusOptions) -> None:
+    """Load the purifier before any worker does, and write the config. Raises CodefendError for other weights."""
+    weights = _loaded(load, options.files.purifier).weights_digest()
+    saved = _saved_config(sink, options)  # again: another shard may have started meanwhile
+    config = saved or plain(options.fingerprint())
+    if config.setdefault("weights", weights) != weights:
+        raise CodefendError(f"{sink.url} was written with other weights of {options.files.purifier}; choose another")
+    if saved is None:
+        sink.remove(MANIFESTS)
+    text = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    sink.put(CONFIG, lambda stream: stream.write(text))
 
 
 def _parse(saved: bytes, sink: Store) -> dict[str, object]:
@@ -191,17 +217,3 @@ def _parse(saved: bytes, sink: Store) -> dict[str, object]:
     if not isinstance(config, dict):
         raise CodefendError(f"{sink.path(CONFIG)} is damaged; remove it and use --overwrite")
     return config
-
-
-def _write_config(sink: Store, config: dict[str, object]) -> None:
-    text = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-    sink.put(CONFIG, lambda stream: stream.write(text))
-
-
-def _check_weights(sink: Store, options: CorpusOptions) -> None:
-    """Load the purifier before any worker does. Raises CodefendError for other weights than those of the sink."""
-    weights = _loaded(load, options.files.purifier).weights_digest()
-    config = _parse(sink.read(CONFIG) or b"", sink)
-    if config.setdefault("weights", weights) != weights:
-        raise CodefendError(f"{sink.url} was written with other weights of {options.files.purifier}; choose another")
-    _write_config(sink, config)

@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 
-from codefend.core.processes import worker_pool
+from codefend.core.processes import keep_freed_memory, worker_pool
 from codefend.purifiers.corpus.job import Engine, Tick, UnitPurifier, UnitReport
 from codefend.purifiers.corpus.units import Unit
 from codefend.types import CodefendError
@@ -21,7 +21,7 @@ def in_processes(workers: int) -> Engine:
     def engine(purify: UnitPurifier, units: Iterable[Unit], tick: Tick) -> Iterator[UnitReport]:
         source, unfinished, breaks = iter(units), list[Unit](), 0
         while True:
-            pool, running = worker_pool(workers), dict[Unit, Future[UnitReport]]()
+            pool, running = worker_pool(workers, keep_freed_memory), dict[Unit, Future[UnitReport]]()
             try:
                 while True:
                     unfinished += islice(source, 2 * workers - len(unfinished))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from codefend.purifiers.corpus.stores import Store
-from codefend.purifiers.corpus.unit_work import MAX_BYTES, UnitWork, reading
+from codefend.purifiers.corpus.unit_work import MAX_BYTES, UnitWork, UnreadableSource, reading
 from codefend.purifiers.corpus.units import Unit
 from codefend.purifiers.image_files import PurifiedFile
 from codefend.types import CodefendError
@@ -16,6 +17,13 @@ _GROUP_BYTES = 64 << 20  # of a row group that is written
 _GROUP_ROWS = 1000
 
 
+def check_columns(unit: Unit, wanted: str | None) -> None:
+    """Raise CodefendError when a table has no column to purify. A table that cannot be read is not judged here."""
+    pa, parquet = _arrow()
+    with suppress(UnreadableSource), _opened(pa, parquet, unit) as table:
+        image_columns(pa, table.schema_arrow, unit.name, wanted)
+
+
 def purify_table(unit: Unit, work: UnitWork) -> dict[str, str]:
     """Write the table anew, its other columns and metadata unchanged; returns its hash by name.
 
@@ -23,22 +31,28 @@ def purify_table(unit: Unit, work: UnitWork) -> dict[str, str]:
     Raises UnreadableSource for a damaged file and CodefendError for a column that holds no images.
     """
     pa, parquet = _arrow()
+    with _opened(pa, parquet, unit) as table:
+        columns = image_columns(pa, table.schema_arrow, unit.name, work.column)
+
+        def write(stream: IO[bytes]) -> None:
+            with parquet.ParquetWriter(pa.PythonFile(stream, mode="w"), table.schema_arrow) as writer:
+                groups = _Groups(pa, writer)
+                for start, batch in _batches(pa, table, unit.name):
+                    groups.add(_purified(pa, batch, columns, start, work))
+                groups.flush()
+
+        return {unit.name: work.sink.put(unit.name, write)}
+
+
+@contextmanager
+def _opened(pa: Any, parquet: Any, unit: Unit) -> Iterator[Any]:
     store, (name, entry) = Store(unit.source), unit.files[0]
     with reading(name):
         source = store.open(entry.path)
     with source:
         with reading(name, pa.ArrowException):
             table = parquet.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False)
-        columns = image_columns(pa, table.schema_arrow, name, work.column)
-
-        def write(stream: IO[bytes]) -> None:
-            with parquet.ParquetWriter(pa.PythonFile(stream, mode="w"), table.schema_arrow) as writer:
-                groups = _Groups(pa, writer)
-                for start, batch in _batches(pa, table, name):
-                    groups.add(_purified(pa, batch, columns, start, work))
-                groups.flush()
-
-        return {name: work.sink.put(name, write)}
+        yield table
 
 
 def image_columns(pa: Any, schema: Any, name: str, wanted: str | None) -> list[str]:

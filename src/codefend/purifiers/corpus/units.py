@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -75,7 +74,8 @@ def _groups(store: Store, files: Sequence[tuple[str, Entry]]) -> Iterator[Unit]:
     group: list[tuple[str, Entry]] = []
     for name, entry in files:
         group.append((name, entry))
-        if zlib.crc32(name.encode("utf-8", "surrogatepass")) % GROUP == 0 or len(group) == 4 * GROUP:
+        digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
+        if digest[0] % GROUP == 0 or len(group) == 4 * GROUP:
             yield Unit("group", store.url, name, tuple(group))
             group = []
     if group:
