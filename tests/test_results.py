@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def load_tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+def load_tool(name: str, folder: str = "tools") -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -114,3 +114,10 @@ def test_plots_are_of_these_figures() -> None:
     for name in plot.PLOTS:
         text = (ROOT / "docs" / "assets" / f"{name}.svg").read_text(encoding="utf-8")
         assert plot.digest(FIGURES) in text, "run python tools/plot_results.py"
+
+
+def test_the_costs_of_an_image_are_those_of_the_measured_times(capsys: pytest.CaptureFixture[str]) -> None:
+    load_tool("capacity", "benchmarks").cost(core_hour=0.04, gpu_hour=2.5, gpu_tflops=120)
+    lines = capsys.readouterr().out.replace(" 0.", " .").splitlines()
+    assert len(lines) == 3
+    assert set(lines) <= set((ROOT / "docs" / "capacity.md").read_text(encoding="utf-8").splitlines())
