@@ -52,7 +52,7 @@ class BridgeConfig:
     """Settings of a training of a bridge on pairs."""
 
     pairs: tuple[str, ...] = ()  # bank folders made by `codefend pairs`, also as Parquet
-    prior: str = ""  # weights folder to fine-tune from, a prior's or a bridge's; empty: the shipped prior; "none"
+    prior: str = ""  # a prior or bridge to fine-tune, weights folder or name; empty: the shipped prior; "none"
     victim: str = "pocket"  # a name or weights folder; a pocket guides by its word scores, others by their answers
     encoders: tuple[str, ...] = ("lite0", "lite2")  # guide by their features, in turn; "victim": the victim's own
     residual_bound: float | None = 64 / 255  # largest change of a pixel in one noise-free evaluation

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from codefend.core.assets import asset
+from codefend.core.assets import asset, find_asset
 from codefend.purifiers.nets import PurifierNet, load_net, save_net
 from codefend.training.card import write_card
 from codefend.training.fit import Losses, MovingAverage, Training, cosine_rate
@@ -71,11 +71,12 @@ def net_training(
 
 
 def load_prior(folder: str, *, residual_bound: float | None) -> PurifierNet:
-    """The network of a weights folder, a prior's or a bridge's, with this residual bound; "": the shipped prior.
+    """The network of a prior or a bridge, by folder or shipped name, with this residual bound; "": the shipped prior.
 
     Raises CodefendError when the folder holds no weights.
     """
-    prior, _ = load_net(folder or asset("weights/prior"))
+    shipped = None if Path(folder).is_dir() else find_asset(f"weights/{folder}")
+    prior, _ = load_net(shipped or folder or asset("weights/prior"))
     net = PurifierNet(replace(prior.config, residual_bound=residual_bound))
     net.load_state_dict(prior.state_dict())
     return net

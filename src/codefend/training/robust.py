@@ -50,7 +50,7 @@ Threat = Literal["words", "adaptive", "oblivious", "damage"]
 class RobustConfig:
     """Settings of a training of a bridge for any noise level."""
 
-    prior: str = ""  # weights folder to start from, a prior's or a bridge's; empty: the shipped prior
+    prior: str = ""  # a prior or bridge to start from, weights folder or name; empty: the shipped prior
     channels: tuple[int, ...] = (32, 64, 128, 256)
     blocks: tuple[int, ...] = (1, 1, 2, 1)
     residual_bound: float | None = 64 / 255

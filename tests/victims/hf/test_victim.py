@@ -18,10 +18,12 @@ import hf_tiny
 from codefend.attacks import objectives
 from codefend.attacks.apgd import APGD
 from codefend.core import devices
+from codefend.prompts.soft import SoftPolicy
 from codefend.purifiers.guidance import Guidance
 from codefend.types import Budget, CodefendError, WhiteBox
 from codefend.victims.hf import load, loading
 from codefend.victims.hf import victim as module
+from codefend.victims.hf.prefix import marker
 from codefend.victims.hf.prompts import question
 from codefend.victims.hf.victim import HFVictim
 
@@ -358,3 +360,23 @@ def test_wrong_batches_are_refused(images: Tensor) -> None:
         victim("llava").generate(images, PROMPTS[:2])
     with pytest.raises(ValueError, match=r"\[B,3,H,W\]"):
         victim("llava").features(torch.rand(1, 4, 8, 8))
+
+
+@every_family
+def test_a_soft_prefix_of_a_texts_embeddings_is_the_text(name: str, images: Tensor) -> None:
+    v = victim(name)
+    marks = marker(v.processor, v.kind)
+    text = next(mark for mark in ("</s>", "<unk>", "<s>") if mark != marks) * 2
+    (prefix,) = v.embed([text])
+    prefix = prefix.clone().requires_grad_()
+    if name in ("blip2_t5", "instructblip"):
+        with pytest.raises(CodefendError, match="no soft prefix"):
+            v.loss(images, PROMPTS, TARGETS, prefix=prefix)
+        return
+    written = [text + prompt for prompt in PROMPTS]
+    losses = v.loss(images, PROMPTS, TARGETS, prefix=prefix)
+    assert torch.allclose(losses, v.loss(images, written, TARGETS), atol=1e-5)
+    assert (torch.autograd.grad(losses.sum(), prefix)[0].abs().sum(1) > 0).all()
+    prompted = SoftPolicy("soft", prefix.detach(), name).attach(v)
+    assert prompted.generate(images, PROMPTS) == v.generate(images, written)
+    assert not torch.allclose(losses, v.loss(images, PROMPTS, TARGETS), atol=1e-3)

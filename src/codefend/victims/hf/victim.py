@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from codefend.types import CodefendError
 from codefend.victims.hf.pixels import pixel_values
+from codefend.victims.hf.prefix import marker, marker_places, replaced
 from codefend.victims.hf.prompts import answer_end, answer_lead, question
 
 NEUTRAL = "Describe the picture."  # the question that `features` asks of encoders that read it (InstructBLIP)
@@ -56,19 +57,24 @@ class HFVictim:
 
     # Capabilities
 
-    def loss(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
+    def loss(
+        self, images: Tensor, prompts: Sequence[str], targets: Sequence[str], *, prefix: Tensor | None = None
+    ) -> Tensor:
         """Mean negative log-likelihood of each target and its end token, ``[B]`` float32, differentiable in the images.
 
         Pixels are resampled without the processor's rounding: smooth, and within about one of 255 levels of it.
+        ``prefix`` ``[K, D]``: a soft prefix, embeddings before every prompt; the loss is also differentiable in it.
         """
-        logits, answers = self._read(images, prompts, targets)
+        logits, answers = self._read(images, prompts, targets, prefix)
         flat = torch.tensor([token for answer in answers for token in answer], device=logits.device)
         nll = F.cross_entropy(logits, flat, reduction="none").to(images.device)
         return torch.stack([part.mean() for part in nll.split([len(answer) for answer in answers])])
 
-    def margins(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> list[Tensor]:
+    def margins(
+        self, images: Tensor, prompts: Sequence[str], targets: Sequence[str], *, prefix: Tensor | None = None
+    ) -> list[Tensor]:
         """For each image ``[A_i]``: the logit of each token of its target minus the largest other logit there."""
-        logits, answers = self._read(images, prompts, targets)
+        logits, answers = self._read(images, prompts, targets, prefix)
         flat = torch.tensor([token for answer in answers for token in answer], device=logits.device)[:, None]
         others = logits.scatter(1, flat, -torch.inf).amax(1)
         gaps = (logits.gather(1, flat)[:, 0] - others).to(images.device)
@@ -93,11 +99,13 @@ class HFVictim:
         return merged.float().to(images.device)
 
     @torch.no_grad()
-    def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
-        """Greedy answers, one batch. The images are rounded to 8 bits, as an upload is."""
-        batch = self._collate(self._lay_out(images, prompts), left=True)
+    def generate(self, images: Tensor, prompts: Sequence[str], *, prefix: Tensor | None = None) -> list[str]:
+        """Greedy answers, one batch. The images are rounded to 8 bits, as an upload is. ``prefix``: as for `loss`."""
+        layouts = self._lay_out(images, self._marked(prompts, prefix))
+        batch = self._collate(layouts, left=True)
         batch["pixel_values"] = self._pixels(images, exact=True)
-        out = self.model.generate(**batch, max_new_tokens=self.max_new_tokens, do_sample=False)
+        with self._prefixed(layouts, prefix, left=True):
+            out = self.model.generate(**batch, max_new_tokens=self.max_new_tokens, do_sample=False)
         question_ids = batch["input_ids"]
         length = question_ids.shape[1]
         if out.shape[1] >= length and torch.equal(out[:, :length], question_ids):
@@ -108,6 +116,11 @@ class HFVictim:
         """Token ids of each text, without special tokens."""
         return [self.processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
+    def embed(self, texts: Sequence[str]) -> list[Tensor]:
+        """Token embeddings ``[L_i, D]`` of each text."""
+        table = self.model.get_input_embeddings()
+        return [table(torch.tensor(ids, device=self.model.device)) for ids in self.encode(texts)]
+
     def save(self, folder: str | Path) -> None:
         """Write model and processor so that ``hf:folder`` loads them again."""
         from codefend.victims.hf.saving import save_victim
@@ -116,13 +129,34 @@ class HFVictim:
 
     # Implementation
 
-    def _read(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> tuple[Tensor, list[list[int]]]:
+    def _read(
+        self, images: Tensor, prompts: Sequence[str], targets: Sequence[str], prefix: Tensor | None = None
+    ) -> tuple[Tensor, list[list[int]]]:
         """Logits ``[sum of A, V]`` float32 where the answers' tokens are predicted, and those tokens."""
-        layouts = self._lay_out(images, prompts)
+        layouts = self._lay_out(images, self._marked(prompts, prefix))
         answers = [self._answer(*pair) for pair in zip(prompts, targets, strict=True)]
         read = self._read_decoder if self._encoder_decoder else self._read_causal
-        with self._recompute():
+        with self._recompute(), self._prefixed(layouts, prefix, left=False):
             return read(images, layouts, answers).float(), answers
+
+    def _marked(self, prompts: Sequence[str], prefix: Tensor | None) -> Sequence[str]:
+        """The prompts behind a marker for each token of the prefix."""
+        if prefix is None:
+            return prompts
+        if self._encoder_decoder or self.kind == "instructblip":
+            raise CodefendError(f"victim {self.name!r} takes no soft prefix: an encoder reads its questions as well")
+        marks = marker(self.processor, self.kind) * len(prefix)
+        return [marks + prompt for prompt in prompts]
+
+    def _prefixed(
+        self, layouts: Sequence[Layout], prefix: Tensor | None, *, left: bool
+    ) -> AbstractContextManager[None]:
+        """Embeds the prefix in the places of the markers."""
+        if prefix is None:
+            return nullcontext()
+        mark = self.processor.tokenizer.convert_tokens_to_ids(marker(self.processor, self.kind))
+        places = marker_places([layout["input_ids"] for layout in layouts], mark, len(prefix), left=left)
+        return replaced(self.model, places, prefix)
 
     def _pixels(self, images: Tensor, *, exact: bool = False) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3:
