@@ -48,6 +48,7 @@ ELSEWHERE = {  # in a line -> why it does not run here
     "--from-literal": "continues kubectl",
     "curl ": "asks a server; tests/gateway",
     "vllm serve": "vLLM is not installed",
+    "-m lmms_eval": "lmms-eval is not installed",
     "mcp-proxy": "starts others' servers; tests/integrations have one",
 }
 SCRIPTS_ELSEWHERE = {
