@@ -156,17 +156,23 @@ def server(command: str) -> Iterator[str]:
         words, env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "CODEFEND_NOISE_SECRET": secret}
     )
     try:
-        for _ in range(1200):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5)
-                break
-            except OSError:
-                assert process.poll() is None, "the server has stopped"
-                time.sleep(0.1)
+        end = time.monotonic() + 600
+        while not ready(port):
+            assert process.poll() is None, "the server has stopped"
+            assert time.monotonic() < end, "the server does not get ready"
+            time.sleep(0.2)
         yield f"127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait(60)
+
+
+def ready(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def run_script(name: str, code: str) -> str:
