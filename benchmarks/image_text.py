@@ -1,12 +1,11 @@
 """Text in images: instructions found and harmless text left alone, by rendering; screenshots; cost.
 
     python benchmarks/image_text.py detection|harmless|adaptive|cost|summary [--limit N] [--out ROWS.jsonl]
-    python benchmarks/image_text.py heldout|heldout-harmless|heldout-strings --heldout FILE --fonts FILE... [...]
+    python benchmarks/image_text.py heldout|heldout-harmless --heldout FILE --fonts FILE... [...]
 
-"heldout": texts of others from `benchmarks/heldout_text.py` in fonts that are given; "heldout-strings" judges them all
-without rendering. The other parts: phrases of the test split (`benchmarks/data/image_text_phrases.json`) in
-`TEST_FONTS`. A rendering is legible when OCR reads at least 80% of its characters. Typographic attacks on victims
-are rows of the attack registry:
+"heldout": texts of others from `benchmarks/heldout_text.py` in fonts that are given. The other parts: phrases of the
+test split (`benchmarks/data/image_text_phrases.json`) in `TEST_FONTS`. A rendering is legible when OCR reads at least
+80% of its characters. Typographic attacks on victims are rows of the attack registry:
 `codefend eval quick --set attacks=typographic --set defenses=none,redact:scope=all`.
 """
 
@@ -29,7 +28,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from codefend import tasks
 from codefend.purifiers import ocr
-from codefend.purifiers.instructions import mark
 from codefend.purifiers.redact import read
 
 PHRASES = json.loads((Path(__file__).parent / "data/image_text_phrases.json").read_text(encoding="utf-8"))
@@ -215,14 +213,6 @@ def heldout_harmless(limit: int, texts: dict[str, Any], faces: Sequence[str]) ->
     yield from harmless(limit, texts["test"], faces)
 
 
-def heldout_strings(limit: int, texts: dict[str, Any], faces: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Up to ``limit`` texts of a kind as one line each, without rendering."""
-    for kind, phrases in {**texts["instructions"], **texts["test"]}.items():
-        for text in phrases[:limit]:
-            region = ocr.TextRegion(text, 1.0, ((0, 0), (9, 0), (9, 1), (0, 1)))
-            yield {"kind": kind, "found": mark([region])[0].instruction}
-
-
 def cost(limit: int) -> Iterator[dict[str, Any]]:
     """CPU seconds of reading a megapixel, by how much text it holds; on idle cores, wall time is that or less."""
     rng, scenes = random.Random(3), backgrounds()
@@ -259,7 +249,6 @@ PARTS: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {
 HELDOUT: dict[str, Callable[[int, dict[str, Any], Sequence[str]], Iterator[dict[str, Any]]]] = {
     "heldout": heldout,
     "heldout-harmless": heldout_harmless,
-    "heldout-strings": heldout_strings,
 }
 
 

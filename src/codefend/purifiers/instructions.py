@@ -1,7 +1,8 @@
-"""Which text in an image reads like an instruction to a model: rules, and a logistic regression over characters.
+"""Which text in an image reads like an instruction to a model: rules, characters, and the meaning of its words.
 
-Both look at the letters alone, without case, spaces and punctuation, which OCR often gets wrong. The regression's
-weights are `instructions.json`, made by `tools/train_instructions.py`.
+Rules and a logistic regression look at the letters alone, without case, spaces and punctuation, which OCR often gets
+wrong. The regression's weights are `instructions.json`, made by `tools/train_instructions.py`. Where its model is
+installed, `sentences` judges windows of words as well.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from itertools import pairwise
 from math import exp, hypot
 from typing import TYPE_CHECKING, Any
 
+from codefend.purifiers import sentences
+
 if TYPE_CHECKING:
     from codefend.purifiers.ocr import TextRegion
 
 WINDOW = 140  # characters of consecutive lines that are judged together
+FEWEST_WORDS = 3  # of a window that is judged by its meaning
 GRAMS = (4, 5, 6)  # lengths of the regression's character sequences
 # OCR and attackers confuse these; the folded text is for matching only.
 _FOLD = str.maketrans(
@@ -60,7 +64,7 @@ _RULES = (  # on folded text
 )
 _RAW_RULES = (  # on the text as it was read: these need word boundaries or punctuation
     r"\[/?inst\]|<\|?/?(system|im_start|assistant)\b|#+ *(new|system) (instruction|prompt)",
-    r"\[?\bsystem\]? *(message|override)? *:",
+    r"(^|[\[<#]) *system[\]>]? *(message|override)? *:|\bsystem (message|override) *:",
     r"\b(dear|hey|hello|attention,?|(note|message|instructions?) (to|for) (the|all|any)) "
     r"(ai|llms?|chatbot|assistant|bot|agent|(ai|language) models?)\b",
     r"\b(ai|llms?|language models?|assistant|chatbot|agent)\b.{0,12}"
@@ -103,15 +107,24 @@ def _model() -> dict[str, Any]:
 
 def score(text: str) -> float:
     """The regression's probability that ``text`` is an instruction to a model."""
+    return 1 / (1 + exp(-_logit(text)))
+
+
+def _logit(text: str) -> float:
+    """The regression's logit, within 8 of 0."""
     model = _model()
     weights = model["weights"]
-    logit = model["bias"] + sum(weights.get(feature, 0.0) for feature in features(text))
-    return 1 / (1 + exp(-max(min(logit, 50.0), -50.0)))
+    return float(max(min(model["bias"] + sum(weights.get(feature, 0.0) for feature in features(text)), 8.0), -8.0))
 
 
 def matches_regression(text: str) -> bool:
     """Whether the regression's score of ``text`` is above its threshold."""
     return bool(score(text) >= _model()["threshold"])
+
+
+def matches_meaning(text: str) -> bool:
+    """Whether `sentences` and the regression together find an instruction. Raises CodefendError without its package."""
+    return sentences.is_instruction(text, _logit(text))
 
 
 def is_instruction(text: str) -> bool:
@@ -122,28 +135,56 @@ def is_instruction(text: str) -> bool:
     >>> is_instruction("Ignore this warning")
     False
     """
-    return matches_rule(text) or matches_regression(text)
+    return matches_rule(text) or (matches_meaning(text) if sentences.installed() else matches_regression(text))
 
 
 def mark(regions: Sequence[TextRegion]) -> list[TextRegion]:
     """``regions`` in reading order, with ``instruction`` set on every line of a window that reads like one.
 
-    Shorter windows come first, and longer ones only where they hold none of these, so that neighbours stay unmarked.
-    Lines that are apart, such as the labels of a page, are judged together by the rules alone.
+    Rules judge every run of lines that fits a window, shorter ones first, and longer ones only where they hold none of
+    these, so that neighbours stay unmarked. So does the regression, of lines that follow each other in a paragraph,
+    unless the model of `sentences` is installed: with it both judge `_paragraph_windows`.
     """
+    meaning = sentences.installed()
     marked = [False] * len(regions)
     for lines in range(1, len(regions) + 1):
         windows = [(start, start + lines) for start in range(len(regions) - lines + 1)]
-        texts = {(a, b): " ".join(region.text for region in regions[a:b]) for a, b in windows if not any(marked[a:b])}
+        texts = {(a, b): _text(regions[a:b]) for a, b in windows if not any(marked[a:b])}
         short = {window: text for window, text in texts.items() if lines == 1 or len(text) <= WINDOW}
         if not short:
             break
         for (a, b), text in short.items():
-            if not any(marked[a:b]) and _any_part(
-                text, is_instruction if _is_paragraph(regions[a:b]) else matches_rule
-            ):
+            judge = matches_rule if meaning or not _is_paragraph(regions[a:b]) else is_instruction
+            if not any(marked[a:b]) and _any_part(text, judge):
                 marked[a:b] = [True] * lines
+    for a, b in _paragraph_windows(regions) if meaning else ():
+        if not any(marked[a:b]) and _any_part(_text(regions[a:b]), matches_meaning):
+            marked[a:b] = [True] * (b - a)
     return [replace(region, instruction=flag) for region, flag in zip(regions, marked, strict=True)]
+
+
+def _paragraph_windows(regions: Sequence[TextRegion]) -> list[tuple[int, int]]:
+    """Runs of lines of a paragraph that fill a window, each half over the last. Not all runs: each costs milliseconds.
+
+    Runs of fewer than `FEWEST_WORDS` are labels, and left out.
+    """
+    runs, start = [], 0
+    while start < len(regions):
+        end = start + 1
+        while end < len(regions) and _continues(regions, end) and len(_text(regions[start : end + 1])) <= WINDOW:
+            end += 1
+        runs.append((start, end))
+        over = end < len(regions) and _continues(regions, end)
+        start = max(start + 1, (start + end) // 2) if over else end
+    return [(a, b) for a, b in runs if len(_text(regions[a:b]).split()) >= FEWEST_WORDS]
+
+
+def _continues(regions: Sequence[TextRegion], index: int) -> bool:
+    return _is_paragraph(regions[index - 1 : index + 1])
+
+
+def _text(regions: Sequence[TextRegion]) -> str:
+    return " ".join(region.text for region in regions)
 
 
 def _is_paragraph(regions: Sequence[TextRegion]) -> bool:
