@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from codefend import load_purifier
+from codefend.core.processes import keep_freed_memory
 from codefend.purifiers.onnx_export import export_onnx
 
 Run = Callable[[np.ndarray], np.ndarray]
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as `codefend purify` does; the other two keep theirs anyway
     images = np.random.default_rng(0).random((1, 3, arguments.side, arguments.side), dtype=np.float32)
     for name in arguments.purifiers:
         with tempfile.TemporaryDirectory() as folder:

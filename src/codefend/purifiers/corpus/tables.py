@@ -33,6 +33,7 @@ def purify_table(unit: Unit, work: UnitWork) -> dict[str, str]:
     pa, parquet = _arrow()
     with _opened(pa, parquet, unit) as table:
         columns = image_columns(pa, table.schema_arrow, unit.name, work.column)
+        work.image_bytes = unit.size // max(1, table.metadata.num_rows * len(columns))  # a table is compressed
 
         def write(stream: IO[bytes]) -> None:
             with parquet.ParquetWriter(pa.PythonFile(stream, mode="w"), table.schema_arrow) as writer:

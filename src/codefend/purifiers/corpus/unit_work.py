@@ -34,6 +34,7 @@ class UnitWork:
     images: int = 0
     failed: list[tuple[str, str]] = field(default_factory=list)  # the first ones: name, reason
     failures: int = 0
+    image_bytes: int = 0  # of the source, for progress; 0: those of each image
 
     def purify(self, files: Sequence[tuple[str, bytes]], names: Sequence[str] = ()) -> list[PurifiedFile]:
         """Purify and note image files given as name and content; ``names`` are those for the manifest, if others."""
@@ -44,7 +45,7 @@ class UnitWork:
             else:
                 self.images += 1
                 self.note({**result.record(), "name": label})
-            self.tick(1, len(data))
+            self.tick(1, self.image_bytes or len(data))
         return results
 
     def fail(self, name: str, reason: str) -> None:
