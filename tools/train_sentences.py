@@ -169,7 +169,7 @@ def training_texts(sources: Path) -> tuple[list[str], list[str]]:
 
 
 def embed(texts: Sequence[str]) -> Tensor:
-    return torch.from_numpy(np.stack([sentences.features(text) for text in texts]))
+    return torch.from_numpy(np.stack([sentences.features(sentences.plain(text)) for text in texts]))
 
 
 def parts(text: str) -> list[str]:
