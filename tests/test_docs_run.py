@@ -70,7 +70,7 @@ SMALL = {  # how a command begins -> what makes it short; the longest beginning 
     "codefend train own-bridge": _BRIDGE,
     "codefend train encoder": f"{_SCENES} --set images=16 --set batch=4",
     "codefend train robust": f"{_SCENES} --set sides=64 --set batches=2 --set shares=1 --set words_batch=1",
-    "codefend train pocket": "--set grounding_scenes=8 --set grounding_shapes=8 --set grounding_epochs=1 --set steps=1",
+    "codefend train pocket": "--set grounding_scenes=8 --set grounding_shapes=8 --set grounding_epochs=9 --set steps=1",
     "codefend train prior": "--set steps=1 --set batch=2 --set warmup=1",
     "codefend train smolvlm-pocket": "--set scenes=8 --set shapes=8 --set distill_steps=1 --set steps=1 --set warmup=1",
 }
