@@ -40,7 +40,7 @@ def test_another_value_changes_the_readme(name: str) -> None:
 
 
 def test_the_readme_shows_the_attack_in_two_stages_once_it_was_run() -> None:
-    defense = "bridge-large:sigma=0.02"
+    defense = "bridge-coarse"
     figure = replace(FIGURES["bridge/T2/words-then-loss/4/vqa"], value=0.77, n=32)
     rows = {id: replace(figure, id=id) for task in tool.TASKS for id in [f"{defense}/T2/words-then-loss/4/{task}"]}
     others = {id: row for id, row in FIGURES.items() if not id.startswith(f"{defense}/")}

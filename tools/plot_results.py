@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from render_results import ROOT, TWO_STAGE, Figure, interval, load_figures
+from render_results import ROOT, Figure, interval, load_figures, lowest_figure
 
 OUT = ROOT / "docs" / "assets"
-T2 = "{}/T2/word-head/{}/caption"
 CLEAN = {  # the figure of clean captions that belongs to each curve
     "diffpure:t=0.05,steps=5": "diffpure/peers/clean/caption",
     "bridge": "bridge/clean/caption",
@@ -25,23 +24,20 @@ DIALS = (("bridge", "bridge:sigma=0.1"), ("bridge-coarse", "bridge-coarse:sigma=
 COSTS = ("bridge", "bridge-detail", "bridge-large", "bridge-large:guided=0.2")
 
 
-def adaptive(figures: dict[str, Figure], name: str, eps: int) -> Figure | None:
-    """Captions under the adaptive attack in two stages where it was run, else under `word-head`; None without both."""
-    return figures.get(f"{name}/T2/{TWO_STAGE}/{eps}/caption", figures.get(T2.format(name, eps)))
-
-
 def accuracy(figures: dict[str, Figure]) -> dict[str, list[tuple[int, Figure]]]:
     """Captions by defense: (radius of 255, accuracy under an adaptive attack), the clean one at radius 0."""
     curves = {}
     for name, clean in CLEAN.items():
-        points = [(eps, figure) for eps in (1, 2, 4, 8) if (figure := adaptive(figures, name, eps))]
+        points = [
+            (eps, figure) for eps in (1, 2, 4, 8) if (figure := lowest_figure(figures, name, str(eps), "caption"))
+        ]
         curves[name] = [(0, figures[clean]), *points]
     return curves
 
 
 def trade_off(figures: dict[str, Figure]) -> dict[tuple[str, ...], list[tuple[Figure, Figure]]]:
     """By weights, the points of the dial: (PSNR of clean photographs, accuracy at 4/255)."""
-    points = {name: adaptive(figures, name, 4) for names in DIALS for name in names}
+    points = {name: lowest_figure(figures, name, "4", "caption") for names in DIALS for name in names}
     return {
         names: [(figures[f"{name}/photographs/psnr"], point) for name in names if (point := points[name])]
         for names in DIALS
@@ -53,7 +49,7 @@ def cost(figures: dict[str, Figure]) -> dict[str, tuple[Figure, Figure, Figure]]
     return {
         name: (figures[f"{name}/time/bfloat16"], point, figures[f"{name}/photographs/cosine/lite1"])
         for name in COSTS
-        if (point := adaptive(figures, name, 2))
+        if (point := lowest_figure(figures, name, "2", "caption"))
     }
 
 

@@ -112,11 +112,10 @@ def strongest(figures: dict[str, Figure]) -> str:
 
 
 def lowest_figure(figures: dict[str, Figure], defense: str, eps: str, task: str) -> Figure | None:
-    """The figure under the attack in two stages; where there is none, the lowest of the other adaptive attacks."""
-    two_stage = figures.get(f"{defense}/T2/{TWO_STAGE}/{eps}/{task}")
-    others = re.compile(rf"{re.escape(defense)}/T2/[^/]+/{eps}/{task}")
-    rest = [figure for id, figure in figures.items() if others.fullmatch(id)]
-    return two_stage or min(rest, key=lambda figure: figure.value, default=None)
+    """The lowest figure of all adaptive attacks, whichever images each was run on."""
+    known = re.compile(rf"{re.escape(defense)}/T2/[^/]+/{eps}/{task}")
+    found = [figure for id, figure in figures.items() if known.fullmatch(id)]
+    return min(found, key=lambda figure: (figure.value, TWO_STAGE not in figure.id), default=None)
 
 
 def adaptive_cell(figures: dict[str, Figure], defense: str, eps: str) -> str:
@@ -126,7 +125,11 @@ def adaptive_cell(figures: dict[str, Figure], defense: str, eps: str) -> str:
     if not known:
         return "-"
     counts = ", ".join(dict.fromkeys(str(figure.n) for figure in known))
-    weaker = any(f"/{TWO_STAGE}/" not in figure.id and figure.value for figure in known)
+    weaker = any(
+        figure.value and f"{defense}/T2/{TWO_STAGE}/{eps}/{task}" not in figures
+        for task, figure in cells.items()
+        if figure
+    )
     values = " / ".join(show(figure, "%") if figure else "-" for figure in cells.values())
     return f"{'at most ' if weaker else ''}{values} (n {counts})"
 
