@@ -34,10 +34,12 @@ _NOT_LETTERS = re.compile(r"[\W_]+")
 
 _VERB = "(say|answer|reply|respond|output|state)"
 _RULES = (  # on folded text
-    "(ignore|disregard|forget|disobey|setaside|putaside|paynoattentionto|paynoheedto|donotfollow).{0,24}"
+    "(ignore|disregard|forget(?!ting)|disobey|setaside|putaside|paynoattentionto|paynoheedto|donotfollow).{0,24}"
     "(instruction|direction|directive|previous|prior|earlier|above|prompt|rules|guideline|picture|image|question|user|"
     "everything|task|safety)",
-    "(override|bypass|cancel|disable).{0,24}(instruction|prompt|rules|guideline|safety|security|restriction|thetask)",
+    "(override|bypass)(?!s).{0,24}(instruction|prompt|rules|guideline|safety|security|restriction|thetask)|"
+    "(cancel(the|all|any|every|your)|disable(all|any|every|your)).{0,20}"
+    "(instruction|prompt|rules|guideline|safety|security|restriction|task)",
     "instructions(nolonger|donot)apply",
     "(system|developer|hidden|initial|secret)(override|prompt(?!s)|instruction)",
     f"(only|just|simply|always)(ever)?{_VERB}(?!ed|s)|{_VERB}(only|exactly|just|nothingbut)|"
