@@ -12,7 +12,7 @@ from torch import Tensor
 from codefend.core import images
 from codefend.purifiers import load
 from codefend.purifiers.base import Purifier
-from codefend.purifiers.image_files import FolderOptions, purify_files, purify_group
+from codefend.purifiers.image_files import FolderOptions, noise_seed_of, purify_files, purify_group
 from codefend.types import CodefendError
 
 
@@ -71,7 +71,8 @@ class BatchPurifier:
         return None if result.error else result.data
 
     def _pixels(self, loaded: images.LoadedImage) -> Tensor:
-        return purify_group(self.purifier, [loaded], self.options.seed)[0]
+        noise = noise_seed_of(self.purifier, loaded, self.options.seed)
+        return purify_group(self.purifier, [loaded], [noise])[0]
 
 
 def _levels(pixels: Tensor) -> np.ndarray[Any, Any]:

@@ -13,11 +13,12 @@ from tempfile import TemporaryDirectory
 
 from codefend.core import documents, images
 from codefend.core.files import write_atomic
+from codefend.core.overlap import Overlap
 from codefend.core.progress import progress
 from codefend.core.runs import Run, open_run, read_config
 from codefend.core.seeds import make_generator
 from codefend.purifiers.base import Purifier
-from codefend.purifiers.image_files import FolderOptions, PurifiedImage, purify_batch, purify_sources, target_name
+from codefend.purifiers.image_files import FileSteps, FolderOptions, PurifiedFile, purify_batch, target_name
 from codefend.types import CodefendError
 
 __all__ = ["MANIFEST", "FolderOptions", "FolderReport", "ImageJob", "plan", "purify_paths"]
@@ -203,15 +204,20 @@ def _purify_all(
     report.skipped = len(done)
     if len(done) == len(jobs):
         return report
-    purifier = load_purifier()
-    with progress("purify", len(jobs), done=len(done)) as advance:
-        for start in range(0, len(jobs), options.batch):
-            # A chunk that is partly done is purified whole: pixels depend on the size of a call, by rounding.
-            chunk = jobs[start : start + options.batch]
-            todo = set(chunk) - done
-            if todo:
-                _purify_chunk(purifier, chunk, todo, run, options, report)
-                advance(len(todo), chunk[-1].name)
+    steps = FileSteps(load_purifier(), options)
+    # A chunk that is partly done is purified whole: pixels depend on the size of a call, by rounding.
+    chunks = [jobs[start : start + options.batch] for start in range(0, len(jobs), options.batch)]
+    chunks = [chunk for chunk in chunks if not done.issuperset(chunk)]
+    with (
+        progress("purify", len(jobs), done=len(done)) as advance,
+        Overlap(steps.read, steps.purify, steps.write) as files,
+    ):
+        results = files.run([(job.name, job.source) for job in chunk] for chunk in chunks)
+        for chunk, purified in zip(chunks, results, strict=True):
+            todo = [(job, file) for job, file in zip(chunk, purified, strict=True) if job not in done]
+            for job, file in todo:
+                _write(job, file, run, report)
+            advance(len(todo), chunk[-1].name)
     return report
 
 
@@ -231,36 +237,22 @@ def _finished_jobs(jobs: Sequence[ImageJob], run: Run, options: FolderOptions) -
     return {job for job, digest in digests.items() if (job.stamp(), digest) in current}
 
 
-def _purify_chunk(
-    purifier: Purifier,
-    chunk: Sequence[ImageJob],
-    todo: set[ImageJob],
-    run: Run,
-    options: FolderOptions,
-    report: FolderReport,
-) -> None:
-    def add_instructions(index: int, lines: tuple[str, ...]) -> None:
-        report.add_instructions(chunk[index].name, lines)
-
-    results = purify_sources(purifier, [job.source for job in chunk], options, add_instructions)
-    for job, result in zip(chunk, results, strict=True):
-        if job in todo:
-            try:
-                _write(job, result, run, options)
-                report.done += 1
-            except CodefendError as error:
-                report.failed.append((job.name, str(error)))
-
-
-def _write(job: ImageJob, result: PurifiedImage | CodefendError, run: Run, options: FolderOptions) -> None:
-    if isinstance(result, CodefendError):
-        raise result
-    data = options.encode(result.loaded, result.pixels, images.format_of(job.target))
-    source, digest = job.stamp(), _digest(data)
+def _write(job: ImageJob, file: PurifiedFile, run: Run, report: FolderReport) -> None:
+    if file.instructions:
+        report.add_instructions(job.name, file.instructions)
+    if file.error:
+        report.failed.append((job.name, file.error))
+        return
+    source, digest = job.stamp(), _digest(file.data)
     # The row comes first: a kill in between must not leave a file without a row, which a rerun would refuse.
     row = {"key": f"{source} {digest}", "source": source, "name": job.name, "digest": digest}
-    run.append({**row, "score": result.score})
-    write_atomic(job.target, data)
+    run.append({**row, "score": file.score})
+    try:
+        write_atomic(job.target, file.data)
+    except CodefendError as error:
+        report.failed.append((job.name, str(error)))
+        return
+    report.done += 1
 
 
 def _digest(data: bytes) -> str:

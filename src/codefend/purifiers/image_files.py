@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
@@ -77,14 +76,6 @@ class FolderOptions:
         return images.encode(image, kind, quality=self.quality, icc=loaded.icc)
 
 
-class PurifiedImage(NamedTuple):
-    """An image as read, its purified pixels ``[3, H, W]``, and its detection score."""
-
-    loaded: images.LoadedImage
-    pixels: Tensor
-    score: float
-
-
 @dataclass(frozen=True)
 class PurifiedFile:
     """``data`` is empty for an image that could not be purified; ``error`` says why."""
@@ -105,55 +96,83 @@ class PurifiedFile:
         return {**names, "source": self.source_sha256, "output": output, "score": self.score, **text}
 
 
-def purify_files(purifier: Purifier, files: Sequence[tuple[str, bytes]], options: FolderOptions) -> list[PurifiedFile]:
-    """Purify image files given as name and content, grouped by size; a failure is in its own place."""
-    instructions: dict[int, tuple[str, ...]] = {}
-    results = purify_sources(purifier, [data for _, data in files], options, instructions.__setitem__)
-    return [
-        replace(_encoded(name, data, result, options), instructions=instructions.get(index, ()))
-        for index, ((name, data), result) in enumerate(zip(files, results, strict=True))
-    ]
+ImageFile = tuple[str, images.Source]  # name, and content or path
 
 
-def _encoded(name: str, data: bytes, result: PurifiedImage | CodefendError, options: FolderOptions) -> PurifiedFile:
-    if isinstance(result, CodefendError):
-        return PurifiedFile(name, name, error=str(result))
-    try:
-        target = target_name(name, result.loaded.format, options.format)
-        written = options.encode(result.loaded, result.pixels, images.format_of(target))
-    except CodefendError as error:
-        return PurifiedFile(name, name, error=str(error))
-    return PurifiedFile(name, target, written, hashlib.sha256(data).hexdigest(), result.score)
+@dataclass(frozen=True)
+class ReadFile:
+    """An image file as read, or why it was not; ``noise_seed`` is that of its pixels."""
+
+    name: str
+    loaded: images.LoadedImage | None = None
+    noise_seed: int = 0
+    sha256: str = ""  # of the content, where that was given
+    instructions: tuple[str, ...] = ()
+    error: str = ""
 
 
-def purify_sources(
-    purifier: Purifier,
-    sources: Sequence[images.Source],
-    options: FolderOptions,
-    on_instructions: Callable[[int, tuple[str, ...]], None],
-) -> list[PurifiedImage | CodefendError]:
-    """Read and purify images, grouped by size: for each the result or why there is none.
+class FileSteps:
+    """The steps from image files to purified ones; only `purify` needs the network, so the others can overlap with it.
 
-    ``on_instructions`` is given the index of an image and the lines of its text that read like instructions.
+    A failure is in its own place, with its reason.
     """
-    results: dict[int, PurifiedImage | CodefendError] = {}
-    groups: dict[tuple[int, ...], dict[int, images.LoadedImage]] = {}
-    for index, source in enumerate(sources):
+
+    def __init__(self, purifier: Purifier, options: FolderOptions) -> None:
+        self.purifier, self.options = purifier, options
+
+    def read(self, files: Sequence[ImageFile]) -> list[ReadFile]:
+        """Read and decode."""
+        return [self._read(name, source) for name, source in files]
+
+    def purify(self, files: Sequence[ReadFile]) -> list[tuple[ReadFile, Tensor | None, float | None]]:
+        """Purified pixels and detection scores; images of one size go together."""
+        results: dict[int, tuple[ReadFile, Tensor | None, float | None]] = {}
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, file in enumerate(files):
+            if file.loaded is None:
+                results[index] = file, None, None
+            else:
+                groups.setdefault(tuple(file.loaded.pixels.shape), []).append(index)
+        for group in groups.values():
+            loaded = [image for index in group if (image := files[index].loaded) is not None]
+            try:
+                purified = purify_group(self.purifier, loaded, [files[index].noise_seed for index in group])
+            except CodefendError as error:
+                results |= {index: (replace(files[index], error=str(error)), None, None) for index in group}
+                continue
+            scores = judge_group(self.purifier, loaded, purified)
+            results |= {i: (files[i], pixels, score) for i, pixels, score in zip(group, purified, scores, strict=True)}
+        return [results[index] for index in range(len(files))]
+
+    def write(self, files: Sequence[tuple[ReadFile, Tensor | None, float | None]]) -> list[PurifiedFile]:
+        """Encode."""
+        return [self._written(*file) for file in files]
+
+    def _read(self, name: str, source: images.Source) -> ReadFile:
+        instructions: list[str] = []
         try:
-            loaded = options.load(source, partial(on_instructions, index))
-            groups.setdefault(tuple(loaded.pixels.shape), {})[index] = loaded
+            loaded = self.options.load(source, instructions.extend)
         except CodefendError as error:
-            results[index] = error
-    for group in groups.values():
+            return ReadFile(name, instructions=tuple(instructions), error=str(error))
+        sha256 = hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else ""
+        noise = noise_seed_of(self.purifier, loaded, self.options.seed)
+        return ReadFile(name, loaded, noise, sha256, tuple(instructions))
+
+    def _written(self, file: ReadFile, pixels: Tensor | None, score: float | None) -> PurifiedFile:
+        if file.loaded is None or pixels is None:
+            return PurifiedFile(file.name, file.name, error=file.error, instructions=file.instructions)
         try:
-            purified = purify_group(purifier, list(group.values()), options.seed)
+            target = target_name(file.name, file.loaded.format, self.options.format)
+            data = self.options.encode(file.loaded, pixels, images.format_of(target))
         except CodefendError as error:
-            results |= dict.fromkeys(group, error)
-            continue
-        scores = judge_group(purifier, list(group.values()), purified)
-        for (index, loaded), pixels, score in zip(group.items(), purified, scores, strict=True):
-            results[index] = PurifiedImage(loaded, pixels, score)
-    return [results[index] for index in range(len(sources))]
+            return PurifiedFile(file.name, file.name, error=str(error), instructions=file.instructions)
+        return PurifiedFile(file.name, target, data, file.sha256, score, instructions=file.instructions)
+
+
+def purify_files(purifier: Purifier, files: Sequence[ImageFile], options: FolderOptions) -> list[PurifiedFile]:
+    """Purify image files given as name and content or path; a failure is in its own place."""
+    steps = FileSteps(purifier, options)
+    return steps.write(steps.purify(steps.read(files)))
 
 
 def target_name(name: str, kind: str, ending: str | None = None) -> str:
@@ -177,23 +196,27 @@ def _is_writable(suffix: str) -> bool:
     return True
 
 
-def purify_group(purifier: Purifier, loaded: Sequence[images.LoadedImage], seed: int) -> Tensor:
+def purify_group(purifier: Purifier, loaded: Sequence[images.LoadedImage], noise_seeds: Sequence[int]) -> Tensor:
     """Purify images of one size ``[B, 3, H, W]`` on the default device, one by one if the purifier draws noise.
 
     Raises CodefendError when the memory does not suffice, and RuntimeError for a purifier that changes the shape.
     """
-    parts = [[image] for image in loaded] if purifier.stochastic else [loaded]
-    return torch.cat([purify_batch(purifier, part, _noise(purifier, part[0], seed)) for part in parts])
+    size = 1 if purifier.stochastic else len(loaded)
+    parts = [
+        purify_batch(purifier, loaded[start : start + size], torch.Generator().manual_seed(noise_seeds[start]))
+        for start in range(0, len(loaded), size)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _noise(purifier: Purifier, loaded: images.LoadedImage, seed: int) -> Generator:
-    digest = pixels_digest(secret_of(seed), purifier.name, loaded.pixels)
-    return torch.Generator().manual_seed(noise_seed(digest))
+def noise_seed_of(purifier: Purifier, loaded: images.LoadedImage, seed: int) -> int:
+    """The seed of the noise for an image: a function of its pixels, the purifier's name and the job's ``seed``."""
+    return noise_seed(pixels_digest(secret_of(seed), purifier.name, loaded.pixels))
 
 
 def purify_batch(purifier: Purifier, loaded: Sequence[images.LoadedImage], generator: Generator) -> Tensor:
     """As `purify_group`, in one call with this noise."""
-    batch = torch.stack([image.pixels for image in loaded])
+    batch = loaded[0].pixels[None] if len(loaded) == 1 else torch.stack([image.pixels for image in loaded])
     try:
         with torch.no_grad():
             results = purifier(batch.to(default_device()), generator=generator).cpu()

@@ -8,7 +8,7 @@ from typing import IO
 from codefend.purifiers.corpus.stores import Entry, Store
 from codefend.purifiers.corpus.unit_work import MAX_BYTES, UnitWork, UnreadableSource, reading
 from codefend.purifiers.corpus.units import Unit
-from codefend.purifiers.image_files import is_image_name
+from codefend.purifiers.image_files import PurifiedFile, is_image_name
 
 
 def purify_group(unit: Unit, work: UnitWork) -> dict[str, str]:
@@ -27,6 +27,7 @@ def purify_group(unit: Unit, work: UnitWork) -> dict[str, str]:
             _flush(waiting, work)
             waiting = []
     _flush(waiting, work)
+    work.finish()
     return {}
 
 
@@ -38,10 +39,13 @@ def _content(store: Store, name: str, entry: Entry) -> bytes:
 
 
 def _flush(waiting: list[tuple[str, bytes]], work: UnitWork) -> None:
-    for result in work.purify(waiting):
-        if not result.error:
-            data = result.data
-            work.sink.put(result.target, lambda stream, data=data: stream.write(data))  # type: ignore[misc]
+    def put(results: list[PurifiedFile]) -> None:
+        for result in results:
+            if not result.error:
+                data = result.data
+                work.sink.put(result.target, lambda stream, data=data: stream.write(data))  # type: ignore[misc]
+
+    work.purify(waiting, put)
 
 
 def _copy(store: Store, name: str, entry: Entry, work: UnitWork) -> None:

@@ -92,12 +92,12 @@ class UnitPurifier:
 
     def _purify(self, unit: Unit, report: UnitReport, rows: IO[bytes], tick: Callable[[int, int], None]) -> None:
         purifier = _loaded(self.load_purifier, self.options.files.purifier)
-        work = UnitWork(purifier, self.options.files, self.sink, rows, self.options.column, tick)
-        try:
-            outputs = _WRITERS[unit.kind](unit, work)
-        except UnreadableSource as error:
-            report.unreadable = str(error)
-            return
+        with UnitWork(purifier, self.options.files, self.sink, rows, self.options.column, tick) as work:
+            try:
+                outputs = _WRITERS[unit.kind](unit, work)
+            except UnreadableSource as error:
+                report.unreadable = str(error)
+                return
         summary = {"unit": unit.name, "images": work.images, "failed": work.failures, "outputs": outputs}
         self.sink.put(f"{MANIFESTS}/{unit.manifest}", lambda stream: _write_manifest(stream, summary, rows))
         report.images, report.failures, report.failed = work.images, work.failures, work.failed

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import IO, Any
 
 from codefend.purifiers.corpus.stores import Store
@@ -37,9 +39,15 @@ def purify_table(unit: Unit, work: UnitWork) -> dict[str, str]:
 
         def write(stream: IO[bytes]) -> None:
             with parquet.ParquetWriter(pa.PythonFile(stream, mode="w"), table.schema_arrow) as writer:
-                groups = _Groups(pa, writer)
+                groups, open_batches = _Groups(pa, writer), deque[_Batch]()
                 for start, batch in _batches(pa, table, unit.name):
-                    groups.add(_purified(pa, batch, columns, start, work))
+                    open_batches.append(_Batch(batch, columns))
+                    open_batches[-1].purify(work, start)
+                    while open_batches and not open_batches[0].calls:
+                        groups.add(open_batches.popleft().purified(pa))
+                work.finish()
+                for rows in open_batches:
+                    groups.add(rows.purified(pa))
                 groups.flush()
 
         return {unit.name: work.sink.put(unit.name, write)}
@@ -98,33 +106,50 @@ def _batches(pa: Any, table: Any, name: str) -> Iterator[tuple[int, Any]]:
         start += batch.num_rows
 
 
-def _purified(pa: Any, batch: Any, columns: list[str], start: int, work: UnitWork) -> Any:
-    for column in columns:
-        index = batch.schema.get_field_index(column)
-        field = batch.schema.field(index)
-        values = _purified_values(batch.column(index).to_pylist(), f"{column}:", start, work)
-        batch = batch.set_column(index, field, pa.array(values, type=field.type))
-    return batch
+class _Batch:
+    """A record batch; its images are purified in calls of ``batch``, and null stays null."""
 
+    def __init__(self, batch: Any, columns: Sequence[str]) -> None:
+        self.batch = batch
+        self.values = {name: batch.column(batch.schema.get_field_index(name)).to_pylist() for name in columns}
+        self.calls = 0  # that are not done
 
-def _purified_values(values: list[Any], prefix: str, start: int, work: UnitWork) -> list[Any]:
-    """The images of one column, in calls of ``batch``; null stays null."""
-    done: list[Any] = [None] * len(values)
-    todo: list[tuple[int, str, bytes]] = []
-    for place, value in enumerate(values):
-        data, path = (value["bytes"], value["path"]) if isinstance(value, dict) else (value, None)
-        row = f"{prefix}{start + place}"
-        if data is not None and len(data) <= MAX_BYTES:
-            todo.append((place, path or "image", data))
-        elif value is not None:
-            work.fail(row, "the row names a file and holds no bytes" if data is None else f"over {MAX_BYTES:,} bytes")
-    for first in range(0, len(todo), work.options.batch):
-        part = todo[first : first + work.options.batch]
-        rows = [f"{prefix}{start + place}" for place, _, _ in part]
-        results = work.purify([(path, data) for _, path, data in part], rows)
-        for (place, _, _), result in zip(part, results, strict=True):
-            done[place] = _value(values[place], result)
-    return done
+    def purify(self, work: UnitWork, start: int) -> None:
+        """Start on all images; the first row has the number ``start``."""
+        size = work.options.batch
+        for column, values in self.values.items():
+            todo = list(self._files(work, f"{column}:", start, values))
+            for part in (todo[first : first + size] for first in range(0, len(todo), size)):
+                self.calls += 1
+                places, names, files = zip(*part, strict=True)
+                work.purify(files, partial(self._fill, values, places), names)
+
+    def _files(
+        self, work: UnitWork, prefix: str, start: int, values: list[Any]
+    ) -> Iterator[tuple[int, str, tuple[str, bytes]]]:
+        for place, value in enumerate(values):
+            data, path = (value["bytes"], value["path"]) if isinstance(value, dict) else (value, None)
+            row = f"{prefix}{start + place}"
+            if data is not None and len(data) <= MAX_BYTES:
+                yield place, row, (path or "image", data)
+            elif value is not None:
+                work.fail(
+                    row, "the row names a file and holds no bytes" if data is None else f"over {MAX_BYTES:,} bytes"
+                )
+                values[place] = None
+
+    def _fill(self, values: list[Any], places: Sequence[int], results: Sequence[PurifiedFile]) -> None:
+        for place, result in zip(places, results, strict=True):
+            values[place] = _value(values[place], result)
+        self.calls -= 1
+
+    def purified(self, pa: Any) -> Any:
+        batch = self.batch
+        for column, values in self.values.items():
+            index = batch.schema.get_field_index(column)
+            field = batch.schema.field(index)
+            batch = batch.set_column(index, field, pa.array(values, type=field.type))
+        return batch
 
 
 def _value(before: Any, result: PurifiedFile) -> Any:

@@ -18,6 +18,7 @@ from codefend.purifiers.corpus.units import Unit
 from codefend.purifiers.image_files import PurifiedFile, is_image_name
 
 _SMALL = 1 << 20  # bytes: a larger member that is no image is copied without reading it whole
+_MANY = 16  # members that wait for an image
 _DAMAGE = (tarfile.TarError, zlib.error)
 
 
@@ -100,12 +101,15 @@ def _members(source: IO[bytes], name: str) -> Iterator[tuple[tarfile.TarInfo, _M
         raise error if name in text else UnreadableSource(f"cannot read {name}: {text}") from error
 
 
+_Waiting = tuple[tarfile.TarInfo, bytes, bool]  # header, content, whether it is an image
+
+
 class _ArchiveCopy:
     """Copies members to another archive; images wait until ``batch`` of them can be purified together."""
 
     def __init__(self, archive: tarfile.TarFile, work: UnitWork) -> None:
         self.archive, self.work = archive, work
-        self.waiting: list[tuple[tarfile.TarInfo, bytes, bool]] = []  # header, content, whether it is an image
+        self.waiting: list[_Waiting] = []
 
     def run(self, members: Iterator[tuple[tarfile.TarInfo, _Member]]) -> None:
         for info, member in members:
@@ -113,25 +117,31 @@ class _ArchiveCopy:
             if is_image and info.size > MAX_BYTES:
                 reason = f"{info.name} has {info.size:,} bytes, over the limit of {MAX_BYTES:,}"
                 self.work.fail(info.name, reason)
-            elif is_image or (self.waiting and info.size <= _SMALL):
+            elif is_image or info.size <= _SMALL:
                 self.waiting.append((info, _whole(member), is_image))
             else:
                 self.flush()
+                self.work.finish()  # what comes before it in the archive
                 self.add(info, member)
-            if sum(image for _, _, image in self.waiting) >= self.work.options.batch:
+            images = sum(image for _, _, image in self.waiting)
+            if images >= self.work.options.batch or len(self.waiting) > _MANY:
                 self.flush()
         self.flush()
+        self.work.finish()
 
     def flush(self) -> None:
-        """Purify the images that wait, and write everything in order."""
-        images = [(info.name, data) for info, data, is_image in self.waiting if is_image]
-        results = iter(self.work.purify(images))
-        for info, data, is_image in self.waiting:
-            if not is_image:
-                self.add(info, io.BytesIO(data))
-            elif not (result := next(results)).error:
-                self.add(_renamed(info, result), io.BytesIO(result.data))
-        self.waiting = []
+        """Purify the images that wait; everything is written in order."""
+        waiting, self.waiting = self.waiting, []
+
+        def write(results: list[PurifiedFile]) -> None:
+            purified = iter(results)
+            for info, data, is_image in waiting:
+                if not is_image:
+                    self.add(info, io.BytesIO(data))
+                elif not (result := next(purified)).error:
+                    self.add(_renamed(info, result), io.BytesIO(result.data))
+
+        self.work.purify([(info.name, data) for info, data, is_image in waiting if is_image], write)
 
     def add(self, info: tarfile.TarInfo, content: Any) -> None:
         self.archive.addfile(info, content if info.isreg() else None)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, NamedTuple
 
+from codefend.core.overlap import Overlap
 from codefend.core.runs import plain
 from codefend.purifiers.base import Purifier
 from codefend.purifiers.corpus.stores import Store
-from codefend.purifiers.image_files import FolderOptions, PurifiedFile, purify_files
+from codefend.purifiers.image_files import FileSteps, FolderOptions, PurifiedFile
 from codefend.types import CodefendError
 
 MAX_BYTES = 1 << 30  # of one image file; more is a failure of that image
@@ -21,9 +23,15 @@ class UnreadableSource(CodefendError):
     """A file of the corpus cannot be read or is damaged: the unit fails, the others go on."""
 
 
+class _Call(NamedTuple):
+    names: Sequence[str]
+    sizes: Sequence[int]  # bytes
+    then: Callable[[list[PurifiedFile]], None]
+
+
 @dataclass
 class UnitWork:
-    """Purifies the images of one unit and notes them in ``rows``, one JSON line each."""
+    """Purifies the images of one unit and notes them in ``rows``, one JSON line each. A context manager."""
 
     purifier: Purifier
     options: FolderOptions
@@ -36,17 +44,43 @@ class UnitWork:
     failures: int = 0
     image_bytes: int = 0  # of the source, for progress; 0: those of each image
 
-    def purify(self, files: Sequence[tuple[str, bytes]], names: Sequence[str] = ()) -> list[PurifiedFile]:
-        """Purify and note image files given as name and content; ``names`` are those for the manifest, if others."""
-        results = purify_files(self.purifier, files, self.options)
-        for result, (_, data), label in zip(results, files, names or [name for name, _ in files], strict=True):
-            if result.error:
-                self.fail(label, result.error)
-            else:
-                self.images += 1
-                self.note({**result.record(), "name": label})
-            self.tick(1, self.image_bytes or len(data))
-        return results
+    def __post_init__(self) -> None:
+        steps = FileSteps(self.purifier, self.options)
+        self._overlap = Overlap(steps.read, steps.purify, steps.write)
+        self._open = deque[_Call]()
+
+    def purify(
+        self, files: Sequence[tuple[str, bytes]], then: Callable[[list[PurifiedFile]], None], names: Sequence[str] = ()
+    ) -> None:
+        """Purify and note image files given as name and content; ``names`` are those for the manifest, if others.
+
+        ``then`` is called with the results, in the order of the calls: during a later one, or by `finish`.
+        """
+        sizes = [self.image_bytes or len(data) for _, data in files]
+        self._open.append(_Call(names or [name for name, _ in files], sizes, then))
+        self._settle(self._overlap.push(files))
+
+    def finish(self) -> None:
+        """Complete all calls of `purify`."""
+        self._settle(self._overlap.drain())
+
+    def _settle(self, done: list[list[PurifiedFile]]) -> None:
+        for results in done:
+            call = self._open.popleft()
+            for result, name, size in zip(results, call.names, call.sizes, strict=True):
+                if result.error:
+                    self.fail(name, result.error)
+                else:
+                    self.images += 1
+                    self.note({**result.record(), "name": name})
+                self.tick(1, size)
+            call.then(results)
+
+    def __enter__(self) -> UnitWork:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._overlap.__exit__(*error)
 
     def fail(self, name: str, reason: str) -> None:
         """Note an image that is left out."""
