@@ -4,8 +4,8 @@ python benchmarks/corpus.py cost --images 40 --side 256 --purifier bridge
 python benchmarks/corpus.py memory --images 500 2500 --side 64 --purifier bitdepth
 python benchmarks/corpus.py ray --images 100 300 --side 256 --purifier bridge
 
-Times of ``cost`` and ``ray`` are of the wall and of the processor: the first on a machine with nothing else to do, the second
-on any. A second thread reads ahead and writes behind, so on more than one core the first says what a corpus adds.
+Times of ``cost`` and ``ray`` are of the wall, for a machine with nothing else to do, and of the processor. A second thread
+reads ahead and writes behind, so with a core to spare the wall says what a corpus adds.
 """
 
 from __future__ import annotations

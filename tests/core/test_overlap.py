@@ -17,7 +17,7 @@ def test_results_come_in_order_and_only_computing_is_done_here() -> None:
         threads[name].add(threading.get_ident())
         return item + 1
 
-    with Overlap(
+    with Overlap[int, int, int, int](
         lambda item: step("read", item), lambda item: step("compute", item), lambda item: step("write", item)
     ) as overlap:
         assert list(overlap.run(range(10))) == list(range(3, 13))
