@@ -4,8 +4,8 @@ python benchmarks/corpus.py cost --images 40 --side 256 --purifier bridge
 python benchmarks/corpus.py memory --images 500 2500 --side 64 --purifier bitdepth
 python benchmarks/corpus.py ray --images 100 300 --side 256 --purifier bridge
 
-Times of ``cost`` and ``ray`` are of the wall, for a machine with nothing else to do, and of the processor. A second thread
-reads ahead and writes behind, so with a core to spare the wall says what a corpus adds.
+Times of ``cost`` and ``ray`` are of the wall, for a machine with nothing else to do, and of the processor. A second
+thread reads ahead and writes behind, so with a core to spare the wall says what a corpus adds.
 """
 
 from __future__ import annotations
@@ -43,39 +43,41 @@ def astronaut() -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
-def photograph(number: int, side: int) -> bytes:
-    """A JPEG cut from scikit-image's astronaut; there are 200 of them."""
-    return _cut(number % 200, side)
+def photograph(number: int, side: int, kind: str = "JPEG") -> bytes:
+    """A file cut from scikit-image's astronaut; there are 200 of them."""
+    return _cut(number % 200, side, kind)
 
 
 @cache
-def _cut(number: int, side: int) -> bytes:
+def _cut(number: int, side: int, kind: str) -> bytes:
     pixels = astronaut()
     top, left = (number * 37) % 200, (number * 53) % 200
     part = F.interpolate(pixels[None, :, top : top + 300, left : left + 300], (side, side), mode="area")[0]
-    return images.encode(part, "JPEG", quality=90)
+    return images.encode(part, kind, quality=90)
 
 
-def write_tar(path: Path, numbers: range, side: int) -> None:
+def write_tar(path: Path, numbers: range, side: int, kind: str = "JPEG") -> None:
     with tarfile.open(path, "w") as archive:
         for number in numbers:
-            content = photograph(number, side)
-            info = tarfile.TarInfo(f"{number:06d}.jpg")
+            content = photograph(number, side, kind)
+            info = tarfile.TarInfo(f"{number:06d}.{kind.lower()}")
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
 
 
-def write_table(path: Path, numbers: range, side: int) -> None:
+def write_table(path: Path, numbers: range, side: int, kind: str = "JPEG") -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    schema = pa.schema([("image", kind), ("label", pa.int64())])
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema([("image", image), ("label", pa.int64())])
     with pq.ParquetWriter(path, schema) as writer:
         for first in range(numbers.start, numbers.stop, 500):
             part = range(first, min(first + 500, numbers.stop))
-            rows = [{"bytes": photograph(number, side), "path": f"{number:06d}.jpg"} for number in part]
-            writer.write_table(pa.table({"image": pa.array(rows, kind), "label": list(part)}, schema))
+            rows = [
+                {"bytes": photograph(number, side, kind), "path": f"{number:06d}.{kind.lower()}"} for number in part
+            ]
+            writer.write_table(pa.table({"image": pa.array(rows, image), "label": list(part)}, schema))
 
 
 WRITERS = {"tar": write_tar, "parquet": write_table}
@@ -112,7 +114,7 @@ def cost(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         seconds: dict[str, list[Seconds]] = {"purifier alone": [], **{ending: [] for ending in WRITERS}}
         for ending, write in WRITERS.items():
-            write(Path(folder) / f"x.{ending}", range(count), side)
+            write(Path(folder) / f"x.{ending}", range(count), side, arguments.kind)
             write(Path(folder) / f"first.{ending}", range(2), side)
             purify(Path(folder) / f"first.{ending}", Path(folder) / "first" / ending, arguments.purifier)
         for number in range(arguments.rounds):
@@ -208,6 +210,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", required=True)
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3, help="of cost")
+    parser.add_argument("--kind", default="JPEG", help="of the image files, of cost")
     parser.add_argument("--threads", type=int, default=2, help="of cost, for the network")
     parser.add_argument("--purifier", default="bridge")
     arguments = parser.parse_args()

@@ -76,8 +76,8 @@ def test_the_thread_computes_on_one_core_and_this_one_as_before() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with Overlap(
-            lambda item: torch.get_num_threads(), lambda read: (read, torch.get_num_threads()), tuple
+        with Overlap[int, int, tuple[int, int], tuple[int, int]](
+            lambda item: torch.get_num_threads(), lambda read: (read, torch.get_num_threads()), lambda made: made
         ) as overlap:
             assert list(overlap.run([0])) == [(1, 2)]
         fresh: list[int] = []
@@ -87,3 +87,15 @@ def test_the_thread_computes_on_one_core_and_this_one_as_before() -> None:
         assert fresh == [2]
     finally:
         torch.set_num_threads(before)
+
+
+def test_small_items_stay_in_this_thread() -> None:
+    with Overlap[int, int, int, tuple[int, int]](
+        lambda item: threading.get_ident(),
+        lambda read: read,
+        lambda made: (made, threading.get_ident()),
+        small=lambda item: item % 2 == 0,
+    ) as overlap:
+        here = threading.get_ident()
+        results = list(overlap.run(range(4)))
+    assert [result == (here, here) for result in results] == [True, False, True, False]

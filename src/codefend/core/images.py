@@ -350,6 +350,8 @@ def encode(
     options: dict[str, Any] = {} if icc is None or kind == "BMP" else {"icc_profile": icc}
     if kind == "JPEG":
         options |= {"quality": quality or 95, "subsampling": subsampling}
+    elif kind == "PNG":
+        options |= {"compress_level": 4}  # of photographs as small as by zlib's default, 6, in a sixth less time
     elif kind == "WEBP":
         options |= {"lossless": True, "exact": True} if quality is None else {"quality": quality, "exact": True}
     buffer = io.BytesIO()

@@ -11,6 +11,8 @@ Item = TypeVar("Item")
 Read = TypeVar("Read")
 Made = TypeVar("Made")
 Done = TypeVar("Done")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Overlap(Generic[Item, Read, Made, Done]):
@@ -25,10 +27,16 @@ class Overlap(Generic[Item, Read, Made, Done]):
     """
 
     def __init__(
-        self, read: Callable[[Item], Read], compute: Callable[[Read], Made], write: Callable[[Made], Done]
+        self,
+        read: Callable[[Item], Read],
+        compute: Callable[[Read], Made],
+        write: Callable[[Made], Done],
+        *,
+        small: Callable[[Item], bool] = lambda item: False,
     ) -> None:
-        self._read, self._compute, self._write = read, compute, write
-        self._reading, self._writing = deque[Future[Read]](), deque[Future[Done]]()
+        """Items that are ``small`` stay in this thread: threads that take turns every few microseconds lose time."""
+        self._read, self._compute, self._write, self._small = read, compute, write, small
+        self._reading, self._writing = deque[tuple[bool, Future[Read]]](), deque[Future[Done]]()
         self._thread = ThreadPoolExecutor(1, "codefend-files")
         _compute_on_one_core(self._thread)
 
@@ -44,7 +52,8 @@ class Overlap(Generic[Item, Read, Made, Done]):
 
     def push(self, item: Item) -> list[Done]:
         """Start on ``item``, compute the one before, and return what is ready of the earlier ones."""
-        self._reading.append(self._thread.submit(self._read, item))
+        small = self._small(item)
+        self._reading.append((small, self._start(small, self._read, item)))
         return self._advance(behind=1)
 
     def drain(self) -> list[Done]:
@@ -53,13 +62,21 @@ class Overlap(Generic[Item, Read, Made, Done]):
 
     def _advance(self, behind: int) -> list[Done]:
         while len(self._reading) > behind:
-            made = self._compute(self._reading.popleft().result())
-            self._writing.append(self._thread.submit(self._write, made))
+            small, read = self._reading.popleft()
+            made = self._compute(read.result())
+            self._writing.append(self._start(small, self._write, made))
         return list(self._written(behind))
 
     def _written(self, behind: int) -> Iterator[Done]:
         while len(self._writing) > behind:
             yield self._writing.popleft().result()
+
+    def _start(self, here: bool, function: Callable[[T], R], argument: T) -> Future[R]:
+        if not here:
+            return self._thread.submit(function, argument)
+        done = Future[R]()
+        done.set_result(function(argument))
+        return done
 
     def __enter__(self) -> Overlap[Item, Read, Made, Done]:
         return self

@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 
 from codefend.core import documents, images
 from codefend.core.files import write_atomic
-from codefend.core.overlap import Overlap
 from codefend.core.progress import progress
 from codefend.core.runs import Run, open_run, read_config
 from codefend.core.seeds import make_generator
@@ -210,7 +209,7 @@ def _purify_all(
     chunks = [chunk for chunk in chunks if not done.issuperset(chunk)]
     with (
         progress("purify", len(jobs), done=len(done)) as advance,
-        Overlap(steps.read, steps.purify, steps.write) as files,
+        steps.overlapped() as files,
     ):
         results = files.run([(job.name, job.source) for job in chunk] for chunk in chunks)
         for chunk, purified in zip(chunks, results, strict=True):

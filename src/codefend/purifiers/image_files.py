@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 
 from codefend.core import images
 from codefend.core.devices import default_device
+from codefend.core.overlap import Overlap
 from codefend.core.seeds import noise_seed, pixels_digest, secret_of
 from codefend.purifiers import text_policy
 from codefend.purifiers.base import Purifier
@@ -111,6 +112,10 @@ class ReadFile:
     error: str = ""
 
 
+PurifiedPixels = tuple[ReadFile, Tensor | None, float | None]  # pixels ``[3, H, W]`` and detection score, if purified
+_SMALL = 16 << 10  # bytes: coding a smaller file takes less than handing it to another thread
+
+
 class FileSteps:
     """The steps from image files to purified ones; only `purify` needs the network, so the others can overlap with it.
 
@@ -120,13 +125,17 @@ class FileSteps:
     def __init__(self, purifier: Purifier, options: FolderOptions) -> None:
         self.purifier, self.options = purifier, options
 
+    def overlapped(self) -> Overlap[Sequence[ImageFile], list[ReadFile], list[PurifiedPixels], list[PurifiedFile]]:
+        """The three steps, on more than one call's files at a time."""
+        return Overlap(self.read, self.purify, self.write, small=_are_small)
+
     def read(self, files: Sequence[ImageFile]) -> list[ReadFile]:
         """Read and decode."""
         return [self._read(name, source) for name, source in files]
 
-    def purify(self, files: Sequence[ReadFile]) -> list[tuple[ReadFile, Tensor | None, float | None]]:
+    def purify(self, files: Sequence[ReadFile]) -> list[PurifiedPixels]:
         """Purified pixels and detection scores; images of one size go together."""
-        results: dict[int, tuple[ReadFile, Tensor | None, float | None]] = {}
+        results: dict[int, PurifiedPixels] = {}
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, file in enumerate(files):
             if file.loaded is None:
@@ -144,7 +153,7 @@ class FileSteps:
             results |= {i: (files[i], pixels, score) for i, pixels, score in zip(group, purified, scores, strict=True)}
         return [results[index] for index in range(len(files))]
 
-    def write(self, files: Sequence[tuple[ReadFile, Tensor | None, float | None]]) -> list[PurifiedFile]:
+    def write(self, files: Sequence[PurifiedPixels]) -> list[PurifiedFile]:
         """Encode."""
         return [self._written(*file) for file in files]
 
@@ -173,6 +182,10 @@ def purify_files(purifier: Purifier, files: Sequence[ImageFile], options: Folder
     """Purify image files given as name and content or path; a failure is in its own place."""
     steps = FileSteps(purifier, options)
     return steps.write(steps.purify(steps.read(files)))
+
+
+def _are_small(files: Sequence[ImageFile]) -> bool:
+    return sum(len(source) if isinstance(source, bytes) else _SMALL for _, source in files) < _SMALL
 
 
 def target_name(name: str, kind: str, ending: str | None = None) -> str:

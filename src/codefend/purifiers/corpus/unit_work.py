@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, NamedTuple
 
-from codefend.core.overlap import Overlap
 from codefend.core.runs import plain
 from codefend.purifiers.base import Purifier
 from codefend.purifiers.corpus.stores import Store
@@ -45,8 +44,7 @@ class UnitWork:
     image_bytes: int = 0  # of the source, for progress; 0: those of each image
 
     def __post_init__(self) -> None:
-        steps = FileSteps(self.purifier, self.options)
-        self._overlap = Overlap(steps.read, steps.purify, steps.write)
+        self._files = FileSteps(self.purifier, self.options).overlapped()
         self._open = deque[_Call]()
 
     def purify(
@@ -58,11 +56,11 @@ class UnitWork:
         """
         sizes = [self.image_bytes or len(data) for _, data in files]
         self._open.append(_Call(names or [name for name, _ in files], sizes, then))
-        self._settle(self._overlap.push(files))
+        self._settle(self._files.push(files))
 
     def finish(self) -> None:
         """Complete all calls of `purify`."""
-        self._settle(self._overlap.drain())
+        self._settle(self._files.drain())
 
     def _settle(self, done: list[list[PurifiedFile]]) -> None:
         for results in done:
@@ -80,7 +78,7 @@ class UnitWork:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._overlap.__exit__(*error)
+        self._files.__exit__(*error)
 
     def fail(self, name: str, reason: str) -> None:
         """Note an image that is left out."""
