@@ -19,8 +19,8 @@ from torch import Generator, Tensor
 
 from codefend import encoders
 from codefend.attacks.pgd import PGD
+from codefend.core.seeds import noise_like
 from codefend.purifiers.base import clip
-from codefend.purifiers.diffusion import noise_like
 from codefend.purifiers.nets import PurifierNet, load_net
 from codefend.tasks.natural_images import NaturalConfig, NaturalImages
 from codefend.training.mining import n_fgsm

@@ -13,8 +13,8 @@ from torch import Generator, Tensor
 from codefend import Budget, Defense, certify, load_purifier
 from codefend.attacks.pgd import PGD
 from codefend.bench.smoothing import SmoothedVictim, certificates, lower_bound, naming
+from codefend.core.seeds import noise_like
 from codefend.purifiers.base import Purifier
-from codefend.purifiers.diffusion import noise_like
 from codefend.purifiers.shallow import Identity
 from codefend.types import CodefendError
 from toys import Noise

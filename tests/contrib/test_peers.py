@@ -16,8 +16,8 @@ from codefend.contrib.peers import adbm, flowpure, hgd
 from codefend.contrib.peers.flowpure import FlowOptions, FlowPure, FlowPureConfig
 from codefend.contrib.peers.hgd import Hgd
 from codefend.core import runs
-from codefend.purifiers.diffusion import SHIFT_DATA, vp_log_mean, vp_sigma
-from codefend.purifiers.nets import NetConfig, PurifierNet, load_net
+from codefend.purifiers.diffpure import vp_log_mean, vp_sigma
+from codefend.purifiers.nets import SHIFT_DATA, NetConfig, PurifierNet, load_net
 from codefend.training import train
 from codefend.types import CodefendError
 from training_kit import generator, parameters, peer_config, small_bank, small_prior

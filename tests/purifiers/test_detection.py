@@ -146,8 +146,8 @@ def test_a_gate_lets_clean_images_pass_and_purifies_the_others(weights: Path, tm
     gated, plain = purifiers.load(f"{weights}:gate=true"), purifiers.load(weights)
     with pytest.raises(CodefendError, match="gate"):
         purifiers.load(f"{weights}:gate=true,evaluations=1")
-    with pytest.raises(ValueError, match="no detector"):
-        Bridge(smoothing_net(), BridgeOptions(gate=True))(smooth(1, 1))
+    with pytest.raises(CodefendError, match="no detection score"):
+        Bridge(smoothing_net(), BridgeOptions(gate=True))
     clean = smooth(78, 16)
     attacked = (clean + 8 / 255 * torch.randn(clean.shape, generator=gen()).sign()).clamp(0, 1)
     share = detector.gate_share(clean, plain(clean))

@@ -8,8 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from codefend.purifiers import diffusion
-from codefend.purifiers.nets import CONFIG_FILE, WEIGHTS_FILE, NetConfig, PurifierNet, load_net, save_net
+from codefend.purifiers.bridge import bridge_state, charbonnier
+from codefend.purifiers.nets import (
+    CONFIG_FILE,
+    SHIFT_DATA,
+    WEIGHTS_FILE,
+    NetConfig,
+    PurifierNet,
+    load_net,
+    preconditioning,
+    save_net,
+)
+from codefend.training.prior import prior_loss
 from codefend.types import CodefendError
 
 TINY = NetConfig(channels=(8, 12), blocks=(1, 1), embedding=16)
@@ -27,6 +37,33 @@ def random_net(config: NetConfig = TINY, scale: float = 0.1, seed: int = 0) -> P
         for parameter in net.parameters():
             parameter.add_(scale * torch.randn(parameter.shape, generator=source))
     return net
+
+
+def test_preconditioning_is_edm_without_a_shift() -> None:
+    sigma = torch.tensor([0.01, 0.25, 0.6], dtype=torch.float64)
+    scales = preconditioning(torch.zeros_like(sigma), sigma, sigma_data=0.25)
+    total = sigma**2 + 0.0625
+    assert torch.allclose(scales.c_skip, 0.0625 / total)
+    assert torch.allclose(scales.c_out, sigma * 0.25 / total.sqrt(), rtol=1e-4)
+    assert torch.allclose(scales.c_in, total.rsqrt())
+    assert torch.allclose(scales.c_noise, sigma.log() / 4, atol=1e-4)
+
+
+def test_preconditioning_gives_unit_variance_with_a_shift() -> None:
+    n = 400_000
+    clean, shift, noise = (torch.randn(n, generator=gen(k)) for k in range(3))
+    s, sigma = torch.tensor([0.7]), torch.tensor([0.05])
+    x = 0.25 * clean + 0.7 * SHIFT_DATA * shift + 0.05 * noise
+    scales = preconditioning(s, sigma)
+    assert float((scales.c_in * x).var()) == pytest.approx(1, rel=0.01)
+    assert float(((0.25 * clean - scales.c_skip * x) / scales.c_out).var()) == pytest.approx(1, rel=0.01)
+
+
+def test_preconditioning_leaves_noise_free_images_alone() -> None:
+    scales = preconditioning(torch.tensor([0.0, 1.0]), torch.zeros(2))
+    assert scales.c_skip.tolist() == [1.0, 1.0]
+    assert float(scales.c_out[0]) < 2e-6
+    assert float(scales.c_out[1]) == pytest.approx(8 / 255, rel=1e-3)
 
 
 @pytest.mark.parametrize("bound", [None, 32 / 255])
@@ -73,7 +110,7 @@ def test_each_image_has_its_own_time_and_noise() -> None:
 
 def test_prior_training_leaves_the_branch_of_s_untouched() -> None:
     net = random_net()
-    loss = diffusion.prior_loss(net, torch.rand(2, 3, 16, 16, generator=gen()), torch.tensor([0.05, 0.3]))
+    loss = prior_loss(net, torch.rand(2, 3, 16, 16, generator=gen()), torch.tensor([0.05, 0.3]))
     loss.sum().backward()
     assert net.embed.time.weight.grad is not None
     assert float(net.embed.time.weight.grad.abs().max()) == 0
@@ -84,8 +121,9 @@ def test_prior_training_leaves_the_branch_of_s_untouched() -> None:
 def test_every_parameter_learns_from_the_bridge_loss() -> None:
     net = random_net()
     clean, attacked = torch.rand(2, 2, 3, 16, 16, generator=gen())
-    prediction = diffusion.bridge_predict(net, clean, attacked, torch.tensor([0.5, 1.0]), 0.1, generator=gen())
-    diffusion.charbonnier(prediction, clean).sum().backward()
+    s = torch.tensor([0.5, 1.0])
+    x, level = bridge_state(clean, attacked, s, 0.1, generator=gen())
+    charbonnier(net(x, s, level), clean).sum().backward()
     dead = [name for name, p in net.named_parameters() if p.grad is None or float(p.grad.abs().max()) == 0]
     assert dead == []
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from codefend.core.runs import read_rows
+from codefend.purifiers.diffpure import vp_sigma
 from codefend.purifiers.nets import NetConfig, load_net
 from codefend.training import train
-from codefend.training.prior import PriorConfig, crops
+from codefend.training.prior import PriorConfig, crops, prior_loss, sample_sigmas
 from codefend.types import CodefendError
-
-if TYPE_CHECKING:
-    pass
-
 
 Interrupt = Callable[[Callable[[], object], int], None]
 TINY = NetConfig(channels=(8, 12), blocks=(1, 1), embedding=16)
@@ -31,6 +28,16 @@ def prior_config(**changes: object) -> PriorConfig:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_net(folder)[0].state_dict()
+
+
+def gen(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian_denoiser(x: Tensor, s: Tensor, sigma: Tensor) -> Tensor:
+    """Exact for pixels that are independently N(0.5, 0.25^2)."""
+    skip = (0.0625 / (0.0625 + sigma**2)).view(-1, 1, 1, 1)
+    return 0.5 + skip * (x - 0.5)
 
 
 def test_an_interrupted_prior_equals_an_uninterrupted_one(tmp_path: Path, interrupt: Interrupt) -> None:
@@ -69,3 +76,18 @@ def test_crops_are_windows_of_their_images() -> None:
     for image, window in zip(images, windows, strict=True):
         unfolded = image.unfold(1, 4, 1).unfold(2, 4, 1).permute(1, 2, 0, 3, 4).reshape(-1, 3, 4, 4)
         assert (unfolded == window).flatten(1).all(1).any()
+
+
+def test_prior_loss_of_the_wiener_gain_is_one_at_every_level() -> None:
+    clean = 0.5 + 0.25 * torch.randn(4, 3, 64, 64, generator=gen())
+    loss = prior_loss(gaussian_denoiser, clean, torch.tensor([0.01, 0.1, 0.3, 0.6]), generator=gen(1))
+    assert loss.shape == (4,)
+    assert torch.allclose(loss, torch.ones(4), atol=0.05)
+
+
+def test_sampled_sigmas_cover_the_purification_range() -> None:
+    sigmas = sample_sigmas(4000, generator=gen())
+    assert float(sigmas.min()) >= 2e-3
+    assert float(sigmas.max()) == pytest.approx(0.65)
+    assert float(sigmas.max()) > float(vp_sigma(torch.tensor(0.3)))
+    assert float((sigmas > float(vp_sigma(torch.tensor(0.1)))).float().mean()) > 0.2

@@ -26,9 +26,9 @@ import torch
 from torch import Generator, Tensor
 
 from codefend.core.devices import default_device
+from codefend.core.seeds import noise_like
 from codefend.defense import Defense
 from codefend.prompts.policy import attach
-from codefend.purifiers.diffusion import noise_like
 from codefend.tasks.metrics import holds_phrase, normalize_answer
 from codefend.types import AnswersGreedily, CodefendError, Victim
 

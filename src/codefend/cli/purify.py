@@ -90,7 +90,6 @@ def purify(
     from codefend.purifiers import load
     from codefend.purifiers.folders import FolderOptions, purify_paths
 
-    keep_freed_memory()
     options = FolderOptions(
         text=_text_policy(text),
         purifier=purifier,
@@ -105,7 +104,10 @@ def purify(
         max_side=max_side,
     )
     flags = CorpusFlags(column, keep_others, shard, engine, RayFlags(workers, worker_cpus, worker_gpus, address))
-    if _purify_as_corpus(paths, out, options, flags):
+    as_corpus = flags != CorpusFlags() or _holds_units(paths, out)
+    keep_freed_memory()
+    if as_corpus:
+        _purify_corpus(paths, out, options, flags)
         return
     outcome = purify_paths(lambda: load(purifier), paths, out, options)
     skipped = f", {outcome.skipped} skipped (purified before)" if outcome.skipped else ""
@@ -148,15 +150,21 @@ class CorpusFlags:
     ray: RayFlags = ONE_PROCESS
 
 
-def _purify_as_corpus(paths: Sequence[str], out: str, options: FolderOptions, flags: CorpusFlags) -> bool:
-    """Purify a corpus and print what was done; False, without doing anything, for plain images and folders.
+def _holds_units(paths: Sequence[str], out: str) -> bool:
+    """Whether purifying needs `codefend.purifiers.corpus`: a URL, an archive or a table, or a folder that holds one."""
+    from codefend.purifiers.image_files import TABLES, TARS
+
+    if any("://" in path or "::" in path for path in (*paths, out)):
+        return True
+    names = (name for path in map(Path, paths) for name in (path, *(path.rglob("*") if path.is_dir() else ())))
+    return any(name.name.lower().endswith(TARS + TABLES) for name in names)
+
+
+def _purify_corpus(paths: Sequence[str], out: str, options: FolderOptions, flags: CorpusFlags) -> None:
+    """Purify a corpus and print what was done.
 
     Raises typer.Exit(1) when images or files failed, and CodefendError as `purify_corpus`.
     """
-    from codefend.purifiers.image_files import is_corpus
-
-    if flags == CorpusFlags() and not is_corpus(paths, out):
-        return False
     from codefend.purifiers.corpus import CorpusOptions, parse_shard, purify_corpus
 
     shard = parse_shard(flags.shard or "1/1")
@@ -168,7 +176,6 @@ def _purify_as_corpus(paths: Sequence[str], out: str, options: FolderOptions, fl
     if report.failures:
         _print_corpus_failures(report)
         raise typer.Exit(1)
-    return True
 
 
 def _choose_engine(flags: CorpusFlags) -> RunUnits:

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from codefend.core.seeds import noise_like
 from codefend.purifiers.base import Purifier, clip
-from codefend.purifiers.diffusion import noise_like
 from codefend.types import CodefendError
 
 MAGIC = b"\xd7\x41\x02\x00"  # TZA: magic, major version 2, minor 0

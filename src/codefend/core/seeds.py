@@ -19,6 +19,18 @@ def make_generator(seed: int, *names: object, device: str = "cpu") -> Generator:
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+def noise_like(images: Tensor, generator: Generator | None = None) -> Tensor:
+    """Standard normal noise of the images' shape, dtype and device, drawn from ``generator``.
+
+    Drawn on the generator's own device, so that one CPU seed gives the same noise on every device.
+    """
+    import torch
+
+    source = images.device if generator is None else generator.device
+    noise = torch.randn(images.shape, generator=generator, device=source, dtype=images.dtype)
+    return noise.to(images.device)
+
+
 def pixels_digest(secret: bytes, name: str, pixels: Tensor) -> bytes:
     """HMAC-SHA256 under ``secret`` of a purifier's name and of pixels ``[3, H, W]``: 32 bytes that name both.
 

@@ -81,14 +81,12 @@ def build_net_purifier(
         raise CodefendError(f"{name} holds a network of unknown kind {kind!r}; known: {', '.join(KINDS)}")
     place, fallback = KINDS[kind]
     cls: type[NetPurifier] = resolve_name(place)
+    detector = Detector.from_dict(meta["detector"]) if meta.get("detector") else None
     saved = {**fallback, **meta.get("options", {})}
     check_keys(cls.options_class, saved)
     defaults = cls.options_class(**saved)
     options = override(defaults, settings) if settings else defaults
-    purifier = cls(net, options, name=name, defaults=defaults, kind=kind)
-    detector = Detector.from_dict(meta["detector"]) if meta.get("detector") else None
-    purifier.use_detector(detector, calibrated_for=defaults)
-    return purifier.eval()
+    return cls(net, options, name=name, defaults=defaults, kind=kind, detector=detector).eval()
 
 
 def _named(place: str) -> BuildNamed:

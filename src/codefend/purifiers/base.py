@@ -265,9 +265,13 @@ class NetPurifier(Purifier):
         name: str | None = None,
         defaults: Any = None,
         kind: str | None = None,
+        detector: Detector | None = None,
     ) -> None:
+        """``detector`` was calibrated with ``defaults``; it is dropped where ``options`` change `transformed`."""
         super().__init__(options, name=name, defaults=defaults)
         self.net, self.multiple, self.kind = net, net.multiple, kind or self.kind
+        changes = {key for key, value in vars(self.options).items() if value != vars(self.defaults)[key]}
+        self.detector = detector if changes <= set(self.after_network) else None
 
     def transform(self, images: Tensor, generator: Generator | None) -> Tensor:
         weight = next(self.net.parameters())
@@ -282,23 +286,8 @@ class NetPurifier(Purifier):
         raise NotImplementedError
 
     def _with_options(self, options: Any) -> NetPurifier:
-        purifier = type(self)(self.net, options, name=self.base_name, defaults=self.defaults, kind=self.kind)
-        purifier.use_detector(self.detector, calibrated_for=self.options)
-        return purifier.train(self.training)
-
-    def use_detector(self, detector: Detector | None, *, calibrated_for: Any) -> None:
-        """Set ``detector`` if `transformed` is the same as with the options it was calibrated for, else none.
-
-        Raises CodefendError for a gate without a detector.
-        """
-        changes = {key for key, value in vars(self.options).items() if value != vars(calibrated_for)[key]}
-        if detector is not None and changes <= set(self.after_network):
-            self.detector = detector
-        elif self.gate:
-            raise CodefendError(
-                f"{self.name} has no detection score to open its gate by: use the weights' own options, or calibrate "
-                "them (`codefend calibrate`)"
-            )
+        names = {"name": self.base_name, "defaults": self.defaults, "kind": self.kind}
+        return type(self)(self.net, options, **names, detector=self.detector).train(self.training)
 
     def cost(self, height: int, width: int) -> int:
         return self.evaluations * self.net.multiply_adds(height, width)

@@ -1,27 +1,36 @@
-"""The purifier network: one residual U-Net for the unconditional prior and for the bridge fine-tuned from it."""
+"""The purifier network: one residual U-Net for the unconditional prior and for the bridge fine-tuned from it.
+
+Everything here is in variance-exploding (VE) coordinates on [0, 1] pixels: a noisy image is ``x + sigma * n`` with
+``n ~ N(0, I)``.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from codefend.core.files import write_atomic
-from codefend.purifiers.diffusion import SHIFT_DATA, SIGMA_DATA, preconditioning
 from codefend.types import CodefendError
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"  # weights in the old format of the hub
+SIGMA_DATA = 0.25  # standard deviation of clean pixels in [0, 1]; EDM's 0.5 on [-1, 1]
+SHIFT_DATA = 8 / 255  # root mean square of an adversarial perturbation, pixels
+
+# (noisy images [B,3,H,W], s [B], sigma [B]) -> prediction of the clean images. `PurifierNet` is one.
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -124,12 +133,46 @@ class Embedding(nn.Module):
         return F.silu(self.out(F.silu(level + time)))
 
 
+class Scales(NamedTuple):
+    """Coefficients, ``[B]`` each, of D(x) = c_skip x + c_out F(c_in x; c_noise), F the raw network (EDM, eq. 7)."""
+
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+    c_noise: Tensor
+
+
+def preconditioning(
+    s: Tensor, sigma: Tensor, *, sigma_data: float = SIGMA_DATA, shift_data: float = SHIFT_DATA
+) -> Scales:
+    """EDM preconditioning (Karras et al. 2022, Table 1) of an input with a shift as well as noise. All ``[B]``.
+
+    The input is x = x_c + s d + sigma n, with d the adversarial perturbation (RMS ``shift_data``) and n the noise.
+    c_skip is EDM's Wiener gain for the noise alone. The rest follows from EDM's two conditions, unit variance of the
+    network's input and of its target:
+
+        c_skip    = sigma_data^2 / (sigma_data^2 + sigma^2)
+        c_in^-2   = sigma_data^2 + sigma^2 + (s shift_data)^2
+        c_out^2   = sigma^2 c_skip + (c_skip s shift_data)^2
+        c_noise   = ln(sigma^2 + (s shift_data)^2) / 8
+
+    At s = 0 it is EDM's. At sigma = 0 c_skip is 1, so that a zero network is the identity. c_noise is EDM's ln(.)/4 of
+    the total corruption: a prior given a shift first removes as much noise as the shift is large.
+    """
+    noise2, data2, shift2 = sigma**2, sigma_data**2, (s * shift_data) ** 2
+    c_skip = data2 / (noise2 + data2)
+    # The epsilons keep gradients and the logarithm finite at s = sigma = 0.
+    c_out = (noise2 * c_skip + c_skip**2 * shift2 + 1e-12).sqrt()
+    c_in = (data2 + noise2 + shift2).rsqrt()
+    return Scales(c_skip, c_out, c_in, (noise2 + shift2 + 1e-8).log() / 8)
+
+
 class PurifierNet(nn.Module):
     """Residual U-Net that predicts the clean image: ``(images [B,3,H,W], s [B], sigma [B]) -> [B,3,H,W]``.
 
     ``s`` in [0, 1] is the share of the adversarial perturbation still in the image and ``sigma`` the standard deviation
     of the Gaussian noise in it ([0, 1] pixels). The unconditional prior is s = 0, a purifier's input s = 1. The raw
-    network F is wrapped by `diffusion.preconditioning`; its last layer starts at zero, so at sigma = 0 the untrained
+    network F is wrapped by `preconditioning`; its last layer starts at zero, so at sigma = 0 the untrained
     network is the identity. Fully convolutional and local; sides must be multiples of ``multiple``. No clamping.
     """
 
@@ -180,6 +223,19 @@ class PurifierNet(nn.Module):
     def multiply_adds(self, height: int, width: int) -> int:
         """Multiply-adds of one evaluation of one image, padded to the network's multiple; from shapes alone."""
         return count_multiply_adds(self.config, _ceil(height, self.multiple), _ceil(width, self.multiple))
+
+
+def per_image(value: Tensor | float, images: Tensor) -> Tensor:
+    """``value`` as a ``[B]`` tensor on the images' device and dtype."""
+    return torch.as_tensor(value, dtype=images.dtype, device=images.device).expand(images.shape[0])
+
+
+def evaluate(net: Denoiser, x: Tensor, s: Tensor, sigma: Tensor, *, checkpoint: bool = False) -> Tensor:
+    """One network evaluation, with ``checkpoint`` recomputed in the backward pass. Networks here draw no noise."""
+    if checkpoint and torch.is_grad_enabled():
+        result: Tensor = recompute(net, x, s, sigma, use_reentrant=False, preserve_rng_state=False)
+        return result
+    return net(x, s, sigma)
 
 
 def _ceil(side: int, multiple: int) -> int:

@@ -20,7 +20,7 @@ from codefend.attacks import objectives
 from codefend.core.devices import default_device
 from codefend.core.seeds import make_generator
 from codefend.core.settings import recorded
-from codefend.purifiers.diffusion import bridge_state, charbonnier, sample_bridge_sigmas, sample_bridge_times
+from codefend.purifiers.bridge import bridge_state, charbonnier, sample_bridge_sigmas, sample_bridge_times
 from codefend.purifiers.nets import NetConfig, PurifierNet
 from codefend.tasks.language import training_texts
 from codefend.tasks.scenes import compose, load_photographs

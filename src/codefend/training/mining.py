@@ -12,8 +12,8 @@ from torch import Generator, Tensor
 
 from codefend.attacks.norms import uniform
 from codefend.attacks.pgd import PGD
+from codefend.core.seeds import noise_like
 from codefend.purifiers.base import clip
-from codefend.purifiers.diffusion import noise_like
 from codefend.purifiers.nets import PurifierNet
 from codefend.types import Budget, Objective
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from codefend.core.devices import default_device
-from codefend.core.seeds import make_generator
-from codefend.purifiers.diffusion import prior_loss, sample_sigmas
-from codefend.purifiers.nets import NetConfig, PurifierNet
+from codefend.core.seeds import make_generator, noise_like
+from codefend.purifiers.nets import Denoiser, NetConfig, PurifierNet, preconditioning
 from codefend.tasks.training_images import draw_training_images
 from codefend.training.fit import Losses, MovingAverage, Training, fit
 from codefend.training.nets import net_training
@@ -51,6 +50,30 @@ def _training(config: PriorConfig, folder: Path) -> Training[Tensor]:
         return {"loss": prior_loss(net, clean.to(default_device()), sigma, generator=generator).mean()}
 
     return net_training(config, folder, "prior", MovingAverage(net), batch=partial(_images, config), loss=loss)
+
+
+def sample_sigmas(
+    count: int,
+    *,
+    log_mean: float = -2.4,
+    log_std: float = 1.0,
+    low: float = 2e-3,  # pixels in [0, 1]
+    high: float = 0.65,  # VP time 0.31: above every t that purification uses
+    generator: Generator | None = None,
+) -> Tensor:
+    """Log-normal training noise levels ``[count]`` (EDM, Table 1: P_mean, P_std), shifted to VP times up to 0.3."""
+    return (torch.randn(count, generator=generator) * log_std + log_mean).exp().clamp(low, high)
+
+
+def prior_loss(net: Denoiser, clean: Tensor, sigma: Tensor, *, generator: Generator | None = None) -> Tensor:
+    """Denoising loss of the unconditional prior, ``[B]``: lambda(sigma) ||D(x + sigma n; sigma) - x||^2 (EDM, eq. 2).
+
+    lambda = 1 / c_out^2 weights the raw network's squared error equally at every level (EDM, eq. 8).
+    """
+    noisy = clean + sigma.view(-1, 1, 1, 1) * noise_like(clean, generator)
+    s = torch.zeros_like(sigma)
+    error = (net(noisy, s, sigma) - clean).square().flatten(1).mean(1)
+    return error / preconditioning(s, sigma).c_out ** 2
 
 
 def _images(config: PriorConfig, step: int) -> Tensor:

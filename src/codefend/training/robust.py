@@ -22,7 +22,7 @@ from codefend.attacks import objectives
 from codefend.core.devices import default_device
 from codefend.core.seeds import make_generator
 from codefend.encoders.views import View, ViewedEncoder
-from codefend.purifiers.diffusion import bridge_state, charbonnier, sample_bridge_times
+from codefend.purifiers.bridge import bridge_state, charbonnier, sample_bridge_times
 from codefend.purifiers.nets import PurifierNet, load_net
 from codefend.tasks.natural_images import NaturalConfig, NaturalImages
 from codefend.tasks.scenes import compose, load_photographs

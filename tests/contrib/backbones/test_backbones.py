@@ -15,7 +15,7 @@ from codefend import purifiers
 from codefend.contrib.backbones.latent import boundary, load_latents
 from codefend.contrib.backbones.pixels import load_denoiser, save_denoiser
 from codefend.contrib.backbones.vp import VPDenoiser
-from codefend.purifiers.diffusion import denoise_from, vp_sigma
+from codefend.purifiers.diffpure import denoise_from, vp_sigma
 from codefend.types import CodefendError
 
 lib = diffusers_tiny.lib

@@ -18,8 +18,8 @@ from torch.nn.functional import pad
 from codefend.attacks.base import ImageAttack
 from codefend.attacks.norms import descend, normal, uniform
 from codefend.core.assets import asset
-from codefend.purifiers.diffusion import Denoiser, vp_sigma
-from codefend.purifiers.nets import PurifierNet, load_net
+from codefend.purifiers.diffpure import vp_sigma
+from codefend.purifiers.nets import Denoiser, PurifierNet, load_net
 from codefend.types import Budget, Objective
 
 TIMES = 1000  # steps of the discrete diffusion that ``longest`` counts

@@ -22,9 +22,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from codefend.contrib.backbones.vp import VPDenoiser, require, table_of
+from codefend.core.seeds import noise_like
 from codefend.core.settings import override
 from codefend.purifiers.base import Purifier
-from codefend.purifiers.diffusion import denoise_from, evaluate, noise_like, per_image
+from codefend.purifiers.diffpure import denoise_from
+from codefend.purifiers.nets import evaluate, per_image
 from codefend.types import CodefendError
 
 PREFIX, KIND = "hf-latent:", "latent"

@@ -16,8 +16,8 @@ from codefend.contrib.backbones.vp import FIXED, LEARNED, VPDenoiser, load_part,
 from codefend.core.settings import override
 from codefend.purifiers.bridge import Bridge, BridgeOptions
 from codefend.purifiers.diffpure import DiffPure, DiffPureOptions
-from codefend.purifiers.diffusion import SHIFT_DATA
 from codefend.purifiers.guidance import encoder_names
+from codefend.purifiers.nets import SHIFT_DATA
 from codefend.types import CodefendError
 
 DIFFPURE, BRIDGE = "hf-diffpure:", "hf-bridge:"

@@ -1,8 +1,8 @@
 """Fine-tune diffusers models on pairs: pixel models as bridges, Stable Diffusion with LoRA in latents.
 
 Both predict the clean image from a point between it and the adversarial one: x = x_c + k (x_a - x_c) + k sigma n, k in
-(0, 1], where shift and noise shrink together as they do in purification (`diffusion.bridge_purify`,
-`diffusion.denoise_from` with eta 0). In latents, with sigma the level of time t, that is the directed denoising of
+(0, 1], where shift and noise shrink together as they do in purification (`purifiers.bridge`,
+`diffpure.denoise_from` with eta 0). In latents, with sigma the level of time t, that is the directed denoising of
 CoDefend-R and ADBM (arXiv 2408.00315): the noise to predict is n + (x_a - x_c) / sigma.
 """
 
@@ -24,9 +24,9 @@ from codefend.contrib.backbones.latent import add_adapters, load_latents, save_a
 from codefend.contrib.backbones.pixels import load_denoiser, save_denoiser
 from codefend.contrib.backbones.vp import VPDenoiser
 from codefend.core.devices import default_device
-from codefend.core.seeds import make_generator
+from codefend.core.seeds import make_generator, noise_like
 from codefend.encoders.views import ViewedEncoder
-from codefend.purifiers.diffusion import bridge_predict, charbonnier, noise_like, sample_bridge_times
+from codefend.purifiers.bridge import bridge_state, charbonnier, sample_bridge_times
 from codefend.training.banks import StreamedBank
 from codefend.training.card import write_card
 from codefend.training.fit import Losses, MovingAverage, Training, cosine_schedule, fit
@@ -101,7 +101,8 @@ class PixelTuner:
 
     def loss(self, clean: Tensor, attacked: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         s = sample_bridge_times(len(clean), at_one=0.6, generator=generator).to(clean)
-        prediction = bridge_predict(self.net, clean, attacked, s, self.config.noise, generator=generator)
+        x, level = bridge_state(clean, attacked, s, self.config.noise, generator=generator)
+        prediction = self.net(x, s, level)
         return 8.0 * charbonnier(prediction, clean).mean(), prediction
 
     def save(self, folder: Path, average: Mapping[str, Tensor]) -> None:

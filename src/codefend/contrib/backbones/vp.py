@@ -1,7 +1,7 @@
 """Variance-preserving models of `diffusers` as denoisers in this project's coordinates.
 
 A diffusers model takes ``x_t = sqrt(abar) y + sqrt(1 - abar) n`` at a step k of its table ``alphas_cumprod``,
-with y an image in [-1, 1] or a latent. Here everything is ``x + sigma n`` (`purifiers.diffusion`): the same divided by
+with y an image in [-1, 1] or a latent. Here everything is ``x + sigma n`` (`purifiers.nets`): the same divided by
 sqrt(abar), with sigma = sqrt((1 - abar) / abar) / gain, where gain is 2 for images in [0, 1] and 1 for latents.
 The step is interpolated linearly in log sigma and may be fractional: the models embed it as a real number.
 For the usual table (linear betas from 1e-4 to 0.02 in 1000 steps) step k is our VP time (k + 1) / 1000.
@@ -22,7 +22,7 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 class VPDenoiser(nn.Module):
-    """``(noisy [B,C,H,W], s [B], sigma [B]) -> clean [B,C,H,W]`` around a diffusers U-Net: `diffusion.Denoiser`.
+    """``(noisy [B,C,H,W], s [B], sigma [B]) -> clean [B,C,H,W]`` around a diffusers U-Net: `nets.Denoiser`.
 
     ``shift`` is the root mean square of an adversarial perturbation in the units of ``x``: the model treats a shift of
     ``s`` times as much like noise of that level, from where a bridge is fine-tuned. 0 leaves ``s`` without effect.

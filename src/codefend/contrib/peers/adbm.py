@@ -12,9 +12,10 @@ import torch
 from torch import Generator, Tensor
 
 from codefend.contrib.peers.base import SMALLEST, PeerConfig, PeerLoss, load_pocket, mean_square, spread
+from codefend.core.seeds import noise_like
 from codefend.purifiers.base import clip
-from codefend.purifiers.diffusion import Denoiser, noise_like, vp_sigma
-from codefend.purifiers.nets import PurifierNet
+from codefend.purifiers.diffpure import vp_sigma
+from codefend.purifiers.nets import Denoiser, PurifierNet
 from codefend.training.fit import Losses
 from codefend.training.frozen import word_objective
 from codefend.training.mining import sign_steps
@@ -65,7 +66,7 @@ def sample_bridge_levels(
 ) -> tuple[Tensor, float]:
     """Noise levels ``[count]`` and that of the bridge's far end: T ~ U(*times) once a batch, t ~ U(0, T) per image.
 
-    VP times, as `diffusion.vp_sigma` reads them.
+    VP times, as `diffpure.vp_sigma` reads them.
     """
     low, high = times
     end = low + (high - low) * torch.rand((), generator=generator)

@@ -1,6 +1,6 @@
 """Shared parts of the peers: another paper's purifier on our network, started from our prior, on our images.
 
-As in `purifiers.diffusion`, everything is in VE coordinates on [0, 1] pixels and the network predicts the clean image,
+As in `purifiers.nets`, everything is in VE coordinates on [0, 1] pixels and the network predicts the clean image,
 here ``D``; a velocity or a noise prediction is a linear function of it, so each paper's loss is a squared error of D
 with the weight that its own target implies. Steps and batch are the bridge's.
 """

@@ -14,8 +14,8 @@ from torch import Generator, Tensor
 
 from codefend.contrib.peers.adbm import adbm_loss, adbm_predict, sample_bridge_levels
 from codefend.contrib.peers.base import PairsPeerConfig, PeerLoss, load_pocket
+from codefend.core.seeds import noise_like
 from codefend.purifiers.base import clip
-from codefend.purifiers.diffusion import noise_like
 from codefend.purifiers.nets import PurifierNet
 from codefend.training.fit import Losses
 from codefend.training.frozen import WORDS

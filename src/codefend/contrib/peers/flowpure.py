@@ -10,9 +10,9 @@ import torch
 from torch import Generator, Tensor
 
 from codefend.contrib.peers.base import SMALLEST, PairsPeerConfig, PeerConfig, PeerLoss, mean_square, spread
+from codefend.core.seeds import noise_like
 from codefend.purifiers.base import NetPurifier
-from codefend.purifiers.diffusion import SHIFT_DATA, Denoiser, evaluate, noise_like, per_image
-from codefend.purifiers.nets import PurifierNet
+from codefend.purifiers.nets import SHIFT_DATA, Denoiser, PurifierNet, evaluate, per_image
 from codefend.training.fit import Losses
 from codefend.types import CodefendError
 

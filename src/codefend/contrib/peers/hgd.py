@@ -11,8 +11,7 @@ from torch import Generator, Tensor
 from codefend.contrib.peers.base import PairsPeerConfig, PeerLoss
 from codefend.encoders.views import ViewedEncoder
 from codefend.purifiers.base import NetPurifier, clip
-from codefend.purifiers.diffusion import per_image
-from codefend.purifiers.nets import PurifierNet
+from codefend.purifiers.nets import PurifierNet, per_image
 from codefend.training.fit import Losses
 
 
