@@ -2,12 +2,14 @@
 
 The subset takes images evenly by the number of objects, and questions evenly by kind. T0 attacks the undefended victim;
 T2 attacks through the defense, with fresh noise in every pass. An attack takes steps on the word scores of the vision
-tokens first, then, where an answer is still correct, steps on the language-model loss of the true answer. Step lengths
-decay from eps to eps / 20, with momentum .75; the iterate with the lowest averaged objective is rounded to 8 bits and
-answered several times. The score of an image is that under the stronger of the two stages. An image that is never
-answered correctly counts as broken at larger radii, too, since their budgets contain it.
+tokens first (where a victim has none, on cosines of the tokens to embeddings of words), then, where an answer is still
+correct, steps on the language-model loss of the true answer. Step lengths decay from eps to eps / 20, with momentum
+.75; the iterate with the lowest averaged objective is rounded to 8 bits and answered several times. The score of an
+image is that under the stronger of the two stages. An image that is never answered correctly counts as broken at larger
+radii, too, since their budgets contain it.
 
     python benchmarks/answers.py ROWS.jsonl --defenses none bridge runs/robust/weights --t2 2 4 --count 32
+    python benchmarks/answers.py ROWS.jsonl --victim smolvlm-pocket --sample first --t0 --t2 4 8 --word-steps 40
 
 Rows are appended to ROWS.jsonl, all defenses for the first ``--batch`` images, then for the next; rerun the command to
 resume. ``--summary`` prints n and mean of every cell instead; ``--results results/answers.json`` writes them as
@@ -30,6 +32,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from codefend import tasks, victims
@@ -37,12 +40,14 @@ from codefend.attacks import objectives
 from codefend.attacks.norms import quantize_in_budget, random_start
 from codefend.core.seeds import make_generator
 from codefend.defense import DefendedVictim, Defense
+from codefend.prompts.soft import open_weight
 from codefend.tasks.metrics import all_tags, vqa_accuracy
 from codefend.training.frozen import WORDS
-from codefend.types import Budget, Example, Objective
+from codefend.types import Budget, Example, HasWordScores, Objective
 
 DRAWS = 3  # answers per image where the defense draws noise
 MOMENTUM = 0.75
+ANOTHER_VICTIM = {"clean": "oblivious", "T0": "oblivious", "T2": "adaptive"}  # in ids, as in results/victims.json
 
 
 def subset(examples: Sequence[Example], count: int) -> list[Example]:
@@ -58,11 +63,28 @@ def subset(examples: Sequence[Example], count: int) -> list[Example]:
     return chosen
 
 
+def choose(examples: Sequence[Example], args: argparse.Namespace) -> Sequence[Example]:
+    """The test images of ``--sample``."""
+    return subset(examples, args.count) if args.sample == "strata" else examples[: args.count]
+
+
 def word_objective(victim: Any, undefended: Any, clean: Tensor) -> Objective:
-    """Away from the words that the undefended victim reads in each vision token of the clean images."""
+    """Away from the words that the undefended victim reads in each vision token of the clean images.
+
+    Where a victim has no word scores, cosines of its tokens to the mean embedding of each word take their place.
+    """
+    table = None
+    if not isinstance(undefended, HasWordScores):
+        table = F.normalize(torch.stack([e.mean(0) for e in open_weight(undefended).embed(WORDS)]), dim=-1)
+
+    def scores(model: Any, images: Tensor) -> Tensor:
+        if table is None:
+            return torch.as_tensor(model.word_scores(images, WORDS))
+        return F.normalize(model.features(images), dim=-1) @ table.T
+
     with torch.no_grad():
-        labels = undefended.word_scores(clean, WORDS).argmax(-1)
-    return lambda images: -objectives.word_loss(victim.word_scores(images, WORDS), labels)
+        labels = scores(undefended, clean).argmax(-1)
+    return lambda images: -objectives.word_loss(scores(victim, images), labels)
 
 
 def descend(objective: Objective, start: Tensor, clean: Tensor, budget: Budget) -> Tensor:
@@ -119,7 +141,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
     parser.add_argument("--defenses", nargs="+", default=["none", "bridge"])
+    parser.add_argument("--victim", default="pocket")
     parser.add_argument("--tasks", nargs="+", default=["caption", "vqa"])
+    parser.add_argument("--sample", choices=["strata", "first"], default="strata", help="which of the test images")
     parser.add_argument("--t0", type=int, nargs="*", default=[8], help="eps of the oblivious attacks, in 1/255")
     parser.add_argument("--t2", type=int, nargs="*", default=[4], help="eps of the adaptive attacks, in 1/255")
     parser.add_argument("--count", type=int, default=12)
@@ -163,7 +187,7 @@ class Measurement:
     """Cells of one batch of images: clean, oblivious and adaptive scores of every defense."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.rows, self.undefended = args, Rows(args.rows), victims.load("pocket")
+        self.args, self.rows, self.undefended = args, Rows(args.rows), victims.load_white_box(args.victim)
         self.earlier = {row["key"]: row["score"] for row in read(args.after)} if args.after else {}
         self.defended = {spec: DefendedVictim(self.undefended, Defense.from_spec(spec)) for spec in args.defenses}
 
@@ -222,12 +246,14 @@ def summarize(cells: dict[tuple[str, str, int, str], list[float]]) -> None:
         print(f"{defense:24} {threat:5} {eps}/255 {task:7} n={len(scores)} {fmean(scores):.3f}")
 
 
-def write_results(cells: dict[tuple[str, str, int, str], list[float]], out: Path) -> None:
+def write_results(cells: dict[tuple[str, str, int, str], list[float]], args: argparse.Namespace) -> None:
     """Write the means as a file of results/, for `tools/render_results.py`."""
-    words = [word for word in sys.argv[1:] if word not in ("--results", str(out))]
+    words = [word for word in sys.argv[1:] if word not in ("--results", str(args.results))]
     rows = []
     for (defense, threat, eps, task), scores in cells.items():
         place = "clean-strata" if threat == "clean" else f"{threat}/words-then-loss/{eps}"
+        if args.victim != "pocket":
+            defense, place = f"{args.victim}:{defense}", f"{ANOTHER_VICTIM[threat]}/{eps}"
         rows.append({"id": f"{defense}/{place}/{task}", "value": round(fmean(scores), 3), "n": len(scores)})
     run = {
         "source": None,
@@ -236,7 +262,7 @@ def write_results(cells: dict[tuple[str, str, int, str], list[float]], out: Path
         "n": max(row["n"] for row in rows),
         "unit": "share",
         "attack": "word scores, then the language-model loss where an answer was still correct",
-        "note": "stratified subset; n images, one start each, three draws of the noise",
+        "note": f"{args.sample} images; n of each task, one start each, three draws of the noise",
         "seed": 0,
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
@@ -244,7 +270,7 @@ def write_results(cells: dict[tuple[str, str, int, str], list[float]], out: Path
         "rows": rows,
     }
     about = "Captions and questions under an attack in two stages, on a stratified subset of the frozen test images."
-    out.write_text(json.dumps({"about": about, "runs": [run]}, indent=2) + "\n", encoding="utf-8")
+    args.results.write_text(json.dumps({"about": about, "runs": [run]}, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -252,11 +278,11 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.results:
         cells = {key: scores for key, scores in read_cells(args.rows).items() if key[0] in args.defenses}
-        return write_results(cells, args.results)
+        return write_results(cells, args)
     if args.summary:
         return summarize(read_cells(args.rows))
     measurement = Measurement(args)
-    chosen = {task: subset(tasks.load(task).examples, args.count) for task in args.tasks}
+    chosen = {task: choose(tasks.load(task).examples, args) for task in args.tasks}
     for first in range(0, args.count, args.batch):
         for task, examples in chosen.items():
             measurement.measure(task, examples[first : first + args.batch])

@@ -24,6 +24,7 @@ from evaluate_kit import SMALL, run
         ({"eps": (math.inf,), "norm": "l2"}, "above 0 and finite, not inf"),
         ({"attacks": ("apdg",)}, "did you mean 'apgd'"),
         ({"attacks": ("apgd:stepz=3",)}, "stepz"),
+        ({"attacks": ("apgd", "word-head")}, "'word-head' cannot attack victim 'toy', which has no space"),
         ({"attacks": ("apgd:steps=many",)}, "whole number"),
         ({"attacks": ("apgd", "apgd")}, "twice"),
         ({"attacks": ("characters:edits=0",)}, "edits of attack 'characters' must be 1 or more, not 0"),

@@ -88,6 +88,17 @@ def test_a_cluster_that_does_not_answer_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("verb", ["eval", "pairs"])
+def test_a_cluster_that_does_not_answer_leaves_no_run_folder(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    code, _, err = run(verb, "--run", tmp_path / "run", "--engine", "ray", "--address", "ray://127.0.0.1:1")
+    assert code == 2
+    assert "cannot reach the Ray cluster at ray://127.0.0.1:1" in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_column_keeps_the_type_of_its_images() -> None:
     purify = BatchPurifier("bitdepth")
     array = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -161,6 +162,20 @@ def test_a_folder_of_trained_weights_is_a_victim(
     assert victim.name == "smolvlm-pocket"
     assert isinstance(victim, WhiteBox)
     assert victim.features(images).shape == (2, module.TOKENS, kit.WIDTH)
+
+
+def test_a_damaged_checkpoint_in_the_cache_may_be_removed(
+    model: TrainableSmolVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CODEFEND_CACHE", str(tmp_path / "cache"))
+    kit.use_tiny_llm(monkeypatch)
+    weights = kit.write_weights(model, tmp_path / "weights")
+    folder = module.cached_checkpoint(weights)
+    (folder / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(CodefendError, match=f"cut or damaged .*: remove {folder}, and the next call builds it"):
+        victims.load(str(weights))
+    shutil.rmtree(folder)
+    assert victims.load(str(weights)).name == "smolvlm-pocket"
 
 
 def test_the_name_without_weights_says_how_to_install_them(

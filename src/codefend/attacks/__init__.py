@@ -5,7 +5,7 @@ Importing this module does not import torch: attacks and objectives load when on
 
 from __future__ import annotations
 
-from codefend.attacks.goals import objective_for, prompt_objective_for
+from codefend.attacks.goals import check_capability, objective_for, prompt_objective_for
 from codefend.attacks.single import attack, check_target
 from codefend.attacks.specs import NEEDS_SENTENCE, AttackSpec, Bound, Goal, TextAttackSpec, Threat
 from codefend.attacks.table import ATTACKS, EVERY_ATTACK, OUTSIDE_ATTACKS, TEXT_ATTACKS
@@ -22,6 +22,7 @@ __all__ = [
     "TextAttackSpec",
     "Threat",
     "attack",
+    "check_capability",
     "check_target",
     "objective_for",
     "prompt_objective_for",

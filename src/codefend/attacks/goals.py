@@ -119,6 +119,13 @@ def _target_images(spec: AttackSpec | TextAttackSpec, target_images: Tensor | No
     return target_images
 
 
+def check_capability(spec: AttackSpec | TextAttackSpec, victim: Victim) -> None:
+    """Raise CodefendError when ``victim`` lacks what the attack requires; call it before a run folder is created."""
+    answers_suffice = isinstance(spec, TextAttackSpec) and spec.threat == "score"
+    if not answers_suffice:
+        _capable(spec, victim)
+
+
 def _capable(spec: AttackSpec | TextAttackSpec, victim: Victim) -> Any:
     """Return ``victim``. Raises CodefendError when it lacks the capability that the goal requires."""
     capability, problem = NEEDS.get(spec.goal, (object, ""))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from codefend.attacks import EVERY_ATTACK, NEEDS_SENTENCE, AttackSpec, TextAttackSpec
+from codefend.attacks import EVERY_ATTACK, NEEDS_SENTENCE, AttackSpec, TextAttackSpec, check_capability
 from codefend.bench.attacking import clean_images
 from codefend.bench.config import AttackChoice, Case, DefenseChoice, EvalConfig, check
 from codefend.bench.results import BARE
@@ -189,6 +189,8 @@ def check_access(crafter: Victim, attacks: Mapping[str, AttackChoice]) -> None:
     """Raise CodefendError naming the attacks that need more of ``crafter`` than it offers."""
     blind = [label for label, choice in attacks.items() if not _can_attack(crafter, choice.spec)]
     if not blind:
+        for choice in attacks.values():
+            check_capability(choice.spec, crafter)
         return
     for capability, part, other, able in (
         (HasFeatures, "features", "language-model loss", "feature"),

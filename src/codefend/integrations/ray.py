@@ -106,12 +106,16 @@ def on_ray(options: RayOptions) -> Engine:
 def ray_pool(options: RayOptions) -> Callable[..., Executor]:
     """Worker processes of `codefend.evaluate` as actors of a Ray cluster, which must share the run folder.
 
-    Raises CodefendError as `on_ray`.
+    Raises CodefendError as `on_ray`, before a run folder is created.
     """
     try:
         import ray
     except ImportError as error:
         raise CodefendError("--engine ray needs Ray: pip install 'codefend[ray]'") from error
+    address = _address(options)
+    if address and not ray.is_initialized():
+        with _unreachable_named(address):
+            _check_reachable(address)
 
     def start_pool(workers: int, start: Callable[..., None], *arguments: object) -> Executor:
         return _RayExecutor(ray, replace(options, workers=workers), start, arguments)
@@ -171,22 +175,34 @@ def _cluster(ray: Any, options: RayOptions) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = options.address or os.environ.get("RAY_ADDRESS")
+    address = _address(options)
     quiet = {"logging_level": "warning", "log_to_driver": False, "include_dashboard": False}
-    try:
+    with _unreachable_named(address):
         if address:
             _check_reachable(address)
             ray.init(address=address, logging_level="warning", log_to_driver=False)
         else:
             cores = max(1, round(options.workers * options.cpus))
             ray.init(address="local", num_cpus=cores, object_store_memory=_OBJECT_STORE, **quiet)
-    except Exception as error:  # a node that does not start in time is a bare one
-        reason = " ".join(str(error).split())[:200]
-        raise CodefendError(f"cannot reach the Ray cluster at {address or 'this machine'}: {reason}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _address(options: RayOptions) -> str | None:
+    """The cluster's address; None: one on this machine."""
+    return options.address or os.environ.get("RAY_ADDRESS")
+
+
+@contextmanager
+def _unreachable_named(address: str | None) -> Iterator[None]:
+    """Turn any error inside into a CodefendError that names the cluster."""
+    try:
+        yield
+    except Exception as error:  # a node that does not start in time is a bare one
+        reason = " ".join(str(error).split())[:200]
+        raise CodefendError(f"cannot reach the Ray cluster at {address or 'this machine'}: {reason}") from error
 
 
 def _check_reachable(address: str) -> None:

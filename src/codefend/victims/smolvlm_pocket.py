@@ -169,7 +169,11 @@ def load_smolvlm(weights: Path) -> HFVictim:
     """The victim of a weights folder, by the same code as any ``hf:`` victim; errors as `build_checkpoint`."""
     from codefend.victims.hf.loading import load_victim
 
-    victim = load_victim(str(cached_checkpoint(weights)))
+    folder = cached_checkpoint(weights)
+    try:
+        victim = load_victim(str(folder))
+    except CodefendError as error:
+        raise CodefendError(f"{error}: remove {folder}, and the next call builds it") from error
     victim.name = NAME
     return victim
 

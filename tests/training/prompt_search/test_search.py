@@ -121,6 +121,14 @@ def test_a_search_for_a_black_box_attacks_a_surrogate(tmp_path: Path) -> None:
         assert result.helps == (method == "gepa")
 
 
+@pytest.mark.parametrize("setting", ["seen", "held_out"])
+def test_an_attack_that_the_victim_lacks_a_capability_for_leaves_no_run_folder(tmp_path: Path, setting: Any) -> None:
+    changes: dict[str, Any] = {setting: ("feature", "word-head", "planted")}
+    with pytest.raises(CodefendError, match=f"'word-head' cannot attack .*; here --set bank.{setting}=feature,planted"):
+        optimize_prompt(replace(CONFIG, bank=replace(BANK, **changes)), tmp_path / "run", loaders=search_loaders())
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_local_model_proposes_and_its_bad_proposals_are_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

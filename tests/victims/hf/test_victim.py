@@ -11,6 +11,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -353,6 +354,40 @@ def test_a_victim_is_on_the_configured_device(
 def test_errors_name_the_cause(spec: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(CodefendError, match=words):
         load(spec.format(folder=tmp_path))
+
+
+def damage(folder: Path, how: str) -> None:
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    name = next(key for key in tensors if key.endswith("multi_modal_projector.linear_1.weight"))
+    match how:
+        case "cut":
+            weights.write_bytes(weights.read_bytes()[:-500])
+        case "a Git LFS pointer":
+            weights.write_text("version https://git-lfs.github.com/spec/v1\nsize 12345\n")
+        case "without a weight":
+            save_file({key: value for key, value in tensors.items() if key != name}, weights, {"format": "pt"})
+        case "of another size":
+            save_file({**tensors, name: torch.zeros(3, 5)}, weights, {"format": "pt"})
+        case "half a tokenizer":
+            (folder / "tokenizer.json").write_text('{"version"')
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("cut", "its weights are cut or damaged"),
+        ("a Git LFS pointer", "its weights are cut or damaged"),
+        ("without a weight", "its weights lack model.multi_modal_projector.linear_1.weight"),
+        ("of another size", "size of weight model.multi_modal_projector.linear_1.weight does not fit config.json"),
+        ("half a tokenizer", "one of its JSON files is cut or damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_with_a_remedy(how: str, words: str, tmp_path: Path) -> None:
+    folder = hf_tiny.folder_of("llava", tmp_path / "checkpoint")
+    damage(folder, how)
+    with pytest.raises(CodefendError, match=f"{words}.*; download or save the checkpoint again"):
+        load(f"hf:{folder}")
 
 
 def test_wrong_batches_are_refused(images: Tensor) -> None:

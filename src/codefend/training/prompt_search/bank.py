@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from codefend.attacks import EVERY_ATTACK, AttackSpec, TextAttackSpec
+from codefend.attacks import EVERY_ATTACK, AttackSpec, TextAttackSpec, check_capability
 from codefend.bench.attacking import AttackGoal, attack_batch, clean_images, other_images
 from codefend.bench.config import check_radius
 from codefend.bench.setup import Loaders, load_defense
@@ -112,16 +112,24 @@ def load_purifiers(labels: Sequence[str], loaders: Loaders) -> dict[str, Purifie
     return purifiers
 
 
-def load_crafter(victim: Victim, surrogate: str, loaders: Loaders) -> Victim:
+def load_crafter(victim: Victim, surrogate: str, loaders: Loaders, attacks: Mapping[str, Sequence[str]]) -> Victim:
     """The white box that attacks are made on: ``surrogate``, or ``victim`` itself.
 
-    Raises CodefendError for one without gradients.
+    ``attacks`` are their names by the setting that lists them. Raises CodefendError for a victim without gradients, or
+    without what one of the attacks requires.
     """
     crafter = loaders.victim(surrogate) if surrogate else victim
     if not isinstance(crafter, WhiteBox):
         raise CodefendError(
             f"victim {crafter.name!r} only answers text: name a white box to attack, --set surrogate=pocket"
         )
+    for setting, names in attacks.items():
+        for name in names:
+            try:
+                check_capability(EVERY_ATTACK[name], crafter)
+            except CodefendError as error:
+                others = ",".join(other for other in names if other != name)
+                raise CodefendError(f"{error}; here --set {setting}={others}") from None
     return crafter
 
 

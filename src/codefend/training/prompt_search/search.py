@@ -116,7 +116,9 @@ def load_models(config: SearchConfig, loaders: SearchLoaders) -> SearchModels:
     victim = loaders.victim(config.victim)
     if config.method == "soft":
         open_weight(victim)
-    return SearchModels(victim, load_crafter(victim, config.surrogate, loaders), purifiers, search_tasks, selection)
+    attacks = {"bank.seen": bank.seen, "bank.held_out": bank.held_out}
+    crafter = load_crafter(victim, config.surrogate, loaders, attacks)
+    return SearchModels(victim, crafter, purifiers, search_tasks, selection)
 
 
 def build_items(config: SearchConfig, run: Run, models: SearchModels) -> tuple[list[Item], list[Item]]:

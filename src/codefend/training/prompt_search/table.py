@@ -89,7 +89,8 @@ def make_table(config: TableConfig, folder: Path, *, loaders: SearchLoaders | No
     tasks = [loaders.task(name, config.split, config.scenes) for name in config.tasks]
     purifiers = load_purifiers(config.purifiers, loaders)
     victim = loaders.victim(config.victim)
-    crafter = load_crafter(victim, config.surrogate, loaders)
+    attacks = {"seen": config.seen, "unseen": config.unseen, "joint": config.joint}
+    crafter = load_crafter(victim, config.surrogate, loaders, attacks)
     with open_run(folder, recorded) as run:
         items = _items(config, run, crafter, tasks, purifiers, policies)
         cache = AnswerCache(victim, run, batch=config.batch)

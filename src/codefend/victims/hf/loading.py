@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from codefend.core.devices import VARIABLE, default_device
 from codefend.types import CodefendError
@@ -38,7 +42,7 @@ def load_victim(name: str, options: HFOptions | None = None) -> HFVictim:
 
     Raises CodefendError when it cannot be loaded or is not an image-text-to-text model.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig
 
     options = options or HFOptions()
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
@@ -47,21 +51,56 @@ def load_victim(name: str, options: HFOptions | None = None) -> HFVictim:
     if Path(source).is_dir():
         _check_files(Path(source), name)
     extra = {} if options.revision is None else {"revision": options.revision}
-    try:
+    remedy = "download or save the checkpoint again" if Path(source).is_dir() else "check its name and files"
+    with _failures_named(name, remedy):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **extra)
         _check_model_type(config.model_type, name)
         processor = load_processor(source, config, **extra)
         family(processor.image_processor)  # an unknown one fails before the weights are read
-        model = AutoModelForImageTextToText.from_pretrained(
-            source, config=config, use_safetensors=True, trust_remote_code=False, **_placement(options), **extra
-        )
-    except CodefendError:
-        raise
-    except Exception as error:  # the library raises OSError, ValueError, KeyError, RuntimeError and more
-        raise CodefendError(f"cannot load {name!r}: {str(error).strip().splitlines()[0]}") from error
+        model = _load_model(source, config, options, **extra)
     victim = HFVictim(model, processor, name=f"hf:{name}", max_new_tokens=options.max_new_tokens)
     victim.checkpointing = options.checkpoint
     return victim
+
+
+@contextmanager
+def _failures_named(name: str, remedy: str) -> Iterator[None]:
+    """Turn what Transformers raises inside (OSError, ValueError, KeyError, RuntimeError and more) into one line."""
+    try:
+        yield
+    except CodefendError:
+        raise
+    except Exception as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        if isinstance(error, SafetensorError):
+            cause = f"its weights are cut or damaged ({cause})"
+        elif isinstance(error, json.JSONDecodeError):
+            cause = f"one of its JSON files is cut or damaged ({cause})"
+        raise CodefendError(f"cannot load {name!r}: {cause}; {remedy}") from error
+
+
+def _load_model(source: str, config: Any, options: HFOptions, **extra: Any) -> Any:
+    """The model. Raises ValueError for weights that Transformers would leave at random values, with a warning."""
+    from transformers import AutoModelForImageTextToText
+
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        source,
+        config=config,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the report
+        **_placement(options),
+        **extra,
+    )
+    model, report = loaded
+    misfits = sorted(key for key, *_ in report["mismatched_keys"])
+    if misfits:
+        raise ValueError(f"the size of weight {misfits[0]} does not fit config.json")
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(f"its weights lack {missing[0]}" + (f" and {len(missing) - 1} others" * (len(missing) > 1)))
+    return model
 
 
 def _check_files(folder: Path, name: str) -> None:
