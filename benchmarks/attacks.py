@@ -28,7 +28,7 @@ from codefend.attacks import (
     TextAttackSpec,
 )
 from codefend.attacks.base import BestImages, PromptObjective
-from codefend.attacks.noise import RandomNoise
+from codefend.attacks.corruptions import RandomNoise
 from codefend.attacks.norms import excess, quantize_attacked, random_signs, uniform
 from codefend.attacks.patch import AdversarialPatch
 from codefend.attacks.stadv import StAdv, warp

@@ -28,9 +28,10 @@ from art.estimators.classification import ClassifierMixin
 from torch import Tensor
 
 from codefend import tasks, victims
-from codefend.attacks import ATTACKS, objective_for
+from codefend.attacks import ATTACKS
 from codefend.attacks.base import BestImages
 from codefend.attacks.norms import distance
+from codefend.attacks.objectives import objective_for
 from codefend.core.images import quantize8
 from codefend.core.runs import Run, open_run
 from codefend.core.seeds import make_generator

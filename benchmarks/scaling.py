@@ -26,7 +26,7 @@ from codefend.core import images
 from codefend.core.kernels import SPARSE, Kernel, resize
 from codefend.core.seeds import make_generator
 from codefend.purifiers.detection import threshold_at
-from codefend.purifiers.kernel_detection import LEVEL, disagreement
+from codefend.purifiers.rescale import LEVEL, disagreement
 from codefend.tasks.metrics import psnr
 from codefend.tasks.photographs import load_all
 from codefend.tasks.training_images import training_photographs

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from codefend.bench.report.seeds import is_seeds, read_seeds, tables
+from codefend.bench.report.seeds import read_seeds, tables
 from codefend.core.runs import read_config, read_rows
 
 FOLDER = Path(__file__).parent.parent / "results" / "rows"
@@ -28,7 +28,7 @@ JSON = ("answers", "success_any", "budget")  # as text
 
 def rows_of(run: str | Path) -> list[dict[str, Any]]:
     """The rows of a run folder with their seed."""
-    if is_seeds(run):
+    if read_config(run).get("seeds"):
         return read_seeds(run)
     seed = read_config(run)["seed"]
     return [{**row, "seed": seed} for row in read_rows(run)]

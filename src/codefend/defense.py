@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Generator, Tensor
@@ -16,9 +15,9 @@ from torch import Generator, Tensor
 from codefend.core.devices import default_device
 from codefend.core.specs import literal, parse_spec
 from codefend.core.votes import elect
-from codefend.prompts.policy import attach
+from codefend.prompts.policy import WrappedVictim, attach
 from codefend.purifiers.base import Purifier, WrappedPurifier
-from codefend.types import CodefendError, HasClassScores, HasFeatures, HasLoss, HasMargins, HasWordScores, Victim
+from codefend.types import CodefendError, Victim
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def _straight_through(images: Tensor, purified: Tensor) -> Tensor:
     return result
 
 
-class DefendedVictim:
+class DefendedVictim(WrappedVictim):
     """``victim`` behind ``defense``. Each call draws fresh purifier noise unless ``generator`` is given.
 
     It has the capabilities of the victim, no more and no fewer: a defended white box has ``loss`` and ``features``,
@@ -139,97 +138,22 @@ class DefendedVictim:
     ['dark']
     """
 
-    victim: Any  # with the soft prefix of the defense, if that has one
-
-    def __new__(cls, victim: Victim, defense: Defense, *, generator: Generator | None = None) -> DefendedVictim:
-        attached = attach(victim, defense.policy)
-        defended = object.__new__(_with_capabilities(cls, attached))
-        defended.victim = attached
-        return defended
+    def __new__(cls, victim: Victim, defense: Defense, *, generator: Generator | None = None) -> Self:
+        return super().__new__(cls, attach(victim, defense.policy))  # with the soft prefix of the defense
 
     def __init__(self, victim: Victim, defense: Defense, *, generator: Generator | None = None) -> None:
         self.defense, self.generator = defense, generator
         self.name = f"{victim.name}+{defense.name}"
 
-    def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
-        turns = [self._answer_once(images, prompts) for _ in range(self.defense.votes)]
-        return turns[0] if len(turns) == 1 else [turn[elect(turn)] for turn in zip(*turns, strict=True)]
-
-    def _answer_once(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
-        prompts = self.defense.prompts(prompts)
-        with torch.no_grad():
-            purified = self._purified(images)
-        answers: list[str] = self.victim.generate(purified, prompts)
-        return answers
-
-    def _purified(self, images: Tensor) -> Tensor:
+    def changed_images(self, images: Tensor) -> Tensor:
+        """The purified images."""
         return self.defense.images(images, generator=self.generator)
 
+    def changed_prompts(self, prompts: Sequence[str]) -> Sequence[str]:
+        """The prompts with the policy applied."""
+        return self.defense.prompts(prompts)
 
-class _DefendedLoss(DefendedVictim):
-    def loss(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
-        """``[B]``, see `HasLoss`."""
-        prompts = self.defense.prompts(prompts)
-        loss: Tensor = self.victim.loss(self._purified(images), prompts, targets)
-        return loss
-
-
-class _DefendedFeatures(DefendedVictim):
-    def features(self, images: Tensor) -> Tensor:
-        """``[B, T, D]``, see `HasFeatures`."""
-        features: Tensor = self.victim.features(self._purified(images))
-        return features
-
-
-class _DefendedMargins(DefendedVictim):
-    def margins(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> list[Tensor]:
-        """``[L_i]`` for each image, see `HasMargins`."""
-        margins: list[Tensor] = self.victim.margins(self._purified(images), self.defense.prompts(prompts), targets)
-        return margins
-
-
-class _DefendedWordScores(DefendedVictim):
-    @property
-    def vocabulary(self) -> Sequence[str]:
-        """The victim's, see `HasWordScores`."""
-        vocabulary: Sequence[str] = self.victim.vocabulary
-        return vocabulary
-
-    def word_scores(self, images: Tensor, words: Sequence[str]) -> Tensor:
-        """``[B, T, C]``, see `HasWordScores`."""
-        scores: Tensor = self.victim.word_scores(self._purified(images), words)
-        return scores
-
-
-class _DefendedClassScores(DefendedVictim):
-    @property
-    def classes(self) -> Sequence[str]:
-        """The victim's, see `HasClassScores`."""
-        classes: Sequence[str] = self.victim.classes
-        return classes
-
-    def class_scores(self, images: Tensor) -> Tensor:
-        """``[B, C]``, see `HasClassScores`."""
-        scores: Tensor = self.victim.class_scores(self._purified(images))
-        return scores
-
-
-_CAPABILITIES: dict[type, type[DefendedVictim]] = {
-    HasLoss: _DefendedLoss,
-    HasFeatures: _DefendedFeatures,
-    HasMargins: _DefendedMargins,
-    HasWordScores: _DefendedWordScores,
-    HasClassScores: _DefendedClassScores,
-}
-
-
-def _with_capabilities(cls: type[DefendedVictim], victim: Victim) -> type[DefendedVictim]:
-    """``cls`` with the methods that ``victim`` has."""
-    methods = tuple(defended for capability, defended in _CAPABILITIES.items() if isinstance(victim, capability))
-    return _composed((*methods, cls))
-
-
-@cache
-def _composed(bases: tuple[type[DefendedVictim], ...]) -> type[DefendedVictim]:
-    cls = bases[-1]
-    return type(cls.__name__, bases, {"__doc__": cls.__doc__, "__module__": cls.__module__})
+    def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
+        with torch.no_grad():
+            turns = [super(DefendedVictim, self).generate(images, prompts) for _ in range(self.defense.votes)]
+        return turns[0] if len(turns) == 1 else [turn[elect(turn)] for turn in zip(*turns, strict=True)]

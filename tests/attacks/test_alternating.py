@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from attacks_kit import ANSWERS, QUESTIONS, PromptReader, sample_images, seeded
-from codefend.attacks import TEXT_ATTACKS, prompt_objective_for
+from codefend.attacks import TEXT_ATTACKS
 from codefend.attacks.apgd import APGD
+from codefend.attacks.objectives import prompt_objective_for
 from codefend.types import Budget
 
 

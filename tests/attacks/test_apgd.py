@@ -21,8 +21,7 @@ from attacks_kit import (
 from codefend.attacks import ATTACKS
 from codefend.attacks.apgd import APGD, checkpoints
 from codefend.attacks.objectives import untargeted
-from codefend.attacks.pgd import PGD
-from codefend.attacks.pgd_decay import PGDDecay
+from codefend.attacks.pgd import PGD, PGDDecay
 from codefend.defense import DefendedVictim, Defense
 from codefend.types import Budget, Objective
 

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from attacks_kit import ANSWERS, PROMPTS, ToyVictim, seeded
-from codefend.attacks.dct import dct_matrix
-from codefend.attacks.low_frequency import LowFrequency
+from codefend.attacks.low_frequency import LowFrequency, dct_matrix
 from codefend.attacks.norms import distance
 from codefend.attacks.objectives import untargeted
 from codefend.attacks.pgd import PGD

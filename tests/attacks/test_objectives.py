@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from attacks_kit import ANSWERS, PROMPTS, CallCounter, Dim, ToyVictim, sample_images
-from codefend.attacks import ATTACKS, AttackSpec, objective_for, objectives
+from codefend.attacks import ATTACKS, AttackSpec, objectives
 from codefend.attacks.objectives import (
     answers_scored,
     classes_away,
     features_away,
     features_towards,
+    objective_for,
     targeted,
     untargeted,
 )

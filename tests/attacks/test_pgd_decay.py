@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from codefend.attacks.pgd_decay import PGDDecay
+from codefend.attacks.pgd import PGDDecay
 from codefend.types import Budget
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from attacks_kit import ANSWERS, QUESTIONS, PromptReader, levenshtein, sample_images, seeded
-from codefend.attacks import TEXT_ATTACKS, prompt_objective_for
+from codefend.attacks import TEXT_ATTACKS
 from codefend.attacks.base import PromptObjective
+from codefend.attacks.objectives import prompt_objective_for
 from codefend.attacks.prompt_edits import CharacterEdits, GlyphEdits, WordEdits
 from codefend.types import Budget
 

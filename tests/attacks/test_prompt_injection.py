@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from attacks_kit import PromptReader, sample_images
-from codefend.attacks import TEXT_ATTACKS, prompt_objective_for
+from codefend.attacks import TEXT_ATTACKS
+from codefend.attacks.objectives import prompt_objective_for
 from codefend.attacks.prompt_injection import INSTRUCTIONS, PlantedInstruction
 from codefend.types import Budget, CodefendError
 

@@ -22,8 +22,7 @@ from codefend.attacks.apgd import APGD
 from codefend.attacks.norms import distance
 from codefend.attacks.objectives import untargeted
 from codefend.attacks.square import SquareAttack, pyramid
-from codefend.contrib.attacks.rgf import RGF
-from codefend.contrib.attacks.spsa import SPSA
+from codefend.contrib.attacks.rgf import RGF, SPSA
 from codefend.types import Budget
 
 

@@ -12,7 +12,7 @@ from attacks_kit import (
     sample_images,
     seeded,
 )
-from codefend.attacks.dct import dct_matrix
+from codefend.attacks.low_frequency import dct_matrix
 from codefend.attacks.objectives import Ensemble
 from codefend.attacks.ssa_cwa import SSACWA, simulate_spectrum
 from codefend.types import Budget

@@ -24,9 +24,9 @@ from attacks_kit import (
 from codefend.attacks import ATTACKS, AttackSpec
 from codefend.attacks.apgd import APGD
 from codefend.attacks.base import Trace
+from codefend.attacks.corruptions import RandomNoise
 from codefend.attacks.cw import CW
 from codefend.attacks.mifgsm import MIFGSM
-from codefend.attacks.noise import RandomNoise
 from codefend.attacks.norms import OwnBound, distance, excess, quantize_attacked
 from codefend.attacks.objectives import untargeted
 from codefend.attacks.pgd import PGD

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from attacks_kit import ANSWERS, QUESTIONS, Dim, PromptReader, sample_images, seeded
-from codefend.attacks import TEXT_ATTACKS, TextAttackSpec, prompt_objective_for
+from codefend.attacks import TEXT_ATTACKS, TextAttackSpec
 from codefend.attacks.base import Trace
 from codefend.attacks.norms import distance
+from codefend.attacks.objectives import prompt_objective_for
 from codefend.attacks.prompt_injection import PlantedInstruction
 from codefend.defense import DefendedVictim, Defense
 from codefend.types import Budget, CodefendError, Objective

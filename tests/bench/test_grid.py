@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 import toys
-from codefend.bench.cells import Cell
 from codefend.bench.grid import grid as grid_cells
-from codefend.bench.results import CLEAN
+from codefend.bench.results import CLEAN, Cell
 from codefend.bench.setup import open_bench
 from codefend.core.checkpoints import load_checkpoint
 from codefend.core.runs import Row

@@ -18,6 +18,7 @@ from codefend.bench.results import (
     group_rows,
     pair_rows,
     scores,
+    slug,
     strongest,
     success_rates,
     summarize,
@@ -109,3 +110,10 @@ def test_group_of_a_row_and_scores_of_many() -> None:
     row = row_of(0, 0.5)
     assert group_of(row) == Group("t", "d", "T0", "a", 0.1)
     assert scores([row, row_of(1, None)]).isnan().tolist() == [False, True]
+
+
+def test_slugs_are_file_names_and_differ() -> None:
+    labels = ["bridge", "bridge:evaluations=2", "bridge_evaluations=2", "../up", "8/255", ""]
+    names = [slug(label) for label in labels]
+    assert len(set(names)) == len(labels)
+    assert all("/" not in name and not name.startswith(".") and name for name in names)

@@ -12,8 +12,7 @@ import typer
 
 from cli_kit import Run
 from codefend.cli import doctor
-from codefend.cli.app import app
-from codefend.cli.help import GROUPS
+from codefend.cli.app import GROUPS, app
 
 ROOT = Path(__file__).parent.parent.parent
 

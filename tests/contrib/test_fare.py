@@ -98,7 +98,7 @@ def test_a_victim_without_pocket_weights_is_refused(text: str, tmp_path: Path) -
 @pytest.mark.weights
 def test_tecoas_loss_falls_on_the_same_images(bare_pocket: Any) -> None:
     from codefend import encoders
-    from codefend.contrib.tecoa import TecoaConfig, tecoa_loss
+    from codefend.contrib.fare import TecoaConfig, tecoa_loss
 
     encoder, original = encoders.load("lite0"), encoders.load("lite0")
     images = torch.rand(1, 3, 128, 128, generator=generator())

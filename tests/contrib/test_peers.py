@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from codefend import purifiers
 from codefend.contrib.peers import adbm, flowpure, hgd
@@ -33,14 +33,17 @@ def images(seed: int = 0, count: int = 2) -> Tensor:
     return 0.3 + 0.4 * torch.rand(count, 3, 8, 8, generator=generator(seed), dtype=torch.float64)
 
 
-class Perfect:
+class Perfect(nn.Module):
     """Predicts the clean image and records its inputs."""
 
+    multiple = 1
+
     def __init__(self, clean: Tensor, error: float = 0.0) -> None:
+        super().__init__()
         self.clean, self.error, self.calls = clean, error, list[tuple[float, float]]()
         self.inputs: list[Tensor] = []
 
-    def __call__(self, x: Tensor, s: Tensor, sigma: Tensor) -> Tensor:
+    def forward(self, x: Tensor, s: Tensor, sigma: Tensor) -> Tensor:
         self.calls.append((round(float(s[0]), 6), round(float(sigma[0]), 6)))
         self.inputs.append(x)
         return self.clean + self.error
@@ -110,26 +113,32 @@ def test_feature_distance_is_relative_l1() -> None:
     assert float(hgd.feature_distance(clean, clean).sum()) == 0
 
 
+def flow(net: nn.Module, **options: Any) -> FlowPure:
+    return FlowPure(cast("PurifierNet", net), FlowOptions(**options))
+
+
 # --- purification ----------------------------------------------------------------------------------------------------
 
 
 def test_euler_steps_are_those_of_the_velocity() -> None:
-    start = images()
+    class Shrinking(nn.Module):
+        multiple = 1
 
-    def net(x: Tensor, s: Tensor, sigma: Tensor) -> Tensor:
-        return 0.5 + 0.6 * (x - 0.5) * (1 - 0.3 * s.view(-1, 1, 1, 1))
+        def forward(self, x: Tensor, s: Tensor, sigma: Tensor) -> Tensor:
+            return 0.5 + 0.6 * (x - 0.5) * (1 - 0.3 * s.view(-1, 1, 1, 1))
 
+    start, net = images(), Shrinking()
     x = start
     for k in range(5):  # x + dt v(x), t = 0, 1/5, ..., as an Euler solver would
         s = torch.full((2,), 1 - k / 5, dtype=torch.float64)
         x = x + (net(x, s, 0 * s) - x) / s.view(-1, 1, 1, 1) / 5
-    assert torch.allclose(flowpure.flow_purify(net, start, FlowOptions(steps=5)), x)
+    assert torch.allclose(flow(net, steps=5).denoise(start, None), x)
 
 
 def test_a_gaussian_flow_starts_at_its_option() -> None:
     clean = images()
     net = Perfect(clean)
-    out = flowpure.flow_purify(net, clean, FlowOptions(steps=3, start=0.5, noise=0.3), generator=generator())
+    out = flow(net, steps=3, start=0.5, noise=0.3).denoise(clean, generator())
     assert net.calls == [(0.0, 0.15), (0.0, 0.1), (0.0, 0.05)]
     assert float((net.inputs[0] - clean).std()) == pytest.approx(0.15, rel=0.15)
     assert torch.allclose(out, clean)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, cross_entropy, normalize
 
-from codefend.attacks import AttackSpec, objective_for
-from codefend.attacks.objectives import untargeted
+from codefend.attacks import AttackSpec
+from codefend.attacks.objectives import objective_for, untargeted
 from codefend.defense import DefendedVictim, Defense
 from codefend.types import Budget, Objective, Victim
 from purifiers_kit import PlainPurifier

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import toys
 from codefend import cli
-from codefend.attacks import ATTACKS, objective_for
+from codefend.attacks import ATTACKS
+from codefend.attacks.objectives import objective_for
 from codefend.bench import EvalConfig, evaluate
 from codefend.core import images
 from codefend.defense import DefendedVictim, Defense

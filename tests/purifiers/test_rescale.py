@@ -16,8 +16,7 @@ from codefend.gateway.engine import Terms
 from codefend.gateway.options import Limits
 from codefend.gateway.worker import Job, Purified, Worker, WorkerOptions, suspicious
 from codefend.purifiers import load
-from codefend.purifiers.kernel_detection import disagreement
-from codefend.purifiers.rescale import read_pixels
+from codefend.purifiers.rescale import disagreement, read_pixels
 from codefend.types import CodefendError
 
 SIDE = 32

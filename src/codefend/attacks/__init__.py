@@ -1,11 +1,10 @@
-"""Attacks: each lowers an ``Objective`` inside a bound; one file each, listed in ``ATTACKS`` and ``TEXT_ATTACKS``.
+"""Attacks: each lowers an ``Objective`` inside a bound; listed in ``ATTACKS`` and ``TEXT_ATTACKS``.
 
 Importing this module does not import torch: attacks and objectives load when one is built.
 """
 
 from __future__ import annotations
 
-from codefend.attacks.goals import check_capability, objective_for, prompt_objective_for
 from codefend.attacks.single import attack, check_target
 from codefend.attacks.specs import NEEDS_SENTENCE, AttackSpec, Bound, Goal, TextAttackSpec, Threat
 from codefend.attacks.table import ATTACKS, EVERY_ATTACK, OUTSIDE_ATTACKS, TEXT_ATTACKS
@@ -22,8 +21,5 @@ __all__ = [
     "TextAttackSpec",
     "Threat",
     "attack",
-    "check_capability",
     "check_target",
-    "objective_for",
-    "prompt_objective_for",
 ]

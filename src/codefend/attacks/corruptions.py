@@ -1,4 +1,4 @@
-"""Common corruptions, a control without an adversary (Hendrycks & Dietterich 2019, arXiv 1903.12261).
+"""Controls without an adversary: common corruptions (Hendrycks & Dietterich 2019, arXiv 1903.12261), and noise.
 
 Strengths are the benchmark's for ImageNet; lengths in pixels are scaled from its 224 px to the shorter side.
 """
@@ -15,7 +15,8 @@ from torch import Generator, Tensor
 from torch.nn.functional import conv2d, interpolate, pad
 
 from codefend.attacks.base import ImageAttack
-from codefend.attacks.norms import normal, uniform
+from codefend.attacks.norms import random_start, uniform
+from codefend.core.seeds import noise_like
 from codefend.types import Budget, CodefendError, Objective
 
 Kind = Literal[
@@ -73,10 +74,10 @@ def _impulse(images: Tensor, share: float, generator: Generator | None) -> Tenso
 
 
 _NOISES: dict[str, Callable[[Tensor, float, Generator | None], Tensor]] = {
-    "gaussian-noise": lambda x, level, g: x + level * normal(x, g),
+    "gaussian-noise": lambda x, level, g: x + level * noise_like(x, g),
     "shot-noise": _shot,
     "impulse-noise": _impulse,
-    "speckle-noise": lambda x, level, g: x + x * level * normal(x, g),
+    "speckle-noise": lambda x, level, g: x + x * level * noise_like(x, g),
 }
 
 
@@ -165,3 +166,18 @@ class Corruption(ImageAttack):
     def outside(self, images: Tensor, clean: Tensor) -> Tensor:
         """0 for each image: corruptions are not bounded."""
         return torch.zeros(len(clean), dtype=clean.dtype, device=clean.device)
+
+
+@dataclass(kw_only=True)
+class RandomNoise(ImageAttack):
+    """The best of a few uniform draws and the clean image; ``budget.steps`` has no effect."""
+
+    draws: int = 10  # independent draws, best per example
+    name: str = "noise"
+
+    def perturb(self, objective: Objective, clean: Tensor, budget: Budget, generator: Generator | None) -> Tensor:
+        best, last = self.best_of(objective, clean, budget.eot), clean
+        for draw in range(self.draws):
+            last = random_start(clean, budget, generator=generator)
+            best.update(last, self.score(objective, last, budget.eot, draw))
+        return self.select(best, objective, last, budget)

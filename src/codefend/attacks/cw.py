@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from codefend.attacks.adam import Adam
 from codefend.attacks.base import ImageAttack
-from codefend.attacks.norms import pixel_scale, project
+from codefend.attacks.norms import Adam, pixel_scale, project
 from codefend.types import Budget, Objective
 
 

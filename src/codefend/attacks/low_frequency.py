@@ -8,15 +8,15 @@ its figures compare with those of other attacks at equal eps. Written from the p
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
-from codefend.attacks.adam import Adam
 from codefend.attacks.base import ImageAttack
-from codefend.attacks.dct import dct_matrix, finite
-from codefend.attacks.norms import normal, pixel_scale, project
+from codefend.attacks.norms import Adam, pixel_scale, project
+from codefend.core.seeds import noise_like
 from codefend.types import Budget, CodefendError, Objective
 
 
@@ -56,7 +56,7 @@ class LowFrequency(ImageAttack):
 
         best = self.best_of(objective, clean, budget.eot)
         start = clean.new_zeros(*clean.shape[:2], rows.shape[0], columns.shape[0])
-        coefficients, adam = start + self.rel_lr * normal(start, generator), Adam()
+        coefficients, adam = start + self.rel_lr * noise_like(start, generator), Adam()
         for step in range(budget.steps):
             losses, grad = self.gradient(of_coefficients, coefficients, budget.eot, step)
             best.update(perturbed(coefficients), losses)
@@ -69,3 +69,16 @@ class LowFrequency(ImageAttack):
     def _basis(self, side: int, like: Tensor) -> Tensor:
         """The lowest cosines of ``side`` pixels, ``[K, side]``; at least two, as one alone only shifts the colour."""
         return dct_matrix(side, like)[: max(round(self.share * side), 2)]
+
+
+def dct_matrix(size: int, like: Tensor) -> Tensor:
+    """Orthonormal DCT-II as a matrix ``[size, size]``, row k the frequency k; its transpose is the inverse."""
+    k = torch.arange(size, device=like.device, dtype=torch.float64)
+    matrix = (math.pi / size * (k + 0.5) * k.unsqueeze(1)).cos() * math.sqrt(2 / size)
+    matrix[0] /= math.sqrt(2)
+    return matrix.to(like.dtype)
+
+
+def finite(gradient: Tensor) -> Tensor:
+    """``gradient`` with zeros for the entries that are not finite, as a hook."""
+    return torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)

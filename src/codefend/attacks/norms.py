@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from codefend.core.images import quantize8
+from codefend.core.seeds import noise_like
 from codefend.types import Budget
 
 Norm = Literal["linf", "l2"]
@@ -71,6 +72,26 @@ def descend(images: Tensor, gradient: Tensor, step: float | Tensor, clean: Tenso
     return project(images - size * direction(gradient, budget.norm), clean, budget)
 
 
+class Adam:
+    """Adam's direction (Kingma & Ba 2015, Algorithm 1), entry by entry, so that its state is per example.
+
+    ``torch.optim.Adam`` computes the same after seconds of imports.
+    """
+
+    def __init__(self, betas: tuple[float, float] = (0.9, 0.999)) -> None:
+        self.betas, self.steps = betas, 0
+        self.mean = self.square = torch.zeros(())
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        """The next direction of ascent, about 1 per entry: bias-corrected mean over root mean square."""
+        first, second = self.betas
+        self.steps += 1
+        self.mean = first * self.mean.to(grad) + (1 - first) * grad
+        self.square = second * self.square.to(grad) + (1 - second) * grad.square()
+        mean, square = self.mean / (1 - first**self.steps), self.square / (1 - second**self.steps)
+        return mean / (square.sqrt() + 1e-12)
+
+
 def pixel_scale(clean: Tensor, budget: Budget) -> float:
     """Mean change of a pixel at the edge of the ball: eps for l-inf, eps / sqrt(number of values) for l2."""
     return budget.eps if budget.norm == "linf" else budget.eps / clean[0].numel() ** 0.5
@@ -81,12 +102,6 @@ def uniform(like: Tensor, generator: Generator | None = None, *, shape: tuple[in
     device = like.device if generator is None else generator.device
     size = tuple(like.shape) if shape is None else shape
     return torch.rand(size, generator=generator, device=device, dtype=like.dtype).to(like.device)
-
-
-def normal(like: Tensor, generator: Generator | None = None) -> Tensor:
-    """Standard normal noise shaped as ``like``, drawn where the generator lives."""
-    device = like.device if generator is None else generator.device
-    return torch.randn(tuple(like.shape), generator=generator, device=device, dtype=like.dtype).to(like.device)
 
 
 def random_signs(like: Tensor, generator: Generator | None = None, *, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -101,7 +116,7 @@ def random_start(clean: Tensor, budget: Budget, *, generator: Generator | None =
     # A uniform point of a d-ball: a uniform direction at radius u^(1/d).
     radius = uniform(clean, generator, shape=(len(clean),)) ** (1 / clean[0].numel())
     return project(
-        clean + spread(budget.eps * radius, clean) * direction(normal(clean, generator), "l2"), clean, budget
+        clean + spread(budget.eps * radius, clean) * direction(noise_like(clean, generator), "l2"), clean, budget
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from codefend.attacks.goals import objective_for
 from codefend.attacks.specs import NEEDS_IMAGE, NEEDS_SENTENCE
 from codefend.attacks.table import ATTACKS
 from codefend.core.specs import lookup
@@ -57,6 +56,7 @@ def attack(
     (['bright'], ['dark'])
     """
     from codefend.attacks.norms import quantize_attacked
+    from codefend.attacks.objectives import objective_for
     from codefend.core.seeds import make_generator
 
     spec = lookup("attack", attack, ATTACKS)

@@ -13,16 +13,17 @@ import torch
 from torch import Generator, Tensor
 
 from codefend.attacks.base import ImageAttack
-from codefend.attacks.dct import dct_matrix, finite
-from codefend.attacks.norms import descend, direction, normal, pixel_scale, project, spread, uniform
+from codefend.attacks.low_frequency import dct_matrix, finite
+from codefend.attacks.norms import descend, direction, pixel_scale, project, spread, uniform
 from codefend.attacks.objectives import Ensemble
+from codefend.core.seeds import noise_like
 from codefend.types import Budget, Objective
 
 
 def simulate_spectrum(images: Tensor, sigma: float, rho: float, generator: Generator | None) -> Tensor:
     """IDCT(DCT(x + N(0, sigma^2)) * M), M ~ U(1 - rho, 1 + rho): its frequencies as other models weigh them."""
     rows, columns = dct_matrix(images.shape[-2], images), dct_matrix(images.shape[-1], images)
-    spectrum = rows @ (images + sigma * normal(images, generator)) @ columns.T
+    spectrum = rows @ (images + sigma * noise_like(images, generator)) @ columns.T
     mask = 1 + rho * (2 * uniform(images, generator) - 1)
     back: Tensor = rows.T @ (spectrum * mask) @ columns
     if back.requires_grad:  # the transform would smear one bad entry over the whole gradient

@@ -8,9 +8,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import grid_sample, max_pool2d, pad
 
-from codefend.attacks.adam import Adam
 from codefend.attacks.base import ImageAttack, mean_gradient
-from codefend.attacks.norms import choose
+from codefend.attacks.norms import Adam, choose
 from codefend.types import Budget, Objective
 
 ROUNDING = 1 / 255  # tolerance of a pixel for 8-bit and float32 rounding

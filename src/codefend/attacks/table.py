@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TypeVar
 
 from codefend.attacks.specs import AttackSpec, TextAttackSpec
 
 Row = TypeVar("Row", AttackSpec, TextAttackSpec)
+
+
+_apgd = partial(AttackSpec, threat="white-box", algorithm="codefend.attacks.apgd:APGD")
 
 
 def _by_name(*specs: Row) -> dict[str, Row]:
@@ -26,7 +30,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "projected gradient descent with momentum and falling steps, for stochastic defenses",
         "Madry et al. 2018, arXiv 1706.06083; momentum after Dong et al. 2018, arXiv 1710.06081",
         "white-box",
-        "codefend.attacks.pgd_decay:PGDDecay",
+        "codefend.attacks.pgd:PGDDecay",
         steps=40,
     ),
     AttackSpec(
@@ -37,36 +41,28 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "codefend.attacks.pgd:PGD",
         "targeted",
     ),
-    AttackSpec(
+    _apgd(
         "apgd",
         "auto-PGD against the true answer: adaptive steps and restarts from the best",
         "Croce & Hein 2020, arXiv 2003.01690",
-        "white-box",
-        "codefend.attacks.apgd:APGD",
     ),
-    AttackSpec(
+    _apgd(
         "apgd-targeted",
         "auto-PGD towards the attacker's sentence",
         "Croce & Hein 2020, arXiv 2003.01690; Schlarmann & Hein 2023, arXiv 2308.10741",
-        "white-box",
-        "codefend.attacks.apgd:APGD",
-        "targeted",
+        goal="targeted",
     ),
-    AttackSpec(
+    _apgd(
         "feature",
         "auto-PGD that turns every vision token away from the clean ones",
         "VEAttack, ICLR 2026",
-        "white-box",
-        "codefend.attacks.apgd:APGD",
-        "feature",
+        goal="feature",
     ),
-    AttackSpec(
+    _apgd(
         "feature-target",
         "auto-PGD that turns the vision tokens towards another image's",
         "AttackVLM (MF-ii), Zhao et al. 2023, arXiv 2305.16934",
-        "white-box",
-        "codefend.attacks.apgd:APGD",
-        "feature-target",
+        goal="feature-target",
     ),
     AttackSpec(
         "mifgsm",
@@ -129,7 +125,7 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "Adam on two-sided random differences; scores only",
         "Uesato et al. 2018, arXiv 1802.05666",
         "score",
-        "codefend.contrib.attacks.spsa:SPSA",
+        "codefend.contrib.attacks.rgf:SPSA",
         steps=5000,
     ),
     AttackSpec(
@@ -137,24 +133,20 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "best of ten uniform draws from the ball: a control",
         "uniform noise",
         "control",
-        "codefend.attacks.noise:RandomNoise",
+        "codefend.attacks.corruptions:RandomNoise",
         steps=1,
     ),
-    AttackSpec(
+    _apgd(
         "apgd-margin",
         "auto-PGD on the margins of the true answer's tokens",
         "Croce & Hein 2020, arXiv 2003.01690; f6 of Carlini & Wagner 2017, arXiv 1608.04644",
-        "white-box",
-        "codefend.attacks.apgd:APGD",
-        "margin",
+        goal="margin",
     ),
-    AttackSpec(
+    _apgd(
         "apgd-margin-targeted",
         "auto-PGD on the margins of the attacker's sentence",
         "Croce & Hein 2020, arXiv 2003.01690; f6 of Carlini & Wagner 2017, arXiv 1608.04644",
-        "white-box",
-        "codefend.attacks.apgd:APGD",
-        "margin-targeted",
+        goal="margin-targeted",
     ),
     AttackSpec(
         "cw-margin",
@@ -164,29 +156,23 @@ ATTACKS: dict[str, AttackSpec] = _by_name(
         "codefend.attacks.cw:CW",
         "margin",
     ),
-    AttackSpec(
+    _apgd(
         "mf-it",
         "auto-PGD that turns the vision tokens towards the attacker's sentence",
         "AttackVLM (MF-it), Zhao et al. 2023, arXiv 2305.16934",
-        "white-box",
-        "codefend.attacks.apgd:APGD",
-        "feature-text",
+        goal="feature-text",
     ),
-    AttackSpec(
+    _apgd(
         "word-head",
         "auto-PGD that turns every vision token away from its nearest word: fast, and strong on the pocket",
         "Croce & Hein 2020, arXiv 2003.01690, on a pocket's own head (victims.pocket.Pocket.word_scores)",
-        "white-box",
-        "codefend.attacks.apgd:APGD",
-        "feature-words",
+        goal="feature-words",
     ),
-    AttackSpec(
+    _apgd(
         "class-head",
         "auto-PGD that turns the class of a photograph into another, on the logits of the pocket's encoder",
         "Croce & Hein 2020, arXiv 2003.01690; logits after Carlini & Wagner 2017, arXiv 1608.04644",
-        "white-box",
-        "codefend.attacks.apgd:APGD",
-        "classes",
+        goal="classes",
     ),
     AttackSpec(
         "ssa-cwa",

@@ -2,7 +2,7 @@
 
 ``config``: what to evaluate. ``setup`` loads it; ``tasks``: examples and metrics. ``grid``: the loop over the cells.
 ``judge``: the rows of one batch, from ``craft`` (attacked images of a cell, by ``attacking``) or ``reuse`` (those of
-another run) to answers and scores. ``cells``: names. ``transfer``: attacks from victim to victim, ``seeds``: one
+another run) to answers and scores. ``transfer``: attacks from victim to victim, ``seeds``: one
 evaluation with several seeds. ``results``, ``sanity`` and ``report`` read the rows.
 
 For other evaluations and searches, the same parts without the grid: `setup.Loaders` and `setup.load_defense` load by

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from codefend.attacks import AttackSpec, TextAttackSpec, objective_for, prompt_objective_for
+from codefend.attacks import AttackSpec, TextAttackSpec
 from codefend.attacks.base import PromptObjective, Trace
 from codefend.attacks.norms import OwnBound, distance, quantize_attacked
+from codefend.attacks.objectives import objective_for, prompt_objective_for
 from codefend.attacks.specs import restarts_of
 from codefend.core.images import quantize8
 from codefend.core.runs import Row

@@ -24,8 +24,8 @@ from codefend.bench.attacking import (
     other_images,
     skipped_note,
 )
-from codefend.bench.cells import Cell, attacked_path, noise_names, source_cell
 from codefend.bench.config import AdaptiveOptions
+from codefend.bench.results import Cell, attacked_path, noise_names, source_cell
 from codefend.bench.setup import Bench, EvaluatedDefense
 from codefend.core.checkpoints import load_checkpoint, save_checkpoint
 from codefend.core.devices import default_device

@@ -15,7 +15,6 @@ from torch import Generator, Tensor
 
 from codefend.attacks import NEEDS_SENTENCE
 from codefend.bench.attacking import clean_images, evaluate_objective
-from codefend.bench.cells import Cell, cell_folder, noise_names, row_key, source_cell
 from codefend.bench.craft import (
     AttackedBatch,
     adaptive_objective,
@@ -26,7 +25,7 @@ from codefend.bench.craft import (
     with_known_seed,
     with_prompts,
 )
-from codefend.bench.results import BARE, CLEAN, score
+from codefend.bench.results import BARE, CLEAN, Cell, cell_folder, noise_names, row_key, score, source_cell
 from codefend.bench.reuse import reuse_attacked
 from codefend.bench.setup import Bench
 from codefend.bench.tasks import EvaluatedTask

@@ -1,14 +1,17 @@
-"""Views of evaluation rows: groups, per-example scores, pairs, worst cases and the summary that every table shows.
+"""The cells of the grid with the names of their rows and files, and views of the rows: groups, scores, the summary.
 
 A row is one JSON object of ``rows.jsonl``: the answer of one defended victim, under one attack, on one example.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +19,25 @@ from torch import Tensor
 from codefend.core.runs import Row
 from codefend.tasks.intervals import Interval, bootstrap_interval
 
+if TYPE_CHECKING:
+    from codefend.bench.config import EvalConfig
+
 CLEAN = "none"  # the attack of clean rows
 BARE = "none"  # the defense of undefended rows
 WORST = "worst case"  # the attack of entries that take each example's lowest score over all attacks of one eps
 OVERALL = "worst of all"  # the same over the largest eps and the attacks that have a bound of their own
 THREATS = ("clean", "T0", "T1", "T2", "T2d")  # an attacker may also use the images of every weaker threat
 SAMPLES = 1000  # of the bootstrap
+
+
+class Cell(NamedTuple):
+    """One figure: ``eps`` as in the config's list, 0 for clean cells and for attacks with a bound of their own."""
+
+    task: str
+    attack: str
+    eps: float
+    threat: str
+    defense: str
 
 
 class Group(NamedTuple):
@@ -67,6 +83,45 @@ def eps_label(eps: float, norm: str) -> str:
     if eps == 0:
         return ""
     return f"{round(eps * 255, 4):g}/255" if norm == "linf" else f"{round(eps, 6):g}"
+
+
+def source_cell(config: EvalConfig, cell: Cell) -> Cell:
+    """The cell with the defense that its attack goes through: what attacked images and their seeds depend on.
+
+    A transfer attack from another victim without a surrogate defense is the oblivious attack on that victim.
+    """
+    if config.craft_victim and not config.surrogate:
+        return cell._replace(threat="T0", defense=BARE)
+    return cell._replace(defense={"T0": BARE, "T1": config.surrogate}.get(cell.threat, cell.defense))
+
+
+def row_key(config: EvalConfig, cell: Cell, example_id: str) -> str:
+    """The key of a row, unique in its run."""
+    label = eps_label(config.radius(cell.eps), config.norm)
+    return " | ".join((cell.task, cell.defense, cell.threat, cell.attack, label, example_id))
+
+
+def noise_names(cell: Cell, batch: int) -> tuple[object, ...]:
+    """What the noise of the judged defense is derived from, next to the seed and the number of the submission."""
+    return ("judge", *cell, batch)
+
+
+def cell_folder(config: EvalConfig, cell: Cell) -> Path:
+    """The folder of a cell's files, inside a folder of the run."""
+    label = eps_label(config.radius(cell.eps), config.norm)
+    parts = (cell.task, cell.attack, label, f"{cell.threat}-{cell.defense}")
+    return Path(*(slug(part) for part in parts))
+
+
+def attacked_path(folder: Path, config: EvalConfig, source: Cell, batch: int) -> Path:
+    """Where the run in ``folder`` stores the attacked images of one batch."""
+    return folder / "attacked" / cell_folder(config, source) / f"{batch:05d}.safetensors"
+
+
+def slug(text: object) -> str:
+    """A file name for any label, different for different labels."""
+    name = re.sub(r"[^A-Za-z0-9.=_-]+", "_", str(text)).strip(".")[:80]
+    return name if name and name == str(text) else f"{name}-{hashlib.sha256(str(text).encode()).hexdigest()[:6]}"
 
 
 def group_of(row: Row) -> Group:

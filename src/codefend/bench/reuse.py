@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 
 from codefend.bench.attacking import clean_images, spent_budget, violations
-from codefend.bench.cells import Cell, attacked_path, source_cell
 from codefend.bench.config import EvalConfig
 from codefend.bench.craft import (
     AttackedBatch,
@@ -24,6 +23,7 @@ from codefend.bench.craft import (
     source_victim,
     with_prompts,
 )
+from codefend.bench.results import Cell, attacked_path, source_cell
 from codefend.bench.setup import Bench
 from codefend.core.runs import Row, plain, read_config
 from codefend.core.seeds import make_generator

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from codefend.attacks import EVERY_ATTACK, NEEDS_SENTENCE, AttackSpec, TextAttackSpec, check_capability
+from codefend.attacks import EVERY_ATTACK, NEEDS_SENTENCE, AttackSpec, TextAttackSpec
+from codefend.attacks.objectives import check_capability
 from codefend.bench.attacking import clean_images
 from codefend.bench.config import AttackChoice, Case, DefenseChoice, EvalConfig, check
 from codefend.bench.results import BARE

@@ -11,9 +11,9 @@ from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 
-from codefend.bench.cells import slug
 from codefend.bench.config import EvalConfig, TransferConfig, check
 from codefend.bench.grid import run_grid
+from codefend.bench.results import slug
 from codefend.bench.setup import Loaders
 from codefend.core.runs import Row, open_run
 from codefend.types import CodefendError

@@ -1,4 +1,4 @@
-"""The ``codefend`` command: its entry point, ``list``, and the verbs of the other files.
+"""The ``codefend`` command: its entry point and help, ``list``, and the verbs of the other files.
 
 Every verb imports what it needs when it runs, so that ``--help`` stays fast. Answers and results go to standard output,
 messages to standard error. Exit codes: 0 success, 1 some images failed, 2 invalid input (one line says what to do), 130
@@ -16,10 +16,45 @@ from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
-from codefend.cli import challenge, doctor, evaluation, images, mcp, prompts, purify, serve, training
-from codefend.cli.help import GroupedVerbs
+from codefend.cli import doctor, evaluation, images, prompts, purify, serve, training
 from codefend.types import CodefendError
+
+GROUPS = {
+    "Use": ("purify", "ask", "caption", "serve", "mcp-proxy", "export"),
+    "Measure": ("attack", "eval", "certify", "challenge", "report", "leaderboard", "demo"),
+    "Train": ("pairs", "train", "build-victim", "calibrate", "card", "optimize-prompt", "prompts"),
+    "Inspect": ("list", "doctor"),
+}
+EXAMPLES = {
+    "Use": "codefend purify photos/ -o clean/",
+    "Measure": "codefend eval quick --run runs/quick && codefend report runs/quick",
+    "Train": "codefend train bridge --run runs/bridge --set pairs=runs/pairs",
+    "Inspect": "codefend list purifiers",
+}
+
+
+class GroupedVerbs(TyperGroup):
+    """A command group whose help lists its verbs by `GROUPS`; verbs in no group come last."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        names = set(self.list_commands(ctx))
+        rest = names - {verb for verbs in GROUPS.values() for verb in verbs}
+        for title, verbs in (*GROUPS.items(), ("Other", tuple(sorted(rest)))):
+            rows = [(verb, self._summary(ctx, verb)) for verb in verbs if verb in names]
+            if not rows:
+                continue
+            with formatter.section(title):
+                formatter.write_dl(rows)
+                if title in EXAMPLES:
+                    formatter.write_paragraph()
+                    formatter.write_text(f"e.g. {EXAMPLES[title]}")
+
+    def _summary(self, ctx: Any, verb: str) -> str:
+        command = self.get_command(ctx, verb)
+        return "" if command is None else command.get_short_help_str(limit=90)
+
 
 app = typer.Typer(
     cls=GroupedVerbs,
@@ -37,24 +72,8 @@ REGISTRIES = {
     "prompts": "codefend.prompts:PROMPTS",
     "presets": "codefend.cli.presets:PRESETS",
 }
-EXTRAS = {  # module that may be missing -> the extra that brings it
-    "transformers": "pocket",
-    "gguf": "pocket",
-    "matplotlib": "bench",
-    "skimage": "train",
-    "jinja2": "bench",
-    "starlette": "gateway",
-    "uvicorn": "gateway",
-    "httpx2": "gateway",
-    "prometheus_client": "gateway",
-    "pydantic_settings": "gateway",
-    "peft": "pocket",
-    "sklearn": "train",
-    "sacrebleu": "bench",
-    "tokenizers": "pocket",
-    "mcp": "mcp",
-    "gepa": "prompts",
-    "tenacity": "prompts",
+EXTRA_OF = {  # module that may be missing -> the first extra that brings it
+    module: extra for extra, (modules, _) in reversed(doctor.EXTRAS.items()) for module in modules
 }
 
 
@@ -68,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CodefendError as error:
         code = _print_error(error)
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        extra = EXTRA_OF.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
         code = _print_error(f"{error.name} is not installed; run: pip install 'codefend[{extra}]'")
@@ -148,5 +167,5 @@ def summary(entry: Any) -> str:
     return str(text).strip().partition("\n")[0]
 
 
-for verbs in (purify, images, training, evaluation, challenge, prompts, serve, mcp, doctor):
+for verbs in (purify, images, training, evaluation, prompts, serve, doctor):
     app.add_typer(verbs.app)  # without a name: at the top level

@@ -19,7 +19,7 @@ EXTRAS = {  # extra -> its modules, and its purpose; `models` is checked by its 
     "gateway": (("starlette", "uvicorn", "httpx2", "pydantic_settings", "prometheus_client"), "codefend serve"),
     "hf": (("transformers", "num2words"), "Transformers models as victims"),
     "api": (("openai",), "OpenAI-compatible endpoints as victims"),
-    "prompts": (("gepa",), "prompt search"),
+    "prompts": (("gepa", "tenacity"), "prompt search"),
     "parquet": (("pyarrow",), "Parquet data sets"),
     "mcp": (("mcp",), "codefend mcp-proxy"),
     "documents": (("pypdfium2",), "pages of PDF files as images"),

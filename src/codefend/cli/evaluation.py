@@ -1,4 +1,4 @@
-"""Verbs that measure: eval, certify, report, leaderboard, demo."""
+"""Verbs that measure: eval, certify, report, leaderboard, demo, challenge write and challenge score."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ from codefend.cli.options import (
 from codefend.types import CodefendError
 
 app = typer.Typer()
+challenge = typer.Typer(help="Frozen images and budgets to attack the shipped defenses, and the scorer of submissions.")
+app.add_typer(challenge, name="challenge")
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The challenge's folder.", show_default=False)]
 
 
 @app.command("eval")
@@ -69,7 +73,6 @@ def eval_(
         raise CodefendError("--max-asr is for one victim; a transfer matrix has several")
     if dry_run:
         print_config(config)
-        return
     pool = choose_pool(engine, RayFlags(workers, worker_cpus, worker_gpus, address))
     rows = evaluate(config, run, workers=workers, pool=pool)
     print(run)
@@ -121,7 +124,6 @@ def certify(
     config = preset_config(preset, [*settings, *changes], CertifyConfig, file=file)
     if dry_run:
         print_config(config)
-        return
     run_certify(config, run, estimate_only=estimate)
     print(run)
 
@@ -171,3 +173,42 @@ def demo(run: RunFolder = Path("runs/demo")) -> None:
     from codefend.cli.demo import run_demo
 
     raise typer.Exit(run_demo(run))
+
+
+@challenge.command()
+def write(
+    folder: Folder,
+    settings: Settings = [],  # noqa: B006  (Typer copies it)
+    dry_run: DryRun = False,
+) -> None:
+    """Write the images, the budgets and the form of a submission into a new folder. Settings: class ChallengeConfig.
+
+    Example: codefend challenge write challenge --set limit=16
+    """
+    from codefend.bench.challenge import ChallengeConfig, write_challenge
+    from codefend.core.settings import override
+    from codefend.core.specs import parse_options
+
+    config = override(ChallengeConfig(), parse_options(settings))
+    if dry_run:
+        print_config(config)
+    print(write_challenge(config, folder))
+
+
+@challenge.command()
+def score(
+    folder: Folder,
+    submission: Annotated[
+        Path, typer.Argument(metavar="SUBMISSION", help="A submission's folder.", show_default=False)
+    ],
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the noise.", show_default="fresh")] = None,
+) -> None:
+    """Check a submission's images against the budget, answer them behind the defense, and write score.json.
+
+    Example: codefend challenge score challenge my-submission
+    """
+    from codefend.bench.challenge import score_submission
+
+    for row in score_submission(folder, submission, seed=seed)["rows"]:
+        low, high = row["interval"]
+        print(f"{row['id']}  {row['value']:.3f} [{low:.3f}, {high:.3f}]  n={row['n']}, {row['changed']} changed")

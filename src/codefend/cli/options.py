@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
 
 import typer
 
@@ -67,11 +67,12 @@ def choose_pool(engine: EngineName, flags: RayFlags) -> StartPool | None:
     return ray_pool(RayOptions(*flags))
 
 
-def print_config(config: Any) -> None:
-    """Print a config as JSON, for ``--dry-run``."""
+def print_config(config: Any) -> NoReturn:
+    """Print a config as JSON and exit, for ``--dry-run``."""
     from codefend.core.runs import plain
 
     print(json.dumps(plain(config), indent=2, ensure_ascii=False))
+    raise typer.Exit
 
 
 def check_output(out: Path, overwrite: bool) -> None:

@@ -88,7 +88,7 @@ _TRAININGS = {
     ),
     "tecoa": Preset(
         "train a peer: as fare, with the words of the vision tokens as labels (TeCoA-style); the result is a victim",
-        "codefend.contrib.tecoa:TecoaConfig",
+        "codefend.contrib.fare:TecoaConfig",
     ),
     "own-bridge": Preset(
         "train a bridge for a victim of yours, guided by its features and words: --set victim=hf:ID_OR_FOLDER",

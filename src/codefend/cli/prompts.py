@@ -44,7 +44,6 @@ def optimize_prompt(
     config = _config(SearchConfig(), [f"victim={victim}", f"method={method}", *settings])
     if dry_run:
         print_config(config)
-        return
     outcome = prompt_search.optimize_prompt(config, run)
     _show_run(run)
     if not outcome.helps:
@@ -124,7 +123,6 @@ def table(
         config = replace(config, prompts=tuple(dict.fromkeys(["none", *policies])))
     if dry_run:
         print_config(config)
-        return
     text = markdown(make_table(config, run))
     write_atomic(run / "table.md", text)
     print(text, end="")

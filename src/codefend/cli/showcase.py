@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from codefend import attacks, tasks
-from codefend.attacks import norms
+from codefend.attacks import norms, objectives
 from codefend.core import images
 from codefend.core.seeds import make_generator
 from codefend.types import Budget, CodefendError, Victim, WhiteBox
@@ -53,7 +53,7 @@ class BenchShowcase:
             raise CodefendError(f"images over {MAX_PIXELS:,} pixels are not attacked here; use `codefend attack`")
         clean = image[None]
         spec, answer = attacks.ATTACKS[ATTACK], victim.generate(clean, [question])[0]
-        objective = attacks.objective_for(spec, victim, [question], [answer], "", clean)
+        objective = objectives.objective_for(spec, victim, [question], [answer], "", clean)
 
         def checked(candidates: Tensor) -> Tensor:
             check()

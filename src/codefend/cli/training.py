@@ -53,7 +53,6 @@ def pairs(
     config = preset_config(preset, settings, PairsConfig, file=file)
     if dry_run:
         print_config(config)
-        return
     pool = choose_pool(engine, RayFlags(workers, worker_cpus, worker_gpus, address))
     print(make_pairs(config, run, workers=workers, pool=pool))
     if parquet is not None:
@@ -83,8 +82,7 @@ def train(
     config = preset_config(preset, settings, file=file)
     if dry_run:
         print_config(config)
-    else:
-        print(training.train(config, run, tracker=tracker))
+    print(training.train(config, run, tracker=tracker))
 
 
 @app.command("build-victim")
@@ -128,7 +126,6 @@ def calibrate(
     config = preset_config("calibrate", settings, CalibrateConfig)
     if dry_run:
         print_config(config)
-        return
     detector = fit(weights, config)
     rates = detector.calibration["found"]
     shares = ", ".join(f"{rate['share']:.0%} at {eps} (n {rate['n']:.0f})" for eps, rate in rates.items())

@@ -1,5 +1,7 @@
 """FARE: fine-tune a pocket's image encoder adversarially, without labels (Schlarmann et al. 2024, arXiv 2402.12336).
 
+TeCoA (Mao et al. 2023, arXiv 2212.07016) has another loss, `tecoa_loss`.
+
 The loss is max over |d| <= eps of ||phi(x + d) - phi_orig(x)||^2: on an adversarial image the encoder must have the
 features that the original encoder has on the clean one. Connector and language model stay unchanged.
 """
@@ -15,11 +17,13 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from codefend import encoders
+from codefend.attacks.objectives import word_loss
 from codefend.core.assets import asset
 from codefend.core.devices import default_device
 from codefend.core.seeds import make_generator
@@ -27,10 +31,11 @@ from codefend.encoders.base import Encoder
 from codefend.tasks.training_images import draw_training_images
 from codefend.training.card import write_card
 from codefend.training.fit import Losses, Training, cosine_schedule, fit
+from codefend.training.frozen import WORDS
 from codefend.training.mining import sign_steps
 from codefend.training.pocket import export_parameters
 from codefend.types import CodefendError, Objective
-from codefend.victims.pocket import read_encoder
+from codefend.victims.pocket import Pocket, load_unmerged, read_encoder
 
 UNUSED = ("head.", "fc.")  # of the encoder: its ImageNet classifier, which no token passes
 
@@ -154,3 +159,33 @@ def _load_encoder(name: object, state: dict[str, Tensor], folder: str) -> Encode
     encoder = encoders.load(str(name))
     read_encoder(encoder, state, Path(folder))
     return encoder
+
+
+@dataclass(frozen=True)
+class TecoaConfig(FareConfig):
+    """TeCoA's: FARE's, with another loss."""
+
+    kind: ClassVar[str] = "tecoa"
+
+    def loss(self, encoder: Encoder, original: Encoder) -> Callable[[Tensor, int], Losses]:
+        """The loss of a clean batch at a step."""
+        pocket = load_unmerged(pocket_folder(self.victim)).to(default_device())
+        return lambda clean, step: tecoa_loss(self, pocket, encoder, original, clean, step)
+
+
+def tecoa_loss(
+    config: FareConfig, pocket: Pocket, encoder: Encoder, original: Encoder, clean: Tensor, step: int
+) -> Losses:
+    """The cross-entropy of the vision tokens' words, "loss" on adversarial images and "clean" on the clean ones.
+
+    TeCoA's is that between an adversarial image and the text of its class. A pocket reads a word in every vision token:
+    the labels are those that the original encoder gives on the clean image, and the words are the language model's own.
+    """
+    table = F.normalize(torch.stack([embedding.mean(0) for embedding in pocket.embed(WORDS)]), dim=-1)
+
+    def scores(phi: Encoder, images: Tensor) -> Tensor:
+        return F.normalize(pocket.connector.words(phi(images)), dim=-1) @ table.T
+
+    with torch.no_grad():
+        labels = scores(original, clean).argmax(-1)
+    return adversarial_loss(config, encoder, lambda images: word_loss(scores(encoder, images), labels), clean, step)

@@ -1,7 +1,9 @@
-"""Weights, test sets and learned prompts that are installed: in this package, or in the package codefend-models."""
+"""What is installed: optional packages; weights, test sets and learned prompts in this package or codefend-models."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,3 +39,18 @@ def assets(pattern: str) -> list[Path]:
     """Every installed file that matches ``pattern``, by name of its folder; one of this package hides one of models."""
     files = {path.relative_to(root): path for root in reversed(roots()) for path in root.glob(pattern)}
     return [files[name] for name in sorted(files)]
+
+
+@contextmanager
+def needs(purpose: str, extra: str) -> Iterator[None]:
+    """Raise CodefendError for a package that an import in the block misses: ``purpose`` needs it, ``extra`` brings it.
+
+    >>> with needs("drawing", "train"):
+    ...     import no_such_package
+    Traceback (most recent call last):
+    codefend.types.CodefendError: drawing needs no_such_package: pip install 'codefend[train]'
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise CodefendError(f"{purpose} needs {error.name}: pip install 'codefend[{extra}]'") from error

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from codefend.core import images
+from codefend.core.assets import needs
 from codefend.types import CodefendError
 
 SIDE = 1280  # pixels; longer side of a page
@@ -30,10 +31,8 @@ def is_pdf(data: bytes) -> bool:
 
 def require() -> Any:
     """The package. Raises CodefendError when it is not installed."""
-    try:
+    with needs("reading documents", "documents"):
         import pypdfium2
-    except ModuleNotFoundError as error:
-        raise CodefendError("pages of documents need pypdfium2: pip install 'codefend[documents]'") from error
     return pypdfium2
 
 

@@ -1,14 +1,20 @@
-"""Memory for request bodies: one budget for the process, and a share of it for each client."""
+"""Request bodies, and memory for them: one budget for the process, and a share of it for each client."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from starlette.types import Receive
+
 from codefend.gateway.errors import Refused
 from codefend.gateway.options import BudgetOptions
+
+
+class ClientGone(Exception):
+    """The client has closed the connection."""
 
 
 @dataclass
@@ -52,3 +58,21 @@ class BodyBudget:
             raise Refused(429, "memory_full", "this client has too many large requests at a time", retry_after=2)
         self.used += size
         self._clients[client] += size
+
+
+async def read_body(receive: Receive, limit: int, take: Callable[[int], None] = lambda size: None) -> bytes:
+    """Read a request's body; ``take`` accounts for its bytes. Raises Refused over ``limit`` bytes, ClientGone."""
+    parts: list[bytes] = []
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise Refused(413, "body_too_large", f"the body is over the limit of {limit:,} bytes")
+        take(len(part))
+        parts.append(part)
+        more = message.get("more_body", False)
+    return parts[0] if len(parts) == 1 else b"".join(parts)

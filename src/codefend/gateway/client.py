@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 from codefend.gateway.engine import Engine
 from codefend.gateway.errors import Refused
-from codefend.gateway.local import api_by_suffix, local_engine
+from codefend.gateway.local import local_engine
 from codefend.gateway.options import Mode, OnError
+from codefend.gateway.routes import api_by_suffix
 from codefend.gateway.wire import dump, parse
 from codefend.purifiers.base import Purifier
 from codefend.types import CodefendError

@@ -376,8 +376,7 @@ def _is_remote(slot: Slot) -> bool:
 
 
 def _at(refusal: Refused, slot: Slot) -> Refused:
-    where = refusal.where or spell(slot.place)
-    return Refused(refusal.status, refusal.code, refusal.message, where=where, retry_after=refusal.retry_after)
+    return refusal if refusal.where else refusal.at(spell(slot.place))
 
 
 async def _gather(work: Sequence[Coroutine[Any, Any, tuple[Purified, str]]]) -> list[tuple[Purified, str]]:

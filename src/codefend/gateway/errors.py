@@ -27,6 +27,10 @@ class Refused(Exception):
         """The error as the API's own clients expect it."""
         return error_body(api, self.status, self.code, self.message, where=self.where, request_id=request_id)
 
+    def at(self, where: str) -> Refused:
+        """The same refusal of this place in the request."""
+        return Refused(self.status, self.code, self.message, where=where, retry_after=self.retry_after)
+
     @property
     def retry_seconds(self) -> int | None:
         """The value of ``Retry-After``."""

@@ -17,14 +17,12 @@ from urllib.parse import urlsplit
 from starlette.types import Receive, Scope, Send
 
 from codefend.gateway.access import client_fields, send_verdict
-from codefend.gateway.budget import BodyBudget
+from codefend.gateway.budget import BodyBudget, ClientGone, read_body
 from codefend.gateway.config import Settings
 from codefend.gateway.engine import Caller, Engine, Outcome
 from codefend.gateway.errors import Api, Refused
-from codefend.gateway.local import api_by_suffix
 from codefend.gateway.options import GuardrailName
-from codefend.gateway.proxy import ClientGone, read_body
-from codefend.gateway.routes import api_of
+from codefend.gateway.routes import api_by_suffix, api_of
 from codefend.gateway.telemetry import Meters, log
 from codefend.gateway.wire import dump, parse_long
 
@@ -181,7 +179,7 @@ class Guardrail:
     async def _answer(self, scope: Scope, receive: Receive) -> bytes:
         client = str(scope.get("codefend.client", ""))
         with self.budget.lease(client) as lease:
-            raw = await read_body(receive, self.settings.max_body_bytes, lease)
+            raw = await read_body(receive, self.settings.max_body_bytes, lease.take)
             hook = await self.engine.aside(len(raw), parse_long, raw)
             if not isinstance(hook, dict):
                 raise Refused(400, "invalid_request", "the body must be a JSON object")

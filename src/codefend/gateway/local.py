@@ -6,21 +6,12 @@ from dataclasses import replace
 
 from codefend import prompts, purifiers
 from codefend.gateway.engine import Engine, Terms
-from codefend.gateway.errors import Api
 from codefend.gateway.lane import Lane
 from codefend.gateway.options import LaneOptions, Limits, Mode, OnError
 from codefend.gateway.shapes import Inspection
 from codefend.gateway.worker import Worker, WorkerOptions
 from codefend.purifiers.base import Purifier
 from codefend.purifiers.text_policy import TextPolicyName
-
-_SUFFIXES: dict[str, Api] = {
-    "/chat/completions": "chat",
-    "/responses": "responses",
-    "/responses/input_tokens": "responses",
-    "/messages": "messages",
-    "/messages/count_tokens": "messages",
-}
 
 
 def local_engine(
@@ -56,9 +47,3 @@ def local_engine(
         inspection=Inspection(image_links, tools),
         fallback=Worker(purifiers.load("jpeg"), options) if on_error == "fallback" else None,
     )
-
-
-def api_by_suffix(path: str) -> Api:
-    """Name the request shape of a path under any prefix, as in ``/openai/deployments/x/chat/completions``."""
-    path = path.rstrip("/")
-    return next((api for suffix, api in _SUFFIXES.items() if path.endswith(suffix)), "other")

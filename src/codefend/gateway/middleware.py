@@ -7,10 +7,12 @@ import secrets
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from codefend.gateway.access import send_refusal
+from codefend.gateway.budget import ClientGone, read_body
 from codefend.gateway.errors import Refused
 from codefend.gateway.headers import find, report
-from codefend.gateway.local import api_by_suffix, local_engine
+from codefend.gateway.local import local_engine
 from codefend.gateway.options import LaneOptions, Limits, Mode, OnError
+from codefend.gateway.routes import api_by_suffix
 from codefend.purifiers.base import Purifier
 
 
@@ -72,10 +74,12 @@ class PurifyMiddleware:
         try:
             if find(scope["headers"], b"content-encoding") not in (None, "", "identity"):
                 raise Refused(415, "unknown_content", "send the body without content-encoding")
-            raw = await self._body(receive)
+            raw = await read_body(receive, self.engine.limits.max_body_bytes)
             body, outcome = await self.engine.rewrite_bytes(api, raw)
         except Refused as refusal:
             await send_refusal(refusal, refusal.body(api, request_id), send)
+            return
+        except ClientGone:
             return
         length = (b"content-length", str(len(body)).encode())
         kind = (b"content-type", b"application/json")  # what was checked is what the application shall read
@@ -83,19 +87,6 @@ class PurifyMiddleware:
         headers = [pair for pair in scope["headers"] if pair[0] not in drop]
         extra = report(outcome, purifier=self.engine.worker.name, request_id=request_id)
         await self.app({**scope, "headers": [*headers, kind, length]}, _replay(body, receive), _adding(extra, send))
-
-    async def _body(self, receive: Receive) -> bytes:
-        parts, size, more = [], 0, True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise Refused(400, "client_gone", "the client left")
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > self.engine.limits.max_body_bytes:
-                raise Refused(413, "body_too_large", f"the limit is {self.engine.limits.max_body_bytes:,} bytes")
-            more = message.get("more_body", False)
-        return b"".join(parts)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

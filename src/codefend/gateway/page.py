@@ -10,11 +10,11 @@ import httpx2
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from codefend.gateway.budget import Lease
+from codefend.gateway.budget import ClientGone, Lease, read_body
 from codefend.gateway.engine import Caller, Outcome
 from codefend.gateway.errors import Refused
 from codefend.gateway.headers import to_upstream, visible_score
-from codefend.gateway.proxy import ClientGone, Proxy, read_body
+from codefend.gateway.proxy import Proxy
 from codefend.gateway.telemetry import log
 from codefend.gateway.wire import dump
 
@@ -86,7 +86,7 @@ class Page:
         limit = self.engine.limits.max_body_bytes
         with self.proxy.budget.lease(str(request.scope.get("codefend.client", ""))) as lease:
             try:
-                raw = await read_body(request.receive, limit, lease)
+                raw = await read_body(request.receive, limit, lease.take)
                 return await self.proxy.until_gone(work(raw, lease), request.receive)
             except Refused as refusal:
                 self.proxy.meters.refused.labels(refusal.code).inc()

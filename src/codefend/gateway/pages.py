@@ -49,8 +49,7 @@ class PageRenderer:
             data = await loop.run_in_executor(self.executor, self._read, slot.reference, cuts)
             return await lane.pages(data, room)
         except Refused as refusal:
-            status, code, message = refusal.status, refusal.code, refusal.message
-            raise Refused(status, code, message, where=spell(slot.place), retry_after=refusal.retry_after) from refusal
+            raise refusal.at(spell(slot.place)) from refusal
         except PurifyFailed as error:
             if error.reason != "timeout":
                 message = "a document could not be rendered"

@@ -17,7 +17,7 @@ import httpx2
 from starlette.types import Receive, Scope, Send
 
 from codefend.gateway.access import client_fields, send_refusal
-from codefend.gateway.budget import BodyBudget, Lease
+from codefend.gateway.budget import BodyBudget, ClientGone, Lease, read_body
 from codefend.gateway.config import Settings
 from codefend.gateway.engine import Caller, Engine, Outcome, Terms
 from codefend.gateway.errors import Api, Refused, error_body
@@ -30,10 +30,6 @@ from codefend.gateway.upstream import Upstream
 from codefend.gateway.votes import check_votable, choose
 
 Done = TypeVar("Done")
-
-
-class ClientGone(Exception):
-    """The client has closed the connection."""
 
 
 class Broken(Exception):
@@ -143,7 +139,7 @@ class Proxy:
             raise Refused(413, "body_too_large", f"the body is over the limit of {limit:,} bytes")
         try:
             async with asyncio.timeout(self.settings.body_timeout_s):
-                return await read_body(receive, limit, exchange.lease)
+                return await read_body(receive, limit, exchange.lease.take)
         except TimeoutError as error:
             raise Refused(408, "body_timeout", "the request body did not arrive in time") from error
 
@@ -352,24 +348,6 @@ class Proxy:
                     self.meters.scores.observe(image.score)
                 self.meters.instructions.inc(len(image.texts or ()))
         log.info("request", extra={"fields": fields})
-
-
-async def read_body(receive: Receive, limit: int, lease: Lease) -> bytes:
-    """Read a request's body. Raises Refused over ``limit`` bytes and without memory for it, ClientGone."""
-    parts: list[bytes] = []
-    size, more = 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        part = message.get("body", b"")
-        size += len(part)
-        if size > limit:
-            raise Refused(413, "body_too_large", f"the body is over the limit of {limit:,} bytes")
-        lease.take(len(part))
-        parts.append(part)
-        more = message.get("more_body", False)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -71,6 +71,13 @@ def api_of(path: str) -> Api:
     return _SHAPES.get(path, "other")
 
 
+def api_by_suffix(path: str) -> Api:
+    """Name the request shape of a path under any prefix, as in ``/openai/deployments/x/chat/completions``."""
+    path = path.rstrip("/")
+    known = (api for route, api in _SHAPES.items() if api != "texts" and path.endswith(route.removeprefix("/v1")))
+    return next(known, "other")
+
+
 def error_api_of(path: str) -> Api:
     """Name the API whose error form a route's clients expect."""
     return "messages" if path.startswith("/v1/messages") else api_of(path)

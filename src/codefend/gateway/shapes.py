@@ -126,14 +126,7 @@ _CONTENT_KEYS = frozenset({"role", "content", "type"})
 
 def _chat(body: dict[str, Any], into: _Collected) -> None:
     check_case(body, {"messages"}, ())
-    for i, message in enumerate(expect_list(body, "messages")):
-        place: Place = ("messages", i)
-        expect_object(message, place)
-        check_case(message, _CONTENT_KEYS, place)
-        before = len(into.slots)
-        _content("chat", message.get("content"), (*place, "content"), into)
-        _note_turn(message, (*place, "content"), before, into)
-        search_rest(message, {"role", "content", "tool_calls", "function_call"}, place)
+    _turns("chat", body, {"role", "content", "tool_calls", "function_call"}, into)
     search_rest(body, {"messages"}, ())
 
 
@@ -157,15 +150,25 @@ def _messages(body: dict[str, Any], into: _Collected) -> None:
     system = body.get("system")
     if system is not None:
         _content("messages", system, ("system",), into)
+    _turns("messages", body, {"role", "content"}, into)
+    search_rest(body, {"messages", "system"}, ())
+
+
+def _turns(api: Api, body: dict[str, Any], keys: set[str], into: _Collected) -> None:
+    """The messages of a conversation; other ``keys`` than these are searched."""
     for i, message in enumerate(expect_list(body, "messages")):
         place: Place = ("messages", i)
         expect_object(message, place)
         check_case(message, _CONTENT_KEYS, place)
-        before = len(into.slots)
-        _content("messages", message.get("content"), (*place, "content"), into)
-        _note_turn(message, (*place, "content"), before, into)
-        search_rest(message, {"role", "content"}, place)
-    search_rest(body, {"messages", "system"}, ())
+        _turn(api, message, place, into)
+        search_rest(message, keys, place)
+
+
+def _turn(api: Api, message: Mapping[str, Any], place: Place, into: _Collected) -> None:
+    before, here, content = len(into.slots), (*place, "content"), message.get("content")
+    _content(api, content, here, into)
+    if message.get("role") == "user" and content is not None:
+        into.turns.append(Turn(here, len(into.slots) > before))
 
 
 def _image(body: dict[str, Any], into: _Collected) -> None:
@@ -197,9 +200,7 @@ def _item(item: dict[str, Any], place: Place, into: _Collected) -> None:
     if not isinstance(kind, str):
         raise unknown("input item", kind, place)
     if kind == "message":
-        before = len(into.slots)
-        _content("responses", item.get("content"), (*place, "content"), into)
-        _note_turn(item, (*place, "content"), before, into)
+        _turn("responses", item, place, into)
         search_rest(item, {"content"}, place)
     elif kind in ("function_call_output", "custom_tool_call_output"):
         _content("responses", item.get("output"), (*place, "output"), into)
@@ -322,8 +323,3 @@ def _document(part: dict[str, Any], place: Place, into: _Collected) -> None:
         _content("messages", source.get("content"), (*here, "content"), into)
     else:
         raise unknown("document source", source.get("type"), here)
-
-
-def _note_turn(message: Mapping[str, Any], place: Place, slots_before: int, into: _Collected) -> None:
-    if message.get("role") == "user" and message.get("content") is not None:
-        into.turns.append(Turn(place, len(into.slots) > slots_before))

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from codefend.core.assets import needs
 from codefend.gateway.rewrite import EncodedImage
 from codefend.gateway.worker import Job, Purified
 from codefend.types import CodefendError
@@ -36,12 +37,10 @@ class SharedCache:
     """
 
     def __init__(self, url: str, secret: bytes, scope: str, *, ttl_s: int = 3600) -> None:
-        try:
+        with needs("cache_url", "redis"):
             import redis
             from redis.backoff import NoBackoff
             from redis.retry import Retry
-        except ImportError as error:
-            raise CodefendError("cache_url needs the Redis client: pip install 'codefend[redis]'") from error
         try:
             self._redis: Any = redis.Redis.from_url(
                 url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, retry=Retry(NoBackoff(), 0)

@@ -64,8 +64,7 @@ async def _rewrite_batch(engine: Engine, check_route: CheckRoute, part: Part, te
             rewritten.append(await _rewrite_line(engine, check_route, line, terms, caller))
         except Refused as refusal:
             where = f"line {number}" + (f": {refusal.where}" if refusal.where else "")
-            status, code, message = refusal.status, refusal.code, refusal.message
-            raise Refused(status, code, message, where=where, retry_after=refusal.retry_after) from refusal
+            raise refusal.at(where) from refusal
     return b"\n".join(rewritten) + b"\n"
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from codefend.core.assets import needs
 from codefend.purifiers import grid
 from codefend.types import CodefendError
 
@@ -20,10 +21,8 @@ class OnnxPurifier:
 
     def __init__(self, path: str | Path, *, providers: tuple[str, ...] = ("CPUExecutionProvider",)) -> None:
         """Raises CodefendError when onnxruntime is missing or the file is not an exported purifier."""
-        try:
+        with needs("this", "onnx"):
             import onnxruntime
-        except ImportError as error:
-            raise CodefendError("this needs onnxruntime; install it with `pip install onnxruntime`") from error
         try:
             self._session = onnxruntime.InferenceSession(str(path), providers=list(providers))
             settings = json.loads(self._session.get_modelmeta().custom_metadata_map["codefend"])

@@ -1,15 +1,20 @@
-"""Prompt policies: the text around the user's prompt as data, and the protocols of all kinds of policies."""
+"""Prompt policies: the text around the user's prompt as data, all kinds of policies, and victims behind one."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from codefend.core.files import write_atomic
-from codefend.types import CodefendError, Victim
+from codefend.types import CodefendError, HasClassScores, HasFeatures, HasLoss, HasMargins, HasWordScores, Victim
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_CHARS = 20_000  # per field; a longer prompt is a mistake that every request pays for
 
@@ -58,6 +63,98 @@ def attach(victim: Victim, policy: object) -> Victim:
     Raises CodefendError for a victim that the policy doesn't fit.
     """
     return policy.attach(victim) if isinstance(policy, VictimPolicy) else victim
+
+
+class WrappedVictim:
+    """``victim`` behind something that changes what it is given, with its capabilities, no more and no fewer.
+
+    Subclasses change images, prompts or keywords; ask ``isinstance(wrapped, HasLoss)`` and so on for capabilities.
+    """
+
+    victim: Any
+    keywords: Mapping[str, Any] = {}  # further arguments of calls with prompts
+
+    def __new__(cls, victim: Victim, *arguments: Any, **keywords: Any) -> Self:
+        methods = tuple(m for capability, m in _CAPABILITIES.items() if isinstance(victim, capability))
+        composed: Any = _composed((*methods, cls))
+        wrapped: Self = object.__new__(composed)
+        wrapped.victim = victim
+        return wrapped
+
+    def changed_images(self, images: Tensor) -> Tensor:
+        return images
+
+    def changed_prompts(self, prompts: Sequence[str]) -> Sequence[str]:
+        return prompts
+
+    def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
+        images, prompts = self.changed_images(images), self.changed_prompts(prompts)
+        answers: list[str] = self.victim.generate(images, prompts, **self.keywords)
+        return answers
+
+
+class _Loss(WrappedVictim):
+    def loss(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
+        """``[B]``, see `HasLoss`."""
+        images, prompts = self.changed_images(images), self.changed_prompts(prompts)
+        loss: Tensor = self.victim.loss(images, prompts, targets, **self.keywords)
+        return loss
+
+
+class _Features(WrappedVictim):
+    def features(self, images: Tensor) -> Tensor:
+        """``[B, T, D]``, see `HasFeatures`."""
+        features: Tensor = self.victim.features(self.changed_images(images))
+        return features
+
+
+class _Margins(WrappedVictim):
+    def margins(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> list[Tensor]:
+        """``[L_i]`` for each image, see `HasMargins`."""
+        images, prompts = self.changed_images(images), self.changed_prompts(prompts)
+        margins: list[Tensor] = self.victim.margins(images, prompts, targets, **self.keywords)
+        return margins
+
+
+class _WordScores(WrappedVictim):
+    @property
+    def vocabulary(self) -> Sequence[str]:
+        """The victim's, see `HasWordScores`."""
+        vocabulary: Sequence[str] = self.victim.vocabulary
+        return vocabulary
+
+    def word_scores(self, images: Tensor, words: Sequence[str]) -> Tensor:
+        """``[B, T, C]``, see `HasWordScores`."""
+        scores: Tensor = self.victim.word_scores(self.changed_images(images), words)
+        return scores
+
+
+class _ClassScores(WrappedVictim):
+    @property
+    def classes(self) -> Sequence[str]:
+        """The victim's, see `HasClassScores`."""
+        classes: Sequence[str] = self.victim.classes
+        return classes
+
+    def class_scores(self, images: Tensor) -> Tensor:
+        """``[B, C]``, see `HasClassScores`."""
+        scores: Tensor = self.victim.class_scores(self.changed_images(images))
+        return scores
+
+
+_CAPABILITIES: dict[type, type[WrappedVictim]] = {
+    HasLoss: _Loss,
+    HasFeatures: _Features,
+    HasMargins: _Margins,
+    HasWordScores: _WordScores,
+    HasClassScores: _ClassScores,
+}
+
+
+@cache
+def _composed(bases: tuple[type[WrappedVictim], ...]) -> type[WrappedVictim]:
+    cls = bases[-1]
+    return type(cls.__name__, bases, {"__doc__": cls.__doc__, "__module__": cls.__module__})
 
 
 @dataclass(frozen=True)

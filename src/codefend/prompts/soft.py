@@ -13,8 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from codefend.prompts.policy import fingerprint
-from codefend.types import CodefendError, HasClassScores, HasMargins, HasWordScores, Victim, WhiteBox
+from codefend.prompts.policy import WrappedVictim, fingerprint
+from codefend.types import CodefendError, Victim, WhiteBox
 
 MAX_TOKENS = 64  # of a prefix; each costs every request
 
@@ -38,58 +38,11 @@ def open_weight(victim: Victim) -> Any:
     return victim
 
 
-class SoftPromptedVictim:
+class SoftPromptedVictim(WrappedVictim):
     """A victim behind a soft prefix: exact gradients for attacks through it. Create one with `SoftPolicy.attach`."""
 
     def __init__(self, victim: Victim, prefix: Tensor) -> None:
-        self.victim, self.prefix, self.name = open_weight(victim), prefix, victim.name
-
-    def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
-        answers: list[str] = self.victim.generate(images, prompts, prefix=self.prefix)
-        return answers
-
-    def loss(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
-        losses: Tensor = self.victim.loss(images, prompts, targets, prefix=self.prefix)
-        return losses
-
-    def features(self, images: Tensor) -> Tensor:
-        features: Tensor = self.victim.features(images)
-        return features
-
-
-class _WithMargins(SoftPromptedVictim):
-    def margins(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> list[Tensor]:
-        margins: list[Tensor] = self.victim.margins(images, prompts, targets, prefix=self.prefix)
-        return margins
-
-
-class _WithWordScores(SoftPromptedVictim):
-    @property
-    def vocabulary(self) -> Sequence[str]:
-        vocabulary: Sequence[str] = self.victim.vocabulary
-        return vocabulary
-
-    def word_scores(self, images: Tensor, words: Sequence[str]) -> Tensor:
-        scores: Tensor = self.victim.word_scores(images, words)
-        return scores
-
-
-class _WithClassScores(SoftPromptedVictim):
-    @property
-    def classes(self) -> Sequence[str]:
-        classes: Sequence[str] = self.victim.classes
-        return classes
-
-    def class_scores(self, images: Tensor) -> Tensor:
-        scores: Tensor = self.victim.class_scores(images)
-        return scores
-
-
-_CAPABILITIES: dict[type, type[SoftPromptedVictim]] = {
-    HasMargins: _WithMargins,
-    HasWordScores: _WithWordScores,
-    HasClassScores: _WithClassScores,
-}
+        self.name, self.keywords = victim.name, {"prefix": prefix}
 
 
 @dataclass(frozen=True)
@@ -119,6 +72,4 @@ class SoftPolicy:
         width = open_weight(victim).embed(["a"])[0].shape[-1]
         if width != self.prefix.shape[-1]:
             raise CodefendError(f"soft prefix {self.name!r} has width {self.prefix.shape[-1]}, the victim has {width}")
-        bases = [methods for capability, methods in _CAPABILITIES.items() if isinstance(victim, capability)]
-        cls: type[SoftPromptedVictim] = type("SoftPromptedVictim", (*bases, SoftPromptedVictim), {})
-        return cls(victim, self.prefix)
+        return SoftPromptedVictim(victim, self.prefix)

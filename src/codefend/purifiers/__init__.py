@@ -62,15 +62,13 @@ def load_folder(folder: Path, settings: Mapping[str, object], *, name: str | Non
     for file, prefix in MARKS.items():
         if (folder / file).is_file():
             return PREFIXES[prefix](f"{prefix}:{folder}", settings).eval()
-    net, meta = load_net(folder)
-    net.requires_grad_(False)  # attacks differentiate in the images; a training builds its purifier itself
-    return build_net_purifier(net, meta, settings, name=name or folder.resolve().name)
+    return build_net_purifier(*load_net(folder), settings, name=name or folder.resolve().name)
 
 
 def build_net_purifier(
     net: PurifierNet, meta: Mapping[str, Any], settings: Mapping[str, object], *, name: str
 ) -> NetPurifier:
-    """The purifier of ``meta`` (kind, options, detector) around ``net``.
+    """The purifier of ``meta`` (kind, options, detector) around ``net``, which is frozen.
 
     Raises CodefendError for an unknown kind or option, and for a gate without a detector.
     """
@@ -86,6 +84,7 @@ def build_net_purifier(
     check_keys(cls.options_class, saved)
     defaults = cls.options_class(**saved)
     options = override(defaults, settings) if settings else defaults
+    net.requires_grad_(False)  # attacks differentiate in the images; a training builds its purifier itself
     return cls(net, options, name=name, defaults=defaults, kind=kind, detector=detector).eval()
 
 
@@ -111,7 +110,9 @@ def _shipped(weights: str, name: str = "") -> Build:
     name = name or weights
 
     def build(settings: Mapping[str, object]) -> Purifier:
-        return load_folder(asset(f"weights/{weights}"), settings, name=name)
+        from codefend.purifiers.nets import load_net
+
+        return build_net_purifier(*load_net(asset(f"weights/{weights}")), settings, name=name)
 
     return build
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -28,20 +28,22 @@ BETA_MIN, BETA_MAX = 0.1, 20.0  # VP SDE, score SDE eq. 32 and appendix C
 class DiffPureOptions:
     """``steps`` None is the paper's one step per 1/1000 of time; ``checkpoint`` saves memory in attacks, for time."""
 
+    label: ClassVar[str] = "diffpure"
+    limit: ClassVar[tuple[float, str]] = 0.3, " (the prior's training range)"  # the largest t, and why
+
     t: float = 0.1  # VP time; the paper's ImageNet setting is 0.15
     steps: int | None = None
     eta: float = 1.0  # 1 ancestral, 0 deterministic reverse steps (DDIM)
     checkpoint: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.t <= 0.3:
-            raise CodefendError(
-                f"diffpure time t must be above 0 and at most 0.3 (the prior's training range), got {self.t:g}"
-            )
+        most, reason = self.limit
+        if not 0 < self.t <= most:
+            raise CodefendError(f"{self.label} time t must be above 0 and at most {most:g}{reason}, got {self.t:g}")
         if self.steps is not None and not 1 <= self.steps <= 1000:
-            raise CodefendError(f"diffpure steps must be 1 to 1000, got {self.steps}")
+            raise CodefendError(f"{self.label} steps must be 1 to 1000, got {self.steps}")
         if not 0 <= self.eta <= 1:
-            raise CodefendError(f"diffpure eta must be 0 to 1, got {self.eta:g}")
+            raise CodefendError(f"{self.label} eta must be 0 to 1, got {self.eta:g}")
 
 
 class DiffPure(NetPurifier):

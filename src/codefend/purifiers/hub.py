@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from codefend.core.assets import needs
 from codefend.core.files import write_atomic
 from codefend.purifiers import load_folder
 from codefend.purifiers.nets import PurifierNet, save_net
@@ -94,8 +95,6 @@ def push(purifier: NetPurifier, repo_id: str, *, private: bool | None, token: st
 
 
 def _require() -> Any:
-    try:
+    with needs("the Hugging Face Hub", "hub"):
         import huggingface_hub
-    except ImportError as error:
-        raise CodefendError("the Hugging Face Hub needs a package: pip install codefend[hub]") from error
     return huggingface_hub

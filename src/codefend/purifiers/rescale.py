@@ -2,6 +2,10 @@
 
 Both preserve the size of the image and need to know the model's own, ``side``; a model that pads or crops is covered
 where it shrinks by the same factor. `core.images.load` with ``max_side`` is the alternative that changes the size.
+
+The detector is after the down- and upscaling one of Quiring et al., USENIX Security 2020, but at the model's own size:
+kernels that shrink a photograph agree, and those that shrink an attack do not. The aliasing of a photograph is noise
+that a mean over 4 x 4 pixels removes; a hidden image is not.
 """
 
 from __future__ import annotations
@@ -16,11 +20,15 @@ from torch import Generator, Tensor
 
 from codefend.core.kernels import SPARSE, matrix, resize
 from codefend.purifiers.base import Purifier
-from codefend.purifiers.kernel_detection import KernelDetector
+from codefend.purifiers.detection import Detector
 from codefend.types import CodefendError
 
 _DECISIVE = 0.1  # weight from which a pixel counts as one that a kernel reads
 _WIDEST = 4  # pixels; radius of the median's window at most
+BLOCK = 4  # pixels of the small image
+LEVEL = 0.045  # pixels in [0, 1]; `benchmarks/scaling.py calibrate`
+FALSE_POSITIVES = 0.01  # at most, of crops of photographs
+STEEPNESS = 8.0  # of the logit in the logarithm of the disagreement
 
 
 @dataclass(frozen=True)
@@ -87,3 +95,39 @@ def read_pixels(height: int, width: int, side: int) -> Tensor:
         along = [matrix(kernel, n, m).abs().amax(0) >= _DECISIVE for n, m in ((height, rows), (width, columns))]
         read |= along[0][:, None] & along[1]
     return read
+
+
+# --- detection --------------------------------------------------------------------------------------------------------
+
+
+def disagreement(images: Tensor, side: int) -> Tensor:
+    """How far kernels without antialiasing are from area averaging at ``side``, ``[B]``, pixels in [0, 1].
+
+    The largest, over kernels, of the RMS of the difference after a mean over 4 x 4 pixels.
+    """
+    size = min(side, images.shape[-2]), min(side, images.shape[-1])
+    mean = resize(images, size, "area")
+    block = min(BLOCK, *size)
+    differences = [F.avg_pool2d(resize(images, size, kernel) - mean, block) for kernel in SPARSE]
+    return torch.stack([d.square().flatten(1).mean(1) for d in differences]).amax(0).clamp_min(1e-12).sqrt()
+
+
+@dataclass(frozen=True)
+class KernelDetector(Detector):
+    """A detector whose score depends on `disagreement` alone: 0.5 at `LEVEL`.
+
+    >>> detector = KernelDetector.at(side=16)
+    >>> flat = torch.full((1, 3, 64, 64), 0.5)
+    >>> bool(detector(flat, flat) < detector.threshold)
+    True
+    """
+
+    side: int = 224  # the model's own size, pixels
+
+    @classmethod
+    def at(cls, side: int) -> KernelDetector:
+        return cls((), 0.0, threshold=0.5, false_positive_rate=FALSE_POSITIVES, side=side)
+
+    def logit(self, images: Tensor, purified: Tensor) -> Tensor:
+        wide = images.to(torch.promote_types(images.dtype, torch.float32))
+        return STEEPNESS * (disagreement(wide, self.side) / LEVEL).log()

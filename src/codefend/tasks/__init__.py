@@ -46,7 +46,7 @@ def _easyvqa(split: str, limit: int | None) -> Task:
 
 def _photos(kind: str) -> Callable[..., Task]:
     def build(split: str, limit: int | None, **options: Any) -> Task:
-        from codefend.tasks.photo_tasks import load_photo_task
+        from codefend.tasks.photographs import load_photo_task
 
         return load_photo_task(kind, split, limit, **options)
 

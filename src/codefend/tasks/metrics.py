@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codefend.core.assets import needs
 from codefend.tasks.cider import DocumentFrequencies, caption_tokens, cider_d, document_frequencies
 from codefend.tasks.intervals import Interval, MeanScore, bootstrap_interval, mean_score, paired_difference_interval
-from codefend.types import CodefendError, Example, Metric
+from codefend.types import Example, Metric
 
 __all__ = [
     "CAPTION_METRICS",
@@ -261,10 +262,8 @@ def _spaced(text: str) -> str:
 
 
 def _sacrebleu(*, smooth_method: str, effective_order: bool) -> Any:
-    try:
+    with needs("BLEU", "bench"):
         from sacrebleu.metrics.bleu import BLEU
-    except ImportError:
-        raise CodefendError("BLEU needs sacrebleu; install it with: pip install 'codefend[bench]'") from None
     return BLEU(tokenize="none", smooth_method=smooth_method, effective_order=effective_order, force=True)
 
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from codefend.core.assets import needs
 from codefend.tasks.objects import COLOURS, GROUPS, THINGS, Style, Thing, group, sprites, tint
-from codefend.types import CodefendError
 
 Split = Literal["train", "val", "test", "shift"]
 SIZE = 128  # pixels; adversarial training's cost grows with the pixels, four objects need this many
@@ -167,10 +167,8 @@ def _photographic(rng: np.random.Generator, photograph: Tensor) -> Tensor:
 @cache
 def load_photographs() -> tuple[Tensor, ...]:
     """The backgrounds that scikit-image carries, ``[3, H, W]`` each. Raises CodefendError when it is not installed."""
-    try:
+    with needs("drawing scenes", "train"):
         from skimage import data
-    except ModuleNotFoundError as error:
-        raise CodefendError("drawing scenes needs scikit-image: pip install 'codefend[train]'") from error
     photographs = []
     for name in PHOTOGRAPHS:
         array = np.asarray(getattr(data, name)())

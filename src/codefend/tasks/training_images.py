@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from codefend.core import images
+from codefend.core.assets import needs
 from codefend.tasks.scenes import SIZE, compose, load_photographs
 from codefend.types import CodefendError
 
@@ -32,12 +33,8 @@ def training_photographs() -> tuple[Tensor, ...]:
 
     Raises CodefendError when either package is missing.
     """
-    try:
+    with needs("training", "train"):
         from sklearn.datasets import load_sample_images
-    except ModuleNotFoundError as error:
-        raise CodefendError(
-            "training purifiers needs scikit-learn's photographs: pip install 'codefend[train]'"
-        ) from error
     colour = [torch.from_numpy(i.copy()).permute(2, 0, 1).float().div(255) for i in load_sample_images().images]
     return (*load_photographs(), *colour, *colour)  # the two natural ones twice: most of the others are textures
 

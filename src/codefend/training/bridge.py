@@ -29,10 +29,9 @@ from codefend.training.banks import Bank, StreamedBank
 from codefend.training.camera import jpeg_file
 from codefend.training.fit import Losses, MovingAverage, Training, fit
 from codefend.training.frozen import OWN
-from codefend.training.growth import grow
 from codefend.training.guides import Guide, directional_hinge, load_guide, token_distance, viewed
 from codefend.training.mining import mine
-from codefend.training.nets import load_prior, net_training
+from codefend.training.nets import grow, load_prior, net_training
 from codefend.training.replay import Replays
 from codefend.types import CodefendError, Objective
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from codefend import purifiers
+from codefend.core.assets import needs
 from codefend.core.devices import default_device
 from codefend.core.files import write_atomic
 from codefend.core.progress import progress
@@ -86,10 +87,8 @@ def fit_logistic(clean: Tensor, attacked: Tensor, *, ridge: float = 1e-4) -> tup
     On standardized features, with an L2 penalty of ``ridge`` / 2, so that separable classes have a finite solution.
     Raises CodefendError when scikit-learn is missing.
     """
-    try:
+    with needs("calibration", "train"):
         from sklearn.linear_model import LogisticRegression
-    except ModuleNotFoundError as error:
-        raise CodefendError("calibration needs scikit-learn: pip install 'codefend[train]'") from error
     both = torch.cat([clean, attacked]).double()
     mean, std = both.mean(0), both.std(0).clamp_min(1e-6)
     labels = [0] * len(clean) + [1] * len(attacked)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from codefend.core import images
+from codefend.core.assets import needs
 from codefend.core.checkpoints import load_checkpoint
 from codefend.core.files import write_atomic
 from codefend.core.runs import read_rows
@@ -153,7 +154,5 @@ def _pixels(data: bytes) -> Tensor:
 
 
 def _library() -> tuple[Any, Any]:
-    try:
+    with needs("Parquet", "parquet"):
         return import_module("pyarrow"), import_module("pyarrow.parquet")
-    except ModuleNotFoundError as error:
-        raise CodefendError("Parquet needs pyarrow: pip install 'codefend[parquet]'") from error

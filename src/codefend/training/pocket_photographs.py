@@ -19,19 +19,18 @@ import torch
 from torch import Tensor
 
 from codefend.core import images as files
-from codefend.core.assets import asset
+from codefend.core.assets import asset, needs
 from codefend.core.checkpoints import save_checkpoint
 from codefend.core.files import write_atomic
 from codefend.encoders import SURE, class_names
 from codefend.encoders.views import SIDE, fit_square
 from codefend.tasks.language import BRIEF, CAPTION_PROMPTS, PREFIXES
 from codefend.tasks.natural_images import NaturalConfig, NaturalImages
-from codefend.tasks.photo_tasks import EXISTENCE, OBJECT, UNSURE, caption, with_article
+from codefend.tasks.photographs import EXISTENCE, OBJECT, UNSURE, caption, with_article
 from codefend.tasks.scenes import compose, load_photographs
 from codefend.training.card import write_card
 from codefend.training.fit import Losses, Training, cosine_schedule, fit
 from codefend.training.pocket import load_shapes, text_loss
-from codefend.types import CodefendError
 from codefend.victims.photographs import TOKENS, PhotographTokens, build
 from codefend.victims.pocket import BEFORE, Pocket, load_pocket
 
@@ -171,10 +170,8 @@ def fit_gate(config: PhotographConfig, pocket: Pocket, module: PhotographTokens)
 
     Raises CodefendError when scikit-learn is missing.
     """
-    try:
+    with needs("this training", "train"):
         from sklearn.linear_model import LogisticRegression
-    except ModuleNotFoundError as error:
-        raise CodefendError("this training needs scikit-learn: pip install 'codefend[train]'") from error
     scenes = _statistics(pocket, module, _scenes(range(config.scenes)) + _shapes(config.scenes // 4))
     natural = NaturalImages(config.natural, first_scene=FIRST_SCENE)
     rng = np.random.default_rng([config.seed, 8])

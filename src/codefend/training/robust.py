@@ -30,10 +30,9 @@ from codefend.training.camera import jpeg_file
 from codefend.training.damage import damage
 from codefend.training.fit import Losses, MovingAverage, Training, fit, held_rate
 from codefend.training.frozen import OWN, word_objective
-from codefend.training.growth import grow
 from codefend.training.guides import PocketGuide, load_guide, token_distance
 from codefend.training.mining import n_fgsm, sign_steps
-from codefend.training.nets import load_prior, net_training
+from codefend.training.nets import grow, load_prior, net_training
 from codefend.types import CodefendError, Objective
 
 FIRST_SCENE = 60_000_000  # no scene of the other trainings and of the banks

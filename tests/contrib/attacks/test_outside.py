@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from attacks_kit import ToyVictim, sample_images
-from codefend.attacks import ATTACKS, EVERY_ATTACK, OUTSIDE_ATTACKS, AttackSpec, objective_for
+from codefend.attacks import ATTACKS, EVERY_ATTACK, OUTSIDE_ATTACKS, AttackSpec
 from codefend.attacks.base import ImageAttack
 from codefend.attacks.norms import distance
+from codefend.attacks.objectives import objective_for
 from codefend.contrib import outside
 from codefend.contrib.attacks.robustvlm import RobustVLM
 from codefend.contrib.outside import LogitView

@@ -14,6 +14,7 @@ from codefend.bench.report.table import Table
 from codefend.bench.report.tables import RULES, THREAT_WORDS, differences, leaderboard
 from codefend.bench.results import BARE, summarize
 from codefend.bench.sanity import check
+from codefend.core.assets import needs
 from codefend.core.files import write_atomic
 from codefend.core.runs import Row
 from codefend.types import CodefendError
@@ -95,12 +96,13 @@ def _untaken(key: tuple[str, str], folder: Path, taken: set[tuple[str, str]]) ->
     return next(name for name in (defense, *longer) if (task, name) not in taken)
 
 
-def write_board(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
-    """Write ``out`` (HTML) and a ``.md`` next to it; see ``report.write_leaderboard``."""
-    try:
+def write_leaderboard(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
+    """Rank the defenses of several runs on one page, ``out`` (HTML) with a ``.md`` next to it; returns the HTML file.
+
+    Raises CodefendError when a folder is no evaluation, or Jinja is missing.
+    """
+    with needs("the leaderboard", "bench"):
         from codefend.bench.report.page import render
-    except ModuleNotFoundError as error:
-        raise CodefendError(f"the leaderboard needs {error.name}: pip install 'codefend[bench]'") from error
     boards, path = read_boards(run_dirs), Path(out)
     words = [f"{threat}: {text}." for threat, text in THREAT_WORDS.items()]
     rules = [*RULES, *ENTRY, *words]

@@ -6,19 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import TYPE_CHECKING
 
 import torch
 
 from codefend.bench.report.table import Table, number, with_interval
 from codefend.bench.smoothing import lower_bound
+from codefend.core.assets import needs
 from codefend.core.files import write_atomic
 from codefend.core.runs import Row, read_config, read_rows
 from codefend.tasks.intervals import Interval, bootstrap_interval
 from codefend.types import CodefendError
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # l2, pixels in [0, 1]
 NOTES = (
@@ -44,11 +41,6 @@ class Curve:
         """Certified accuracy at radius ``at``."""
         flags = [float(row[self.right] and row[self.radius] > at) for row in self.rows]
         return bootstrap_interval(torch.tensor(flags), samples=1000)
-
-
-def is_certified(folder: str | Path) -> bool:
-    """Whether ``folder`` holds certificates. Raises CodefendError when it is no run folder."""
-    return "selection" in read_config(folder)
 
 
 def read_curves(folder: str | Path) -> list[Curve]:
@@ -92,29 +84,17 @@ def _table(title: str, curves: Sequence[Curve], alpha: float) -> Table:
     return Table(title, columns, tuple(lines), NOTES, frozenset({"defense"}))
 
 
-def print_certificates(folder: str | Path, console: Console) -> None:
-    """Show the tables on a terminal."""
-    for table in tables(folder):
-        console.print(table.rich())
-        console.print()
-
-
-def write_certificates(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Write ``out`` (HTML; ``report.html`` in the folder by default) with a ``.md`` next to it; the HTML's path.
+def write_certificates(folder: str | Path, path: Path) -> None:
+    """Write ``path`` (HTML) with a ``.md`` next to it.
 
     Raises CodefendError when the folder holds no certificates, or matplotlib or Jinja are missing.
     """
-    path = Path(out) if out else Path(folder) / "report.html"
-    path = path / "report.html" if path.is_dir() else path
-    try:
+    with needs("the HTML report", "bench"):
         from codefend.bench.report.page import inline, render
         from codefend.bench.report.plots import certified_accuracy
-    except ModuleNotFoundError as error:
-        raise CodefendError(f"the HTML report needs {error.name}: pip install 'codefend[bench]'") from error
     curves, parts = read_curves(folder), tables(folder)
     plots = [inline(certified_accuracy([c for c in curves if c.task == table.title])) for table in parts]
     write_atomic(path, render("certificates.html", tables=list(zip(parts, plots, strict=True)), notes=NOTES))
     lines = ["# Certified answers", "", *(f"- {note}" for note in NOTES), ""]
     lines += [line for table in parts for line in table.markdown() if not line.startswith("- ")]
     write_atomic(path.with_suffix(".md"), "\n".join(lines))
-    return path

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from codefend.bench.report.tables import (
     warnings,
 )
 from codefend.bench.results import group_rows, worst_rows
+from codefend.core.assets import needs
 from codefend.core.files import write_atomic
 from codefend.core.runs import Row
 from codefend.types import CodefendError
@@ -85,19 +86,22 @@ def columns_of(rows: Sequence[Row]) -> dict[str, list[Any]]:
 
 def rows_csv(rows: Sequence[Row]) -> str:
     table = columns_of(rows)
+    return _csv(table, zip(*table.values(), strict=True))
+
+
+def _csv(columns: Iterable[str], lines: Iterable[Sequence[object]]) -> str:
+    """CSV in which None and nan are empty cells."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(table)
-    writer.writerows(["" if cell is None else cell for cell in line] for line in zip(*table.values(), strict=True))
+    writer.writerow(columns)
+    writer.writerows(["" if cell is None or cell != cell else cell for cell in line] for line in lines)
     return stream.getvalue()
 
 
 def rows_parquet(rows: Sequence[Row]) -> bytes:
     """Raises CodefendError when pyarrow is missing."""
-    try:
+    with needs("a .parquet file, unlike .csv,", "parquet"):
         pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
-    except ModuleNotFoundError as error:
-        raise CodefendError("Parquet needs pyarrow: pip install 'codefend[parquet]', or name a .csv file") from error
     stream = io.BytesIO()
     parquet.write_table(pyarrow.table(columns_of(rows)), stream)
     return stream.getvalue()
@@ -114,14 +118,11 @@ def csv_text(report: Report) -> str:
     """One line per figure with unrounded numbers, every metric included; nan is left empty."""
     groups = group_rows(report.rows) | worst_rows(group_rows(report.rows))
     metrics = list(dict.fromkeys(name for row in report.rows for name in row["scores"]))
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([*FIGURE_COLUMNS, *(f"mean_{name}" for name in metrics)])
+    lines: list[list[object]] = []
     for e in report.entries:
         rows = groups[e.group]
         numbers = [*e.score, e.worst, e.resubmissions, e.retained]
         rates = [e.untargeted.hits, e.untargeted.n, e.targeted.hits, e.targeted.n, checks_of(e.group, report.flags)]
         means = [metric_mean(rows, name) if name in rows[0]["scores"] else math.nan for name in metrics]
-        line: list[object] = [*e.group, e.norm, e.metric, *numbers, *rates, *means]
-        writer.writerow(["" if isinstance(cell, float) and math.isnan(cell) else cell for cell in line])
-    return stream.getvalue()
+        lines.append([*e.group, e.norm, e.metric, *numbers, *rates, *means])
+    return _csv([*FIGURE_COLUMNS, *(f"mean_{name}" for name in metrics)], lines)

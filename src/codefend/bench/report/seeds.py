@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from codefend.bench.report.table import Table, number, with_interval
 from codefend.bench.results import eps_label
@@ -13,18 +12,10 @@ from codefend.core.files import write_atomic
 from codefend.core.runs import Row, read_config, read_rows
 from codefend.types import CodefendError
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 SCORE_NOTE = (
     "Worst case over attacks and resubmissions of each seed; an example's score is the mean over seeds. Brackets: 95% "
     "bootstrap interval over images. T0: oblivious, T2: adaptive white-box."
 )
-
-
-def is_seeds(folder: str | Path) -> bool:
-    """Whether ``folder`` holds an evaluation with several seeds. Raises CodefendError when it is no run folder."""
-    return bool(read_config(folder).get("seeds"))
 
 
 def read_seeds(folder: str | Path) -> list[Row]:
@@ -80,20 +71,12 @@ def _differences(figures: Sequence[SeedMeans], norm: str, reference: str) -> Tab
     )
 
 
-def print_seeds(folder: str | Path, console: Console) -> None:
-    """Show the tables on a terminal."""
-    for table in tables(read_seeds(folder), str(read_config(folder)["reference"])):
-        console.print(table.rich())
-        console.print()
+def seed_tables(folder: str | Path) -> list[Table]:
+    """The tables of a folder, see `tables`. Raises CodefendError when it holds no results."""
+    return tables(read_seeds(folder), str(read_config(folder)["reference"]))
 
 
-def write_seeds(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Write ``out``, Markdown, ``report.md`` in the folder by default; return it. Each seed's run has its own report.
-
-    Raises CodefendError when the folder holds no results.
-    """
-    path = Path(out) if out else Path(folder) / "report.md"
-    path = (path / "report.md" if path.is_dir() else path).with_suffix(".md")
-    parts = tables(read_seeds(folder), str(read_config(folder)["reference"]))
-    write_atomic(path, "\n".join(["# Scores over several seeds", "", *(line for t in parts for line in t.markdown())]))
-    return path
+def write_seeds(folder: str | Path, path: Path) -> None:
+    """Write ``path``, Markdown. Each seed's run has its own report. Raises CodefendError as `seed_tables`."""
+    lines = [line for table in seed_tables(folder) for line in table.markdown()]
+    write_atomic(path, "\n".join(["# Scores over several seeds", "", *lines]))

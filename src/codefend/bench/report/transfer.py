@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from codefend.bench.report.reading import Report, read_report
 from codefend.bench.report.table import Table, percent, rate, with_interval
 from codefend.bench.results import CLEAN, WORST, Entry, Rate, eps_label, success_rates
+from codefend.core.assets import needs
 from codefend.core.files import write_atomic
 from codefend.core.runs import read_config
 from codefend.types import CodefendError
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 NOTES = (
     "attack success rate: share of the images that the evaluated victim answers correctly behind this defense without "
@@ -37,11 +34,6 @@ class TransferCell:
     success: Rate
     clean: Entry
     attacked: Entry
-
-
-def is_matrix(folder: str | Path) -> bool:
-    """Whether ``folder`` holds a transfer matrix. Raises CodefendError when it is no run folder."""
-    return bool(read_config(folder).get("crafters"))
 
 
 def pair_folders(folder: str | Path) -> list[Path]:
@@ -87,6 +79,11 @@ def _cells(report: Report) -> list[TransferCell]:
     ]
 
 
+def tables(folder: str | Path) -> list[Table]:
+    """A table for each heat map."""
+    return [table(cells, title) for title, cells in maps(read_matrix(folder)[0]).items()]
+
+
 def maps(cells: list[TransferCell]) -> dict[str, list[TransferCell]]:
     """The cells of each heat map, by its title."""
     by_title: dict[str, list[TransferCell]] = {}
@@ -114,32 +111,20 @@ def table(cells: list[TransferCell], title: str) -> Table:
     return Table(title, columns, tuple(lines), (), frozenset(columns[:2]))
 
 
-def write_matrix(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Write ``out`` (HTML; ``report.html`` in the folder by default) with a ``.md`` next to it; the HTML's path.
+def write_matrix(folder: str | Path, path: Path) -> None:
+    """Write ``path`` (HTML) with a ``.md`` next to it.
 
     Raises CodefendError when the folder holds no results, or matplotlib or Jinja are missing.
     """
     cells, missing = read_matrix(folder)
-    path = Path(out) if out else Path(folder) / "report.html"
-    path = path / "report.html" if path.is_dir() else path
-    try:
+    with needs("the HTML report", "bench"):
         from codefend.bench.report.page import inline, render
         from codefend.bench.report.plots import heat_map
-    except ModuleNotFoundError as error:
-        raise CodefendError(f"the HTML report needs {error.name}: pip install 'codefend[bench]'") from error
-    tables = [table(members, title) for title, members in maps(cells).items()]
+    parts = [table(members, title) for title, members in maps(cells).items()]
     plots = [inline(heat_map(members)) for members in maps(cells).values()]
-    text = render("transfer.html", tables=list(zip(tables, plots, strict=True)), notes=NOTES, missing=missing)
+    text = render("transfer.html", tables=list(zip(parts, plots, strict=True)), notes=NOTES, missing=missing)
     lines = ["# Transfer of attacks between victims", "", *(f"- {note}" for note in NOTES), ""]
     lines += [f"**Unfinished: about {missing} rows are missing. Rerun the command to resume.**", ""] if missing else []
-    lines += [line for t in tables for line in t.markdown()]
+    lines += [line for part in parts for line in part.markdown()]
     write_atomic(path, text)
     write_atomic(path.with_suffix(".md"), "\n".join(lines))
-    return path
-
-
-def print_matrix(folder: str | Path, console: Console) -> None:
-    """Show the tables on a terminal."""
-    for title, cells in maps(read_matrix(folder)[0]).items():
-        console.print(table(cells, title).rich())
-        console.print()

@@ -16,8 +16,9 @@ from torch import Generator, Tensor
 from torch.nn.functional import pad
 
 from codefend.attacks.base import ImageAttack
-from codefend.attacks.norms import descend, normal, uniform
+from codefend.attacks.norms import descend, uniform
 from codefend.core.assets import asset
+from codefend.core.seeds import noise_like
 from codefend.purifiers.diffpure import vp_sigma
 from codefend.purifiers.nets import Denoiser, PurifierNet, load_net
 from codefend.types import Budget, Objective
@@ -53,7 +54,7 @@ class PureProof(ImageAttack):
         x = clean
         net = self.denoiser or shipped_prior()
         probes = [
-            (self.longest * (i + 1) / PROBES / TIMES, normal(clean[:1], generator).expand_as(clean))
+            (self.longest * (i + 1) / PROBES / TIMES, noise_like(clean[:1], generator).expand_as(clean))
             for i in range(PROBES)
         ]
 
@@ -73,8 +74,8 @@ class PureProof(ImageAttack):
     def _loss(self, objective: Objective, net: Denoiser, images: Tensor, generator: Generator | None) -> Tensor:
         step = int(uniform(images, generator, shape=(1,)) * self.longest) + 1
         t, weight = step / TIMES, 1 - step / self.longest
-        first = _denoised(net, images, t, normal(images, generator))
-        again = [_denoised(net, first, t, normal(images, generator)) for _ in range(self.renoised)]
+        first = _denoised(net, images, t, noise_like(images, generator))
+        again = [_denoised(net, first, t, noise_like(images, generator)) for _ in range(self.renoised)]
         loss = self.beta * objective(first)
         for second in again:
             drift = (second - first).square().flatten(1).mean(1)

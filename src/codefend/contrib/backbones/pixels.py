@@ -27,16 +27,9 @@ DIFFPURE, BRIDGE = "hf-diffpure:", "hf-bridge:"
 class HFDiffPureOptions(DiffPureOptions):
     """As `DiffPureOptions`, for models of the whole range of ``t`` (0.15: the paper's ImageNet setting)."""
 
+    label, limit = "hf-diffpure", (1.0, "")
     t: float = 0.15
     steps: int | None = 15
-
-    def __post_init__(self) -> None:
-        if not 0 < self.t <= 1:
-            raise CodefendError(f"hf-diffpure time t must be above 0 and at most 1, got {self.t:g}")
-        if self.steps is not None and not 1 <= self.steps <= 1000:
-            raise CodefendError(f"hf-diffpure steps must be 1 to 1000, got {self.steps}")
-        if not 0 <= self.eta <= 1:
-            raise CodefendError(f"hf-diffpure eta must be 0 to 1, got {self.eta:g}")
 
 
 def load_denoiser(source: str, *, shift: float = SHIFT_DATA) -> VPDenoiser:

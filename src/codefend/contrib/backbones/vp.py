@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from codefend.core.assets import needs
 from codefend.types import CodefendError
 
 FIXED, LEARNED = "fixed_small", "learned_range"  # variances that diffusers' schedulers know; guided-diffusion learns it
@@ -136,10 +137,8 @@ def load_part(kind: Any, source: str, folder: str, **options: Any) -> Any:
 
 def require() -> Any:
     """Import diffusers. Raises CodefendError when it is not installed."""
-    try:
+    with needs("this", "diffusers"):
         import diffusers
-    except ImportError as error:
-        raise CodefendError("this needs diffusers; install it with `pip install codefend[diffusers]`") from error
     return diffusers
 
 

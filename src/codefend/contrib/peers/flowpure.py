@@ -115,21 +115,15 @@ class FlowPure(NetPurifier):
         self.noise = self.options.start * self.options.noise
 
     def denoise(self, images: Tensor, generator: Generator | None) -> Tensor:
-        return flow_purify(self.net, images, self.options, noisy=not self.noise, generator=generator)
+        """Euler integration of the flow from s = ``start`` to 0, one evaluation a step.
 
-
-def flow_purify(
-    net: Denoiser, images: Tensor, options: FlowOptions, *, noisy: bool = False, generator: Generator | None = None
-) -> Tensor:
-    """Euler integration of the flow from s = ``start`` to 0, one evaluation a step.
-
-    An Euler step of v = (D - x) / s is x <- D + (s'/s)(x - D). With ``noise`` the image first gets the noise of
-    ``start``: the paper's white-box variants are start = 1/2 and 1/3 of a noise of 0.3. ``noisy``: they have it.
-    """
-    o = options
-    x = images if noisy or not o.noise else images + o.start * o.noise * noise_like(images, generator)
-    for now, then in pairwise(torch.linspace(o.start, 0, o.steps + 1, dtype=torch.float64).tolist()):
-        share, level = (0.0, now * o.noise) if o.noise > 0 else (now, 0.0)
-        x0 = evaluate(net, x, per_image(share, x), per_image(level, x), checkpoint=o.checkpoint)
-        x = x0 + then / now * (x - x0)
-    return x
+        An Euler step of v = (D - x) / s is x <- D + (s'/s)(x - D). With ``noise`` the image first gets the noise of
+        ``start``: the paper's white-box variants are start = 1/2 and 1/3 of a noise of 0.3.
+        """
+        o = self.options
+        x = images + self.noise * noise_like(images, generator) if self.noise else images
+        for now, then in pairwise(torch.linspace(o.start, 0, o.steps + 1, dtype=torch.float64).tolist()):
+            share, level = (0.0, now * o.noise) if o.noise > 0 else (now, 0.0)
+            x0 = evaluate(self.net, x, per_image(share, x), per_image(level, x), checkpoint=o.checkpoint)
+            x = x0 + then / now * (x - x0)
+        return x

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from codefend.attacks import EVERY_ATTACK, AttackSpec, TextAttackSpec, check_capability
+from codefend.attacks import EVERY_ATTACK, AttackSpec, TextAttackSpec
+from codefend.attacks.objectives import check_capability
 from codefend.bench.attacking import AttackGoal, attack_batch, clean_images, other_images
 from codefend.bench.config import check_radius
 from codefend.bench.setup import Loaders, load_defense

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from codefend.attacks.dct import dct_matrix
+from codefend.attacks.low_frequency import dct_matrix
 
 
 def test_the_matrix_is_orthonormal_and_maps_a_cosine_to_one_coefficient() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from codefend.attacks.adam import Adam
+from codefend.attacks.norms import Adam
 
 
 def test_adam_follows_the_papers_formulas() -> None:

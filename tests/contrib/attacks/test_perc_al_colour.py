@@ -9,7 +9,7 @@ from attacks_kit import (
     sample_images,
     seeded,
 )
-from codefend.contrib.attacks.colour import ciede2000, lab
+from codefend.contrib.attacks.perc_al import ciede2000, lab
 
 # (L, a, b) pairs and their CIEDE2000 from Sharma, Wu & Dalal 2005, Table 1
 PAIRS = [

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from codefend import load_task
-from codefend.tasks import photo_tasks
+from codefend.tasks import photographs
 from codefend.types import CodefendError, Example
 
 pytest.importorskip("skimage")
@@ -26,13 +26,13 @@ def test_captions_name_one_of_the_labels() -> None:
 
 def test_questions_ask_for_the_class_and_whether_one_is_there() -> None:
     examples = load_task("photo-vqa").examples
-    assert len(examples) == 8 * len(photo_tasks.LABELS)
+    assert len(examples) == 8 * len(photographs.LABELS)
     assert {e.kind for e in examples} == {"object", "existence"}
     by_answer = {answer: [e for e in examples if e.references == (answer,)] for answer in ("yes", "no")}
     assert len(by_answer["yes"]) == len(by_answer["no"]) == 6
     for example in by_answer["no"]:
         name = example.id.split("-")[0]
-        assert not any(label in example.prompt for label in photo_tasks.LABELS[name])
+        assert not any(label in example.prompt for label in photographs.LABELS[name])
 
 
 def test_crops_are_the_same_on_each_load() -> None:
@@ -64,7 +64,7 @@ def test_another_split_is_an_error() -> None:
 
 
 def test_articles() -> None:
-    assert photo_tasks.caption("espresso") == "a photo of an espresso"
-    assert photo_tasks.caption("") == "a photo"
+    assert photographs.caption("espresso") == "a photo of an espresso"
+    assert photographs.caption("") == "a photo"
     example = Example("1", torch.zeros(3, 4, 4), "", (), tags=("espresso",))
-    assert photo_tasks.names_class(["a photo"], [example]).tolist() == [0]
+    assert photographs.names_class(["a photo"], [example]).tolist() == [0]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from codefend.purifiers.nets import NetConfig, PurifierNet
 from codefend.training.bridge import BridgeConfig, start_from_prior
-from codefend.training.growth import grow
+from codefend.training.nets import grow
 from codefend.types import CodefendError
 
 SMALL = NetConfig(channels=(8, 12), blocks=(1, 1), embedding=16)
