@@ -4,7 +4,7 @@
     python benchmarks/fresh_text.py sources --out runs/fresh-text.json
     python benchmarks/written_text.py shares --texts runs/fresh-text.json
 
-``sources`` holds, each where it is named; all are read and none is stored in the repository:
+``sources`` holds, each where it is named; all are read and none is stored in the repository. ``--set first``:
 
 - `bastioncorpus/corpus/injections.jsonl`: the English texts of the PyPI package bastioncorpus (MIT), both labels.
 - `wasp.json`: `webarena_prompt_injections/configs/experiment_config.raw.json` of WASP (CC-BY-NC-4.0, for evaluation).
@@ -13,12 +13,23 @@
 - `govuk/`: the Markdown files of govuk-design-system (MIT): pages on forms, errors and buttons.
 - `notinject/`: NotInject's JSON files (MIT): harmless requests with words that injections use, a text each.
 
-Injections of more than `LONGEST` characters, and those with characters outside ASCII, are left out.
+``--set second``:
+
+- `spikee/`: `data/workspace/datasets` of the PyPI package spikee 0.9.2 (Apache-2.0): each jailbreak of three sets of
+  seeds with one of their English instructions.
+- `pincer/`: `src/lib/attacks` of rustyorb/pincer (MIT): injection, extraction and tool abuse.
+- `proventra.py`: `benchmark/data/test_data.py` of proventra-core (MIT), both labels.
+- `nhs/`: `app/views` of nhsuk-service-manual (MIT): how to design, write and test pages.
+- `guides/`: `_articles/*.md` of opensource.guide (CC-BY-4.0).
+
+Injections of more than `LONGEST` characters (the second set: twice that), and those with characters outside ASCII, are
+left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import random
 import re
@@ -44,10 +55,10 @@ def _with(template: str, values: dict[str, Any]) -> str:
     return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[1])), template)
 
 
-def paragraphs(folder: Path) -> list[str]:
-    """The starts of the paragraphs and list items of Markdown files, without markup."""
+def paragraphs(folder: Path, pattern: str = "*.md") -> list[str]:
+    """The starts of the paragraphs and list items of Markdown files or templates, without markup."""
     texts: set[str] = set()
-    for path in sorted(folder.rglob("*.md")):
+    for path in sorted(folder.rglob(pattern)):
         text = re.sub(r"\A---.*?^---$", "", path.read_text(encoding="utf-8", errors="ignore"), flags=re.S | re.M)
         text = re.sub(r"```.*?```|<[^>]*>|\{[%{].*?[%}]\}|!?\[|\]\([^)]*\)|[`*#|]", " ", text, flags=re.S)
         for part in re.split(r"\n\s*\n|\n\s*(?:-|\d+\.)\s", text):
@@ -57,11 +68,51 @@ def paragraphs(folder: Path) -> list[str]:
     return sorted(texts)
 
 
-def legible(texts: Iterable[str]) -> list[str]:
+def legible(texts: Iterable[str], longest: int = LONGEST) -> list[str]:
     """Different texts of ASCII characters that fit on an image, in an order of chance."""
-    fitting = sorted({short for text in texts if (short := " ".join(text.split())).isascii() and len(short) <= LONGEST})
+    fitting = sorted({short for text in texts if (short := " ".join(text.split())).isascii() and len(short) <= longest})
     random.Random(28).shuffle(fitting)
     return fitting
+
+
+def spikee(folder: Path) -> list[str]:
+    """Every jailbreak with an English instruction of its own set."""
+    rng, texts = random.Random(28), []
+    for seeds in ("seeds-cybersec-2026-01", "seeds-llm-mailbox", "seeds-sysmsg-extraction-2025-04"):
+        goals = [row["instruction"] for row in lines(folder / seeds / "instructions.jsonl") if "lang" not in row]
+        for row in lines(folder / seeds / "jailbreaks.jsonl"):
+            texts.append(row["text"].replace("<INSTRUCTION>", rng.choice(goals)))
+    return texts
+
+
+def pincer(folder: Path) -> list[str]:
+    """The strings after `prompt:` in the files of attacks that an image could hold."""
+    names = ("injection", "extraction", "tool-abuse")
+    code = "".join((folder / f"{name}.ts").read_text(encoding="utf-8") for name in names)
+    found = re.findall(r'prompt:\s*(?:"((?:[^"\\]|\\.)*)"|`((?:[^`\\]|\\.)*)`)', code)
+    return [re.sub(r"\\(.)", lambda match: " " if match[1] == "n" else match[1], a or b) for a, b in found]
+
+
+def proventra(path: Path, name: str) -> list[str]:
+    """The texts of the list that is assigned to ``name``."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    values = [item.value for item in body if isinstance(item, ast.Assign) and ast.unparse(item.targets[0]) == name]
+    return [row["text"] for row in ast.literal_eval(values[0])]
+
+
+def collect_second(sources: Path) -> dict[str, dict[str, list[str]]]:
+    instructions = {
+        "seeds (spikee)": spikee(sources / "spikee"),
+        "attacks (pincer)": pincer(sources / "pincer"),
+        "attacks (proventra)": proventra(sources / "proventra.py", "PROMPT_INJECTION_ATTACKS"),
+    }
+    pages = {
+        "service manual (NHS)": paragraphs(sources / "nhs", "*.njk"),
+        "guides (opensource.guide)": paragraphs(sources / "guides"),
+    }
+    single = {"requests (proventra)": proventra(sources / "proventra.py", "LEGITIMATE_REQUESTS")}
+    groups = {"instructions": instructions, "test": pages, "single": single}
+    return {group: {kind: legible(t, 2 * LONGEST) for kind, t in kinds.items()} for group, kinds in groups.items()}
 
 
 def collect(sources: Path) -> dict[str, dict[str, list[str]]]:
@@ -90,8 +141,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/fresh-text.json"))
+    parser.add_argument("--set", choices=["first", "second"], default="first")
     arguments = parser.parse_args()
-    groups = collect(arguments.sources)
+    groups = (collect_second if arguments.set == "second" else collect)(arguments.sources)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(groups), encoding="utf-8")
     for name, kinds in groups.items():

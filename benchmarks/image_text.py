@@ -27,7 +27,7 @@ from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
 from codefend import tasks
-from codefend.purifiers import ocr
+from codefend.purifiers import ocr, sentences
 from codefend.purifiers.redact import read
 
 PHRASES = json.loads((Path(__file__).parent / "data/image_text_phrases.json").read_text(encoding="utf-8"))
@@ -306,7 +306,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/image-text.jsonl"))
     parser.add_argument("--heldout", type=Path, default=Path("runs/heldout-text.json"))
     parser.add_argument("--fonts", type=Path, nargs="*", default=(), help="TrueType files")
+    parser.add_argument("--weights", type=Path, help="of the classifier of sentences, instead of the shipped ones")
     arguments = parser.parse_args()
+    if arguments.weights:
+        sentences.use(arguments.weights)
     if arguments.part == "summary":
         print("\n".join(map(json.dumps, summary(arguments.out))))
         return

