@@ -8,7 +8,7 @@
 #   recipes/bridge-plain.sh                        # and the peers: hgd, flowpure, flowpure-gauss, adbm, codefend-r, fare,
 #                                                  tecoa
 #   recipes/headline.sh && recipes/outside.sh       # the headline table, and attacks by others
-#   recipes/compare.sh && recipes/ablations.sh     # tables
+#   recipes/compare.sh && recipes/ablations.sh     # tables; and recipes/robust-shares.sh: seeds and data
 #   recipes/prompts.sh                             # prompt policies
 #   recipes/pocket-photographs.sh                  # the pocket answers about photographs
 #   recipes/smolvlm-pocket.sh                      # a second victim
