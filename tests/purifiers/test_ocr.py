@@ -43,3 +43,13 @@ def test_text_in_two_directions_is_read_one_after_the_other() -> None:
         line("down 1", 80, 5, turned=True),
     ]
     assert [region.text for region in ocr._in_reading_order(regions)] == ["across", "down 1", "down 2"]
+
+
+def test_one_line_read_upside_down_among_others_keeps_their_direction() -> None:
+    boxes = [((0.0, y), (60.0, y), (60.0, y + 9), (0.0, y + 9)) for y in (0.0, 11.0, 22.0)]
+    boxes[1] = boxes[1][2:] + boxes[1][:2]
+    regions = [ocr.TextRegion(text, 1.0, box) for text, box in zip(("above", "tod", "below"), boxes, strict=True)]
+    common = ocr._with_common_direction(regions)
+    assert [region.place[0] for region in regions] == [0, 2, 0]
+    assert [region.text for region in ocr._in_reading_order(common)] == ["above", "tod", "below"]
+    assert [region.place[0] for region in common] == [0, 0, 0]

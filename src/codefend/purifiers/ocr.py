@@ -7,8 +7,9 @@ sees the image at a size that bounds its cost; recognition sees each region at f
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -105,7 +106,20 @@ def read(image: Tensor) -> list[TextRegion]:
     with _LOCK:
         ocr, pixels = engine(), _bgr(image)
         regions = [_recognise(ocr, pixels, corners) for corners in _detect(ocr, pixels)]
-    return _in_reading_order([region for region in regions if region is not None])
+    return _in_reading_order(_with_common_direction([region for region in regions if region is not None]))
+
+
+def _with_common_direction(regions: Sequence[TextRegion]) -> list[TextRegion]:
+    """Turn lines that were read upside down among more text of their axis that was not: the network errs on some."""
+    letters: Counter[int] = Counter()
+    for region in regions:
+        letters[region.place[0]] += len(region.text)
+    common = []
+    for region in regions:
+        quarter, box = region.place[0], region.box
+        turned = letters[quarter] < letters[(quarter + 2) % 4]
+        common.append(replace(region, box=box[2:] + box[:2]) if turned else region)
+    return common
 
 
 def _in_reading_order(regions: Sequence[TextRegion]) -> list[TextRegion]:

@@ -83,8 +83,11 @@ def load(path: Path) -> Trained:
         tensors = {name: stored.get_tensor(name).astype(np.float32) for name in stored.keys()}  # noqa: SIM118
         header = stored.metadata()
     places = json.loads(header.get("places", "{}"))
-    changes = (Change(*at, tensors.pop(f"{name}/down"), tensors.pop(f"{name}/up")) for name, at in places.items())
-    return Trained(head=tensors, changes=tuple(changes), threshold=float(header["threshold"]))
+    changes = tuple(
+        Change(values, scales, tensors.pop(f"{name}/down"), tensors.pop(f"{name}/up"))
+        for name, (values, scales) in places.items()
+    )
+    return Trained(head=tensors, changes=changes, threshold=float(header["threshold"]))
 
 
 @lru_cache(maxsize=1)
