@@ -47,7 +47,7 @@ from codefend.types import Budget, Example, HasWordScores, Objective
 
 DRAWS = 3  # answers per image where the defense draws noise
 MOMENTUM = 0.75
-ANOTHER_VICTIM = {"clean": "adaptive", "T0": "oblivious", "T2": "adaptive"}  # in ids; adaptive/0: the same images, clean
+ANOTHER_VICTIM = {"clean": "adaptive", "T0": "oblivious", "T2": "adaptive"}  # in ids; adaptive/0: clean
 
 
 def subset(examples: Sequence[Example], count: int) -> list[Example]:
