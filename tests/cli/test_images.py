@@ -96,6 +96,8 @@ def test_purify_lists_failures_last_and_exits_with_1(dark: Path, run: Run) -> No
         (["dark.png", "-o", "x.png", "--max-pixels", "10"], "limit of 10; raise it with --max-pixels 64"),
         (["moving.gif", "-o", "x.png"], "--first-frame"),
         (["cut.png", "-o", "x.png"], "damaged, truncated"),
+        (["dark.png", "cut.png", "-o", "x.png"], "names one image file; name a folder"),
+        (["dark.png", "-o", "x.png", "--workers", "2"], "names one file; name a folder"),
     ],
 )
 def test_purify_refuses_with_one_line(

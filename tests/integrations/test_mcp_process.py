@@ -70,6 +70,7 @@ def test_a_desktop_client_gets_purified_images_or_errors_whatever_dies(tmp_path:
     [
         ([], "give the server's command after --, or --url"),
         (["--url", "http://x", "--", "y"], "give the server's command after --, or --url"),
+        (["--url", "localhost:3000"], "--url is the http(s) address"),
         (["--purifier", "brigde", "--", "y"], "did you mean 'bridge'"),
         (["--purifier", "blur", "--policy", "block", "--", "y"], "policy block needs a threshold"),
         (["--purifier", "blur", "--", "no-such-command"], "cannot run 'no-such-command'"),

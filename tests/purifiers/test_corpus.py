@@ -225,7 +225,7 @@ def test_broken_images_are_left_out_counted_and_explained(tmp_path: Path) -> Non
     (source / "bad.jpg").write_bytes(b"no image")
     report = kit.run(source, tmp_path / "out")
     assert (report.images, report.failures) == (5, 3)
-    assert {name for name, _ in report.failed} == {"bad.png", "image:2", "bad.jpg"}
+    assert {name for name, _ in report.failed} == {"x.tar/bad.png", "t.parquet/image:2", "bad.jpg"}
     assert set(kit.read_tar(tmp_path / "out" / "x.tar")) == {"000.png", "000.cls", "001.png", "001.cls", "bad.txt"}
     rows = pq.read_table(tmp_path / "out" / "t.parquet").to_pylist()
     assert [row["id"] for row in rows if row["image"] is None] == [2]
@@ -233,6 +233,26 @@ def test_broken_images_are_left_out_counted_and_explained(tmp_path: Path) -> Non
     summary, *lines = manifest(tmp_path / "out", "x.tar")
     assert (summary["images"], summary["failed"]) == (2, 1)
     assert "not an image" in str([line["error"] for line in lines if "error" in line])
+
+
+def test_images_in_formats_that_are_not_read_fail_instead_of_passing_unpurified(tmp_path: Path) -> None:
+    kit.write_tar(tmp_path / "in" / "x.tar", 1, extra={"photo.avif": b"ftypavif", "photo.txt": b"kept"})
+    (tmp_path / "in" / "phone.HEIC").write_bytes(b"ftypheic")
+    report = kit.run(tmp_path / "in", tmp_path / "out", keep_others=True)
+    assert {name for name, _ in report.failed} == {"x.tar/photo.avif", "phone.HEIC"}
+    assert "photo.avif" not in kit.read_tar(tmp_path / "out" / "x.tar")
+    assert not (tmp_path / "out" / "phone.HEIC").exists()
+
+
+def test_a_folder_of_images_and_a_corpus_are_not_resumed_as_the_other(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    kit.write_folder(tmp_path / "in", 1)
+    plain = ("purify", tmp_path / "in", "-o", tmp_path / "out", "--purifier", "bitdepth")
+    assert run(*plain)[0] == 0
+    assert "written without --workers" in run(*plain, "--shard", "1/1")[2]
+    assert run(*plain, "--shard", "1/1", "--overwrite")[0] == 0
+    assert "written as a corpus" in run(*plain)[2]
 
 
 def _cut(path: Path) -> None:

@@ -225,8 +225,9 @@ def test_two_configs_never_mix_in_one_folder(folder: Path, tmp_path: Path) -> No
 def test_one_bad_file_does_not_stop_the_rest_and_is_tried_again(folder: Path, tmp_path: Path) -> None:
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
     (folder / "link.png").symlink_to(tmp_path / "nowhere.png")
+    (folder / "phone.heic").write_bytes(b"ftypheic")  # a format that is not read, which nobody should miss unnoticed
     report = run([folder], tmp_path / "out", batch=2)
-    assert (report.done, [name for name, _ in report.failed]) == (4, ["broken.png", "link.png"])
+    assert (report.done, [name for name, _ in report.failed]) == (4, ["broken.png", "link.png", "phone.heic"])
     assert "damaged" in report.failed[0][1]
     (folder / "link.png").unlink()
     image_file(folder / "broken.png")

@@ -166,7 +166,10 @@ def _purify_corpus(paths: Sequence[str], out: str, options: FolderOptions, flags
     Raises typer.Exit(1) when images or files failed, and CodefendError as `purify_corpus`.
     """
     from codefend.purifiers.corpus import CorpusOptions, parse_shard, purify_corpus
+    from codefend.purifiers.image_files import is_image_name, kind_of
 
+    if (is_image_name(out) or kind_of(out)) and not Path(out).is_dir():
+        raise CodefendError(f"{out} names one file; name a folder, where outputs have the names of their sources")
     shard = parse_shard(flags.shard or "1/1")
     report = purify_corpus(
         paths, out, CorpusOptions(options, flags.column, flags.keep_others, shard), _choose_engine(flags)

@@ -127,6 +127,8 @@ def mcp_proxy(
 
     if (url is None) == (not command):
         raise CodefendError("give the server's command after --, or --url")
+    if url is not None and not url.startswith(("http://", "https://")):
+        raise CodefendError(f"--url is the http(s) address of an MCP server, not {url!r}")
     flags = {"purifier": purifier, "policy": policy, "text": text, "workers": workers}
     settings = load_settings(config, upstream=NO_UPSTREAM, **flags)
     raise typer.Exit(serve(settings, url or list(command or ()), documents))

@@ -49,7 +49,7 @@ class _Format(NamedTuple):
 
 _FORMATS = {
     "PNG": _Format(PngImageFile, (".png",), (b"\x89PNG\r\n\x1a\n",), alpha=True, lossless=True),
-    "JPEG": _Format(JpegImageFile, (".jpg", ".jpeg", ".jpe"), (b"\xff\xd8\xff",)),
+    "JPEG": _Format(JpegImageFile, (".jpg", ".jpeg", ".jpe", ".jfif"), (b"\xff\xd8\xff",)),
     "WEBP": _Format(WebPImageFile, (".webp",), (), alpha=True),  # see `_sniff`
     "BMP": _Format(BmpImageFile, (".bmp",), (b"BM",), lossless=True),
     "GIF": _Format(GifImageFile, (".gif",), (b"GIF87a", b"GIF89a"), writable=False),
@@ -59,6 +59,7 @@ _FORMATS = {
 }
 _SUFFIXES = {suffix: kind for kind, format in _FORMATS.items() for suffix in format.suffixes}
 READABLE = frozenset(_SUFFIXES)  # file name suffixes that a folder job reads
+UNSUPPORTED = frozenset({".avif", ".heic", ".heif", ".jp2", ".jxl"})  # of images that no decoder here reads
 _WRITABLE = tuple(kind for kind, format in _FORMATS.items() if format.writable)
 
 _PILLOW = threading.Lock()  # Pillow's pixel limit and Python's warning filters are global to the process

@@ -79,5 +79,5 @@ def check_size(width: int, height: int, limits: Limits) -> None:
         message = f"{width}x{height} is {width * height:,} pixels; the limit is {limits.max_pixels:,}"
         raise Refused(413, "image_too_large", message)
     if max(width, height) > limits.max_ratio * min(width, height):
-        message = f"{width}x{height} is longer than {limits.max_ratio:g} times its width"
+        message = f"{width}x{height} is longer than {limits.max_ratio:g} times its shorter side"
         raise Refused(400, "invalid_image", message)

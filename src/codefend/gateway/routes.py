@@ -115,7 +115,7 @@ class Routes:
             message = "files and batches cannot be inspected and are not passed on here (--allow-uploads)"
             raise Refused(403, "uploads_refused", message)
         raise Refused(
-            404, "unknown_route", f"{method} {path[:100]} is not served here; the operator's --routes name it"
+            404, "unknown_route", f"{method} {path[:100]} is not served here; its operator chooses them by --routes"
         )
 
     def is_upload(self, method: str, path: str) -> bool:

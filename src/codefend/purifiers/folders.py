@@ -17,7 +17,14 @@ from codefend.core.progress import progress
 from codefend.core.runs import Run, open_run, read_config
 from codefend.core.seeds import make_generator
 from codefend.purifiers.base import Purifier
-from codefend.purifiers.image_files import FileSteps, FolderOptions, PurifiedFile, purify_batch, target_name
+from codefend.purifiers.image_files import (
+    FileSteps,
+    FolderOptions,
+    PurifiedFile,
+    is_image_name,
+    purify_batch,
+    target_name,
+)
 from codefend.types import CodefendError
 
 __all__ = ["MANIFEST", "FolderOptions", "FolderReport", "ImageJob", "plan", "purify_paths"]
@@ -100,6 +107,8 @@ def _purify_sources(
     with _readable_paths():
         to_file = bool(target.suffix) and not target.is_dir() and not str(out).endswith(("/", os.sep))
         alone = to_file and len(sources) == 1 and not sources[0].is_dir()
+        if to_file and not alone and is_image_name(out):
+            raise CodefendError(f"{out} names one image file; name a folder for the purified images")
         jobs = [] if alone else plan(sources, target, ending=options.format, failed=report.failed)
     if alone:
         return _purify_one(load_purifier, sources[0], target, options)
@@ -162,14 +171,17 @@ def _find_images(sources: Sequence[Path], out: str, failed: list[tuple[str, str]
             links = [str(here / name) for name in inner if os.path.islink(here / name)]
             failed.extend((link, "a link to a folder is not followed; name the folder itself") for link in links)
             for name in sorted(files):
-                if name[0] != "." and Path(name).suffix.lower() in images.READABLE:
+                if name[0] != "." and is_image_name(name):
                     yield here / name, (here / name).relative_to(source)
 
 
 def _open_manifest(out: Path, options: FolderOptions) -> Run:
     folder, config = out / MANIFEST, options.fingerprint()
     with _readable_paths():
-        if options.overwrite and (folder / "config.json").exists() and read_config(folder) != config:
+        saved = read_config(folder) if (folder / "config.json").exists() else config
+        if saved.get("layout") == "corpus" and not options.overwrite:
+            raise CodefendError(f"{out} was written as a corpus, with --workers, --shard or the like; use them again")
+        if options.overwrite and saved != config:
             for name in ("rows.jsonl", "config.json"):  # in this order: rows without a config are an error
                 (folder / name).unlink(missing_ok=True)
         return open_run(folder, config)

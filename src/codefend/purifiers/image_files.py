@@ -196,7 +196,7 @@ def target_name(name: str, kind: str, ending: str | None = None) -> str:
     path = PurePosixPath(name)
     if ending is not None:
         return str(path.with_suffix(f".{ending.lstrip('.')}"))
-    if is_image_name(name):
+    if path.suffix.lower() in images.READABLE:
         return name if _is_writable(path.suffix) else f"{name}.png"
     return f"{name}.{kind.lower()}" if _is_writable(f".{kind}") else f"{name}.png"
 
@@ -251,8 +251,8 @@ def judge_group(purifier: Purifier, loaded: Sequence[images.LoadedImage], purifi
 
 
 def is_image_name(name: str | Path) -> bool:
-    """Whether a file name has the ending of a format that is read."""
-    return PurePosixPath(name).suffix.lower() in images.READABLE
+    """Whether a file name ends like an image's: also of formats that can only fail, lest they are copied unpurified."""
+    return PurePosixPath(name).suffix.lower() in images.READABLE | images.UNSUPPORTED
 
 
 def kind_of(name: str) -> Kind | None:

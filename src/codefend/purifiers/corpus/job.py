@@ -100,7 +100,9 @@ class UnitPurifier:
                 return
         summary = {"unit": unit.name, "images": work.images, "failed": work.failures, "outputs": outputs}
         self.sink.put(f"{MANIFESTS}/{unit.manifest}", lambda stream: _write_manifest(stream, summary, rows))
-        report.images, report.failures, report.failed = work.images, work.failures, work.failed
+        report.images, report.failures = work.images, work.failures
+        inside = "" if unit.kind == "group" else f"{unit.name}/"
+        report.failed = [(inside + name, reason) for name, reason in work.failed]
 
 
 _purifiers: dict[str, Purifier] = {}  # of this process, by name
@@ -187,6 +189,8 @@ def _saved_config(sink: Store, options: CorpusOptions) -> dict[str, object] | No
     if settings == config:
         return before
     if not options.files.overwrite:
+        if settings is not None and "layout" not in settings:
+            raise CodefendError(f"{sink.url} was written without --workers, --shard or the like; choose another sink")
         if settings is not None:
             keys = [key for key in sorted({*settings, *config}) if settings.get(key) != config.get(key)]
             changes = "; ".join(f"{key} was {settings.get(key)!r}, now {config.get(key)!r}" for key in keys)

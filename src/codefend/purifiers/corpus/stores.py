@@ -63,7 +63,8 @@ class Store:
         """The file at a path; None for a folder. Raises CodefendError when there is neither."""
         with self._errors():
             if not self.fs.exists(path):
-                raise CodefendError(f"no such file or folder: {self.url}")
+                unreachable = "" if self.is_local else ", or it cannot be reached"
+                raise CodefendError(f"no such file or folder{unreachable}: {self.url}")
             info = self.fs.info(path)
         return None if info["type"] == "directory" else _entry(info)
 
