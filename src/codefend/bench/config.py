@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 from codefend.attacks import EVERY_ATTACK, AttackSpec, TextAttackSpec
@@ -84,13 +84,7 @@ class EvalConfig:
     sample: Literal["first", "strata"] = "first"  # which examples: the first, or in proportion of kind and objects
 
     def __post_init__(self) -> None:
-        for name in (
-            "tasks",
-            "defenses",
-            "attacks",
-            "adaptive",
-            "seen",
-        ):  # a spec with options arrives in pieces
+        for name in ("tasks", "defenses", "attacks", "adaptive", "seen"):  # a spec with options arrives in pieces
             object.__setattr__(self, name, split_specs(getattr(self, name)))
 
     @property
@@ -104,8 +98,9 @@ class EvalConfig:
         return eps / 255 if self.norm == "linf" else eps
 
     def recorded(self) -> dict[str, object]:
-        """The fields for the run's config.json."""
-        return recorded(self, later="sample")
+        """The fields for the run's config.json, all those of a subclass among them."""
+        own = [field.name for field in fields(self)][len(fields(EvalConfig)) :]
+        return {**recorded(self, later="sample"), **{name: getattr(self, name) for name in own}}
 
 
 @dataclass(frozen=True)
@@ -117,10 +112,6 @@ class TransferConfig(EvalConfig):
 
     crafters: tuple[str, ...] = ("pocket",)
     judges: tuple[str, ...] = ()
-
-    def recorded(self) -> dict[str, object]:
-        """The fields for the run's config.json."""
-        return {**super().recorded(), "crafters": self.crafters, "judges": self.judges}
 
 
 @dataclass(frozen=True)
@@ -140,10 +131,6 @@ class SeedsConfig(EvalConfig):
             raise CodefendError("seeds must name one number or more, each once")
         if self.reference not in self.defenses:
             raise CodefendError(f"reference names {self.reference!r}, which is not among the defenses")
-
-    def recorded(self) -> dict[str, object]:
-        """The fields for the run's config.json."""
-        return {**super().recorded(), "seeds": self.seeds, "reference": self.reference}
 
 
 @dataclass(frozen=True)
@@ -185,11 +172,6 @@ class PhotographsConfig(EvalConfig):
         """A case for each encoder."""
         options = {"side": self.side, "folder": self.photographs, "seed": self.seed}
         return {f"photographs {label}": Case("photographs", f"encoder:{label}", options) for label in self.encoders}
-
-    def recorded(self) -> dict[str, object]:
-        """The fields for the run's config.json."""
-        own = {"encoders": self.encoders, "side": self.side, "photographs": self.photographs}
-        return {**super().recorded(), **own}
 
 
 @dataclass(frozen=True)

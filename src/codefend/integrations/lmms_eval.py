@@ -19,7 +19,7 @@ from codefend import DefendedVictim, Defense, load_purifier, load_victim
 from codefend.core import images
 from codefend.core.progress import progress
 from codefend.core.seeds import make_generator
-from codefend.types import CodefendError, HasLoss, WhiteBox
+from codefend.types import CodefendError, HasLoss
 
 GAP = 8  # white pixels between two images
 
@@ -69,12 +69,10 @@ class CoDefend(lmms):  # type: ignore[misc]  # lmms-eval has no types
 
         Raises CodefendError for a victim that only answers text.
         """
-        if not isinstance(self.model.victim, WhiteBox):
-            name = self.model.victim.name
-            raise CodefendError(f"victim {name!r} only answers text: tasks by likelihood need a white box")
         model, results = self.model, []
         if not isinstance(model, HasLoss):
-            raise CodefendError(f"victim {model.name!r} only answers text, and this task needs its loss")
+            name = model.victim.name
+            raise CodefendError(f"victim {name!r} only answers text: tasks by likelihood need a white box")
         for request in requests:
             context, target, visual, doc_id, task, split = request.args[:6]
             pixels = _side_by_side(visual, self.task_dict[task][split][doc_id])[None]
