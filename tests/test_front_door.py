@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import doctest
 
+import numpy as np
 import pytest
+import torch
 
 import codefend
 
@@ -29,3 +31,22 @@ def test_the_docstring_of_the_package_names_every_function_and_the_main_classes(
     assert codefend.__doc__ is not None
     names = [name for name in NAMES if name.islower()] + ["Defense", "DefendedVictim", "EvalConfig", "CodefendError"]
     assert [name for name in names if f"`{name}`" not in codefend.__doc__] == []
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (np.full((8, 8, 3), 200.0, np.float32), "got 200 to 200; scale 0-255"),
+        (torch.rand(3, 8, 8) - 1.5, "undo a normalization"),
+        (torch.full((3, 8, 8), torch.nan), "got nan to nan"),
+        (np.zeros((0, 8, 3), np.uint8), "the image is empty"),
+        (np.zeros((8, 8, 3), np.int64), "uint8 or float in"),
+    ],
+)
+def test_purify_refuses_values_that_are_no_image(image: object, words: str) -> None:
+    with pytest.raises(codefend.CodefendError, match=words):
+        codefend.purify(image, "bitdepth")
+
+
+def test_purify_takes_the_overshoot_of_resampling() -> None:
+    assert codefend.purify(torch.full((3, 8, 8), 1.05), "bitdepth").max() <= 1

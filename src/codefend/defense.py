@@ -42,6 +42,8 @@ class Defense:
     votes: int = 1
 
     def __post_init__(self) -> None:
+        if isinstance(self.purifier, str):
+            raise CodefendError(f"a defense takes a purifier, not its name: load_purifier({self.purifier!r})")
         if self.votes < 1:
             raise CodefendError(f"votes must be 1 or more, not {self.votes}")
         if self.votes > 1 and (self.purifier is None or not self.purifier.stochastic):

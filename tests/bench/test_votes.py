@@ -64,6 +64,11 @@ def test_votes_without_noise_are_refused() -> None:
         Defense(toys.Noise(), votes=0)
 
 
+def test_the_name_of_a_purifier_is_no_defense() -> None:
+    with pytest.raises(CodefendError, match=r"load_purifier\('bridge'\)"):
+        Defense("bridge")  # type: ignore[arg-type]
+
+
 def test_a_spec_says_the_number_of_votes() -> None:
     spec = parse_spec("bridge:sigma=0.1+prompt=doubt+votes=8")
     assert (spec.name, spec.prompt, spec.votes) == ("bridge", "doubt", 8)

@@ -120,6 +120,9 @@ def test_secrets_come_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [key.get_secret_value() for key in loaded.api_keys] == ["key-number-one", "key-number-two"]
     assert loaded.upstream_api_key is not None
     assert loaded.upstream_api_key.get_secret_value() == "upstream-secret"
+    (tmp_path / "keys").write_text("\n")
+    with pytest.raises(CodefendError, match="keys is empty"):  # not a gateway that is open to everyone
+        settings(api_keys_file=tmp_path / "keys")
 
 
 def test_every_setting_but_keys_has_a_flag() -> None:

@@ -194,6 +194,9 @@ def test_a_mistake_leaves_no_folder(tmp_path: Path) -> None:
     def build() -> Training[Tensor]:
         raise CodefendError("no such model")
 
+    for name in ("steps", "batch", "lr", "save_every"):
+        with pytest.raises(CodefendError, match=f"{name} must be above 0, not -1"):
+            fit(tmp_path / "run", {"train": "line", name: -1}, build)
     with pytest.raises(CodefendError, match="no such model"):
         fit(tmp_path / "run", CONFIG, build)
     with pytest.raises(CodefendError, match="micro=0 batches"):

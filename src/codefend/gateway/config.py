@@ -232,6 +232,8 @@ class Settings(BaseSettings):
                 data = data | {name: Path(file).read_text(encoding="utf-8").strip()}
             except (OSError, ValueError) as error:
                 raise ValueError(f"{name}_file: {getattr(error, 'strerror', None) or error}: {file}") from error
+            if not data[name]:  # without keys every client would be let in
+                raise ValueError(f"{name}_file: {file} is empty")
         return data
 
     @model_validator(mode="before")

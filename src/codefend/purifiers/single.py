@@ -15,6 +15,8 @@ from codefend.core import images
 from codefend.purifiers.base import Purifier
 from codefend.types import CodefendError
 
+_OVERSHOOT = 0.1  # beyond [0, 1], clamped by purifiers: resampling and rounding leave some
+
 
 def purify(
     image: Any, purifier: str | Path | Purifier = "bridge", *, seed: int = 0, max_side: int | None = None
@@ -25,7 +27,7 @@ def purify(
     ``[3, H, W]`` or ``[B, 3, H, W]``, float in [0, 1]. ``purifier``: a name or weights folder (loaded once), or a
     loaded purifier. ``seed`` fixes the purifier's noise. ``max_side`` first shrinks larger PIL images, in pixels.
 
-    Raises CodefendError for an unreadable image, another kind of object, and an unknown purifier.
+    Raises CodefendError for an unreadable image, another kind of object, other values, and an unknown purifier.
 
     >>> import numpy as np, codefend
     >>> array = np.full((32, 48, 3), 128, dtype=np.uint8)
@@ -55,6 +57,11 @@ def _purify_tensor(image: Tensor, purifier: Purifier, seed: int) -> Tensor:
         raise CodefendError(
             f"expected a float tensor [3, H, W] or [B, 3, H, W] in [0, 1], got {image.dtype} {tuple(image.shape)}"
         )
+    if not image.numel():
+        raise CodefendError(f"the image is empty: {tuple(image.shape)}")
+    low, high = (float(value) for value in image.detach().aminmax())
+    if not (low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT):  # NaN fails it, too
+        raise CodefendError(f"expected values in [0, 1], got {low:g} to {high:g}; scale 0-255, undo a normalization")
     batch = image if image.ndim == 4 else image[None]
     with torch.no_grad():
         purified = purifier(batch, generator=torch.Generator().manual_seed(seed))

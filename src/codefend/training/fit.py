@@ -100,10 +100,14 @@ def fit(folder: str | Path, config: Mapping[str, Any], build: Callable[[], Train
 
     Under ``accelerate launch`` the processes share the micro-batches, and the first one writes.
 
-    Raises CodefendError when the folder holds another config, the micro-batches cannot be shared by the processes, or
+    Raises CodefendError when the folder holds another config, steps, batch, lr or save_every in ``config`` are not
+    above 0, the micro-batches cannot be shared by the processes, or
     the loss is not finite; otherwise as ``build`` does.
     """
     folder = Path(folder)
+    for name in ("steps", "batch", "lr", "save_every"):
+        if name in config and not config[name] > 0:
+            raise CodefendError(f"{name} must be above 0, not {config[name]}")
     check_run(folder, config)
     processes = Processes.join()
     training = build()
