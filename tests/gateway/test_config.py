@@ -138,7 +138,7 @@ def test_help_groups_the_flags() -> None:
 
     from codefend.cli import serve as command
 
-    output = CliRunner().invoke(command.app, ["--help"]).output
+    output = CliRunner().invoke(command.app, ["serve", "--help"]).output
     sections = [line.rstrip(":") for line in output.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert sections == ["Options", "Server", "Images", "Prompts", "Access", "Limits", "Load", "Upstream"]
     assert "--api-keys " not in output, "a command line is no place for secrets"
