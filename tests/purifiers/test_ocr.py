@@ -32,6 +32,15 @@ def test_lines_of_turned_text_are_read_in_order(note: Image.Image, quarters: int
     assert all(12 < region.height < 34 for region in regions)  # of the letters, not the length of the line
 
 
+def test_each_line_of_small_text_on_a_large_page_is_read_once() -> None:
+    page = Image.new("RGB", (700, 700), "white")
+    font = ImageFont.truetype(str(Path(get_data_path()) / "fonts/ttf/DejaVuSansMono.ttf"), 16)
+    for i, text in enumerate(TEXT):
+        ImageDraw.Draw(page).text((50, 60 + 200 * i), text, fill="black", font=font)
+    regions = ocr.read(torch.from_numpy(np.asarray(page) / 255.0).permute(2, 0, 1).float())
+    assert [region.text.replace(" ", "") for region in regions] == [line.replace(" ", "") for line in TEXT]
+
+
 def test_text_in_two_directions_is_read_one_after_the_other() -> None:
     def line(text: str, x: float, y: float, *, turned: bool) -> ocr.TextRegion:
         corners = ((x, y), (x, y + 60), (x - 9, y + 60), (x - 9, y)) if turned else ()

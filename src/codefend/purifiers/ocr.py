@@ -24,8 +24,8 @@ from torch import Tensor
 from codefend.types import CodefendError
 
 DETECTION_PIXELS = 120_000  # images near this size are detected at their own, and at half of it
-_SCALES = (0.6, 2.0)  # the smallest text that is found is some 8 pixels high after scaling
-_SAME_LINE = 0.6  # of a line found at the second scale, from which it was found before
+_SCALES = (0.5, 2.0)  # the smallest text that is found is some 7 pixels high after scaling
+_SAME_LINE = 0.5  # of the middle of a line found at the second scale, from which it was found before
 _MIN_CONFIDENCE = 0.5
 _MIN_CHARACTERS = 3  # letters and digits: shorter readings are mostly shapes of objects
 _MODELS = {
@@ -170,7 +170,14 @@ def _detect(ocr: Any, pixels: Any) -> list[Any]:
     height, width = pixels.shape[:2]
     scale = min(max(sqrt(DETECTION_PIXELS / (height * width)), _SCALES[0]), _SCALES[1])
     fine = _detect_at(ocr, pixels, scale)
-    return fine + [box for box in _detect_at(ocr, pixels, scale / 2) if _covered(box, fine) < _SAME_LINE]
+    return fine + [box for box in _detect_at(ocr, pixels, scale / 2) if _covered(_middle(box), fine) < _SAME_LINE]
+
+
+def _middle(box: Any) -> Any:
+    """The middle quarter of a line, along it: the margin around what was found grows with the pixels of its scale."""
+    turned = np.linalg.norm(box[3] - box[0]) > np.linalg.norm(box[1] - box[0])
+    across = box[[1, 0, 3, 2] if turned else [3, 2, 1, 0]]
+    return box * 0.625 + across * 0.375
 
 
 def _detect_at(ocr: Any, pixels: Any, scale: float) -> list[Any]:
