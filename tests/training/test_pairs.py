@@ -133,6 +133,7 @@ def test_a_bank_records_the_views_that_were_attacked(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"count": 0}, "count must be above 0"),
         ({"shard": 6}, "multiple of 4"),
         ({"views": 1.5}, "from 0 to 1"),
         ({"views": 0.5, "encoders": ("victim",)}, "encoders by name"),

@@ -63,6 +63,8 @@ class PairsConfig:
         for kind in self.kinds:
             if kind not in KINDS:
                 raise CodefendError(f"unknown kind of pairs {kind!r}; known: {', '.join(KINDS)}")
+        if self.count < 1:
+            raise CodefendError(f"count must be above 0, got {self.count}")
         if self.shard < 4 or self.shard % 4:
             raise CodefendError(f"shard must be a multiple of 4, got {self.shard}")
         if not 0 <= self.views <= 1:
