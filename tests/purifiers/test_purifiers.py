@@ -176,6 +176,8 @@ def test_diffpure_takes_the_papers_step_count_by_default() -> None:
         ("bitdepth:bits=9", "1 to 8"),
         ("median:size=4", "1, 3, 5 or 7"),
         ("blur:sigma=0", "above 0"),
+        ("bridge+votes=8", "serve has --prompt and --votes"),
+        ("jpeg+prompt=doubt", "belong to a defense"),
         ("./nowhere/at/all", "no such purifier folder"),
     ],
 )

@@ -43,6 +43,8 @@ def load(name_or_folder: str | Path, **options: Any) -> Purifier:
     Jpeg(jpeg:quality=50)
     """
     spec = parse_spec(str(name_or_folder), names=PURIFIERS)
+    if spec.prompt or spec.votes > 1:
+        raise CodefendError(f"{name_or_folder}: +prompt and +votes belong to a defense; serve has --prompt and --votes")
     name, settings = spec.name, {**spec.options, **options}
     prefix, colon, _ = name.partition(":")
     if colon and name not in PURIFIERS and prefix in PREFIXES:
