@@ -184,7 +184,6 @@ class Engine:
 
     async def reencode_all(self, reading: Reading) -> Any:
         """The body with all images re-encoded, not purified. Raises Refused."""
-
         reading = await self._with_pages(reading, Caller().take)
 
         def reencode(slot: Slot) -> EncodedImage:
