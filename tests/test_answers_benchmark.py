@@ -15,7 +15,7 @@ from codefend.attacks.norms import random_start
 from codefend.core.seeds import make_generator
 from codefend.types import Budget
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 class Wordless:
