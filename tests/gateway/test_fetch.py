@@ -228,7 +228,10 @@ def test_fetches_at_a_time_are_bounded_for_all_and_for_each_client() -> None:
 def test_waiting_for_a_fetch_ends() -> None:
     async def work() -> None:
         async def handler(request: httpx2.Request) -> httpx2.Response:
-            await asyncio.sleep(5)
+            try:
+                await asyncio.sleep(5)
+            finally:
+                await asyncio.sleep(0.5)  # the first keeps its place until the second has waited long enough
             raise AssertionError
 
         fetch = fetcher(handler, again=True, concurrent=1, timeout_s=0.2)
