@@ -1,6 +1,7 @@
 """A corpus through `codefend purify`: what reading, writing and the manifest cost next to the purifier, and memory.
 
 python benchmarks/corpus.py cost --images 40 --side 256 --purifier bridge
+python benchmarks/corpus.py overlap --images 40 --side 256 --kind PNG --threads 1 --rounds 5
 python benchmarks/corpus.py memory --images 500 2500 --side 64 --purifier bitdepth
 python benchmarks/corpus.py ray --images 100 300 --side 256 --purifier bridge
 
@@ -32,9 +33,10 @@ from skimage import data
 
 from codefend import load_purifier
 from codefend.core import images
+from codefend.core.overlap import Overlap
 from codefend.core.processes import keep_freed_memory
 from codefend.purifiers.corpus import CorpusOptions, in_this_process, purify_corpus
-from codefend.purifiers.image_files import FolderOptions
+from codefend.purifiers.image_files import FileSteps, FolderOptions, purify_files
 
 
 @cache
@@ -130,6 +132,28 @@ def cost(arguments: argparse.Namespace) -> None:
             print(f"{kind}, {label}: {middle:.2f} ms an image {span}, {middle * count / 1000 / alone - 1:+.1%}")
 
 
+def overlap(arguments: argparse.Namespace) -> None:
+    """Reading, purifying and writing in turn, and with reading and writing in a second thread; wall time."""
+    count, side, kind = arguments.images[0], arguments.side, arguments.kind
+    torch.set_num_threads(arguments.threads)
+    options = FolderOptions(arguments.purifier, format="png" if kind == "PNG" else None)
+    steps = FileSteps(load_purifier(arguments.purifier), options)
+    files = [[(f"x.{kind.lower()}", photograph(number, side, kind))] for number in range(count)]
+    purify_files(steps.purifier, files[0], options)
+    seconds: dict[str, list[float]] = {"in turn": [], "second thread": []}
+    for _ in range(arguments.rounds):
+        for label, times in seconds.items():
+            small = bool if label == "in turn" else _never
+            with Overlap(steps.read, steps.purify, steps.write, small=small) as running:
+                times.append(timed(lambda running=running: list(running.run(files))).wall)  # type: ignore[misc]
+    for label, times in seconds.items():
+        print(f"{kind} {side}, {label}: {statistics.median(times) / count * 1000:.2f} ms an image")
+
+
+def _never(files: object) -> bool:
+    return False
+
+
 def memory(arguments: argparse.Namespace) -> None:
     """Each size in a process of its own: the high-water mark never falls."""
     for ending, write in WRITERS.items():
@@ -206,15 +230,15 @@ def main() -> None:
         one(*sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=["cost", "memory", "ray"])
+    parser.add_argument("verb", choices=["cost", "overlap", "memory", "ray"])
     parser.add_argument("--images", type=int, nargs="+", required=True)
     parser.add_argument("--side", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3, help="of cost")
-    parser.add_argument("--kind", default="JPEG", help="of the image files, of cost")
-    parser.add_argument("--threads", type=int, default=2, help="of cost, for the network")
+    parser.add_argument("--rounds", type=int, default=3, help="of cost and overlap")
+    parser.add_argument("--kind", default="JPEG", help="of the image files, of cost and overlap")
+    parser.add_argument("--threads", type=int, default=2, help="of cost and overlap, for the network")
     parser.add_argument("--purifier", default="bridge")
     arguments = parser.parse_args()
-    {"cost": cost, "memory": memory, "ray": on_ray}[arguments.verb](arguments)
+    {"cost": cost, "overlap": overlap, "memory": memory, "ray": on_ray}[arguments.verb](arguments)
 
 
 if __name__ == "__main__":

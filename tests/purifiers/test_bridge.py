@@ -16,24 +16,7 @@ from codefend.purifiers.bridge import (
     sample_bridge_times,
 )
 from codefend.purifiers.nets import PurifierNet
-
-
-def gen(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-class Recorder(nn.Module):
-    """A perfect predictor that records its inputs."""
-
-    multiple = 1
-
-    def __init__(self, clean: Tensor) -> None:
-        super().__init__()
-        self.clean, self.calls = clean, list[tuple[float, float]]()
-
-    def forward(self, x: Tensor, s: Tensor, sigma: Tensor) -> Tensor:
-        self.calls.append((float(s[0]), float(sigma[0])))
-        return self.clean
+from purifiers_kit import Recorder, gen
 
 
 def bridge(net: nn.Module, **options: Any) -> Bridge:

@@ -9,24 +9,7 @@ from torch import Tensor, nn
 
 from codefend.purifiers.diffpure import DiffPure, DiffPureOptions, denoise_from, diffpure_levels, vp_log_mean, vp_sigma
 from codefend.purifiers.nets import PurifierNet
-
-
-def gen(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-class Recorder(nn.Module):
-    """A perfect predictor that records its inputs."""
-
-    multiple = 1
-
-    def __init__(self, clean: Tensor) -> None:
-        super().__init__()
-        self.clean, self.calls = clean, list[tuple[float, float]]()
-
-    def forward(self, x: Tensor, s: Tensor, sigma: Tensor) -> Tensor:
-        self.calls.append((float(s[0]), float(sigma[0])))
-        return self.clean
+from purifiers_kit import Recorder, gen
 
 
 class GaussianDenoiser(nn.Module):

@@ -60,7 +60,7 @@ def _purify_tensor(image: Tensor, purifier: Purifier, seed: int) -> Tensor:
     if not image.numel():
         raise CodefendError(f"the image is empty: {tuple(image.shape)}")
     low, high = (float(value) for value in image.detach().aminmax())
-    if not (low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT):  # NaN fails it, too
+    if not (low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT):  # NaN fails it as well
         raise CodefendError(f"expected values in [0, 1], got {low:g} to {high:g}; scale 0-255, undo a normalization")
     batch = image if image.ndim == 4 else image[None]
     with torch.no_grad():
