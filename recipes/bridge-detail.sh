@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# The shipped bridge-detail, without noise: eight trainings from the bridge's second, the seventh in a wider network and
-# the eighth with other views of the images, then the detection score. Needs bridge.sh; PHOTOGRAPHS as in pairs.sh.
+# The shipped bridge-detail, without noise: ten trainings from the prior, the ninth in a wider network and the tenth with
+# other views of the images, then the detection score. Needs pairs.sh; PHOTOGRAPHS as there.
 source "$(dirname "$0")/common.sh"
 
 bridge="$RUNS/bridge-detail"
 a="$RUNS/pairs-a" b="$RUNS/pairs-b" c="$RUNS/pairs-c" d="$RUNS/pairs-d" e="$RUNS/pairs-e" f="$RUNS/pairs-f"
 late=(noise_free=0.8 at_one=0.9 warmup=20)
 short=("${late[@]}" clean=0.35 lean=true mining_steps=2 lr=3e-4 w_words=0.6)
-training bridge "$bridge-3" "$RUNS/bridge-2/weights" "$a,$b,$b,$b,$b" "${short[@]}" steps=320 seed=1 w_identity=24 mined=0.2
+training bridge "$bridge-1" "$PRIOR" "$RUNS/pairs" steps=900
+training bridge "$bridge-2" "$bridge-1/weights" "$a,$b,$b,$b,$b" steps=1800 w_identity=8 clean=0.2 mined=0.35 lean=true \
+  mining_steps=2 answers=0.2 answers_batch=4 w_answers=0.1 lr=6e-4 w_words=0.4
+training bridge "$bridge-3" "$bridge-2/weights" "$a,$b,$b,$b,$b" "${short[@]}" steps=320 seed=1 w_identity=24 mined=0.2
 training bridge "$bridge-4" "$bridge-3/weights" "$a,$b,$b,$b,$c,$c,$c" "${short[@]}" steps=420 seed=2 w_identity=32 mined=0.3 \
   answers=0.5 answers_batch=4 w_answers=0.3
 training bridge "$bridge-5" "$bridge-4/weights" "$a,$d,$b,$b,$b,$c,$c,$c,$c,$e,$e,$e,$e" "${late[@]}" steps=600 seed=4 \

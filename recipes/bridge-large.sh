@@ -1,19 +1,13 @@
 #!/usr/bin/env bash
-# The shipped bridge-large, without noise, in a network five times as large: one training from bridge-detail's seventh, on
-# pairs of which many were attacked through another view. For a GPU: on one H200 the fourteen banks took 95 seconds in
-# parallel (here they are made one after another) and a step 0.13 seconds; the shipped weights are those of step 2,720.
-# Needs pairs.sh (for the held-out bank) and bridge-detail.sh; PHOTOGRAPHS as in pairs.sh.
+# The shipped bridge-large, from the prior in one command: the recipes of its stages, then one training from its teacher
+# for noise, mostly on oblivious attacks, then the detection score. TEACHER as in bridge.sh.
 source "$(dirname "$0")/common.sh"
 
-bridge="$RUNS/bridge-large" banks=""
-for seed in $(seq 60 73); do
-  bank "pairs-views-$seed" seed="$seed" count=1536 kinds=features,features,towards,features,words steps=10 max_eps=12/255 views=0.5 \
-    shard=256 "photographs=${PHOTOGRAPHS:-}"
-  banks+="$RUNS/pairs-views-$seed,"
-done
-training bridge "$bridge" "$RUNS/bridge-detail-9/weights" "${banks%,}" noise_free=1 at_one=1 mined=0 w_identity=16 w_direction=0.3 \
-  w_features=5 w_words=0.6 steps=3400 seed=31 batch=128 lr=1e-3 warmup=100 clean=0.19 channels=64,128,192,256 blocks=2,2,4,2 jpeg=0.3 \
-  views=0.35 strength=1.04
-settings "pairs=$RUNS/pairs-held-out" "photographs=${PHOTOGRAPHS:-}"
-stage codefend calibrate "$bridge/weights" "${options[@]}"
+before_robust
+bridge="$RUNS/bridge-large"
+settings "prior=$TEACHER" "teacher=$TEACHER" "zoo=$ZOO" "victim=$POCKET" "natural.cache=$RUNS/canvases.safetensors" \
+  channels=64,128,192,256 blocks=2,2,4,2 steps=2000 seed=2 words=0.1 bare=0.85 bare_steps=8 damage=0.03 taught=0.3 \
+  noise_free=0.25 low_sigma=0.008,0.05 lr=1e-4 save_every=20
+stage codefend train robust --run "$bridge" "${options[@]}"
+stage codefend calibrate "$bridge/weights" --set "pairs=$RUNS/pairs-held-out"
 echo "done: $bridge/weights"

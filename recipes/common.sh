@@ -2,9 +2,7 @@
 # From scratch, in this order:
 #   recipes/pocket.sh && recipes/prior.sh
 #   export POCKET=runs/pocket-2/weights PRIOR=runs/prior/weights BRIDGE=runs/bridge/weights
-#   recipes/pairs.sh && recipes/bridge.sh && recipes/bridge-detail.sh && recipes/bridge-coarse.sh
-#   recipes/bridge-large.sh                        # on a GPU
-#   recipes/bridge-transfer.sh && recipes/bridge-transfer-large.sh
+#   recipes/bridge.sh && recipes/bridge-large.sh   # with all their stages: pairs, bridge-detail, teacher-large, encoders
 #   recipes/bridge-plain.sh                        # and the peers: hgd, flowpure, flowpure-gauss, adbm, codefend-r, fare,
 #                                                  tecoa
 #   recipes/headline.sh && recipes/outside.sh       # the headline table, and attacks by others
@@ -41,9 +39,28 @@ bank() {
   stage codefend pairs --run "$RUNS/$1" "${options[@]}"
 }
 
-# training PRESET RUN START BANKS KEY=VALUE...: train a bridge from the weights in START, with the settings of the file CONFIG.
+# held_out: make the bank to calibrate detection scores on.
+held_out() {
+  bank pairs-held-out seed=99 count=640 kinds=features,words,towards,words steps=10
+}
+
+# before_robust: run the stages before the last trainings of both bridges, except for those that TEACHER stands for.
+before_robust() {
+  ZOO="$RUNS/encoder-vit16/weights,$RUNS/encoder-convnet/weights"
+  if [ -n "${TEACHER:-}" ]; then
+    START=bridge-detail
+    held_out
+  else
+    START="$RUNS/bridge-detail/weights" TEACHER="$RUNS/teacher-large/weights"
+    bash recipes/pairs.sh
+    bash recipes/bridge-detail.sh
+    bash recipes/teacher-large.sh
+  fi
+  bash recipes/encoders.sh
+}
+
+# training PRESET RUN START BANKS KEY=VALUE...: train a bridge from the weights in START.
 training() {
   settings "prior=$3" "pairs=$4" "victim=$POCKET" "${@:5}"
-  [ -z "${CONFIG:-}" ] || options+=(--config "$CONFIG")
   stage codefend train "$1" --run "$2" "${options[@]}"
 }

@@ -3,7 +3,7 @@
 # recipes first (bridge-plain, hgd, flowpure, flowpure-gauss, adbm, codefend-r, fare, tecoa); oidn needs the extra `oidn`.
 # One defense after the other, each in a run that resumes, so that every chunk fits a night on two cores.
 source "$(dirname "$0")/common.sh"
-peers="jpeg diffpure:t=0.05,steps=5 oidn $BRIDGE:sigma=0.1 bridge-coarse"
+peers="jpeg diffpure:t=0.05,steps=5 oidn $BRIDGE:sigma=0.02 $BRIDGE:sigma=0.1"
 for name in hgd flowpure flowpure-gauss adbm codefend-r; do
   peers="$peers $RUNS/$name/weights"
 done

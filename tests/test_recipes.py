@@ -67,26 +67,50 @@ def test_every_command_is_valid(name: str, tmp_path: Path, capsys: pytest.Captur
         assert main([*call, "--dry-run"]) == 0, capsys.readouterr().err
 
 
-def test_the_bridges_trainings_follow_one_another_on_banks_that_exist(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    names = ("pairs.sh", "bridge.sh", "bridge-detail.sh", "bridge-large.sh")
-    recipes = [[(c[0], config(c, capsys)) for c in calls(n, tmp_path, PRIOR="P") if c[0] != "calibrate"] for n in names]
-    banks = {values["run"] for recipe in recipes for verb, values in recipe if verb == "pairs"}
-    bridge, detail, large = ([values for verb, values in recipe if verb == "train"] for recipe in recipes[1:])
-    assert [values["prior"] for values in bridge] == ["P", *(f"{values['run']}/weights" for values in bridge[:-1])]
-    starts = [f"{bridge[1]['run']}/weights", *(f"{values['run']}/weights" for values in detail[:-1])]
-    assert [values["prior"] for values in detail] == starts
-    assert [values["prior"] for values in large] == [f"{detail[-2]['run']}/weights"]
-    assert (len(bridge), len(detail)) == (4, 8)
-    assert all(set(values["pairs"]) <= banks for values in (*bridge, *detail, *large))
+def trainings(commands: list[list[str]], kind: str, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    """The configs of ``codefend train KIND`` among the commands."""
+    return [config(call, capsys) for call in commands if call[:2] == ["train", kind]]
 
 
-@pytest.mark.parametrize("name", ["bridge", "bridge-detail", "bridge-large", "bridge-coarse"])
-def test_a_recipe_repeats_the_training_of_the_shipped_weights(
+@pytest.mark.parametrize("name", ["bridge.sh", "bridge-large.sh"])
+def test_one_command_leads_from_the_prior_to_each_bridge(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    training = json.loads((asset(f"weights/{name}") / "training.json").read_text())
+    commands = calls(name, tmp_path, PRIOR="P")
+    banks = {config(call, capsys)["run"] for call in commands if call[0] == "pairs"}
+    *detail, teacher = trainings(commands, "bridge", capsys)
+    encoders, robust = (trainings(commands, kind, capsys) for kind in ("encoder", "robust"))
+    weights = [f"{values['run']}/weights" for values in (*detail, *robust)]
+    assert (len(detail), len(encoders)) == (10, 3)
+    assert [values["prior"] for values in detail] == ["P", *weights[:9]]
+    assert teacher["prior"] == weights[8]
+    large = f"{teacher['run']}/weights"
+    starts = {"bridge.sh": weights[9:-1], "bridge-large.sh": [large]}
+    assert [values["prior"] for values in robust] == starts[name]
+    assert robust[-1]["teacher"] == large
+    assert all(set(values["pairs"]) <= banks for values in (*detail, teacher))
+    assert all(set(values["zoo"]) <= {f"{encoder['run']}/weights" for encoder in encoders} for values in robust)
+    assert f"{robust[-1]['run']}/weights" == commands[-1][1]  # calibrated last
+
+
+@pytest.mark.parametrize("name", ["bridge.sh", "bridge-large.sh"])
+def test_a_given_teacher_stands_for_the_stages_before(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = calls(name, tmp_path, TEACHER="T")
+    assert not trainings(commands, "bridge", capsys)
+    first, *_ = robust = trainings(commands, "robust", capsys)
+    assert first["prior"] == ("bridge-detail" if name == "bridge.sh" else "T")
+    assert robust[-1]["teacher"] == "T"
+    assert [Path(config(call, capsys)["run"]).name for call in commands if call[0] == "pairs"] == ["pairs-held-out"]
+
+
+@pytest.mark.parametrize("folder", ["src/codefend/weights/bridge-detail", "recipes/checkpoints/teacher-large"])
+def test_a_recipe_repeats_the_training_of_the_weights(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = Path(folder).name
+    training = json.loads(Path(folder, "training.json").read_text())
     last = config([call for call in calls(f"{name}.sh", tmp_path) if call[0] == "train"][-1], capsys)
     places = {"train", "prior", "pairs", "save_every", "photographs"}
     places |= {"sigma", "strength"}  # defaults of the purifier, which don't decide the weights
@@ -113,8 +137,8 @@ def test_the_recipe_of_the_second_victim_has_the_settings_of_the_shipped_weights
     assert {key: first[key] for key in expected} == expected
 
 
-@pytest.mark.parametrize("name", ["bridge-transfer", "bridge-transfer-large"])
-def test_a_recipe_has_the_settings_of_the_shipped_transfer_weights(
+@pytest.mark.parametrize("name", ["bridge", "bridge-large"])
+def test_a_recipe_has_the_settings_of_the_shipped_bridges(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     training = json.loads((asset(f"weights/{name}") / "training.json").read_text())

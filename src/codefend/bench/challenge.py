@@ -53,7 +53,7 @@ class ChallengeConfig:
 
     victim: str = "pocket"
     tasks: tuple[str, ...] = ("caption", "vqa")
-    defenses: tuple[str, ...] = ("bridge", "bridge:sigma=0.1", "bridge-coarse")
+    defenses: tuple[str, ...] = ("bridge", "bridge:sigma=0.1")
     eps: tuple[float, ...] = (2.0, 4.0, 8.0)
     limit: int = 64  # examples per task, in proportion of kind and number of objects
     split: str = "test"

@@ -27,9 +27,10 @@ from codefend.bench.tasks import EvaluatedTask, check_task, stratified
 from codefend.core.assets import find_asset
 from codefend.core.devices import default_device
 from codefend.core.seeds import make_generator
+from codefend.core.specs import parse_spec
 from codefend.defense import Defense, StraightThrough
 from codefend.prompts.policy import Policy, attach
-from codefend.purifiers import PURIFIERS
+from codefend.purifiers import FORMER, PURIFIERS
 from codefend.purifiers.base import Purifier
 from codefend.types import CodefendError, HasFeatures, HasLoss, Task, Victim, WhiteBox
 
@@ -331,7 +332,8 @@ def _folder(name: str) -> Path | None:
     """Where the weights of ``FOLDER``, ``FOLDER:options``, ``hf:FOLDER`` or a shipped name lie; None for others."""
     while name:
         for text in filter(None, (name, name.partition(":")[2])):
-            places = find_asset(f"weights/{text}"), None if text in PURIFIERS else Path(text)  # as `load` does
+            shipped = parse_spec(FORMER[text]).name if text in FORMER else text
+            places = find_asset(f"weights/{shipped}"), None if text in PURIFIERS else Path(text)  # as `load` does
             for place in filter(None, places):
                 if place.is_dir():
                     return place

@@ -115,7 +115,7 @@ _UNSEEN = (
 )
 _ADAPTIVE = ("apgd:bpda=true", "apgd:process=1", "apgd:evade=10")
 _TEXT = ("characters", "glyphs", "words", "planted", "injection", "typographic", "joint", "joint-targeted")
-_HEADLINE = ("none", "jpeg", "diffpure:t=0.05,steps=5", "bridge", "bridge:sigma=0.1", "bridge-coarse")
+_HEADLINE = ("none", "jpeg", "diffpure:t=0.05,steps=5", "bridge:sigma=0.02", "bridge", "bridge:sigma=0.1")
 _OWN = ("pgd", "mifgsm", "apgd", "apgd-margin", "pgd-decay", "robustvlm")  # with the counterparts of the next line
 _OUTSIDE = ("foolbox-pgd", "foolbox-adam-pgd", "foolbox-mifgsm", "art-pgd", "art-apgd", "art-autoattack")
 _STRATA: dict[str, Any] = {"limit": 32, "sample": "strata"}
@@ -172,8 +172,8 @@ _EVALUATIONS = {
         "attacks of other libraries beside ours of equal steps; needs the extra `outside`",
         _EVAL,
         {
-            "defenses": ("none", "bridge", "bridge:sigma=0.1", "bridge-coarse"),
-            "adaptive": ("bridge", "bridge:sigma=0.1", "bridge-coarse"),
+            "defenses": ("none", "bridge", "bridge:sigma=0.1"),
+            "adaptive": ("bridge", "bridge:sigma=0.1"),
             "attacks": (*_OWN, *_OUTSIDE),
             "steps": 60,
             "eot": 4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from codefend.core.assets import asset
 from codefend.core.settings import check_keys, override
-from codefend.core.specs import lookup, parse_spec
+from codefend.core.specs import Spec, lookup, parse_spec
 from codefend.types import CodefendError
 
 if TYPE_CHECKING:
     from codefend.purifiers.base import NetPurifier, Purifier
     from codefend.purifiers.nets import PurifierNet
+
+log = logging.getLogger("codefend")
 
 Build = Callable[[Mapping[str, object]], "Purifier"]
 BuildNamed = Callable[[str, Mapping[str, object]], "Purifier"]
@@ -42,10 +45,11 @@ def load(name_or_folder: str | Path, **options: Any) -> Purifier:
     >>> load_purifier("jpeg", quality=50)
     Jpeg(jpeg:quality=50)
     """
-    spec = parse_spec(str(name_or_folder), names=PURIFIERS)
+    spec = parse_spec(str(name_or_folder), names={*PURIFIERS, *FORMER})
     if spec.prompt or spec.votes > 1:
         raise CodefendError(f"{name_or_folder}: +prompt and +votes belong to a defense; serve has --prompt and --votes")
-    name, settings = spec.name, {**spec.options, **options}
+    current = spec if isinstance(name_or_folder, Path) else current_spec(spec.name)
+    name, settings = current.name, {**current.options, **spec.options, **options}
     prefix, colon, _ = name.partition(":")
     if colon and name not in PURIFIERS and prefix in PREFIXES:
         return PREFIXES[prefix](name, settings).eval()
@@ -53,6 +57,14 @@ def load(name_or_folder: str | Path, **options: Any) -> Purifier:
     if isinstance(name_or_folder, Path) or is_path:
         return load_folder(Path(name), settings)
     return lookup("purifier", name, PURIFIERS).build(settings).eval()
+
+
+def current_spec(name: str) -> Spec:
+    """``name``, or what replaced that purifier: then logs a warning that says so."""
+    if name not in FORMER:
+        return Spec(name)
+    log.warning("purifier %s was replaced by %s, which is loaded", name, FORMER[name])
+    return parse_spec(FORMER[name])
 
 
 def load_folder(folder: Path, settings: Mapping[str, object], *, name: str | None = None) -> Purifier:
@@ -199,39 +211,22 @@ _ROWS = (
     ),
     PurifierSpec(
         "bridge",
-        "supervised diffusion bridge, adversarial to clean, noised (evaluations, sigma, strength, guided, gate)",
-        "CoDefend; bridge after arXiv 2302.05872, 2408.00315, 2505.13280; noise after 1902.02918, 1906.04584",
+        "supervised diffusion bridge, adversarial to clean, noised (sigma, strength, evaluations, guided, gate)",
+        "CoDefend; bridge after arXiv 2302.05872, 2408.00315, 2505.13280; noise after 1902.02918, 1906.04584; "
+        "training after N-FGSM, arXiv 2202.01181",
         _shipped("bridge"),
+    ),
+    PurifierSpec(
+        "bridge-large",
+        "the bridge in a network three times as large, for a GPU",
+        "CoDefend; as bridge",
+        _shipped("bridge-large"),
     ),
     PurifierSpec(
         "bridge-detail",
         "the bridge without noise: keeps the detail of photographs, against oblivious attacks of known kinds",
         "CoDefend; as bridge",
         _shipped("bridge-detail"),
-    ),
-    PurifierSpec(
-        "bridge-large",
-        "bridge-detail in a network five times as large, for a GPU: also for models that resize their images",
-        "CoDefend; as bridge",
-        _shipped("bridge-large"),
-    ),
-    PurifierSpec(
-        "bridge-transfer",
-        "the bridge behind little noise, trained on encoders of several families: for models it was not trained on",
-        "CoDefend; as bridge, training after N-FGSM, arXiv 2202.01181",
-        _shipped("bridge-transfer"),
-    ),
-    PurifierSpec(
-        "bridge-transfer-large",
-        "bridge-transfer in a network three times as large, for a GPU",
-        "CoDefend; as bridge-transfer",
-        _shipped("bridge-transfer-large"),
-    ),
-    PurifierSpec(
-        "bridge-coarse",
-        "the bridge trained for words alone, behind noise of 0.1: more correct captions under unseen attacks",
-        "CoDefend; as bridge",
-        _shipped("bridge-coarse"),
     ),
     PurifierSpec(
         "hgd",
@@ -281,3 +276,9 @@ _ROWS = (
     _prefix("hub", "weights of this project from the Hugging Face Hub or a folder; needs the `hub` extra", ""),
 )
 PURIFIERS: dict[str, PurifierSpec] = {spec.name: spec for spec in _ROWS}
+
+FORMER = {  # purifiers until 2026-11 -> what replaced them: other weights, at about their noise level
+    "bridge-coarse": "bridge:sigma=0.1",
+    "bridge-transfer": "bridge:sigma=0.02",
+    "bridge-transfer-large": "bridge-large:sigma=0.02",
+}

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from codefend.core.assets import asset, find_asset
+from codefend.purifiers import current_spec
 from codefend.purifiers.nets import PurifierNet, load_net, save_net
 from codefend.training.card import write_card
 from codefend.training.fit import Losses, MovingAverage, Training, cosine_rate
@@ -77,7 +78,7 @@ def load_prior(folder: str, *, residual_bound: float | None) -> PurifierNet:
 
     Raises CodefendError when the folder holds no weights.
     """
-    shipped = None if Path(folder).is_dir() else find_asset(f"weights/{folder}")
+    shipped = None if Path(folder).is_dir() else find_asset(f"weights/{current_spec(folder).name}")
     prior, _ = load_net(shipped or folder or asset("weights/prior"))
     net = PurifierNet(replace(prior.config, residual_bound=residual_bound))
     net.load_state_dict(prior.state_dict())
