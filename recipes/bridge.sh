@@ -9,7 +9,7 @@ bridge="$RUNS/bridge" common=("victim=$POCKET" "natural.cache=$RUNS/canvases.saf
 settings "prior=$START" "teacher=$START" "zoo=$RUNS/encoder-vit16/weights" "${common[@]}"
 stage codefend train robust --run "$bridge-1" "${options[@]}"
 settings "prior=$bridge-1/weights" "teacher=$TEACHER" "zoo=$ZOO,$RUNS/encoder-vgg/weights" "${common[@]}" \
-  steps=3200 bare=0.7 damage=0.05 save_every=25
+  steps=3200 bare=0.7 damage=0.05 save_every=25 sigma=0.05 strength=1.15
 stage codefend train robust --run "$bridge" "${options[@]}"
 stage codefend calibrate "$bridge/weights" --set "pairs=$RUNS/pairs-held-out"
 echo "done: $bridge/weights"

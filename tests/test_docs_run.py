@@ -59,7 +59,7 @@ _SCENES = "--set natural.canvases=2 --set natural.cache= --set steps=1 --set war
 _BRIDGE = "--set steps=1 --set batch=2 --set warmup=1 --set mined=0"
 SMALL = {  # how a command begins -> what makes it short; the longest beginning counts
     "codefend attack": "--steps 1",
-    "codefend certify": "--limit 1 --set samples=20 --set selection=10 --set defenses=bridge-coarse:sigma=0.15",
+    "codefend certify": "--limit 1 --set samples=20 --set selection=10 --set defenses=bridge:sigma=0.15",
     "codefend challenge write": "--set limit=1",
     "codefend eval": f"{_EVAL}=feature",
     "codefend eval outside": f"{_EVAL}=feature,foolbox-pgd --set defenses=none,bridge",

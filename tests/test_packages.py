@@ -17,7 +17,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "packages" / "codefend-models"
-CORE = {"bridge", "bridge-detail", "bridge-large", "bridge-transfer"}  # weights in the wheel of codefend
+CORE = {"bridge", "bridge-detail", "bridge-large"}  # weights in the wheel of codefend
 CORE_LIMIT, MODELS_LIMIT = 60e6, 95e6  # bytes; the Python Package Index takes 100 MB a file
 
 

@@ -143,9 +143,11 @@ def test_a_recipe_has_the_settings_of_the_shipped_bridges(
 ) -> None:
     training = json.loads((asset(f"weights/{name}") / "training.json").read_text())
     last = config([call for call in calls(f"{name}.sh", tmp_path) if call[0] == "train"][-1], capsys)
-    places = {"train", "prior", "teacher", "zoo", "natural"}
+    places = {"train", "prior", "teacher", "zoo", "natural", "sigma"}  # sigma: the purifier's default
     expected = {key: value for key, value in training["config"].items() if key not in places}
     assert {key: last[key] for key in expected} == expected
+    shipped = json.loads((asset(f"weights/{name}") / "config.json").read_text())["options"]
+    assert {key: last[key] for key in shipped} == shipped
     families = [Path(str(folder).removesuffix("/weights")).name for folder in training["config"]["zoo"]]
     assert [Path(str(folder).removesuffix("/weights")).name for folder in last["zoo"]] == families
 

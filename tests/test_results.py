@@ -26,6 +26,7 @@ def load_tool(name: str, folder: str = "tools") -> ModuleType:
 
 tool = load_tool("render_results")
 FIGURES = tool.load_figures()
+SHARE = FIGURES["bridge-detail/T2/words-then-loss/4/vqa"]  # any figure, to make others from
 
 
 def test_pages_hold_what_the_data_say() -> None:
@@ -35,13 +36,13 @@ def test_pages_hold_what_the_data_say() -> None:
 
 @pytest.mark.parametrize("name", ["bridge/T0/seen/8/caption", "bridge/T2/words-then-loss/4/vqa"])
 def test_another_value_changes_the_readme(name: str) -> None:
-    changed = FIGURES | {name: replace(FIGURES[name], value=0.77)}
+    changed = FIGURES | {name: replace(SHARE, id=name, value=0.77)}
     assert ROOT / "README.md" in tool.outdated(changed)
 
 
 def test_the_readme_shows_the_attack_in_two_stages_once_it_was_run() -> None:
-    defense = "bridge-coarse"
-    figure = replace(FIGURES["bridge/T2/words-then-loss/4/vqa"], value=0.77, n=32)
+    defense = "bridge-large"
+    figure = replace(SHARE, value=0.77, n=32)
     rows = {id: replace(figure, id=id) for task in tool.TASKS for id in [f"{defense}/T2/words-then-loss/4/{task}"]}
     others = {id: row for id, row in FIGURES.items() if not id.startswith(f"{defense}/")}
     marker = "<!-- results: overview -->\n<!-- /results -->"
@@ -52,10 +53,23 @@ def test_the_readme_shows_the_attack_in_two_stages_once_it_was_run() -> None:
 
 def test_a_weaker_attack_gives_an_upper_bound() -> None:
     weaker = {id: row for id, row in FIGURES.items() if "/words-then-loss/" not in id}
-    assert tool.adaptive_cell(weaker, "bridge", "2").startswith("at most ")
+    assert tool.adaptive_cell(weaker, "bridge-detail", "2").startswith("at most ")
     assert tool.adaptive_cell(weaker, "none", "2") == "-"
-    weaker["x/T2/apgd/2/vqa"] = replace(FIGURES["bridge/T2/word-head/2/caption"], id="x/T2/apgd/2/vqa", value=0.0, n=5)
+    weaker["x/T2/apgd/2/vqa"] = replace(SHARE, id="x/T2/apgd/2/vqa", value=0.0, n=5)
     assert tool.adaptive_cell(weaker, "x", "2") == "- / 0% (n 5)"
+
+
+def test_a_missing_figure_is_a_dash_or_the_next_one_named() -> None:
+    figures = {"a/psnr": replace(SHARE, id="a/psnr", unit="dB", value=31.96), "a/caption": replace(SHARE, value=0.5)}
+    cells = {"?b/psnr|dB": "-", "?b/psnr or a/psnr|dB": "32.0 dB", "?b/*": "-", "?b/* or a/*|%": "50% / -"}
+    assert {cell: tool.look_up(cell, figures) for cell in cells} == cells
+
+
+def test_weights_that_no_longer_ship_are_no_target_of_the_challenge() -> None:
+    rows = {id: replace(SHARE, id=id) for id in ("former-x/T2/words-then-loss/4/vqa", "x/T2/words-then-loss/4/vqa")}
+    for table in (tool.strongest(rows), tool.two_stage_table(rows)):
+        assert "`x`" in table
+        assert "former-x" not in table
 
 
 def test_no_line_begins_with_a_marker() -> None:

@@ -14,14 +14,11 @@ from render_results import ROOT, Figure, interval, load_figures, lowest_figure
 OUT = ROOT / "docs" / "assets"
 CLEAN = {  # the figure of clean captions that belongs to each curve
     "diffpure:t=0.05,steps=5": "diffpure/peers/clean/caption",
-    "bridge": "bridge/clean/caption",
-    "bridge:sigma=0.1": "bridge:sigma=0.1/clean/caption",
-    "bridge-coarse": "bridge-coarse/clean-draw-1/caption",
-    "bridge-detail": "bridge-detail/clean/caption",
-    "bridge-large": "bridge-large/clean/caption",
+    **{name: f"{name}/clean-strata/caption" for name in ("bridge:sigma=0.02", "bridge", "bridge:sigma=0.1")},
+    **{name: f"{name}/clean-strata/caption" for name in ("bridge-large", "bridge-detail", "former-bridge")},
 }
-DIALS = (("bridge", "bridge:sigma=0.1"), ("bridge-coarse", "bridge-coarse:sigma=0.15"), ("bridge-detail",))
-COSTS = ("bridge", "bridge-detail", "bridge-large", "bridge-large:guided=0.2")
+DIALS = (("bridge:sigma=0.02", "bridge", "bridge:sigma=0.1"), ("bridge-large",), ("bridge-detail",), ("former-bridge",))
+COSTS = ("bridge", "bridge-large", "bridge-detail", "former-bridge")
 
 
 def accuracy(figures: dict[str, Figure]) -> dict[str, list[tuple[int, Figure]]]:
@@ -31,25 +28,30 @@ def accuracy(figures: dict[str, Figure]) -> dict[str, list[tuple[int, Figure]]]:
         points = [
             (eps, figure) for eps in (1, 2, 4, 8) if (figure := lowest_figure(figures, name, str(eps), "caption"))
         ]
-        curves[name] = [(0, figures[clean]), *points]
+        if points and clean in figures:
+            curves[name] = [(0, figures[clean]), *points]
     return curves
 
 
 def trade_off(figures: dict[str, Figure]) -> dict[tuple[str, ...], list[tuple[Figure, Figure]]]:
     """By weights, the points of the dial: (PSNR of clean photographs, accuracy at 4/255)."""
-    points = {name: lowest_figure(figures, name, "4", "caption") for names in DIALS for name in names}
-    return {
-        names: [(figures[f"{name}/photographs/psnr"], point) for name in names if (point := points[name])]
-        for names in DIALS
-    }
+    dials = {}
+    for names in DIALS:
+        psnr = {name: figures.get(f"{name}/photographs/psnr", figures.get(f"{name}/families/psnr")) for name in names}
+        points = {name: lowest_figure(figures, name, "4", "caption") for name in names}
+        known = [name for name in names if psnr[name] and points[name]]
+        if known:
+            dials[tuple(known)] = [(psnr[name], points[name]) for name in known]
+    return dials
 
 
 def cost(figures: dict[str, Figure]) -> dict[str, tuple[Figure, Figure, Figure]]:
     """Seconds a megapixel; accuracy under an adaptive attack at 2/255; cosine restored under an oblivious one."""
     return {
-        name: (figures[f"{name}/time/bfloat16"], point, figures[f"{name}/photographs/cosine/lite1"])
+        name: (figures[f"{name}/time/bfloat16"], point, cosine)
         for name in COSTS
         if (point := lowest_figure(figures, name, "2", "caption"))
+        and (cosine := figures.get(f"{name}/photographs/cosine/lite1"))
     }
 
 
@@ -72,7 +74,7 @@ def draw_trade_off(axes: Any, figures: dict[str, Figure]) -> None:
     for names, points in trade_off(figures).items():
         x, y = [psnr.value for psnr, _ in points], [f.value for _, f in points]
         axes.errorbar(x, y, yerr=errors([f for _, f in points]), marker="o", capsize=2)
-        left = names[0] != "bridge"  # of the point, where another dial's labels do not stand
+        left = names[0].partition(":")[0] != "bridge"  # of the point, where another dial's labels do not stand
         for name, *place in zip(names, x, y, strict=True):
             side = {"xytext": (-6, 4), "ha": "right"} if left else {"xytext": (6, 4)}
             axes.annotate(name, place, textcoords="offset points", **side)

@@ -6,9 +6,10 @@ Two markers: a block ``<!-- results: NAME -->`` ... ``<!-- /results -->`` holds 
 "rows FILE": all figures of a file; "strongest": the strongest attack known against each defense; "answers": captions
 and questions under the adaptive attack in two stages), and ``<!--=ID-->.90<!--/-->`` holds one figure. In a template,
 ``{ID}`` is a figure and ``{PREFIX/*}`` those of captions and questions; ``{?ID}`` is a dash where there is no such
-figure, and a row of dashes is left out; ``{adaptive DEFENSE/EPS}`` is captions / questions under that attack, and n.
-``|%`` and ``|%1`` print percent with no or one decimal, ``|2`` a number with two decimals, ``|e`` with an exponent,
-``|n`` the number of examples, ``|ci`` the 95% interval, as published or Wilson's.
+figure, ``{?ID or ID}`` the first that there is, and a row of dashes is left out; ``{adaptive DEFENSE/EPS}`` is
+captions / questions under that attack, and n. ``|%`` and ``|%1`` print percent with no or one decimal, ``|2`` a number
+with two decimals, ``|e`` with an exponent, ``|dB`` with its unit, ``|n`` the number of examples, ``|ci`` the 95%
+interval, as published or Wilson's. Ids that begin with "former-" are of weights that no longer ship.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ INLINE = re.compile(r"(<!--=(.+?)-->).*?(<!--/-->)")
 FIGURE = re.compile(r"\{([^{}\n]+/[^{}\n]+)\}")
 ATTACKED = re.compile(r"(?P<defense>.+)/(?P<threat>T2d?)/(?P<attack>[^/]+)/(?P<eps>\d+)/(?P<task>caption|vqa)")
 TWO_STAGE = "words-then-loss"  # the strongest adaptive attack that is run on captions and questions alike
+FORMER = "former-"  # weights that no longer ship
+FORMER_DEFAULT = f"{FORMER}bridge"
 TASKS = {"caption": "captions", "vqa": "questions"}
-EMPTY_ROW = re.compile(r"\|[^|]*(\| - (/ - )?)+\|")
+EMPTY_ROW = re.compile(r"\|[^|]*(\| - )+\|")
 NOT_RECORDED = "The command was not recorded."
 
 
@@ -97,7 +100,7 @@ def strongest(figures: dict[str, Figure]) -> str:
     lowest: dict[tuple[str, str, int, str], Figure] = {}
     for figure in figures.values():
         match = ATTACKED.fullmatch(figure.id)
-        if match:
+        if match and not figure.id.startswith(FORMER):
             key = (match["defense"], match["threat"], int(match["eps"]), match["task"])
             lowest[key] = min(lowest.get(key, figure), figure, key=lambda f: f.value)
     lines = ["| defense | threat | eps | task | accuracy | n | 95% interval | strongest attack |", "|---" * 8 + "|"]
@@ -138,6 +141,7 @@ def two_stage_table(figures: dict[str, Figure]) -> str:
     """Every defense under the adaptive attack in two stages: captions and questions by radius, with intervals."""
     pattern = re.compile(rf"(.+)/T2/{TWO_STAGE}/(\d+)/(?:caption|vqa)")
     matches = [match for id in figures if (match := pattern.fullmatch(id))]
+    matches = [match for match in matches if match[1] == FORMER_DEFAULT or not match[1].startswith(FORMER)]
     radii = sorted({match[2] for match in matches}, key=int)
     titles = ["defense", "task", "n", "clean", *(f"adaptive, {eps}/255" for eps in radii)]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
@@ -155,8 +159,13 @@ def look_up(text: str, figures: dict[str, Figure]) -> str:
     if name.startswith("adaptive "):
         return adaptive_cell(figures, *name.removeprefix("adaptive ").rsplit("/", 1))
     optional, name = name.startswith("?"), name.removeprefix("?")
-    names = [name.replace("*", task) for task in TASKS] if name.endswith("/*") else [name]
+    choices = [
+        [part.replace("*", task) for task in TASKS] if part.endswith("/*") else [part] for part in name.split(" or ")
+    ]
+    names = next((ids for ids in choices if not figures.keys().isdisjoint(ids)), choices[0])
     unknown = [name for name in names if name not in figures]
+    if unknown == names and optional:
+        return "-"
     if unknown and optional:
         return " / ".join(show(figures[name], style) if name in figures else "-" for name in names)
     if unknown:
@@ -175,6 +184,8 @@ def show(figure: Figure, style: str = "") -> str:
         return f"{100 * figure.value:.{style[1:] or 0}f}%"
     if style.isdigit():
         return strip_zero(f"{figure.value:.{style}f}")
+    if style == "dB":
+        return f"{figure.value:.1f} dB"
     if style == "e":
         return f"{figure.value:.1e}".replace("e-0", "e-") if figure.value else "0"
     if figure.unit == "dB":

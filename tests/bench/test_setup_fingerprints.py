@@ -47,6 +47,10 @@ def test_names_lead_to_their_folders(tmp_path: Path) -> None:
     keys = fingerprints([*spelled, "none", "jpeg:quality=75", "openai:http://localhost:1/v1#m", "bridge"])
     assert list(keys) == [*spelled, "bridge"]  # and one that ships
     assert len({keys[name] for name in spelled}) == 1
+    former = fingerprints(
+        ["bridge-coarse:sigma=0.15"]
+    )  # so that a run with the former weights is not resumed with others
+    assert list(former.values()) == [keys["bridge"]]
 
 
 def test_an_evaluation_refuses_other_weights_under_the_same_name(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from codefend.contrib import oidn
 from codefend.core import assets
-from codefend.purifiers import PURIFIERS, base, grid, load
+from codefend.purifiers import FORMER, PURIFIERS, base, grid, load
 from codefend.purifiers.base import Purifier
 from codefend.purifiers.bridge import Bridge, BridgeOptions
 from codefend.purifiers.diffpure import DiffPure, DiffPureOptions
@@ -49,7 +49,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("root") / "weights"
     for kind in ("prior", "bridge", "hgd", "flowpure", "flowpure-gauss", "adbm", "codefend-r"):
         save_net(folder / kind, random_net(), kind=kind)
-    for name in ("bridge-detail", "bridge-large", "bridge-transfer", "bridge-transfer-large", "bridge-coarse"):
+    for name in ("bridge-detail", "bridge-large"):
         save_net(folder / name, random_net(), kind="bridge")
     return folder
 
@@ -147,6 +147,25 @@ def test_options_in_the_name_and_as_keywords() -> None:
     assert purifier.options == DiffPureOptions(t=0.15, steps=15, eta=0.0)
     assert purifier.name == "diffpure:t=0.15,steps=15,eta=0"
     assert load("jpeg:quality=40", quality=50).name == "jpeg:quality=50"
+
+
+@pytest.mark.parametrize(
+    ("former", "current"),
+    [
+        ("bridge-coarse", "bridge:sigma=0.1"),
+        ("bridge-coarse:sigma=0.15", "bridge:sigma=0.15"),
+        ("bridge-transfer:gate=false", "bridge:sigma=0.02"),
+        ("bridge-transfer-large", "bridge-large:sigma=0.02"),
+    ],
+)
+def test_a_former_name_loads_what_replaced_it_and_says_so(
+    former: str, current: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert load(former).name == load(current).name == current
+    name = former.partition(":")[0]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"purifier {name} was replaced by {FORMER[name]}, which is loaded"
+    ]
 
 
 def test_diffpure_takes_the_papers_step_count_by_default() -> None:

@@ -381,8 +381,8 @@ def test_training_starts_from_the_prior_or_from_the_identity(tmp_path: Path) -> 
     started = bridge.start_from_prior(BridgeConfig(prior=str(tmp_path), residual_bound=0.1))
     assert started.config.residual_bound == 0.1
     assert torch.equal(started.stem.weight, small_net().stem.weight)
-    shipped = bridge.start_from_prior(BridgeConfig(prior="bridge-transfer"))
-    assert torch.equal(shipped.stem.weight, load_net(asset("weights/bridge-transfer"))[0].stem.weight)
+    shipped = bridge.start_from_prior(BridgeConfig(prior="bridge-detail"))
+    assert torch.equal(shipped.stem.weight, load_net(asset("weights/bridge-detail"))[0].stem.weight)
     fresh = bridge.start_from_prior(BridgeConfig(prior="none"))
     images = torch.rand(1, 3, 16, 16, generator=gen())
     assert torch.allclose(fresh(images, torch.ones(1), torch.zeros(1)), images, atol=1e-6)

@@ -53,7 +53,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RobustConfig:
     return RobustConfig(
         prior=str(tmp_path / "prior"), channels=NET.channels, blocks=NET.blocks, encoders=(),
         zoo=(str(tmp_path / "encoder"),), natural=NaturalConfig(shares=(0, 1, 0)), steps=8, save_every=4, warmup=2,
-        sides=(32, 64), batches=(6, 5), shares=(0.5, 0.5), words_batch=5, damage=0.3, bare=0.5,
+        sides=(32, 64), batches=(6, 5), shares=(0.5, 0.5), words_batch=5, damage=0.3, bare=0.5, strength=1.1,
     )  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def test_an_interrupted_training_equals_an_uninterrupted_one_and_saves_a_bridge_
 ) -> None:
     folder = train(config, tmp_path / "whole")
     whole, meta = load_net(folder)
-    assert (meta["kind"], meta["options"]) == ("bridge", {"sigma": config.sigma})
+    assert (meta["kind"], meta["options"]) == ("bridge", {"sigma": config.sigma, "strength": config.strength})
     interrupt(lambda: train(config, tmp_path / "cut"), 6)
     cut, _ = load_net(train(config, tmp_path / "cut"))
     assert all(torch.equal(value, cut.state_dict()[name]) for name, value in whole.state_dict().items())
@@ -131,6 +131,7 @@ def test_an_interrupted_training_equals_an_uninterrupted_one_and_saves_a_bridge_
         ({"sides": (64,)}, "one entry for each size"),
         ({"encoders": ()}, "at least one encoder"),
         ({"encoders": ("victim",)}, "none of the victim's"),
+        ({"strength": 2.0}, "above 0, to 1.5"),
         ({"low_sigma": (0.0, 0.1)}, "above 0 and ordered"),
         ({"high_sigma": (0.2, 0.1)}, "above 0 and ordered"),
     ],

@@ -8,7 +8,7 @@ finished purifier is a dial between fidelity and adaptive robustness.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -21,6 +21,7 @@ from torch import Generator, Tensor
 from codefend.attacks import objectives
 from codefend.core.devices import default_device
 from codefend.core.seeds import make_generator
+from codefend.core.settings import recorded
 from codefend.encoders.views import View, ViewedEncoder
 from codefend.purifiers.bridge import bridge_state, charbonnier, sample_bridge_times
 from codefend.purifiers.nets import PurifierNet, load_net
@@ -90,12 +91,15 @@ class RobustConfig:
     decay: float = 0.4  # share of the steps, at the end, in which the rate falls to zero
     save_every: int = 50  # steps
     sigma: float = 0.02  # default noise of the trained purifier
+    strength: float = 1.0  # its default strength; recorded only where it differs from 1, so that older runs resume
 
     def __post_init__(self) -> None:
         if not len(self.sides) == len(self.batches) == len(self.shares):
             raise CodefendError("give sides, batches and shares one entry for each size of the images")
         if not (self.encoders or self.zoo) or OWN in self.encoders:
             raise CodefendError("name at least one encoder, in encoders or zoo, and none of the victim's")
+        if not 0 < self.strength <= 1.5:
+            raise CodefendError(f"strength must be above 0, to 1.5, got {self.strength:g}")
         for low, high in (self.low_sigma, self.high_sigma):
             if not 0 < low <= high:
                 raise CodefendError(f"a range of noise levels must be above 0 and ordered, got {low:g} to {high:g}")
@@ -105,8 +109,8 @@ class RobustConfig:
 
         Raises CodefendError when weights, an encoder or the victim are missing, or for a folder of another config.
         """
-        recorded = {"train": "robust", **asdict(self)}
-        return fit(folder, recorded, lambda: _training(self, Path(folder))) / "weights"
+        described = {"train": "robust", **recorded(self, later="strength")}
+        return fit(folder, described, lambda: _training(self, Path(folder))) / "weights"
 
 
 def _training(config: RobustConfig, folder: Path) -> Training[ThreatBatch]:
@@ -116,6 +120,8 @@ def _training(config: RobustConfig, folder: Path) -> Training[ThreatBatch]:
     teacher = load_net(config.teacher)[0].to(default_device()).requires_grad_(False) if config.teacher else None
     prior = load_prior(config.prior, residual_bound=config.residual_bound)
     net = grow(prior, channels=config.channels, blocks=config.blocks, seed=config.seed).to(default_device()).train()
+    options = {"sigma": config.sigma} if config.sigma else {}
+    options |= {"strength": config.strength} if config.strength != 1 else {}
     return net_training(
         config,
         folder,
@@ -123,7 +129,7 @@ def _training(config: RobustConfig, folder: Path) -> Training[ThreatBatch]:
         MovingAverage(net, DECAY),
         batch=RobustBatches(config),
         loss=RobustLoss(config, net, guide, teacher),
-        options={"sigma": config.sigma} if config.sigma else {},
+        options=options,
         rate=partial(held_rate, steps=config.steps, warmup=config.warmup, decay=config.decay),
     )
 
