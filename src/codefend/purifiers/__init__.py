@@ -39,7 +39,8 @@ def load(name_or_folder: str | Path, **options: Any) -> Purifier:
 
     ``"hub:ID_OR_FOLDER"`` loads from the Hugging Face Hub, ``"hf-diffpure:ID_OR_FOLDER:t=0.1"`` and the other prefixes
     load models of `diffusers`. The purifier is in eval mode on the CPU, its weights frozen. ``options`` override those
-    in the name. Raises CodefendError for an unknown name or option and for an unreadable folder.
+    in the name. A former name loads what replaced it, with a warning. Raises CodefendError for an unknown name and
+    option and for an unreadable folder.
 
     >>> from codefend import load_purifier
     >>> load_purifier("jpeg", quality=50)
