@@ -53,7 +53,10 @@ def purify(
     first_frame: FirstFrame = False,
     flatten: Annotated[bool, typer.Option("--flatten", help="Composite transparent images on white.")] = False,
     file_format: Annotated[
-        str | None, typer.Option("--format", help="File format of the outputs of a folder, such as png.")
+        str | None,
+        typer.Option(
+            "--format", help="File format of outputs in a folder, such as png; a single file has that of --out."
+        ),
     ] = None,
     quality: Annotated[
         int | None, typer.Option("--quality", min=1, max=100, help="Quality of JPEG and lossy WebP.")
