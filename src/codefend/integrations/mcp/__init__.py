@@ -63,7 +63,8 @@ def _in_background(work: Callable[[], None]) -> asyncio.Future[None]:
 
     def run() -> None:
         try:
-            future.set_result(work())
+            work()
+            future.set_result(None)
         except Exception as error:
             future.set_exception(error)
 
