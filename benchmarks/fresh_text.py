@@ -22,8 +22,19 @@
 - `nhs/`: `app/views` of nhsuk-service-manual (MIT): how to design, write and test pages.
 - `guides/`: `_articles/*.md` of opensource.guide (CC-BY-4.0).
 
-Injections of more than `LONGEST` characters (the second set: twice that), and those with characters outside ASCII, are
-left out.
+``--set third``:
+
+- `agentseal/`: the PyPI package agentseal 0.10.0 (FSL-1.1, for evaluation): payloads of its probes that are one text.
+- `promptmap/`: `rules` of utkusen/promptmap (GPL-3.0, for evaluation): distraction, jailbreak and prompt stealing.
+- `payloads.md`: `Prompt Injection/README.md` of swisskyrepo/PayloadsAllTheThings (MIT): its blocks of code.
+- `gnome-help/`: the pages of Debian's gnome-user-docs 43.0 (CC-BY-SA-3.0, for evaluation): help for users of a desktop.
+- `owasp/`: `cheatsheets` of OWASP/CheatSheetSeries (CC-BY-SA-4.0, for evaluation) without those on AI, LLMs and MCP,
+  which quote injections: advice on security.
+- `basecamp/`: basecamp/handbook (for evaluation): advice to employees.
+- `playbook/`: `en` and `views-vues/standards-normes/en` of canada-ca/digital-playbook-guide-numerique (OGL-Canada).
+
+Injections of more than `LONGEST` characters (the second and third set: twice that), and those with characters outside
+ASCII, are left out.
 """
 
 from __future__ import annotations
@@ -36,6 +47,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 LONGEST = 300  # characters of an injection that fit on a rendered image
 PARAGRAPH = 140  # characters of a harmless paragraph
@@ -55,12 +68,17 @@ def _with(template: str, values: dict[str, Any]) -> str:
     return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[1])), template)
 
 
-def paragraphs(folder: Path, pattern: str = "*.md") -> list[str]:
-    """The starts of the paragraphs and list items of Markdown files or templates, without markup."""
+def paragraphs(folder: Path, pattern: str = "*.md", without: str = "$^") -> list[str]:
+    """The starts of paragraphs and list items, without markup, of Markdown, templates or Mallard pages without `info`.
+
+    Files whose name matches ``without`` are left out.
+    """
     texts: set[str] = set()
-    for path in sorted(folder.rglob(pattern)):
+    for path in sorted(path for path in folder.rglob(pattern) if not re.search(without, path.name)):
         text = re.sub(r"\A---.*?^---$", "", path.read_text(encoding="utf-8", errors="ignore"), flags=re.S | re.M)
-        text = re.sub(r"```.*?```|<[^>]*>|\{[%{].*?[%}]\}|!?\[|\]\([^)]*\)|[`*#|]", " ", text, flags=re.S)
+        text = re.sub(
+            r"```.*?```|<info>.*?</info>|<[^>]*>|\{[%{].*?[%}]\}|!?\[|\]\([^)]*\)|[`*#|]", " ", text, flags=re.S
+        )
         for part in re.split(r"\n\s*\n|\n\s*(?:-|\d+\.)\s", text):
             short = " ".join(part.split())[:PARAGRAPH]
             if len(short) > 25 and sum(map(str.isalpha, short)) > 0.6 * len(short):
@@ -100,6 +118,52 @@ def proventra(path: Path, name: str) -> list[str]:
     return [row["text"] for row in ast.literal_eval(values[0])]
 
 
+def agentseal(folder: Path) -> list[str]:
+    """The payloads of the probes, with a word in the place of the canary."""
+    texts = []
+    for name in ("injection", "extraction"):
+        for node in ast.walk(ast.parse((folder / f"probes/{name}.py").read_text(encoding="utf-8"))):
+            pairs = zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ()
+            texts += [_text(value) for key, value in pairs if isinstance(key, ast.Constant) and key.value == "payload"]
+    return [text for text in texts if text]
+
+
+def _text(node: ast.expr) -> str:
+    """A string, whose parts may be joined by "+" or hold values; "" for another expression."""
+    if isinstance(node, ast.BinOp):
+        return _text(node.left) + _text(node.right)
+    if isinstance(node, ast.JoinedStr):
+        return "".join("OK17" if isinstance(part, ast.FormattedValue) else _text(part) for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def promptmap(folder: Path) -> list[str]:
+    """The prompts of the rules that change what a model does."""
+    kinds = ("distraction", "jailbreak", "prompt_stealing")
+    paths = [path for kind in kinds for path in sorted((folder / kind).glob("*.yaml"))]
+    return [str(yaml.safe_load(path.read_text(encoding="utf-8"))["prompt"]) for path in paths]
+
+
+def code_blocks(path: Path) -> list[str]:
+    return re.findall(r"```\w*\n(.*?)```", path.read_text(encoding="utf-8"), re.S)
+
+
+def collect_third(sources: Path) -> dict[str, dict[str, list[str]]]:
+    instructions = {
+        "probes (agentseal)": agentseal(sources / "agentseal"),
+        "rules (promptmap)": promptmap(sources / "promptmap"),
+        "payloads (PayloadsAllTheThings)": code_blocks(sources / "payloads.md"),
+    }
+    pages = {
+        "desktop help (GNOME)": paragraphs(sources / "gnome-help", "*.page"),
+        "security advice (OWASP)": paragraphs(sources / "owasp", without="LLM|AI|Prompt|MCP|Agent"),
+        "employees (Basecamp)": paragraphs(sources / "basecamp"),
+        "digital services (Canada)": paragraphs(sources / "playbook"),
+    }
+    groups = {"instructions": instructions, "test": pages}
+    return {group: {kind: legible(t, 2 * LONGEST) for kind, t in kinds.items()} for group, kinds in groups.items()}
+
+
 def collect_second(sources: Path) -> dict[str, dict[str, list[str]]]:
     instructions = {
         "seeds (spikee)": spikee(sources / "spikee"),
@@ -137,13 +201,16 @@ def collect(sources: Path) -> dict[str, dict[str, list[str]]]:
     return {group: {kind: legible(texts) for kind, texts in kinds.items()} for group, kinds in groups.items()}
 
 
+SETS = {"first": collect, "second": collect_second, "third": collect_third}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/fresh-text.json"))
-    parser.add_argument("--set", choices=["first", "second"], default="first")
+    parser.add_argument("--set", choices=SETS, default="first")
     arguments = parser.parse_args()
-    groups = (collect_second if arguments.set == "second" else collect)(arguments.sources)
+    groups = SETS[arguments.set](arguments.sources)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(groups), encoding="utf-8")
     for name, kinds in groups.items():

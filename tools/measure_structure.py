@@ -27,7 +27,8 @@ def main(arguments: list[str]) -> None:
 
 
 def top(package: Path, file: Path) -> str:
-    return file.relative_to(package).parts[0].removesuffix(".py")
+    """The subpackage of a file; ``__main__`` belongs to the front door, ``__init__``."""
+    return file.relative_to(package).parts[0].removesuffix(".py").replace("__main__", "__init__")
 
 
 def pairs(package: Path, files: list[Path]) -> set[tuple[str, str]]:

@@ -8,6 +8,10 @@ SOURCES holds texts by others, all under permissive licences and none of them in
 - `prompt_injections.csv`: Giskard's prompt-injections (MIT), from its repository.
 - `all_attack_tools.jsonl`: `data` of Agent Security Bench (agiresearch/ASB, MIT).
 - `handbook/`: `pages` of 18F's handbook (public domain); `gds-way/`: `source` of the GDS Way (MIT). Harmless guidance.
+- `plainlanguage/`: GSA/plainlanguage.gov; `18f-guides/`: 18F/guides; `uswds/`: uswds/uswds-site (public domain);
+  `developer-docs/`: alphagov/govuk-developer-docs (MIT). Harmless guidance as well, all of it for training.
+
+Sets of `benchmarks/fresh_text.py` that have been judged are read too: `LEARNED` of their kinds are for training.
 
 To these come the texts of `train_instructions.py`, and goals of an attacker of an agent in frames, with harmless text
 of the same verbs, from `benchmarks/data/agent_phrases.json`.
@@ -31,12 +35,17 @@ import train_instructions as characters
 from codefend.attacks.prompt_injection import INJECTIONS, INSTRUCTIONS
 from codefend.purifiers.instructions import WINDOW
 
+LEARNED = ("tool output (bastioncorpus)", "prompts (bastioncorpus)", "seeds (spikee)", "attacks (pincer)", "recipes")
+GUIDES = ("plainlanguage", "18f-guides", "uswds", "developer-docs")
 AGENT = json.loads((characters.ROOT / "benchmarks/data/agent_phrases.json").read_text(encoding="utf-8"))
 _ADDRESSED = re.compile(r"\byou|\byour|must|always|never|ignore|respond|answer|prompt", re.IGNORECASE)
 _VALUE = re.compile(r"^value:\s*[|>]?-?\s*\n?(.*)", re.DOTALL | re.MULTILINE)  # the last key of PyRIT's files
 _MARKUP = re.compile(r"\A---.*?^---$|```.*?```|<[^>]*>|\{[%{].*?[%}]\}|!?\[|\]\([^)]*\)|[`*#|]", re.S | re.M)
 _CONFUSED = {"o": "0", "l": "1", "i": "l", "s": "5", "e": "c"}  # by OCR
 _SHAPES = ("l", "O", "ii", "EXIT", "0I", "TAXI", "12", "u", "A4", "SALE", "oo", "24h", "-", "B")  # read on a scene
+
+
+Judged = dict[str, dict[str, list[str]]]  # texts by group ("instructions", "test", "single") and kind
 
 
 def fill(text: str, rng: random.Random) -> str:
@@ -102,6 +111,11 @@ def bipia(sources: Path, split: str) -> list[str]:
     return [text for kind in kinds.values() for text in kind]
 
 
+def learned(judged: Judged, group: str) -> list[str]:
+    """The texts of a group of sets of `benchmarks/fresh_text.py` that are for training."""
+    return [text for name in LEARNED for text in judged.get(group, {}).get(name, [])]
+
+
 def tool_goals(sources: Path) -> list[str]:
     """The aggressive goals of Agent Security Bench, without "please"."""
     rows = map(json.loads, (sources / "all_attack_tools.jsonl").read_text(encoding="utf-8").splitlines())
@@ -110,12 +124,20 @@ def tool_goals(sources: Path) -> list[str]:
 
 
 def guidance(sources: Path, split: str) -> list[str]:
-    """Paragraphs and list items of guidance for readers, half of the files for "train", half for "validation"."""
+    """Guidance for readers: half of the files of two guides for "validation", the others and `GUIDES` for "train"."""
+    halves = [*(sources / "handbook").rglob("*.md"), *(sources / "gds-way").rglob("*.erb")]
+    paths = [p for p in halves if (hashlib.sha256(p.name.encode()).digest()[0] % 2 == 0) == (split == "train")]
+    if split == "train":
+        paths += [p for name in GUIDES for p in (sources / name).rglob("*") if p.suffix in (".md", ".erb")]
+    return paragraphs(paths)
+
+
+def paragraphs(paths: Iterable[Path]) -> list[str]:
+    """Paragraphs and list items of files of Markdown, without markup."""
     texts: set[str] = set()
-    for path in sorted([*(sources / "handbook").rglob("*.md"), *(sources / "gds-way").rglob("*.erb")]):
-        if (hashlib.sha256(path.name.encode()).digest()[0] % 2 == 0) == (split == "train"):
-            plain = _MARKUP.sub(" ", path.read_text(encoding="utf-8", errors="ignore"))
-            texts.update(" ".join(part.split()) for part in re.split(r"\n\s*\n|\n\s*(?:-|\d+\.)\s", plain))
+    for path in paths:
+        plain = _MARKUP.sub(" ", path.read_text(encoding="utf-8", errors="ignore"))
+        texts.update(" ".join(part.split()) for part in re.split(r"\n\s*\n|\n\s*(?:-|\d+\.)\s", plain))
     return sorted(text for text in texts if len(text) > 25 and sum(map(str.isalpha, text)) > 0.6 * len(text))
 
 
@@ -141,7 +163,7 @@ def some(texts: Iterable[str], count: int, rng: random.Random) -> list[str]:
     return rng.sample(pool, min(count, len(pool)))
 
 
-def positive_texts(sources: Path, rng: random.Random) -> list[str]:
+def positive_texts(sources: Path, judged: Judged, rng: random.Random) -> list[str]:
     sentence = characters.PHRASES["fillers"]["train"]["s"]
     goals, tools = bipia(sources, "train"), tool_goals(sources)
     return [
@@ -151,6 +173,7 @@ def positive_texts(sources: Path, rng: random.Random) -> list[str]:
         *agent_instructions(3_600, rng),
         *jailbreaks(sources, rng),
         *short_injections(sources, rng),
+        *(part for text in learned(judged, "instructions") for part in windows(text, rng)),
         *goals,
         *(framed(goal.rstrip("."), rng) for goal in goals * 4),
         *some(tools, 100, rng),
@@ -159,7 +182,7 @@ def positive_texts(sources: Path, rng: random.Random) -> list[str]:
     ]
 
 
-def harmless_texts(sources: Path, rng: random.Random) -> list[str]:
+def harmless_texts(sources: Path, judged: Judged, rng: random.Random) -> list[str]:
     topics = " ".join(" ".join(pydoc_data.topics.topics.values()).split())[:600_000]
     mails = [json.loads(line)["context"] for line in (sources / "benchmark/email/train.jsonl").read_text().splitlines()]
     return [
@@ -167,16 +190,17 @@ def harmless_texts(sources: Path, rng: random.Random) -> list[str]:
         *some(characters.program_strings("train"), 2_200, rng),
         *some(characters.documents("train"), 1_300, rng),
         *some(characters.sample("harmless", 14_000, rng), 800, rng),
-        *some((part for text in guidance(sources, "train") for part in windows(text, rng)), 2_600, rng),
+        *some((part for text in guidance(sources, "train") for part in windows(text, rng)), 7_000, rng),
+        *some((part for text in learned(judged, "test") for part in windows(text, rng)), 700, rng),
         *(part for mail in mails for part in windows(mail, rng)),
         *some(characters._windows(topics), 300, rng),
     ]
 
 
-def training_texts(sources: Path) -> tuple[list[str], list[str]]:
+def training_texts(sources: Path, judged: Judged) -> tuple[list[str], list[str]]:
     """Instructions and harmless texts, those of the former that stand in harmless text included."""
     rng = random.Random(0)
-    positive, single = positive_texts(sources, rng), harmless_texts(sources, rng)
+    positive, single = positive_texts(sources, judged, rng), harmless_texts(sources, judged, rng)
     short = [*characters.harmless("train"), *AGENT["harmless"]]
     joined = [" ".join(rng.sample(single, rng.randint(2, 4)))[:160] for _ in range(1_200)]
     joined += [" ".join(rng.sample(short, rng.randint(2, 5)))[:160] for _ in range(900)]

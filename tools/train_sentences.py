@@ -1,6 +1,6 @@
 """Train what `codefend.purifiers.sentences` adds to MiniLM, and write `src/codefend/purifiers/sentences.safetensors`.
 
-    python tools/train_sentences.py SOURCES HELDOUT.json [--out FILE]
+    python tools/train_sentences.py SOURCES HELDOUT.json --judged FIRST.json SECOND.json [--start FILE] [--out FILE]
 
 The last `LAYERS` layers learn matrices of rank `RANK` beside their own (LoRA, Hu et al. 2022) with a head of two layers
 on the mean and the maximum of the tokens' embeddings; the layers below are frozen, and their outputs are computed once.
@@ -9,7 +9,8 @@ of `sentence_texts.py`. The threshold is the lowest that marks at most `PAGES_MA
 validation texts: those of HELDOUT.json (`benchmarks/heldout_text.py`) and guidance that was not trained on. BIPIA's
 test attacks, of other kinds than those in training, are a check that is printed. Needs the extras train, ocr, export.
 
-21,000 texts take some 25 minutes on one core.
+21,000 texts take some 25 minutes on one core. ``--start`` goes on from weights that were trained before, at half the
+rate, with ``--count`` of the texts.
 """
 
 from __future__ import annotations
@@ -39,12 +40,13 @@ from codefend.purifiers import instructions, sentences
 OUT = Path(__file__).parent.parent / "src/codefend/purifiers/sentences.safetensors"
 LAYERS, RANK, HIDDEN = 4, 16, 64
 PASSES, BATCH, RATE = 1, 32, 1.5e-3
-PAGES_MARKED = 0.01
+PAGES_MARKED = 0.02
 PAGE = 4  # texts
 LINE = 44  # characters
-VALIDATION = 700  # harmless texts of each kind
+VALIDATION = 400  # harmless texts of each kind
 _PARTS = ("attention.self.query", "attention.self.key", "attention.self.value")
 _PARTS += ("attention.output.dense", "intermediate.dense", "output.dense")
+_HEAD = {"0.weight": "hidden.weight", "0.bias": "hidden.bias", "3.weight": "out.weight", "3.bias": "out.bias"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,17 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.linear(x) + x @ self.down.T @ self.up.T
         return result
+
+
+class Standardized(nn.Module):
+    """Features ``[B, 768]`` less their mean, over their deviation."""
+
+    def __init__(self, mean: Tensor, deviation: Tensor) -> None:
+        super().__init__()
+        self.mean, self.deviation = mean, deviation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.deviation
 
 
 def read_model() -> Stored:
@@ -165,23 +178,52 @@ def batches(lengths: Sequence[int], rng: random.Random) -> Iterator[list[int]]:
     yield from groups
 
 
-def fit(model: BertModel, positive: Sequence[str], negative: Sequence[str]) -> tuple[dict[str, LowRank], nn.Sequential]:
+def fit(
+    model: BertModel, positive: Sequence[str], negative: Sequence[str], start: sentences.Trained | None = None
+) -> tuple[dict[str, LowRank], nn.Sequential]:
     """The matrices of low rank and the head, whose first layer takes features as they are, not standardized."""
     states = lower(model, tokens([*positive, *negative]))
     labels = torch.tensor([1.0] * len(positive) + [0.0] * len(negative))
-    with torch.no_grad():
-        sample = torch.cat([upper(model, states[i : i + 32]) for i in range(0, len(states), len(states) // 16)])
-    mean, deviation = sample.mean(0), sample.std(0) + 1e-4
     adapted = adapt(model)
     head = nn.Sequential(nn.Linear(768, HIDDEN), nn.ReLU(), nn.Dropout(0.2), nn.Linear(HIDDEN, 1))
-    parameters = [p for layer in adapted.values() for p in (layer.down, layer.up)]
-    optimizer = torch.optim.AdamW([{"params": parameters, "weight_decay": 0.01}, {"params": head.parameters()}], RATE)
+    if start:
+        resume(adapted, head, start)
+    with torch.no_grad():
+        sample = torch.cat([upper(model, states[i : i + 32]) for i in range(0, len(states), len(states) // 16)])
+        mean, deviation = sample.mean(0), sample.std(0) + 1e-4
+        if start:
+            head[0].bias.add_(head[0].weight @ mean)
+            head[0].weight.mul_(deviation)
+    whole = nn.Sequential(Standardized(mean, deviation), head)
+    descend(model, states, labels, [*adapted.values()], whole, RATE / 2 if start else RATE)
+    with torch.no_grad():
+        head[0].weight.div_(deviation)
+        head[0].bias.sub_(head[0].weight @ mean)
+    return adapted, head.eval()
+
+
+def resume(adapted: dict[str, LowRank], head: nn.Sequential, start: sentences.Trained) -> None:
+    """Copy weights that were trained before; their matrices are in the order of ``adapted``."""
+    with torch.no_grad():
+        for layer, change in zip(adapted.values(), start.changes, strict=True):
+            layer.down.copy_(torch.from_numpy(change.down))
+            layer.up.copy_(torch.from_numpy(change.up))
+        for name, parameter in head.named_parameters():
+            parameter.copy_(torch.from_numpy(start.head[_HEAD[name]]).view_as(parameter))
+
+
+def descend(
+    model: BertModel, states: list[Tensor], labels: Tensor, layers: list[LowRank], head: nn.Module, rate: float
+) -> None:
+    """AdamW on the cross-entropy, for `PASSES` over the texts."""
+    parameters = [p for layer in layers for p in (layer.down, layer.up)]
+    optimizer = torch.optim.AdamW([{"params": parameters, "weight_decay": 0.01}, {"params": head.parameters()}], rate)
     steps = PASSES * -(-len(states) // BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 50, 1 - i / (steps + 1)))
     rng, start, losses = random.Random(1), time.monotonic(), []
     for _ in range(PASSES):
         for batch in batches([len(state) for state in states], rng):
-            logits = head((upper(model, [states[i] for i in batch]) - mean) / deviation)[:, 0]
+            logits = head(upper(model, [states[i] for i in batch]))[:, 0]
             loss = nn.functional.binary_cross_entropy_with_logits(logits, labels[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -191,16 +233,11 @@ def fit(model: BertModel, positive: Sequence[str], negative: Sequence[str]) -> t
             losses.append(loss.item())
             if len(losses) % 25 == 0:
                 print(f"{len(losses)}/{steps} {np.mean(losses[-25:]):.3f} {time.monotonic() - start:.0f} s", flush=True)
-    with torch.no_grad():
-        head[0].weight.div_(deviation)
-        head[0].bias.sub_(head[0].weight @ mean)
-    return adapted, head.eval()
 
 
 def save(path: Path, stored: Stored, adapted: dict[str, LowRank], head: nn.Sequential, threshold: float) -> None:
     """Write 16-bit weights, with the threshold and the places of the changed matrices in the header."""
-    names = {"0.weight": "hidden.weight", "0.bias": "hidden.bias", "3.weight": "out.weight", "3.bias": "out.bias"}
-    weights = {names[name]: tensor.squeeze(0).half().contiguous() for name, tensor in head.state_dict().items()}
+    weights = {_HEAD[name]: tensor.squeeze(0).half().contiguous() for name, tensor in head.state_dict().items()}
     for name, layer in adapted.items():
         weights |= {f"{name}/down": layer.down.detach().half(), f"{name}/up": layer.up.detach().half()}
     places = json.dumps({name: stored.places[name] for name in adapted})
@@ -221,40 +258,57 @@ def parts(text: str) -> list[str]:
 
 
 def highest(texts: Sequence[str]) -> Tensor:
-    """The highest of the sums of both logits over the windows of each text, by the weights that are installed."""
-
-    def total(window: str) -> float:
-        return sentences.score(window) + sentences.CHARACTERS * instructions._logit(window)
-
-    return torch.tensor([max(map(total, parts(text))) for text in texts])
+    """The highest evidence in the windows of each text, by the weights that are installed."""
+    return torch.tensor([max(map(instructions.evidence, parts(text))) for text in texts])
 
 
 def threshold(harmless: dict[str, list[str]]) -> float:
-    """The lowest sum of logits that marks at most `PAGES_MARKED` of pages of `PAGE` texts, as many of each kind."""
-    generator = torch.Generator().manual_seed(3)
-    pages = []
+    """The lowest evidence that marks at most `PAGES_MARKED` of pages of `PAGE` texts of each kind."""
+    generator, levels = torch.Generator().manual_seed(3), []
     for name, texts in harmless.items():
         logits = highest(random.Random(3).sample(texts, min(VALIDATION, len(texts))))
-        pages.append(logits[torch.randint(len(logits), (5_000, PAGE), generator=generator)].amax(1))
-        level = float(pages[-1].quantile(1 - PAGES_MARKED))
-        print(f"{name}: {PAGES_MARKED:.0%} of pages are above {level:.2f}", flush=True)
-    return float(torch.cat(pages).quantile(1 - PAGES_MARKED))
+        pages = logits[torch.randint(len(logits), (5_000, PAGE), generator=generator)].amax(1)
+        levels.append(float(pages.quantile(1 - PAGES_MARKED)))
+        print(f"{name}: {PAGES_MARKED:.0%} of pages are above {levels[-1]:.2f}", flush=True)
+    return max(levels)
+
+
+def judged_texts(paths: Sequence[Path]) -> sentence_texts.Judged:
+    """The kinds of all files of `benchmarks/fresh_text.py`, by group."""
+    texts: sentence_texts.Judged = {}
+    for path in paths:
+        for group, kinds in json.loads(path.read_text(encoding="utf-8")).items():
+            texts[group] = texts.get(group, {}) | kinds
+    return texts
+
+
+def validation_pages(sources: Path, heldout: Path, judged: sentence_texts.Judged) -> dict[str, list[str]]:
+    """Harmless texts by kind that are not trained on."""
+    pages = {name: texts for name, texts in judged.get("test", {}).items() if name not in sentence_texts.LEARNED}
+    pages |= json.loads(heldout.read_text(encoding="utf-8"))["validation"]
+    return pages | {"guidance": [text[:140] for text in sentence_texts.guidance(sources, "validation")]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", type=Path)
     parser.add_argument("heldout", type=Path)
+    parser.add_argument("--judged", type=Path, nargs="*", default=[], help="files of benchmarks/fresh_text.py")
+    parser.add_argument("--start", type=Path, help="weights to go on from")
+    parser.add_argument("--count", type=int, help="of texts, half of them instructions; all by default")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    stored = read_model()
-    adapted, head = fit(load(stored), *sentence_texts.training_texts(arguments.sources))
+    stored, judged = read_model(), judged_texts(arguments.judged)
+    texts = sentence_texts.training_texts(arguments.sources, judged)
+    if arguments.count:
+        texts = tuple(sentence_texts.some(items, arguments.count // 2, random.Random(5)) for items in texts)
+    print(f"{len(texts[0])} instructions, {len(texts[1])} harmless texts", flush=True)
+    start = sentences.load(arguments.start) if arguments.start else None
+    adapted, head = fit(load(stored), *texts, start)
     save(arguments.out, stored, adapted, head, 0.0)
     sentences.use(arguments.out)
-    guidance = [text[:140] for text in sentence_texts.guidance(arguments.sources, "validation")]
-    harmless = json.loads(arguments.heldout.read_text(encoding="utf-8"))["validation"] | {"guidance": guidance}
-    level = threshold(harmless)
+    level = threshold(validation_pages(arguments.sources, arguments.heldout, judged))
     save(arguments.out, stored, adapted, head, level)
     found = highest(sentence_texts.bipia(arguments.sources, "test")) >= level
     print(f"threshold {level:.4f}; BIPIA's test attacks found: {float(found.float().mean()):.2f} of {len(found)}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +29,12 @@ def test_help_version_and_no_arguments(run: Run) -> None:
         assert all(f"  {verb} " in out for verb in ("list", "purify", "ask", "caption", "attack", "pairs", "train"))
         assert all(f"  {verb} " in out for verb in ("eval", "report", "demo", "optimize-prompt", "prompts"))
     assert run("--version") == (0, f"codefend {codefend.__version__}\n", "")
+
+
+@pytest.mark.parametrize("module", ["codefend", "codefend.cli"])
+def test_the_module_is_the_command(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"codefend {codefend.__version__}\n", "")
 
 
 @pytest.mark.parametrize(

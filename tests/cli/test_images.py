@@ -94,6 +94,8 @@ def test_purify_lists_failures_last_and_exits_with_1(dark: Path, run: Run) -> No
         (["dark.png", "-o", "dark.png"], "use --overwrite"),
         (["dark.png", "-o", "x.png", "--purifier", "brigthen"], "did you mean 'brighten'"),
         (["dark.png", "-o", "x.png", "--max-pixels", "10"], "limit of 10; raise it with --max-pixels 64"),
+        (["dark.png", "-o", "x.png", "--format", "jpg"], "--format jpg and the name x.png differ"),
+        (["dark.png", "-o", "x.png", "--format", "exe"], ".exe is not an image suffix"),
         (["moving.gif", "-o", "x.png"], "--first-frame"),
         (["cut.png", "-o", "x.png"], "damaged, truncated"),
         (["dark.png", "cut.png", "-o", "x.png"], "names one image file; name a folder"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from codefend.core.checkpoints import cached_tensors, load_checkpoint, save_checkpoint
+from codefend.core.checkpoints import cached_tensors, find_nonfinite, load_checkpoint, load_weights, save_checkpoint
 from codefend.core.seeds import make_generator
 from codefend.types import CodefendError
 
@@ -43,6 +43,24 @@ def test_damaged_and_missing_checkpoints(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(CodefendError, match="damaged"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_with_a_value_that_is_not_finite_are_refused(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
+    tensors = {"a": torch.ones(3, 4, dtype=dtype), "empty": torch.zeros(0), "count": torch.tensor(7)}
+    save_checkpoint(tmp_path / "w.safetensors", tensors)
+    loaded = load_weights(tmp_path / "w.safetensors")
+    assert {name: tensor.dtype for name, tensor in loaded.items()} == dict.fromkeys(tensors, torch.float32)
+    tensors["a"][1, 2] = value
+    save_checkpoint(tmp_path / "w.safetensors", tensors)
+    with pytest.raises(CodefendError, match=r"w.safetensors: a holds NaN or infinity; train or download these"):
+        load_weights(tmp_path / "w.safetensors")
+
+
+def test_extreme_and_absent_values_are_finite() -> None:
+    largest = torch.finfo(torch.float32).max
+    assert find_nonfinite({"large": torch.full((9,), largest), "meta": torch.empty(2, device="meta")}) == ""
 
 
 def test_cached_tensors_are_made_anew_for_another_state(tmp_path: Path) -> None:

@@ -41,8 +41,31 @@ def test_the_default_device_is_the_named_one(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv(devices.VARIABLE, "cpu")
     assert devices.default_device() == torch.device("cpu")
     monkeypatch.setenv(devices.VARIABLE, "warp9")
-    with pytest.raises(CodefendError, match="CODEFEND_DEVICE=warp9"):
+    with pytest.raises(CodefendError, match=r"^CODEFEND_DEVICE=warp9: there is no such device; use cpu$"):
         devices.default_device()
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            RuntimeError("Expected one of cpu, cuda, xpu, mkldnn device type at start of device string: npu"),
+            "x: there is no such device; use cpu",
+        ),
+        (
+            NotImplementedError("Could not run 'aten::empty' with arguments. This could be because\nmore"),
+            "x: this device is not available (Could not run 'aten::empty' with arguments); use cpu",
+        ),
+    ],
+)
+def test_an_unavailable_device_is_one_short_line(monkeypatch: pytest.MonkeyPatch, error: Exception, text: str) -> None:
+    def empty(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(CodefendError) as raised:
+        devices.device_named("cpu", "x")
+    assert str(raised.value) == text
 
 
 def test_a_pocket_moves_images_to_itself(distant: Pocket) -> None:

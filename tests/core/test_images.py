@@ -199,7 +199,7 @@ def test_a_truncated_file_is_a_one_line_error(kind: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("data", "text"),
-    [(b"", "empty"), (b"hello", "not an image"), (b"<svg></svg>", "not an image"), (b"%PDF-1.7", "not an image")],
+    [(b"", "it is empty"), (b"hello", "not a PNG"), (b"<svg></svg>", "not a PNG"), (b"%PDF-1.7", "not a PNG")],
 )
 def test_files_that_are_no_images_are_named(data: bytes, text: str) -> None:
     with pytest.raises(CodefendError, match=text):

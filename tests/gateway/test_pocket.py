@@ -179,6 +179,24 @@ def test_refusals_are_the_clients_own_exceptions() -> None:
     run(work())
 
 
+def test_a_second_image_is_refused_by_every_embedded_model_instead_of_being_ignored() -> None:
+    async def work() -> None:
+        for name in ("pocket", "hf:any/model"):
+            app = create_app(
+                settings(upstream=name), purifier=Invert(), transport=pocket_transport(Painter(), name=name)
+            )
+            async with gateway(None, app=app) as client:  # type: ignore[arg-type]
+                body = chat(BRIGHT, png(2))
+                earlier = chat(BRIGHT)["messages"] + [{"role": "assistant", "content": "x"}] + chat(png(2))["messages"]
+                for refused in (body, body | {"messages": earlier}):
+                    reply = await client.post("/v1/chat/completions", json=refused)
+                    error = reply.json()["error"]
+                    assert (reply.status_code, error["code"]) == (400, "too_many_images")
+                    assert "about one image; this conversation holds 2" in error["message"]
+
+    run(work())
+
+
 def test_what_else_the_official_clients_ask_for() -> None:
     async def work() -> None:
         async with clients(Painter()) as (ours, theirs):

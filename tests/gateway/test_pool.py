@@ -42,6 +42,11 @@ def build_broken() -> Worker:
     raise CodefendError("no such weights")
 
 
+def build_slowly() -> Worker:
+    time.sleep(60)
+    return Worker(Fatal())
+
+
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
     pool = Pool(build, PoolOptions(workers=1, timeout_s=3), name="fatal")
@@ -156,3 +161,12 @@ def test_the_gateway_purifies_in_processes(monkeypatch: pytest.MonkeyPatch) -> N
         assert app.state.engine.worker._children[0]._process is None, "nothing is left running"
 
     run(work(), 60)
+
+
+def test_a_pool_that_is_closed_while_it_starts_does_not_wait_for_its_processes() -> None:
+    pool = Pool(build_slowly, PoolOptions(workers=1), name="slow")
+    pool.close()  # as another thread may while the first process waits for the fork server
+    start = time.monotonic()
+    pool.warm_up()
+    assert time.monotonic() - start < 50
+    assert pool.answering == 0

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 import toys
+from codefend import purifiers
 from codefend.types import CodefendError
 
 REAL = find_spec("lmms_eval") is not None
@@ -38,7 +39,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setattr(sys.modules["lmms_eval.api.model"], "lmms", Interface, raising=False)
     module = importlib.import_module("codefend.integrations.lmms_eval")
     monkeypatch.setattr(module, "load_victim", lambda name: toys.ToyVictim() if name == "toy" else toys.BlackBox())
-    monkeypatch.setattr(module, "load_purifier", lambda name: toys.PURIFIERS[name]())
+    monkeypatch.setattr(purifiers, "load", lambda name: toys.PURIFIERS[name]())
     yield module
     sys.modules.pop("codefend.integrations.lmms_eval", None)
 

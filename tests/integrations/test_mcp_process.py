@@ -8,14 +8,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 from mcp import Client, MCPError, StdioServerParameters, stdio_client
 
+from codefend.integrations import mcp as proxy
 from gateway_kit import b64, png, run
-from mcp_kit import SERVER
+from mcp_kit import SERVER, Script, Wire, engine
 
 COMMAND = [sys.executable, "-c", "import sys; from codefend.cli import main; sys.exit(main())", "mcp-proxy"]
 A = png(1, height=64, width=64)
@@ -62,6 +65,39 @@ def test_a_desktop_client_gets_purified_images_or_errors_whatever_dies(tmp_path:
         assert not processes("mcp_server.py")
 
     run(work(), 200)
+
+
+def test_a_client_that_closes_does_not_wait_for_workers_that_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, wire = engine(), Wire()
+    wire.queue.put_nowait(b"")
+    wait = threading.Event()
+    monkeypatch.setattr(started.worker, "warm_up", wait.wait)
+    monkeypatch.setattr(proxy, "StandardStreams", lambda max_bytes: wire)
+    serving = threading.Thread(target=lambda: asyncio.run(proxy._serve(started, Script(), 1 << 20, "refuse")))
+    serving.start()
+    serving.join(10)
+    ended = not serving.is_alive()
+    wait.set()
+    assert ended
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_the_process_ends_by_itself_soon_after_an_official_client_has_closed_its_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mcp.client.stdio.PROCESS_TERMINATION_TIMEOUT", 60)  # when the client would kill it
+
+    async def work() -> float:
+        arguments = [*COMMAND[1:], "--", *SERVER]
+        parameters = StdioServerParameters(command=COMMAND[0], args=arguments, env=environment(tmp_path))
+        async with Client(stdio_client(parameters), mode="legacy") as client:
+            await client.list_tools()  # answered while the workers start
+            closed = time.monotonic()
+        return time.monotonic() - closed
+
+    assert run(work(), 200) < 10
+    assert not processes("mcp_server.py")
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from codefend.prompts.proposers import (
 )
 from codefend.types import CodefendError
 
-FAILURE = {"family": "joint", "question": "q?", "answer": "blue", "right": "red"}
+FAILURE = {"family": "joint", "question": "q?", "answer": "blue", "expected": "red"}
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_unusable_proposals_are_refused(raw: str, why: str) -> None:
 def test_a_request_holds_the_text_and_the_mistakes() -> None:
     text = request_text("prefix", "Look.", [FAILURE])
     assert 'Its prefix instruction is now: "Look."' in text
-    assert 'joint: asked "q?", answered "blue", right is "red"' in text
+    assert 'joint: asked "q?", answered "blue", expected "red"' in text
     assert all(len(line) <= 400 for line in request_text("prefix", "x" * 9000, [FAILURE]).split("\n"))
 
 

@@ -18,6 +18,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from torch import Tensor
 
 import corpus_kit as kit
@@ -232,7 +233,7 @@ def test_broken_images_are_left_out_counted_and_explained(tmp_path: Path) -> Non
     assert not (tmp_path / "out" / "bad.jpg").exists()
     summary, *lines = manifest(tmp_path / "out", "x.tar")
     assert (summary["images"], summary["failed"]) == (2, 1)
-    assert "not an image" in str([line["error"] for line in lines if "error" in line])
+    assert "not a PNG, JPEG" in str([line["error"] for line in lines if "error" in line])
 
 
 def test_images_in_formats_that_are_not_read_fail_instead_of_passing_unpurified(tmp_path: Path) -> None:
@@ -242,6 +243,52 @@ def test_images_in_formats_that_are_not_read_fail_instead_of_passing_unpurified(
     assert {name for name, _ in report.failed} == {"x.tar/photo.avif", "phone.HEIC"}
     assert "photo.avif" not in kit.read_tar(tmp_path / "out" / "x.tar")
     assert not (tmp_path / "out" / "phone.HEIC").exists()
+
+
+def test_a_rerun_reports_the_images_that_failed_before(
+    tmp_path: Path, memory: str, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    kit.write_tar(tmp_path / "in" / "x.tar", 2, extra={"bad.png": b"no image"})
+    kit.write_table(tmp_path / "in" / "t.parquet", 4, broken=2)
+    (tmp_path / "in" / "bad.jpg").write_bytes(b"no image")
+    for out in (str(tmp_path / "out"), f"{memory}/out"):
+        command = ("purify", tmp_path / "in", "-o", out, "--purifier", "bitdepth")
+        first, second = run(*command), run(*command)
+        assert (first[0], second[0]) == (1, 1)
+        assert first[2] == second[2]
+        last = second[2].splitlines()[-1]
+        assert (
+            last == f"error: 3 images or files failed and were left out; images are listed in {out}/.codefend/failures"
+        )
+    listed = "".join(path.read_text() for path in (tmp_path / "out" / job.FAILURES).rglob("*.jsonl"))
+    assert sorted(json.loads(line)["name"] for line in listed.splitlines()) == ["bad.jpg", "bad.png", "image:2"]
+    shutil.rmtree(tmp_path / "in")
+    kit.write_tar(tmp_path / "in" / "x.tar", 2)
+    assert run(*command[:3], tmp_path / "out", *command[4:])[0] == 0, "a mended source has no failures"
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
+def test_members_are_images_by_content_whatever_their_name(tmp_path: Path, name: str) -> None:
+    large = images.encode(torch.rand(3, 700, 700), "BMP")  # over the size that is copied unread
+    members = {"bare": kit.image(0), "wrong.txt": kit.image(1), "large.bin": large, "x.dat": b"\0\0\0\x1cftypheic"}
+    others = {"BM.txt": b"BMW and BMI, but no image", "empty": b"", "clip.mp4": b"\0\0\0\x18ftypmp42" * 100_000}
+    source = kit.write_tar(tmp_path / "in" / name, 0, extra={**members, **others})
+    report = kit.run(source, tmp_path / "out")
+    after = kit.read_tar(tmp_path / "out" / name)
+    assert list(after) == ["bare.png", "wrong.txt.png", "large.bin.bmp", *others]
+    assert {key: after[key] for key in others} == others
+    assert not {*members.values()} & {*after.values()}
+    assert [name for name, _ in report.failed] == [f"{name}/x.dat"]
+
+
+def test_other_files_of_folders_that_are_images_by_content_are_not_copied(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name, data in (("page", kit.image(0)), ("notes", b"text"), ("none", b"")):
+        (tmp_path / "in" / name).write_bytes(data)
+    assert kit.run(tmp_path / "in", tmp_path / "out", keep_others=True).images == 1
+    files = {path: data for path, data in kit.contents(tmp_path / "out").items() if not path.startswith(".")}
+    assert sorted(files) == ["none", "notes", "page.png"]
+    assert files["page.png"] != kit.image(0)
 
 
 def test_a_folder_of_images_and_a_corpus_are_not_resumed_as_the_other(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from codefend.core import images
 from codefend.purifiers.bridge import bridge_state, charbonnier
 from codefend.purifiers.nets import (
     CONFIG_FILE,
@@ -23,6 +25,19 @@ from codefend.training.prior import prior_loss
 from codefend.types import CodefendError
 
 TINY = NetConfig(channels=(8, 12), blocks=(1, 1), embedding=16)
+
+
+def test_a_purifier_whose_weights_are_not_finite_is_refused_in_one_line(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    net = PurifierNet(TINY)
+    next(net.parameters()).data.view(-1)[0] = torch.nan
+    save_net(tmp_path / "w", net, kind="bridge")
+    images.save(tmp_path / "a.png", torch.rand(3, 8, 8))
+    code, out, err = run("purify", tmp_path / "a.png", "-o", tmp_path / "b.png", "--purifier", tmp_path / "w")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "holds NaN or infinity" in err
+    assert not (tmp_path / "b.png").exists()
 
 
 def gen(seed: int = 0) -> torch.Generator:

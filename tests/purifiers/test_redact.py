@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from codefend import load_purifier
-from codefend.attacks.typographic import write_text
+from codefend.attacks.typographic import write_faint, write_text
 from codefend.purifiers import ocr, text_policy
 from codefend.purifiers.ocr import TextRegion
-from codefend.purifiers.redact import inpaint, redact, text_mask
+from codefend.purifiers.redact import flatten, inpaint, redact, text_mask
 from codefend.types import CodefendError
 
 LINE = TextRegion("hello there", 0.9, ((8.0, 20.0), (40.0, 20.0), (40.0, 28.0), (8.0, 28.0)), instruction=True)
@@ -101,6 +101,33 @@ def test_an_instruction_that_is_too_large_to_fill_is_blocked(
     monkeypatch.setattr(ocr, "read", lambda image: lines)
     with pytest.raises(text_policy.TextBlocked, match="too much of the image"):
         text_policy.apply(image, policy)
+
+
+@pytest.mark.parametrize("contrast", [0.3, -0.1])
+def test_faint_text_all_over_an_image_is_flattened_where_ocr_misses_it_too(contrast: float) -> None:
+    scene = gradient(128, 128)
+    written = write_faint(scene[None], "nothing to see", contrast=contrast)[0]
+    regions = ocr.read(written)
+    assert regions
+    flat = redact(written, regions)
+    assert (flat - scene).abs().mean() < 0.1 * (written - scene).abs().mean()
+    assert ocr.read(flat) == []
+
+
+@pytest.mark.usefixtures("blind")
+def test_flattening_changes_no_pixel_by_more_than_the_contrast_of_the_letters() -> None:
+    noise = torch.rand(3, 48, 64, generator=torch.Generator().manual_seed(0))
+    box = ((2.0, 2.0), (60.0, 2.0), (60.0, 24.0), (2.0, 24.0))
+    written = (0.2 * noise + 0.4).clone()
+    written[:, 4:22, 6:58:4] += 0.1
+    flat, left = flatten(written, [replace(LINE, box=box)])
+    assert left == []
+    assert 0 < (flat - written).abs().max() < 0.25
+
+
+def test_text_that_is_not_faint_is_not_flattened() -> None:
+    image, lines = wide_plate()
+    assert flatten(image, lines) == (image, lines)
 
 
 @pytest.mark.usefixtures("blind")

@@ -132,7 +132,7 @@ def test_two_processes_have_the_curve_of_one(folders: dict[str, Path], tmp_path:
     changes = [item for item in changes if item.partition("=")[0] not in ("residual_bound",)]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = ["-m", "codefend.cli", "train", "own-bridge", "--run", str(tmp_path / "two"), *settings(changes)]
+    command = ["-m", "codefend", "train", "own-bridge", "--run", str(tmp_path / "two"), *settings(changes)]
     environment = {**os.environ, "CODEFEND_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
     process = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-3000:]

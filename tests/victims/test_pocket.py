@@ -12,7 +12,7 @@ import torch
 from codefend import encoders
 from codefend.encoders.views import SIDE, fit_square
 from codefend.types import CodefendError, WhiteBox
-from codefend.victims.pocket import TOKENS, load_pocket
+from codefend.victims.pocket import TOKENS, load_pocket, read_trained
 
 if TYPE_CHECKING:
     from codefend.victims.pocket import Pocket
@@ -135,6 +135,17 @@ def test_weights_round_trip_and_merging_changes_nothing(
 def test_missing_weights_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(CodefendError, match="codefend train pocket"):
         load_pocket(tmp_path)
+
+
+@pytest.mark.weights
+def test_weights_that_are_not_finite_are_refused(bare_pocket: Pocket, tmp_path: Path) -> None:
+    from codefend.training.pocket import export_parameters
+
+    broken = {name: torch.full_like(value, torch.inf) for name, value in bare_pocket.trainable.items()}
+    export_parameters(tmp_path, broken, bare_pocket.config)
+    with pytest.raises(CodefendError, match="holds NaN or infinity"):
+        read_trained(bare_pocket, tmp_path)
+    assert all(value.isfinite().all() for value in bare_pocket.trainable.values())
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (40, 90), (90, 40), (128, 128)])

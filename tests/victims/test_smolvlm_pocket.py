@@ -248,6 +248,13 @@ def test_build_victim_names_the_cause(model: TrainableSmolVLM, run: Run, tmp_pat
     assert "'bridge'" in error_line(run, *build, out, "--weights", weights)
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    model = kit.trainable()
+    next(iter(model.trainable.values())).data.fill_(torch.nan)
+    with pytest.raises(CodefendError, match="holds NaN or infinity"):
+        victims.load(str(kit.write_weights(model, tmp_path / "weights")))
+
+
 def test_weights_of_another_size_do_not_fit(
     model: TrainableSmolVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,8 @@ interrupted.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -80,6 +82,7 @@ EXTRA_OF = {  # module that may be missing -> the first extra that brings it
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; invalid input prints one ``error:`` line, no traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    atexit.register(gc.freeze)  # at exit the collector would go through all of PyTorch, for seconds on a busy machine
     try:
         code = typer.main.get_command(app).main(args=arguments, prog_name="codefend", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

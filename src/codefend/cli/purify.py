@@ -53,7 +53,10 @@ def purify(
     first_frame: FirstFrame = False,
     flatten: Annotated[bool, typer.Option("--flatten", help="Composite transparent images on white.")] = False,
     file_format: Annotated[
-        str | None, typer.Option("--format", help="File format of the outputs of a folder, such as png.")
+        str | None,
+        typer.Option(
+            "--format", help="File format of outputs in a folder, such as png; a single file has that of --out."
+        ),
     ] = None,
     quality: Annotated[
         int | None, typer.Option("--quality", min=1, max=100, help="Quality of JPEG and lossy WebP.")
@@ -177,7 +180,7 @@ def _purify_corpus(paths: Sequence[str], out: str, options: FolderOptions, flags
     skipped = f", {report.skipped} units skipped (purified before)" if report.skipped else ""
     print(f"purified {report.images} images in {report.units} units{skipped} -> {out}")
     if report.failures:
-        _print_corpus_failures(report)
+        _print_corpus_failures(report, out)
         raise typer.Exit(1)
 
 
@@ -192,13 +195,11 @@ def _choose_engine(flags: CorpusFlags) -> RunUnits:
     return in_this_process if flags.ray.workers == 1 else in_processes(flags.ray.workers)
 
 
-def _print_corpus_failures(report: CorpusReport) -> None:
+def _print_corpus_failures(report: CorpusReport, out: str) -> None:
     for name, reason in report.failed[:20]:
         print(f"failed: {name}: {reason}", file=sys.stderr)
-    print(
-        f"error: {report.failures} images or files failed and were left out; the reasons are in .codefend/manifest",
-        file=sys.stderr,
-    )
+    listed = f"images are listed in {out.rstrip('/')}/.codefend/failures"
+    print(f"error: {report.failures} images or files failed and were left out; {listed}", file=sys.stderr)
 
 
 @app.command()

@@ -51,6 +51,38 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Row]:
     return tensors, state
 
 
+def load_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in float32 on the CPU.
+
+    Raises CodefendError for values that are not finite, and what safetensors raises (OSError, SafetensorError).
+    """
+    from safetensors.torch import load_file
+
+    tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+    if name := find_nonfinite(tensors):
+        raise CodefendError(f"{path}: {name} holds NaN or infinity; train or download these weights again")
+    return tensors
+
+
+def find_nonfinite(tensors: Mapping[str, Tensor]) -> str:
+    """The name of a tensor that holds NaN or infinity; "" where all are finite.
+
+    Integers are finite, and tensors of the meta device and of 8 bits are not looked at.
+    """
+    for name, value in tensors.items():
+        floats = value.is_floating_point() and value.element_size() > 1 and not value.is_meta
+        if floats and value.numel() and not is_finite(value):
+            return name
+    return ""
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether all values are finite."""
+    # NaN and infinity both reach an extreme; isfinite would write four tensors of this size on the way.
+    low, high = values.aminmax()
+    return bool(low.isfinite() & high.isfinite())
+
+
 def cached_tensors(
     path: str | Path, state: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:

@@ -33,8 +33,10 @@ def device_named(name: str, setting: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device it wasn't built for
-        reason = str(error).splitlines()[0]
-        raise CodefendError(f"{setting}: this device is not available ({reason}); use cpu") from error
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        known = "device string" not in reason  # else it lists all device types there are
+        because = f"this device is not available ({reason[:100]})" if known else "there is no such device"
+        raise CodefendError(f"{setting}: {because}; use cpu") from error
     return device
 
 

@@ -32,6 +32,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
 from codefend.core.files import write_atomic
+from codefend.core.signatures import HEAD, format_of_head
 from codefend.types import CodefendError
 
 MAX_PIXELS = 64_000_000
@@ -41,21 +42,18 @@ WHITE = (255, 255, 255)
 class _Format(NamedTuple):
     decoder: type[ImageFile.ImageFile]  # Pillow's own lookup opens a phone's two-image JPEG (MPO) as an animation
     suffixes: tuple[str, ...]
-    starts: tuple[bytes, ...]  # of a file
     writable: bool = True
     alpha: bool = False
     lossless: bool = False
 
 
 _FORMATS = {
-    "PNG": _Format(PngImageFile, (".png",), (b"\x89PNG\r\n\x1a\n",), alpha=True, lossless=True),
-    "JPEG": _Format(JpegImageFile, (".jpg", ".jpeg", ".jpe", ".jfif"), (b"\xff\xd8\xff",)),
-    "WEBP": _Format(WebPImageFile, (".webp",), (), alpha=True),  # see `_sniff`
-    "BMP": _Format(BmpImageFile, (".bmp",), (b"BM",), lossless=True),
-    "GIF": _Format(GifImageFile, (".gif",), (b"GIF87a", b"GIF89a"), writable=False),
-    "TIFF": _Format(
-        TiffImageFile, (".tif", ".tiff"), (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), alpha=True, lossless=True
-    ),
+    "PNG": _Format(PngImageFile, (".png",), alpha=True, lossless=True),
+    "JPEG": _Format(JpegImageFile, (".jpg", ".jpeg", ".jpe", ".jfif")),
+    "WEBP": _Format(WebPImageFile, (".webp",), alpha=True),
+    "BMP": _Format(BmpImageFile, (".bmp",), lossless=True),
+    "GIF": _Format(GifImageFile, (".gif",), writable=False),
+    "TIFF": _Format(TiffImageFile, (".tif", ".tiff"), alpha=True, lossless=True),
 }
 _SUFFIXES = {suffix: kind for kind, format in _FORMATS.items() for suffix in format.suffixes}
 READABLE = frozenset(_SUFFIXES)  # file name suffixes that a folder job reads
@@ -198,23 +196,17 @@ def _decoding(name: str, max_pixels: int | None) -> Iterator[None]:
 
 
 def _open_header(stream: IO[bytes], name: str) -> tuple[ImageFile.ImageFile, Probe]:
-    head = stream.read(16)
+    head = stream.read(HEAD)
     stream.seek(0)
-    kind = _sniff(head)
+    kind = format_of_head(head)
     if kind is None:
-        problem = "is not an image in" if head else "is empty; expected an image in"
-        raise CodefendError(f"{name} {problem} a readable format (PNG, JPEG, WebP, BMP, GIF, TIFF)")
+        problem = "not a PNG, JPEG, WebP, BMP, GIF or TIFF image" if head else "empty"
+        raise CodefendError(f"cannot read {name}: it is {problem}")
     image = _FORMATS[kind].decoder(stream)
     width, height = image.size
     if width < 1 or height < 1:
         raise CodefendError(f"{name} is damaged: it claims {width}x{height} pixels")
     return image, Probe(kind, width, height, bool(getattr(image, "is_animated", False)))
-
-
-def _sniff(head: bytes) -> str | None:
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "WEBP"
-    return next((kind for kind, format in _FORMATS.items() if head.startswith(format.starts)), None)
 
 
 def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:

@@ -35,12 +35,3 @@ def matrix(kernel: Kernel, length: int, target: int) -> Tensor:
     """The kernel along one axis, ``[target, length]`` float64: each row weights the pixels that one output reads."""
     impulses = torch.eye(length, dtype=torch.float64)[None, None]  # each column lights one pixel
     return resize(impulses, (target, length), kernel)[0, 0]
-
-
-def read_share(kernel: Kernel, length: int, target: int) -> float:
-    """How evenly the output depends on the pixels of an axis, in (0, 1]: 1 when on all alike, n / length when on n.
-
-    The participation ratio of the pixels' total weights.
-    """
-    weights = matrix(kernel, length, target).abs().sum(0)
-    return float(weights.sum() ** 2 / (length * weights.square().sum()))

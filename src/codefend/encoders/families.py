@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from codefend.core.checkpoints import load_weights
 from codefend.core.files import write_atomic
 from codefend.encoders import FAMILIES
 from codefend.encoders.base import Encoder
@@ -86,7 +87,7 @@ def load_encoder(folder: str | Path) -> FamilyEncoder:
     try:
         net = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["net"]
         encoder = FamilyEncoder(FamilyConfig(**{field.name: net[field.name] for field in fields(FamilyConfig)}))
-        encoder.load_state_dict({name: value.float() for name, value in load_file(folder / WEIGHTS_FILE).items()})
+        encoder.load_state_dict(load_weights(folder / WEIGHTS_FILE))
     except CodefendError:
         raise
     except Exception as error:  # JSON, safetensors and torch each raise their own

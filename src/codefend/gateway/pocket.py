@@ -231,11 +231,13 @@ def create_pocket(victim: Victim, showcase: Showcase | None = None, *, model: st
 
 
 def _question(api: Api, body: Any) -> _Question:
-    """The last user's words and the last image of the conversation."""
+    """The last user's words and the one image of the conversation. Raises Refused for none and for several."""
     slots = survey(api, body, Inspection(image_links=True)).slots  # to this model links are words
-    if not slots:
-        raise Refused(400, "image_missing", "the pocket model answers questions about one image; send one")
-    loaded = images.load(payload(slots[-1].reference, Limits()))
+    if len(slots) != 1:
+        code = "too_many_images" if slots else "image_missing"
+        sent = f"this conversation holds {len(slots)}; start a new one with one" if slots else "send one"
+        raise Refused(400, code, f"the embedded model answers questions about one image; {sent}")
+    loaded = images.load(payload(slots[0].reference, Limits()))
     words = _words(_last_user(api, body))
     if not words:
         raise Refused(400, "question_missing", "ask a question about the image")

@@ -56,7 +56,7 @@ class Pool:
     def warm_up(self) -> None:
         """Start all processes. Raises CodefendError when one cannot start, or cannot purify a grey image."""
         atexit.register(self.close)
-        threads = [threading.Thread(target=child.launch) for child in self._children]
+        threads = [threading.Thread(target=child.launch, daemon=True) for child in self._children]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -210,6 +210,9 @@ class _Child:
         finally:
             theirs.close()
         self._process, self._pipe, self._overdue = process, ours, False
+        if self._ended:  # while the fork server was importing PyTorch
+            self._stop()
+            return
         try:
             self.problem = ours.recv() if ours.poll(_START_S) else f"a worker did not start within {_START_S:g} s"
         except (EOFError, OSError):
@@ -296,14 +299,14 @@ def _serve(pipe: Connection, build: Build) -> None:
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as stream:
         stream.write(_LIKELY_OOM_VICTIM)
     torch.set_num_threads(1)
-    try:
-        worker = build()
-        worker.warm_up()
-    except Exception as error:
-        pipe.send(str(error) or type(error).__name__)
-        return
-    pipe.send("")
-    with contextlib.suppress(EOFError, OSError):
+    with contextlib.suppress(EOFError, OSError):  # the gateway has ended
+        try:
+            worker = build()
+            worker.warm_up()
+        except Exception as error:
+            pipe.send(str(error) or type(error).__name__)
+            return
+        pipe.send("")
         while True:
             if not pipe.poll(_REST_S):
                 _give_back()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from codefend.core import documents, images
+from codefend.core.checkpoints import is_finite
 from codefend.core.devices import device_named
 from codefend.core.png import drop_damaged_metadata
 from codefend.core.seeds import noise_seed, pixels_digest
@@ -254,7 +255,7 @@ class Worker:
 
         inputs = batch.to(self.device)
         purified = self.purifier(inputs, generator=generator())
-        if purified.shape != inputs.shape or not _finite(purified):
+        if purified.shape != inputs.shape or not is_finite(purified):
             raise PurifyFailed("wrong_output", f"purifier {self.name} returned nan or {tuple(purified.shape)}")
         if self.purifier.gate or self.purifier.guidance is not None:  # judges another image than it returns
             scores = self.purifier.score(inputs, generator=generator())
@@ -288,9 +289,3 @@ def _read_text(pixels: Tensor, policy: TextPolicyName) -> tuple[Tensor, tuple[st
     except Exception as error:
         return Refused(500, "text_not_read", f"the text of an image could not be read ({type(error).__name__})")
     return read, text_policy.instructions_in(regions)
-
-
-def _finite(values: Tensor) -> bool:
-    # nan and infinity both reach an extreme; isfinite would write four tensors of this size on the way.
-    low, high = torch.aminmax(values)
-    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from lmms_eval.api.model import lmms
 from torch import Tensor
 
-from codefend import DefendedVictim, Defense, load_purifier, load_victim
+from codefend import DefendedVictim, Defense, load_victim
 from codefend.core import images
 from codefend.core.progress import progress
 from codefend.core.seeds import make_generator
@@ -32,16 +32,15 @@ def manifest() -> Any:
 
 
 class CoDefend(lmms):  # type: ignore[misc]  # lmms-eval has no types
-    """``victim`` by name (``hf:ID``, ``openai:URL#model``, ``pocket``) behind the purifier ``defense``, or ``none``."""
+    """``victim`` by name (``hf:ID``, ``openai:URL#model``, ``pocket``) behind ``defense``, a spec or ``none``."""
 
     def __init__(
         self, victim: str = "pocket", defense: str = "bridge", batch_size: int | str = 1, seed: int = 0, **_: Any
     ) -> None:
         """Raises CodefendError for an unknown victim or defense. Other arguments (device, ...) are ignored."""
         super().__init__()
-        behind = Defense() if defense == "none" else Defense(load_purifier(defense), name=defense)
         generator = make_generator(int(seed), "lmms-eval")
-        self.model = DefendedVictim(load_victim(victim), behind, generator=generator)
+        self.model = DefendedVictim(load_victim(victim), Defense.from_spec(defense), generator=generator)
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 1  # "auto": one
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from codefend.core.assets import needs
 from codefend.core.processes import keep_freed_memory
 from codefend.purifiers.batches import BatchPurifier
 from codefend.purifiers.corpus import Engine, Tick, Unit, UnitPurifier, UnitReport
@@ -75,11 +76,9 @@ def on_ray(options: RayOptions) -> Engine:
 
     Raises CodefendError for a missing package and for a cluster that cannot be reached.
     """
-    try:
+    with needs("--engine ray", "ray"):
         import ray
         import ray.data
-    except ImportError as error:
-        raise CodefendError("--engine ray needs Ray: pip install 'codefend[ray]'") from error
 
     def engine(purify: UnitPurifier, units: Iterable[Unit], tick: Tick) -> Iterator[UnitReport]:
         purify = replace(purify, sink=Store(_absolute(purify.sink.url)))
@@ -108,10 +107,8 @@ def ray_pool(options: RayOptions) -> Callable[..., Executor]:
 
     Raises CodefendError as `on_ray`, before a run folder is created.
     """
-    try:
+    with needs("--engine ray", "ray"):
         import ray
-    except ImportError as error:
-        raise CodefendError("--engine ray needs Ray: pip install 'codefend[ray]'") from error
     address = _address(options)
     if address and not ray.is_initialized():
         with _unreachable_named(address):

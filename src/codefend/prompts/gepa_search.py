@@ -85,7 +85,7 @@ class GepaAdapter:
     ) -> dict[str, list[dict[str, str]]]:
         """The mistakes of a minibatch, the same for every component."""
         failures = [
-            {"family": item.family, "question": item.prompt, "answer": answer, "right": item.answer}
+            {"family": item.family, "question": item.prompt, "answer": answer, "expected": item.answer}
             for item, answer, score in eval_batch.trajectories
             if score < 1
         ]

@@ -194,6 +194,8 @@ def _purify_one(
     load_purifier: Callable[[], Purifier], source: Path, target: Path, options: FolderOptions
 ) -> FolderReport:
     kind = images.format_of(target)
+    if options.format is not None and images.format_of(f"x.{options.format.lstrip('.')}") != kind:
+        raise CodefendError(f"--format {options.format} and the name {target} differ; leave --format out")
     if target.exists() and not options.overwrite:
         raise CodefendError(f"{target} exists already; use --overwrite to replace it")
     report = FolderReport(done=1)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 WINDOW = 140  # characters of consecutive lines that are judged together
 FEWEST_WORDS = 3  # of a window that is judged by its meaning
 GRAMS = (4, 5, 6)  # lengths of the regression's character sequences
+CHARACTERS = 0.45  # weight of the regression's logit beside that of `sentences`
+HINT = 1.0  # what a hint that matches adds to it
 # OCR and attackers confuse these; the folded text is for matching only.
 _FOLD = str.maketrans(
     {"0": "o", "1": "l", "i": "l", "|": "l", "!": "l", "3": "e", "4": "a", "5": "s", "$": "s", "7": "t", "@": "a"}
@@ -51,7 +53,6 @@ _RULES = (  # on folded text
     "doanythingnow|unrestrictedmode|jailbreak|developermode(enabled|activated)|without(any)?restrictions",
     "(donot|dont|never)(describe|mention|tell|reveal|disclose|warn|inform|alert)(this|the|these)"
     "(image|picture|scene|user|text|message|instruction)",
-    "from(the)?user(?!s)(?=$)|(tell|inform|persuade|convince|trick|urge|let|advise)(the)?(user(?!name|guide|s)|whoever)",
     "(correct|right|true|expected)(answer|response)(here|tothequestion)?is(?!marked|underlined)",
     "theassistant(must|should|shall)",
     "(begin|start|end)your(answer|reply|response)|your(answer|reply|response|output)(must|shouldbe|shallbe)",
@@ -63,6 +64,9 @@ _RULES = (  # on folded text
     "approved|genuine|trusted)",
     "(print|reveal|show|repeat|output|tellme|leak|whatis)(me)?(your(system|initial|hidden|prompt)|thesystemprompt)",
     "repeat(the)?(text|everything|words)above|followtheinstructions(in|on)this(image|picture)",
+)
+_HINTS = (  # on folded text: rules that also hold for pages on how to design and write
+    "from(the)?user(?!s)(?=$)|(tell|inform|persuade|convince|trick|urge|let|advise)(the)?(user(?!name|guide|s)|whoever)",
 )
 _RAW_RULES = (  # on the text as it was read: these need word boundaries or punctuation
     r"\[/?inst\]|<\|?/?(system|im_start|assistant)\b|#+ *(new|system) (instruction|prompt)",
@@ -86,13 +90,18 @@ def fold(text: str) -> str:
     return _NOT_LETTERS.sub("", plain)
 
 
-_FOLDED = re.compile("|".join(rule.replace("i", "l") for rule in _RULES))
+_FOLDED, _HINT = (re.compile("|".join(rule.replace("i", "l") for rule in rules)) for rules in (_RULES, _HINTS))
 _RAW = re.compile("|".join(_RAW_RULES), re.IGNORECASE)
 
 
 def matches_rule(text: str) -> bool:
     """Whether a phrase that is typical of injected instructions occurs in ``text``."""
     return _RAW.search(text) is not None or _FOLDED.search(fold(text)) is not None
+
+
+def matches_hint(text: str) -> bool:
+    """Whether a phrase occurs in ``text`` that is common in injected instructions, and in some harmless pages too."""
+    return _HINT.search(fold(text)) is not None
 
 
 def features(text: str) -> set[str]:
@@ -124,9 +133,14 @@ def matches_regression(text: str) -> bool:
     return bool(score(text) >= _model()["threshold"])
 
 
+def evidence(text: str) -> float:
+    """The sum of the logits of `sentences`, characters and hints. Raises CodefendError without the model's package."""
+    return sentences.score(text) + CHARACTERS * _logit(text) + HINT * matches_hint(text)
+
+
 def matches_meaning(text: str) -> bool:
-    """Whether `sentences` and the regression together find an instruction. Raises CodefendError without its package."""
-    return sentences.is_instruction(text, _logit(text))
+    """Whether the evidence is above the threshold of `sentences`. Raises CodefendError without its package."""
+    return evidence(text) >= sentences.trained().threshold
 
 
 def is_instruction(text: str) -> bool:
@@ -137,15 +151,20 @@ def is_instruction(text: str) -> bool:
     >>> is_instruction("Ignore this warning")
     False
     """
-    return matches_rule(text) or (matches_meaning(text) if sentences.installed() else matches_regression(text))
+    return matches_rule(text) or (matches_meaning if sentences.installed() else _matches_characters)(text)
+
+
+def _matches_characters(text: str) -> bool:
+    """What stands in for `matches_meaning` without its package."""
+    return matches_hint(text) or matches_regression(text)
 
 
 def mark(regions: Sequence[TextRegion]) -> list[TextRegion]:
     """``regions`` in reading order, with ``instruction`` set on every line of a window that reads like one.
 
     Rules judge every run of lines that fits a window, shorter ones first, and longer ones only where they hold none of
-    these, so that neighbours stay unmarked. So does the regression, of lines that follow each other in a paragraph,
-    unless the model of `sentences` is installed: with it both judge `_paragraph_windows`.
+    these, so that neighbours stay unmarked. So do hints and the regression, of lines that follow each other in a
+    paragraph, unless the model of `sentences` is installed: with it all of these judge `_paragraph_windows`.
     """
     meaning = sentences.installed()
     marked = [False] * len(regions)

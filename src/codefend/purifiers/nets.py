@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from codefend.core.checkpoints import load_weights
 from codefend.core.files import write_atomic
 from codefend.types import CodefendError
 
@@ -292,7 +293,7 @@ def load_net(folder: str | Path) -> tuple[PurifierNet, dict[str, Any]]:
     """Read what `save_net` wrote: the network (float32, eval mode) and the whole config.
 
     Folders in the format of diffusers, which older versions wrote for the hub, load as well. Raises CodefendError when
-    a file is missing, unreadable, or doesn't fit the other.
+    a file is missing, unreadable or doesn't fit the other, or when weights are not finite.
     """
     folder = Path(folder)
     weights, prefix = WEIGHTS_FILE, ""
@@ -304,8 +305,8 @@ def load_net(folder: str | Path) -> tuple[PurifierNet, dict[str, Any]]:
     try:
         meta: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         net = PurifierNet(NetConfig.from_dict(meta["net"]))
-        state = load_file(folder / weights)
-        net.load_state_dict({name.removeprefix(prefix): value.float() for name, value in state.items()})
+        state = load_weights(folder / weights)
+        net.load_state_dict({name.removeprefix(prefix): value for name, value in state.items()})
     except CodefendError:
         raise
     except Exception as error:  # JSON, safetensors and torch each raise their own

@@ -21,6 +21,9 @@ _PAGE_SHARE = 0.5  # of a row above or below the lines: more of the plate's colo
 _PLAIN = 0.4  # of a line's pixels of one colour: less is a line on a scene
 _STROKE = 0.35  # of a line's height: more than any stroke is wide
 _FAINTEST = 0.02  # contrast of a stroke to what surrounds it, in [0, 1]
+_FAINT = 0.5  # the same: text of less than this over much of an image is flattened, not filled
+_MUCH = 0.15  # of an image under lines of text
+_THIN = 0.2  # of a line's height: letters without a plate have strokes as wide as this at most
 MOST_FILLED = 0.5  # of an image: what is filled from less than as much again is a guess
 
 
@@ -60,19 +63,50 @@ def select(regions: Sequence[TextRegion], scope: str) -> list[TextRegion]:
 def redact(image: Tensor, regions: Sequence[TextRegion]) -> Tensor:
     """``[3, H, W]`` with the regions filled from their surroundings: plates whole, other lines by their strokes.
 
-    Where OCR still reads something after that, lines are filled whole. An image of which that would be more than
-    `MOST_FILLED` returns as it is: the same tensor.
+    Faint text over much of the image is flattened instead (`flatten`). Where OCR still reads something after that,
+    lines are filled whole. An image of which that would be more than `MOST_FILLED` returns as it is: the same tensor.
     """
-    mask = text_mask(image, regions)
-    if not mask.any() or mask.float().mean() > MOST_FILLED:
-        return image
-    filled = inpaint(image, mask)
-    centres = [line.centre for line in ocr.read(filled)]
-    left = [region for region in regions if any(_contains(region, centre) for centre in centres)]
-    mask = text_mask(image, regions, whole=left)
+    flat, regions = flatten(image, regions)
+    mask = text_mask(flat, regions)
     if mask.float().mean() > MOST_FILLED:
         return image
-    return inpaint(image, mask) if left else filled
+    if not mask.any():
+        return flat
+    filled = inpaint(flat, mask)
+    left = _still_legible(filled, regions)
+    mask = text_mask(flat, regions, whole=left)
+    if mask.float().mean() > MOST_FILLED:
+        return image
+    return inpaint(flat, mask) if left else filled
+
+
+def flatten(image: Tensor, regions: Sequence[TextRegion]) -> tuple[Tensor, Sequence[TextRegion]]:
+    """``[3, H, W]`` without strokes as faint and thin as those of the regions, and the regions that are still legible.
+
+    OCR misses some rows of text that covers an image, and to fill the others would take more of the scene than the
+    text does. So the whole image is opened, or closed for dark letters (Serra 1982), with the smallest square after
+    which OCR reads less than half of the lines; no pixel changes by more than the letters' contrast. The image and all
+    regions return as they are where the text is not faint, covers little of the image, or has strokes too wide.
+    """
+    inside = torch.zeros(image.shape[-2:], dtype=torch.bool, device=image.device)
+    for region in regions:
+        _cover(inside, region, 0.0)
+    if inside.float().mean() < _MUCH:
+        return image, regions
+    for size in range(3, max(_odd(region.height * _THIN) for region in regions) + 1, 2):
+        light, dark = _relief(image, size)
+        sign, relief = max((-1, light), (1, dark), key=lambda pair: float(pair[1][:, inside].sum()))
+        contrast = float(relief.mean(0)[inside].quantile(0.95))
+        flat = image + sign * relief.clamp(max=contrast)
+        if contrast <= _FAINT and 2 * len(left := _still_legible(flat, regions)) < len(regions):
+            return flat, left
+    return image, regions
+
+
+def _still_legible(image: Tensor, regions: Sequence[TextRegion]) -> list[TextRegion]:
+    """The regions in which OCR reads something."""
+    centres = [line.centre for line in ocr.read(image)]
+    return [region for region in regions if any(_contains(region, centre) for centre in centres)]
 
 
 def text_mask(image: Tensor, regions: Sequence[TextRegion], whole: Sequence[TextRegion] = ()) -> Tensor:
@@ -108,21 +142,32 @@ def _is_plain(image: Tensor, region: TextRegion) -> bool:
 def _strokes(image: Tensor, region: TextRegion, inside: Tensor) -> Tensor:
     """Pixels ``[H, W]`` ``inside`` the line that are lighter, or darker, than anything wider than a stroke around them.
 
-    Grey opening and closing with a square (Serra 1982), the polarity that differs more; a pixel of margin.
+    The polarity is that which differs more; a pixel of margin.
     """
     if not inside.any():
         return inside
-    grey = image.mean(0)
-    size = max(2 * round(region.height * _STROKE / 2) + 1, 3)
-
-    def dilate(values: Tensor, size: int) -> Tensor:
-        return F.max_pool2d(values[None, None], size, stride=1, padding=size // 2)[0, 0]
-
-    light = grey - dilate(-dilate(-grey, size), size)  # opening: erosion is the dilation of the negative
-    dark = -dilate(-dilate(grey, size), size) - grey
-    contrast = max(light, dark, key=lambda values: float(values[inside].sum()))
+    reliefs = _relief(image.mean(0, keepdim=True), _odd(region.height * _STROKE))
+    contrast = max((relief[0] for relief in reliefs), key=lambda values: float(values[inside].sum()))
     strokes = inside & (contrast > max(float(contrast[inside].quantile(0.9)) / 2, _FAINTEST))
-    return inside & (dilate(strokes.to(grey.dtype), 3) > 0)
+    return inside & (_dilate(strokes[None].to(image.dtype), 3)[0] > 0)
+
+
+def _odd(size: float) -> int:
+    """The side of a square with a middle: odd, near ``size``, at least 3."""
+    return max(2 * round(size / 2) + 1, 3)
+
+
+def _relief(image: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """How much lighter, and how much darker, values of ``[C, H, W]`` are than anything as wide as ``size`` around them.
+
+    The differences to grey opening and closing with a square (Serra 1982).
+    """
+    eroded, dilated = -_dilate(-image, size), _dilate(image, size)
+    return image - _dilate(eroded, size), -_dilate(-dilated, size) - image
+
+
+def _dilate(values: Tensor, size: int) -> Tensor:
+    return F.max_pool2d(values[None], size, stride=1, padding=size // 2)[0]
 
 
 def _contains(region: TextRegion, point: Point) -> bool:

@@ -27,7 +27,6 @@ from codefend.types import CodefendError
 
 MODEL_SHA256 = "8199be6f699a395f99f89df973f9dc5285fbcfcdb2ae1a4e1201dab014f3d2a6"
 MOST_TOKENS = 72  # of one text; what follows is not read
-CHARACTERS = 0.45  # weight of the characters' logit, which is between -8 and 8
 LONGEST_WORD = 20  # in which look-alikes are undone: longer ones are codes
 _LOOK_ALIKES = re.compile(r"[A-Za-z][013457$@]+[A-Za-z]|(?<!\S)[01345$@][A-Za-z]{4}")
 _LETTERS = str.maketrans("013457$@", "oieastsa")
@@ -59,7 +58,7 @@ class Change:
 class Trained:
     """Changes to the model, and a head of two layers on the mean and the maximum of the tokens' embeddings.
 
-    ``threshold`` is that of the sum of the head's logit and `CHARACTERS` times that of `instructions`' regression.
+    ``threshold`` is that of `instructions.evidence`.
     """
 
     head: dict[str, Array]
@@ -159,8 +158,3 @@ def _is_disguised(word: str) -> bool:
 def score(text: str) -> float:
     """The logit of ``text`` being an instruction to a model, by its words alone. Raises CodefendError."""
     return trained()(features(plain(text)))
-
-
-def is_instruction(text: str, characters: float) -> bool:
-    """Whether words and characters together say so; ``characters`` is the logit of `instructions`' regression."""
-    return score(text) + CHARACTERS * characters >= trained().threshold

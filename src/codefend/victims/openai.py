@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from codefend.core.assets import needs
 from codefend.core.images import encode_data_url
 from codefend.core.settings import override
 from codefend.core.specs import parse_endpoint
@@ -181,8 +182,6 @@ class OpenAIVictim:
 
 
 def _library() -> Any:
-    try:
+    with needs("an openai: victim", "api"):
         import openai
-    except ModuleNotFoundError as error:
-        raise CodefendError("an openai: victim needs the openai package: pip install 'codefend[api]'") from error
     return openai

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from codefend.core.checkpoints import load_weights
 from codefend.encoders import CLASS_SIDE, SURE, class_names
 from codefend.encoders.base import Classifier, Encoder
 from codefend.encoders.views import fit_square
@@ -121,8 +122,7 @@ def load(folder: Path, encoder: Encoder, phrases: Sequence[str], embed: Embed) -
     """As `build`, with the weights of ``folder``. Also raises CodefendError when it holds none that fit."""
     module = build(encoder, phrases, embed)
     try:
-        with safe_open(folder / "model.safetensors", framework="pt") as file:
-            module.load_state_dict({key: file.get_tensor(key).float() for key in file.keys()})  # noqa: SIM118
+        module.load_state_dict(load_weights(folder / "model.safetensors"))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CodefendError(
             f"{folder} holds no weights for photographs that fit this pocket ({error}); "

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from codefend import encoders
+from codefend.core.checkpoints import load_weights
 from codefend.core.devices import default_device
 from codefend.encoders.views import SIDE, fit_square
 from codefend.types import CodefendError
@@ -266,11 +267,10 @@ _NO_WEIGHTS = "{folder} holds no pocket weights ({error}); train some with `code
 def read_trained(victim: Pocket, folder: Path) -> None:
     """Load the trained part of an unmerged pocket, and a fine-tuned encoder where the folder has one.
 
-    Raises CodefendError when the folder's weights don't fit.
+    Raises CodefendError when the folder's weights don't fit or are not finite.
     """
     try:
-        with safe_open(folder / "model.safetensors", framework="pt") as file:
-            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        state = load_weights(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise CodefendError(_NO_WEIGHTS.format(folder=folder, error=error)) from error
     for name, parameter in victim.trainable.items():

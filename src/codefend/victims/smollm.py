@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from codefend.core.assets import needs
 from codefend.types import CodefendError
 
 if TYPE_CHECKING:
@@ -47,12 +48,10 @@ def load_smollm() -> tuple[Any, Tokenizer]:
 
     Raises CodefendError naming the package to install.
     """
-    try:
+    with needs("the pocket", "pocket"):
         from transformers import LlamaConfig, LlamaForCausalLM
 
         fields, tensors = _read(weights_path())
-    except ModuleNotFoundError as error:
-        raise CodefendError(f"the pocket needs {error.name}: pip install 'codefend[pocket]'") from error
     config = LlamaConfig(
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
         hidden_size=fields["llama.embedding_length"],

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from codefend.core.checkpoints import load_weights
 from codefend.types import CodefendError
 from codefend.victims.answers import default_cache
 
@@ -103,12 +104,14 @@ def is_weights(folder: Path) -> bool:
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors (float32) of a weights folder. Raises CodefendError when it holds none."""
+    """Config and tensors (float32) of a weights folder. Raises CodefendError when it holds none,
+    and for weights that are not finite."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = config["kind"]
-        with safe_open(folder / "model.safetensors", framework="pt") as file:
-            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        state = load_weights(folder / "model.safetensors")
+    except CodefendError:
+        raise
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CodefendError(
             f"{folder} holds no {NAME} weights ({error}); train some with `codefend train {NAME} --run DIR`"

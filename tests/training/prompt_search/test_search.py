@@ -144,7 +144,7 @@ def test_a_local_model_proposes_and_its_bad_proposals_are_replaced(
     config = replace(CONFIG, gepa=GepaConfig(evaluations=400, proposer="local"))
     result = optimize_prompt(config, tmp_path, loaders=replace(search_loaders(), writer=lambda: writer))  # type: ignore[arg-type,return-value]
     assert result.helps
-    assert 'right is "' in writer.requests[0]
+    assert 'expected "' in writer.requests[0]
     assert "proposal refused: it is empty" in capsys.readouterr().err
     proposals = [row["text"] for row in read_rows(tmp_path) if row["kind"] == "proposal"]
     assert HELP in proposals

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import hf_tiny
 from codefend.types import CodefendError
@@ -38,6 +39,17 @@ def test_a_folder_without_a_file_names_it(patterns: tuple[str, ...], words: str,
         load(f"hf:{copy}")
     assert str(copy) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_refused(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (path,) = copy.glob("*.safetensors")
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[-1] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CodefendError, match=r"weight .* holds NaN or infinity; download or save the checkpoint again"):
+        load(f"hf:{copy}")
 
 
 def test_a_language_model_is_refused_by_its_type(folder: Path, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from codefend.contrib.backbones.vp import VPDenoiser, require, table_of
+from codefend.contrib.backbones.vp import VPDenoiser, require, require_finite, table_of
+from codefend.core.checkpoints import load_weights
 from codefend.core.seeds import noise_like
 from codefend.core.settings import override
 from codefend.purifiers.base import Purifier
@@ -154,6 +155,7 @@ def load_latents(source: str, dtype: str = "float32") -> Latents:
     parts = [getattr(pipe, part, None) for part in ("vae", "unet", "scheduler", "encode_prompt")]
     if None in parts or pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
         raise CodefendError(f"{source!r} is a {type(pipe).__name__}; a Stable Diffusion text-to-image model is needed")
+    require_finite(source, pipe.vae, pipe.unet)
     conditions = _conditions(pipe, source)
     if "text_embeds" in conditions and dtype == "float16" and pipe.vae.config.force_upcast:
         pipe.vae.to(torch.float32)  # SDXL's first autoencoder overflows in float16
@@ -221,14 +223,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 def from_folder(folder: Path, meta: Mapping[str, Any], settings: Mapping[str, object]) -> LatentPurifier:
     """The purifier that `save_adapters` wrote. Raises CodefendError for adapters of another model and wrong options."""
-    from safetensors.torch import load_file
-
     defaults = override(LatentOptions(), meta.get("options", {}))
     options = override(defaults, settings)
     latents = load_latents(meta["base"], options.dtype)
     own = add_adapters(latents, int(meta["rank"]))
     try:
-        state = load_file(folder / ADAPTERS)
+        state = load_weights(folder / ADAPTERS)
+    except CodefendError:
+        raise
     except Exception as error:
         raise CodefendError(f"{folder} holds no readable {ADAPTERS}: {str(error).splitlines()[0]}") from error
     if {name: value.shape for name, value in state.items()} != {name: p.shape for name, p in own.items()}:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from codefend.contrib.backbones.vp import FIXED, LEARNED, VPDenoiser, load_part, require, table_of
+from codefend.contrib.backbones.vp import FIXED, LEARNED, VPDenoiser, load_part, require, require_finite, table_of
 from codefend.core.settings import override
 from codefend.purifiers.bridge import Bridge, BridgeOptions
 from codefend.purifiers.diffpure import DiffPure, DiffPureOptions
@@ -51,6 +51,7 @@ def load_denoiser(source: str, *, shift: float = SHIFT_DATA) -> VPDenoiser:
         raise
     except Exception as error:  # the library raises ValueError, RuntimeError, SafetensorError and more
         raise CodefendError(f"cannot load {source!r}: {str(error).strip().splitlines()[0]}") from error
+    require_finite(source, model)
     config = model.config
     if config.in_channels != 3 or config.num_class_embeds or config.class_embed_type:
         raise CodefendError(f"{source!r} is no unconditional model of colour images")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from codefend.core.assets import needs
+from codefend.core.checkpoints import find_nonfinite
 from codefend.types import CodefendError
 
 FIXED, LEARNED = "fixed_small", "learned_range"  # variances that diffusers' schedulers know; guided-diffusion learns it
@@ -140,6 +141,13 @@ def require() -> Any:
     with needs("this", "diffusers"):
         import diffusers
     return diffusers
+
+
+def require_finite(source: str, *models: nn.Module) -> None:
+    """Raise CodefendError for weights that hold NaN or infinity."""
+    for model in models:
+        if name := find_nonfinite(dict(model.named_parameters())):
+            raise CodefendError(f"weight {name} of {source!r} holds NaN or infinity; download or save the model again")
 
 
 def table_of(scheduler: Any, source: str) -> Tensor:

@@ -11,8 +11,8 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from codefend.gateway.app import build_engine, build_lane
 from codefend.gateway.config import Settings
@@ -45,7 +45,7 @@ def serve(settings: Settings, target: str | list[str], documents: Documents = "r
 
 async def _serve(engine: Engine, upstream: Upstream, max_bytes: int, documents: Documents) -> int:
     """Answer at once, while the workers start: only images wait for them."""
-    ready = asyncio.ensure_future(asyncio.to_thread(engine.worker.warm_up))
+    ready = _in_background(engine.worker.warm_up)
     ready.add_done_callback(lambda done: done.cancelled() or done.exception())
     try:
         async with upstream as server:
@@ -54,6 +54,22 @@ async def _serve(engine: Engine, upstream: Upstream, max_bytes: int, documents: 
         engine.worker.close()
         engine.close()
         ready.cancel()
+
+
+def _in_background(work: Callable[[], None]) -> asyncio.Future[None]:
+    """Run ``work`` in a thread that nothing waits for when the process ends, unlike those of an executor."""
+    future = Future[None]()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            work()
+            future.set_result(None)
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="warm-up", daemon=True).start()
+    return asyncio.wrap_future(future)
 
 
 class StandardStreams:

@@ -14,7 +14,8 @@ import httpx2
 
 from codefend.types import CodefendError
 
-GRACE_S = 2.0  # for a server to end by itself once its input is closed, and again once it is asked to
+# For a server to end by itself once its input is closed, and again once it is asked to; clients wait 2 s for the proxy.
+GRACE_S = 0.8
 _CHUNK = 1 << 16
 
 

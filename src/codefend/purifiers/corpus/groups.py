@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import IO
 
+from codefend.core.signatures import HEAD, is_image
 from codefend.purifiers.corpus.stores import Entry, Store
 from codefend.purifiers.corpus.unit_work import MAX_BYTES, UnitWork, UnreadableSource, reading
 from codefend.purifiers.corpus.units import Unit
@@ -16,7 +17,7 @@ def purify_group(unit: Unit, work: UnitWork) -> dict[str, str]:
     store = Store(unit.source)
     waiting: list[tuple[str, bytes]] = []
     for name, entry in unit.files:
-        if not is_image_name(name):
+        if not (is_image_name(name) or is_image(_content(store, name, entry, HEAD))):
             _copy(store, name, entry, work)
             continue
         try:
@@ -31,11 +32,11 @@ def purify_group(unit: Unit, work: UnitWork) -> dict[str, str]:
     return {}
 
 
-def _content(store: Store, name: str, entry: Entry) -> bytes:
-    if entry.size > MAX_BYTES:
+def _content(store: Store, name: str, entry: Entry, size: int = -1) -> bytes:
+    if size < 0 and entry.size > MAX_BYTES:
         raise UnreadableSource(f"{name} has {entry.size:,} bytes, over the limit of {MAX_BYTES:,}")
     with reading(name), store.open(entry.path) as stream:
-        return stream.read()
+        return stream.read(size)
 
 
 def _flush(waiting: list[tuple[str, bytes]], work: UnitWork) -> None:

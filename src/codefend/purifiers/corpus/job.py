@@ -24,6 +24,7 @@ from codefend.types import CodefendError
 
 CONFIG = ".codefend/config.json"
 MANIFESTS = ".codefend/manifest"
+FAILURES = ".codefend/failures"  # of units that are done: the lines of a manifest that name an error
 _WRITERS = {"tar": purify_tar, "table": purify_table, "group": purify_group}
 _SETTLED = 1000  # lines of failures that a report holds
 
@@ -56,7 +57,7 @@ class UnitReport:
 
 @dataclass
 class CorpusReport:
-    """What became of all units of this shard, those of earlier runs in ``skipped``."""
+    """What became of all units of this shard, those of earlier runs in ``skipped``; failures are those of all runs."""
 
     images: int = 0
     units: int = 0
@@ -68,8 +69,12 @@ class CorpusReport:
         unreadable = [(report.name, report.unreadable)] if report.unreadable else []
         self.units += 1
         self.images += report.images
-        self.failures += report.failures + len(unreadable)
-        self.failed += [*report.failed, *unreadable][: _SETTLED - len(self.failed)]
+        self.failures += report.failures - len(report.failed)  # a report holds the first ones
+        self.fail([*report.failed, *unreadable])
+
+    def fail(self, failed: list[tuple[str, str]]) -> None:
+        self.failures += len(failed)
+        self.failed += failed[: _SETTLED - len(self.failed)]
 
 
 @dataclass(frozen=True)
@@ -98,11 +103,12 @@ class UnitPurifier:
             except UnreadableSource as error:
                 report.unreadable = str(error)
                 return
+        if work.failures:
+            self.sink.put(f"{FAILURES}/{unit.manifest}", lambda stream: _write_failures(stream, rows))
         summary = {"unit": unit.name, "images": work.images, "failed": work.failures, "outputs": outputs}
         self.sink.put(f"{MANIFESTS}/{unit.manifest}", lambda stream: _write_manifest(stream, summary, rows))
         report.images, report.failures = work.images, work.failures
-        inside = "" if unit.kind == "group" else f"{unit.name}/"
-        report.failed = [(inside + name, reason) for name, reason in work.failed]
+        report.failed = [(unit.inside(name), reason) for name, reason in work.failed]
 
 
 _purifiers: dict[str, Purifier] = {}  # of this process, by name
@@ -119,6 +125,19 @@ def _write_manifest(stream: IO[bytes], summary: dict[str, object], rows: IO[byte
     stream.write((json.dumps(plain(summary), ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
     rows.seek(0)
     shutil.copyfileobj(rows, stream)
+
+
+def _write_failures(stream: IO[bytes], rows: IO[bytes]) -> None:
+    rows.seek(0)
+    for line in rows:
+        if "error" in json.loads(line):
+            stream.write(line)
+
+
+def _read_failures(sink: Store, unit: Unit) -> list[tuple[str, str]]:
+    """The images of a finished unit that failed: name, reason."""
+    lines = (sink.read(f"{FAILURES}/{unit.manifest}") or b"").splitlines()
+    return [(unit.inside(record["name"]), record["error"]) for record in map(json.loads, lines)]
 
 
 Tick = Callable[[int, int], None]
@@ -146,10 +165,13 @@ def purify_corpus(
 
     _check_names(find_units(sources, place, keep_others=options.keep_others), place)
     done = set[str]() if _saved_config(place, options) is None else place.names(MANIFESTS)
+    failed = place.names(FAILURES) if done else set[str]()
     count, size, tables = 0, 0, list[Unit]()
     for unit in units():
         if unit.manifest in done:
             report.skipped += 1
+            if unit.manifest in failed:
+                report.fail(_read_failures(place, unit))
             continue
         count, size = count + 1, size + unit.size
         tables += [unit] if unit.kind == "table" and not tables else []
@@ -209,6 +231,7 @@ def _open_sink(sink: Store, options: CorpusOptions) -> None:
         raise CodefendError(f"{sink.url} was written with other weights of {options.files.purifier}; choose another")
     if saved is None:
         sink.remove(MANIFESTS)
+        sink.remove(FAILURES)
     text = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     sink.put(CONFIG, lambda stream: stream.write(text))
 

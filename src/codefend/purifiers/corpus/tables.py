@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import IO, Any
 
+from codefend.core.assets import needs
 from codefend.purifiers.corpus.stores import Store
 from codefend.purifiers.corpus.unit_work import MAX_BYTES, UnitWork, UnreadableSource, reading
 from codefend.purifiers.corpus.units import Unit
@@ -182,9 +183,7 @@ class _Groups:
 
 
 def _arrow() -> tuple[Any, Any]:
-    try:
+    with needs("Parquet", "parquet"):
         import pyarrow
         import pyarrow.parquet
-    except ImportError as error:
-        raise CodefendError("Parquet needs pyarrow: pip install 'codefend[parquet]'") from error
     return pyarrow, pyarrow.parquet

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
+from codefend.core import signatures
 from codefend.purifiers.corpus.stores import Store
 from codefend.purifiers.corpus.unit_work import MAX_BYTES, UnitWork, UnreadableSource, reading
 from codefend.purifiers.corpus.units import Unit
@@ -71,9 +72,14 @@ _TRUNCATED = (
 class _Member:
     """A member's content as a stream that is never shorter than its header says."""
 
-    stream: IO[bytes] | None
+    stream: io.BufferedReader | None
     left: int
     name: str
+
+    def head(self) -> bytes:
+        """Its first bytes, which `read` returns again."""
+        with reading(self.name, *_DAMAGE):
+            return b"" if self.stream is None else self.stream.peek(signatures.HEAD)[: signatures.HEAD]
 
     def read(self, size: int = -1) -> bytes:
         with reading(self.name, *_DAMAGE):
@@ -91,7 +97,7 @@ def _members(source: IO[bytes], name: str) -> Iterator[tuple[tarfile.TarInfo, _M
         while True:
             with reading(name, *_DAMAGE):
                 info = archive.next()
-                stream = archive.extractfile(info) if info is not None and info.isreg() else None
+                stream: Any = archive.extractfile(info) if info is not None and info.isreg() else None
             archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has read
             if info is None:
                 return
@@ -113,7 +119,7 @@ class _ArchiveCopy:
 
     def run(self, members: Iterator[tuple[tarfile.TarInfo, _Member]]) -> None:
         for info, member in members:
-            is_image = info.isreg() and is_image_name(info.name)
+            is_image = info.isreg() and (is_image_name(info.name) or signatures.is_image(member.head()))
             if is_image and info.size > MAX_BYTES:
                 reason = f"{info.name} has {info.size:,} bytes, over the limit of {MAX_BYTES:,}"
                 self.work.fail(info.name, reason)

@@ -33,6 +33,10 @@ class Unit:
         text = "\n".join(f"{name} {entry.size} {entry.stamp}" for name, entry in self.files)
         return f"{self.name}.{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.jsonl"
 
+    def inside(self, name: str) -> str:
+        """The name, in the corpus, of an image that is called ``name`` in the manifest."""
+        return name if self.kind == "group" else f"{self.name}/{name}"
+
 
 def find_units(sources: Sequence[str], sink: Store, *, keep_others: bool = False) -> Iterator[Unit]:
     """The units of files and folders, in a fixed order. Raises CodefendError for a missing source.

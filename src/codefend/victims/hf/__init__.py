@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from codefend.core.assets import needs
 from codefend.types import CodefendError
 
 if TYPE_CHECKING:
@@ -23,10 +24,8 @@ def load(spec: str) -> HFVictim:
     model = parse_spec(spec.removeprefix(PREFIX))
     if not model.name:
         raise CodefendError("name a model, as in hf:HuggingFaceTB/SmolVLM-256M-Instruct or hf:./folder")
-    try:
+    with needs("an hf: victim", "hf"):
         import transformers  # noqa: F401
-    except ImportError as error:
-        raise CodefendError("hf: victims need Transformers; install it with `pip install codefend[hf]`") from error
     from codefend.victims.hf.loading import HFOptions, load_victim
 
     options = override(HFOptions(), model.options)

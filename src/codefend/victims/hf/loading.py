@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
+from codefend.core.checkpoints import find_nonfinite
 from codefend.core.devices import VARIABLE, default_device
 from codefend.types import CodefendError
 from codefend.victims.hf.pixels import family
@@ -80,7 +81,9 @@ def _failures_named(name: str, remedy: str) -> Iterator[None]:
 
 
 def _load_model(source: str, config: Any, options: HFOptions, **extra: Any) -> Any:
-    """The model. Raises ValueError for weights that Transformers would leave at random values, with a warning."""
+    """The model. Raises ValueError for weights that are not finite, and for those that Transformers would leave at
+    random values, with a warning.
+    """
     from transformers import AutoModelForImageTextToText
 
     loaded: Any = AutoModelForImageTextToText.from_pretrained(
@@ -100,6 +103,8 @@ def _load_model(source: str, config: Any, options: HFOptions, **extra: Any) -> A
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(f"its weights lack {missing[0]}" + (f" and {len(missing) - 1} others" * (len(missing) > 1)))
+    if name := find_nonfinite(dict(model.named_parameters())):
+        raise ValueError(f"weight {name} holds NaN or infinity")
     return model
 
 

@@ -1,0 +1,7 @@
+"""``python -m codefend``."""
+
+import sys
+
+from codefend.cli import main
+
+sys.exit(main())
