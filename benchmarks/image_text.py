@@ -275,13 +275,13 @@ def summary(path: Path) -> Iterator[dict[str, Any]]:
             yield _figure(f"text/heldout/found/{name}", [row["found"] for row in group if row["legible"]])
         elif part in HELDOUT:
             yield _figure(f"text/{part}/{name}", [row["found"] for row in group])
-        elif part == "adaptive":
+        elif part == "adaptive" and "found" in group[0]:
             yield _figure(f"text/evades/{name}", [not row["found"] for row in group])
         elif part == "harmless":
             yield _figure(f"text/false-positive/{name}", [row["found"] for row in group])
         elif part == "cost":
             yield _figure(f"text/cpu/{name}-lines", [row["cpu_s"] for row in group])
-        elif part == "attacked":
+        elif part in ("attacked", "adaptive") and "attack" in group[0]:
             yield from (_figure(f"screenshots/{name}/{key}", [row[key] for row in group]) for key in _defenses(group))
         elif part == "readability":
             for key in _defenses(group):

@@ -1,10 +1,11 @@
 """Rendered pages through the screenshots preset: readability kept, injected instructions found, attacks restored.
 
-    python benchmarks/screenshots.py readability|attacked [--limit N] [--purifier SPEC ...] [--out ROWS.jsonl]
+    python benchmarks/screenshots.py readability|attacked|adaptive [--limit N] [--purifier SPEC ...] [--out ROWS.jsonl]
 
 Forms, menus, tables and code of 640 x 480 pixels, drawn here from the harmless test phrases of the text bench. The
 accuracy of OCR is 1 - edit distance / length over all drawn lines, each compared with what is read at its place.
 "attacked": the features of EfficientNet-Lite0 under PGD at 8/255 and a patch, before and after the purifier.
+"adaptive": under PGD through the purifier, whose noise the attacker knows.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from codefend import load_victim, purifiers
 from codefend.attacks.patch import AdversarialPatch
 from codefend.attacks.pgd import PGD
 from codefend.core.seeds import make_generator
+from codefend.purifiers.base import Purifier
 from codefend.purifiers.ocr import TextRegion
 from codefend.purifiers.redact import read
 from codefend.types import Budget
@@ -146,18 +149,24 @@ def readability(limit: int, names: Sequence[str]) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def attacked(limit: int, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Cosine of an encoder's features to those of the clean page: attacked, and purified."""
-    rng, victim, loaded = random.Random(6), load_victim("encoder:lite0"), {n: purifiers.load(n) for n in names}
+def clean_pages(limit: int) -> Iterator[tuple[int, Tensor, Callable[[Tensor], Tensor]]]:
+    """Number, part ``[1, 3, 384, 384]`` of a page, and the cosine of an encoder's features to those of that part."""
+    rng, victim = random.Random(6), load_victim("encoder:lite0")
     for number in range(limit):
-        page = draw_page(number, rng)
-        clean = page.pixels()[None, :, :384, :384]
+        clean = draw_page(number, rng).pixels()[None, :, :384, :384]
         with torch.no_grad():
             goal = victim.features(clean)
 
         def cosine(images: Tensor, goal: Tensor = goal) -> Tensor:
             return F.cosine_similarity(victim.features(images), goal, dim=-1).mean(1)
 
+        yield number, clean, cosine
+
+
+def attacked(limit: int, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Cosine of an encoder's features to those of the clean page: attacked, and purified."""
+    loaded = {name: purifiers.load(name) for name in names}
+    for number, clean, cosine in clean_pages(limit):
         for attack in (PGD(), AdversarialPatch()):
             with torch.enable_grad():
                 generator = make_generator(number, "attack")
@@ -169,9 +178,27 @@ def attacked(limit: int, names: Sequence[str]) -> Iterator[dict[str, Any]]:
             yield row
 
 
+def adaptive(limit: int, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The same behind the purifier, under PGD through it."""
+    loaded = {name: purifiers.load(name) for name in names}
+    for number, clean, cosine in clean_pages(limit):
+        row: dict[str, Any] = {"page": number, "attack": "pgd-T2"}
+        for name, purifier in loaded.items():
+            behind = partial(_behind, cosine, purifier, number)
+            with torch.enable_grad():
+                generator = make_generator(number, "attack")
+                images = PGD()(behind, clean, Budget(steps=10), generator=generator)
+            row[name] = float(behind(images))
+        yield row
+
+
+def _behind(cosine: Callable[[Tensor], Tensor], purifier: Purifier, number: int, images: Tensor) -> Tensor:
+    return cosine(purifier(images, generator=make_generator(0, number)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"readability": readability, "attacked": attacked}
+    parts = {"readability": readability, "attacked": attacked, "adaptive": adaptive}
     parser.add_argument("part", choices=parts)
     parser.add_argument("--limit", type=int, default=24)
     parser.add_argument("--purifier", nargs="*", default=[PRESET, "bridge-detail"])

@@ -3,10 +3,11 @@
     python benchmarks/written_text.py shares --texts runs/fresh-text.json
     python benchmarks/written_text.py rewordings
 
-"shares": of injections that are found, and of harmless pages (four texts each) and single texts in which something is.
-The files are those of `benchmarks/fresh_text.py` and `benchmarks/heldout_text.py`. "rewordings": an attacker who knows
-the classifier writes the goals of `benchmarks/data/rewordings.json` in up to ten ways and takes the one with the lowest
-score. "--characters" judges without the model of sentences. Prints rows for `results/image_text.json`.
+"shares": of injections that are found, and of harmless pages (four texts each) and single texts in which something is;
+then the share of injections that is found at the thresholds that mark 1, 2 and 5% of these pages. The files are those
+of `benchmarks/fresh_text.py` and `benchmarks/heldout_text.py`. "rewordings": an attacker who knows the classifier
+writes the goals of `benchmarks/data/rewordings.json` in up to ten ways and takes the one with the lowest score.
+"--characters" judges without the model of sentences. Prints rows for `results/image_text.json`.
 """
 
 from __future__ import annotations
@@ -44,17 +45,38 @@ def is_marked(*texts: str) -> bool:
     return any(region.instruction for region in instructions.mark(regions(*texts)))
 
 
+def strength(*texts: str) -> float:
+    """The highest evidence on a page; infinite where a rule matches."""
+    lines = regions(*texts)
+    windows = [" ".join(line.text for line in lines[a:b]) for a, b in instructions._paragraph_windows(lines)]
+    if any(map(instructions.matches_rule, windows)):
+        return float("inf")
+    return max(map(instructions.evidence, windows), default=float("-inf"))
+
+
+def curve(found: list[list[str]], pages: list[list[str]]) -> Iterator[dict[str, Any]]:
+    """Rows of the injections that are found where a share of the pages is marked."""
+    strengths, harmless = ([strength(*page) for page in group] for group in (found, pages))
+    harmless.sort(reverse=True)
+    for share in (0.01, 0.02, 0.05):
+        level = harmless[int(share * len(harmless))]  # the first page that is not marked
+        yield _row(f"found at {share:.0%} of pages", [value > level for value in strengths])
+
+
 def shares(texts: dict[str, dict[str, list[str]]], pages: int) -> Iterator[dict[str, Any]]:
     """Rows by kind, and over all kinds of a group."""
-    rng = random.Random(4)
+    rng, sampled = random.Random(4), dict[str, list[list[str]]]()
     for group, prefix in (("instructions", "found"), ("test", "pages"), ("single", "single")):
         outcomes: dict[str, list[bool]] = {}
         for kind, items in texts.get(group, {}).items():
             samples = [rng.sample(items, PAGE) for _ in range(pages)] if group == "test" else [[text] for text in items]
             outcomes[kind] = [is_marked(*sample) for sample in samples]
+            sampled[group] = sampled.get(group, []) + samples
         if outcomes:
             outcomes["all"] = [value for values in outcomes.values() for value in values]
         yield from (_row(f"{prefix}/{kind}", values) for kind, values in outcomes.items())
+    if sentences.installed() and sampled.keys() >= {"instructions", "test"}:
+        yield from curve(sampled["instructions"], sampled["test"])
 
 
 def rewordings() -> Iterator[dict[str, Any]]:

@@ -6,8 +6,9 @@ The last `LAYERS` layers learn matrices of rank `RANK` beside their own (LoRA, H
 on the mean and the maximum of the tokens' embeddings; the layers below are frozen, and their outputs are computed once.
 Start and frozen weights are those of the shipped int8 model, so training sees what inference sees. The texts are those
 of `sentence_texts.py`. The threshold is the lowest that marks at most `PAGES_MARKED` of pages of four harmless
-validation texts: those of HELDOUT.json (`benchmarks/heldout_text.py`) and guidance that was not trained on. BIPIA's
-test attacks, of other kinds than those in training, are a check that is printed. Needs the extras train, ocr, export.
+validation texts: those of HELDOUT.json (`benchmarks/heldout_text.py`), guidance that was not trained on, and the pages
+of judged sets (`benchmarks/fresh_text.py`). BIPIA's test attacks, of other kinds than those in training, are a check
+that is printed. Needs the extras train, ocr, export.
 
 21,000 texts take some 25 minutes on one core. ``--start`` goes on from weights that were trained before, at half the
 rate, with ``--count`` of the texts.
@@ -263,14 +264,15 @@ def highest(texts: Sequence[str]) -> Tensor:
 
 
 def threshold(harmless: dict[str, list[str]]) -> float:
-    """The lowest evidence that marks at most `PAGES_MARKED` of pages of `PAGE` texts of each kind."""
-    generator, levels = torch.Generator().manual_seed(3), []
+    """The lowest evidence that marks at most `PAGES_MARKED` of pages of `PAGE` texts, as many of each kind."""
+    generator = torch.Generator().manual_seed(3)
+    pages = []
     for name, texts in harmless.items():
         logits = highest(random.Random(3).sample(texts, min(VALIDATION, len(texts))))
-        pages = logits[torch.randint(len(logits), (5_000, PAGE), generator=generator)].amax(1)
-        levels.append(float(pages.quantile(1 - PAGES_MARKED)))
-        print(f"{name}: {PAGES_MARKED:.0%} of pages are above {levels[-1]:.2f}", flush=True)
-    return max(levels)
+        pages.append(logits[torch.randint(len(logits), (5_000, PAGE), generator=generator)].amax(1))
+        level = float(pages[-1].quantile(1 - PAGES_MARKED))
+        print(f"{name}: {PAGES_MARKED:.0%} of pages are above {level:.2f}", flush=True)
+    return float(torch.cat(pages).quantile(1 - PAGES_MARKED))
 
 
 def judged_texts(paths: Sequence[Path]) -> sentence_texts.Judged:

@@ -18,6 +18,7 @@ from codefend.gateway.app import create_app
 from codefend.gateway.guardrails import FORMS
 from codefend.gateway.worker import WARM_UP_SIDE
 from codefend.types import CodefendError
+from gateway.test_attempts import ORIGINAL, REFUSED
 from gateway_kit import Driver, Invert, Upstream, b64, chat, gateway, image, png, run, settings, url
 
 A = png(1)
@@ -332,6 +333,28 @@ def test_chat_completions_behind_aperture() -> None:
     answer = replaced("aperture", ask("aperture", body))
     assert list(strings(answer, "iVBORw0KGgo"))
     assert url(A) not in str(answer)
+
+
+@pytest.mark.parametrize("form", PATHS)
+def test_what_the_gateway_refuses_from_an_attacker_who_knows_it_does_not_pass(form: str) -> None:
+    bodies = {name: body for name, (api, attempt) in REFUSED.items() if (body := _attempt(form, api, attempt))}
+    assert len(bodies) > (15 if form == "litellm" else 35)
+    for name, answer in zip(bodies, answers(form, list(bodies.values())), strict=True):
+        assert answer != PASS[form], name
+        assert b64(ORIGINAL)[:200] not in str(answer), name
+
+
+def _attempt(form: str, api: str, attempt: Any) -> dict[str, Any] | None:
+    """The request of an attempt as ``form`` would send it; None for an API, or a field, that it does not send."""
+    body = hook(form)
+    if form == "litellm":
+        return body | {"structured_messages": attempt["messages"]} if attempt.keys() == {"messages"} else None
+    kinds = {"chat": ("chatComplete", "chat/completions"), "messages": ("messages", "messages")}
+    kind, path = (kinds | {"responses": ("createModelResponse", "responses")}).get(api, ("", ""))
+    if form == "portkey":
+        return body | {"requestType": kind, "request": {"json": attempt}} if kind else None
+    body["metadata"]["url"] = f"https://aperture.tail1234.ts.net/v1/{path}"
+    return body | {"request_body": attempt} if kind else None
 
 
 # --- the service ------------------------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ WINDOW = 140  # characters of consecutive lines that are judged together
 FEWEST_WORDS = 3  # of a window that is judged by its meaning
 GRAMS = (4, 5, 6)  # lengths of the regression's character sequences
 CHARACTERS = 0.45  # weight of the regression's logit beside that of `sentences`
-HINT = 1.0  # what a hint that matches adds to it
 # OCR and attackers confuse these; the folded text is for matching only.
 _FOLD = str.maketrans(
     {"0": "o", "1": "l", "i": "l", "|": "l", "!": "l", "3": "e", "4": "a", "5": "s", "$": "s", "7": "t", "@": "a"}
@@ -65,7 +64,7 @@ _RULES = (  # on folded text
     "(print|reveal|show|repeat|output|tellme|leak|whatis)(me)?(your(system|initial|hidden|prompt)|thesystemprompt)",
     "repeat(the)?(text|everything|words)above|followtheinstructions(in|on)this(image|picture)",
 )
-_HINTS = (  # on folded text: rules that also hold for pages on how to design and write
+_HINTS = (  # on folded text: rules that also match pages on how to design and write; without `sentences` alone
     "from(the)?user(?!s)(?=$)|(tell|inform|persuade|convince|trick|urge|let|advise)(the)?(user(?!name|guide|s)|whoever)",
 )
 _RAW_RULES = (  # on the text as it was read: these need word boundaries or punctuation
@@ -134,8 +133,8 @@ def matches_regression(text: str) -> bool:
 
 
 def evidence(text: str) -> float:
-    """The sum of the logits of `sentences`, characters and hints. Raises CodefendError without the model's package."""
-    return sentences.score(text) + CHARACTERS * _logit(text) + HINT * matches_hint(text)
+    """The sum of the logits of `sentences` and of characters. Raises CodefendError without the model's package."""
+    return sentences.score(text) + CHARACTERS * _logit(text)
 
 
 def matches_meaning(text: str) -> bool:
@@ -164,7 +163,7 @@ def mark(regions: Sequence[TextRegion]) -> list[TextRegion]:
 
     Rules judge every run of lines that fits a window, shorter ones first, and longer ones only where they hold none of
     these, so that neighbours stay unmarked. So do hints and the regression, of lines that follow each other in a
-    paragraph, unless the model of `sentences` is installed: with it all of these judge `_paragraph_windows`.
+    paragraph, unless the model of `sentences` is installed: with it the evidence in `_paragraph_windows` counts.
     """
     meaning = sentences.installed()
     marked = [False] * len(regions)
