@@ -37,6 +37,11 @@ def test_the_module_is_the_command(module: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"codefend {codefend.__version__}\n", "")
 
 
+def test_nothing_is_collected_at_the_end_of_the_process() -> None:
+    code = "import atexit, gc; from codefend.cli import main; main(['--version']); atexit._run_exitfuncs()"
+    subprocess.run([sys.executable, "-c", f"{code}; assert gc.get_freeze_count()"], check=True)
+
+
 @pytest.mark.parametrize(
     "verb",
     [
