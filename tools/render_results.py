@@ -6,10 +6,10 @@ Two markers: a block ``<!-- results: NAME -->`` ... ``<!-- /results -->`` holds 
 "rows FILE": all figures of a file; "strongest": the strongest attack known against each defense; "answers": captions
 and questions under the adaptive attack in two stages), and ``<!--=ID-->.90<!--/-->`` holds one figure. In a template,
 ``{ID}`` is a figure and ``{PREFIX/*}`` those of captions and questions; ``{?ID}`` is a dash where there is no such
-figure, ``{?ID or ID}`` the first that there is, and a row of dashes is left out; ``{adaptive DEFENSE/EPS}`` is
-captions / questions under that attack, and n. ``|%`` and ``|%1`` print percent with no or one decimal, ``|2`` a number
-with two decimals, ``|e`` with an exponent, ``|dB`` with its unit, ``|n`` the number of examples, ``|ci`` the 95%
-interval, as published or Wilson's. Ids that begin with "former-" are of weights that no longer ship.
+figure, and a row of dashes is left out; ``{adaptive DEFENSE/EPS}`` is captions / questions under that attack, and n.
+``|%`` and ``|%1`` print percent with no or one decimal, ``|2`` a number with two decimals, ``|e`` with an exponent,
+``|dB`` with its unit, ``|n`` the number of examples, ``|ci`` the 95% interval, as published or Wilson's. Ids that begin
+with "former-" are of weights that no longer ship.
 """
 
 from __future__ import annotations
@@ -159,10 +159,7 @@ def look_up(text: str, figures: dict[str, Figure]) -> str:
     if name.startswith("adaptive "):
         return adaptive_cell(figures, *name.removeprefix("adaptive ").rsplit("/", 1))
     optional, name = name.startswith("?"), name.removeprefix("?")
-    choices = [
-        [part.replace("*", task) for task in TASKS] if part.endswith("/*") else [part] for part in name.split(" or ")
-    ]
-    names = next((ids for ids in choices if not figures.keys().isdisjoint(ids)), choices[0])
+    names = [name.replace("*", task) for task in TASKS] if name.endswith("/*") else [name]
     unknown = [name for name in names if name not in figures]
     if unknown == names and optional:
         return "-"
