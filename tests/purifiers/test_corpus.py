@@ -134,6 +134,20 @@ def test_a_binary_column_is_purified_when_it_is_named(tmp_path: Path) -> None:
     assert all(new != old and images.probe(new).width == 10 for new, old in zip(after, raw.to_pylist(), strict=True))
 
 
+def test_a_table_with_lists_of_images_is_refused_unless_a_column_is_named(tmp_path: Path) -> None:
+    table = pq.read_table(kit.write_table(tmp_path / "one.parquet"))
+    column = table.column("image").combine_chunks()
+    for kind in (pa.list_, pa.large_list):
+        lists = pa.array([[value] for value in column.to_pylist()], type=kind(kit.IMAGE_TYPE))
+        pq.write_table(table.append_column("images", lists), tmp_path / "in.parquet")
+        with pytest.raises(
+            CodefendError, match=r"in.parquet holds lists of images in 'images', which are not purified"
+        ):
+            kit.run(tmp_path / "in.parquet", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    assert kit.run(tmp_path / "in.parquet", tmp_path / "out", column="image").images == 6
+
+
 def test_other_files_of_folders_are_copied_on_request(corpus: Path, tmp_path: Path) -> None:
     kit.run(corpus, tmp_path / "without")
     assert not (tmp_path / "without" / "loose" / "labels.csv").exists()

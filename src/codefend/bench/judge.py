@@ -127,7 +127,7 @@ def clean_rows(bench: Bench, folder: Path, cell: Cell, batch: int, indices: Sequ
     examples = bench.tasks[cell.task].examples(indices)
     images = clean_images(examples)
     submissions = submit(bench, cell, batch, images, examples)
-    rows = common_columns(bench, cell, batch, submissions, images, examples)
+    rows = common_columns(bench, cell, batch, submissions, examples)
     for i, row in enumerate(rows):
         row |= {"goal": CLEAN, "success": {}, "success_any": {}, "seconds": 0.0}
         panel = {"clean": images[i], "purified": submissions.purified[0][i]}
@@ -149,7 +149,7 @@ def attacked_rows(
     examples = bench.tasks[cell.task].examples(indices)
     examples = with_prompts(examples, [note.get("asked", e.prompt) for note, e in zip(notes, examples, strict=True)])
     submissions = submit(bench, cell, batch, images, examples)
-    rows = common_columns(bench, cell, batch, submissions, images, examples)
+    rows = common_columns(bench, cell, batch, submissions, examples)
     successes = success_columns(bench, cell, submissions, examples, clean)
     objectives = defended_objective(bench, cell, batch, examples, attacked)
     attack = _attack_columns(bench, cell)
@@ -190,7 +190,7 @@ def judged_defense(bench: Bench, cell: Cell, batch: int) -> Defense:
 
 
 def common_columns(
-    bench: Bench, cell: Cell, batch: int, submissions: Submissions, images: Tensor, examples: Sequence[Example]
+    bench: Bench, cell: Cell, batch: int, submissions: Submissions, examples: Sequence[Example]
 ) -> list[Row]:
     """The columns that clean and attacked rows share."""
     clean, evaluated, config = clean_images(examples), bench.tasks[cell.task], bench.config

@@ -68,8 +68,12 @@ def _opened(pa: Any, parquet: Any, unit: Unit) -> Iterator[Any]:
 def image_columns(pa: Any, schema: Any, name: str, wanted: str | None) -> list[str]:
     """The columns to purify: ``wanted``, or every one of the type that ``datasets`` gives images.
 
-    Raises CodefendError, naming the columns, when there is none or ``wanted`` holds no images.
+    Raises CodefendError, naming the columns, when there is none or ``wanted`` holds no images, and for lists of images
+    when nothing is wanted: they would be carried through as they are.
     """
+    lists = [field.name for field in schema if _is_image_list(pa, field.type)]
+    if wanted is None and lists:
+        raise CodefendError(f"{name} holds lists of images in {lists[0]!r}, which are not purified; drop that column")
     found = [field.name for field in schema if _is_image_struct(pa, field.type)]
     if wanted is None and found:
         return found
@@ -89,6 +93,11 @@ def _is_image_struct(pa: Any, kind: Any) -> bool:
         return False
     fields = {field.name: field.type for field in (kind.field(0), kind.field(1))}
     return set(fields) == {"bytes", "path"} and _is_bytes(pa, fields["bytes"])
+
+
+def _is_image_list(pa: Any, kind: Any) -> bool:
+    tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(test(kind) for test in tests) and _is_image_struct(pa, kind.value_type)
 
 
 def _is_bytes(pa: Any, kind: Any) -> bool:
