@@ -33,7 +33,8 @@ def apply(image: Tensor, policy: TextPolicyName) -> tuple[Tensor, list[TextRegio
 
     regions = read(image)
     if policy == "block" and (lines := select(regions, "instructions")):
-        raise TextBlocked(f"the image holds {len(lines)} lines of text that read like instructions to a model")
+        count = f"{len(lines)} of {len(regions)} lines"
+        raise TextBlocked(f"text in the image reads like instructions to a model ({count})")
     if policy in ("redact", "redact-all"):
         filled = redact(image, select(regions, "all" if policy == "redact-all" else "instructions"))
         if filled is image and instructions_in(regions):
