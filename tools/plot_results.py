@@ -18,7 +18,7 @@ CLEAN = {  # the figure of clean captions that belongs to each curve
     **{name: f"{name}/clean-strata/caption" for name in ("bridge-large", "bridge-detail", "former-bridge")},
 }
 DIALS = (("bridge:sigma=0.02", "bridge", "bridge:sigma=0.1"), ("bridge-large",), ("bridge-detail",), ("former-bridge",))
-COSTS = ("bridge", "bridge-large", "bridge-detail", "former-bridge")
+COSTS = ("bridge", "bridge-large", "bridge-detail")
 
 
 def accuracy(figures: dict[str, Figure]) -> dict[str, list[tuple[int, Figure]]]:
@@ -37,21 +37,23 @@ def trade_off(figures: dict[str, Figure]) -> dict[tuple[str, ...], list[tuple[Fi
     """By weights, the points of the dial: (PSNR of clean photographs, accuracy at 4/255)."""
     dials = {}
     for names in DIALS:
-        psnr = {name: figures.get(f"{name}/photographs/psnr", figures.get(f"{name}/families/psnr")) for name in names}
-        points = {name: lowest_figure(figures, name, "4", "caption") for name in names}
-        known = [name for name in names if psnr[name] and points[name]]
+        known = {}
+        for name in names:
+            psnr = figures.get(f"{name}/photographs/psnr", figures.get(f"{name}/families/psnr"))
+            point = lowest_figure(figures, name, "4", "caption")
+            if psnr and point:
+                known[name] = (psnr, point)
         if known:
-            dials[tuple(known)] = [(psnr[name], points[name]) for name in known]
+            dials[tuple(known)] = list(known.values())
     return dials
 
 
-def cost(figures: dict[str, Figure]) -> dict[str, tuple[Figure, Figure, Figure]]:
-    """Seconds a megapixel; accuracy under an adaptive attack at 2/255; cosine restored under an oblivious one."""
+def cost(figures: dict[str, Figure]) -> dict[str, tuple[Figure, Figure | None, Figure]]:
+    """Seconds a megapixel; accuracy under an adaptive attack at 2/255, if known; cosine under an oblivious one."""
     return {
-        name: (figures[f"{name}/time/bfloat16"], point, cosine)
+        name: (figures[f"{name}/time/bfloat16"], lowest_figure(figures, name, "2", "caption"), cosine)
         for name in COSTS
-        if (point := lowest_figure(figures, name, "2", "caption"))
-        and (cosine := figures.get(f"{name}/photographs/cosine/lite1"))
+        if (cosine := figures.get(f"{name}/families/smolvlm-pocket/8"))
     }
 
 
@@ -84,11 +86,14 @@ def draw_trade_off(axes: Any, figures: dict[str, Figure]) -> None:
 
 def draw_cost(axes: Any, figures: dict[str, Figure]) -> None:
     for number, (name, (seconds, adaptive, cosine)) in enumerate(cost(figures).items()):
-        axes.errorbar(seconds.value, adaptive.value, yerr=errors([adaptive]), color=f"C{number}", marker="o", capsize=2)
+        if adaptive:
+            axes.errorbar(
+                seconds.value, adaptive.value, yerr=errors([adaptive]), color=f"C{number}", marker="o", capsize=2
+            )
         axes.plot(seconds.value, cosine.value, color=f"C{number}", marker="s", markerfacecolor="none", linestyle="")
         axes.plot([], [], color=f"C{number}", linewidth=4, label=name)
     axes.plot([], [], color="grey", marker="o", linestyle="", label="accuracy, captions, adaptive 2/255")
-    label = "restored cosine, photographs, oblivious 8/255"
+    label = "restored cosine, photographs, ViT, oblivious 8/255"
     axes.plot([], [], color="grey", marker="s", markerfacecolor="none", linestyle="", label=label)
     axes.set(xlabel="seconds a megapixel, two cores, bfloat16", xscale="log", ylim=(-0.03, 1.03))
     axes.set_xticks([0.25, 0.5, 1, 2, 4, 8], ["0.25", "0.5", "1", "2", "4", "8"])
