@@ -196,7 +196,7 @@ def table(rows: Sequence[Row], labels: Sequence[str], defenses: Sequence[str], e
 
 
 def write_results(rows: Sequence[Row], args: argparse.Namespace) -> None:
-    """One figure for each defense, encoder and radius: the mean cosine; of clean images also dB and classes kept."""
+    """By defense, encoder and radius: the mean cosine and, where attacked, own images nearest; if clean dB, classes kept."""
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["defense"], row["encoder"], row["eps"]), []).append(row)
@@ -204,6 +204,8 @@ def write_results(rows: Sequence[Row], args: argparse.Namespace) -> None:
     for (defense, label, eps), group in groups.items():
         encoder = label.partition("=")[0]
         figures.append(figure(f"{defense}/families/{encoder}/{eps}", group, "cosine"))
+        if eps:
+            figures.append(figure(f"{defense}/families/own/{encoder}/{eps}", group, "own", unit="share"))
         if not eps and label == args.encoders[0] and defense != "none":
             figures += [figure(f"{defense}/families/psnr", group, "psnr", unit="dB")]
             figures += [figure(f"{defense}/families/class", group, "class", unit="share")]
