@@ -196,7 +196,7 @@ def table(rows: Sequence[Row], labels: Sequence[str], defenses: Sequence[str], e
 
 
 def write_results(rows: Sequence[Row], args: argparse.Namespace) -> None:
-    """By defense, encoder and radius: cosine; of attacked images own images nearest, of clean ones dB and classes kept."""
+    """Cosine by defense, encoder and radius; of attacked images own ones nearest, of clean ones dB and classes kept."""
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["defense"], row["encoder"], row["eps"]), []).append(row)
