@@ -1,7 +1,7 @@
 """Read and write images: files, bytes and data URLs <-> float32 ``[3, H, W]``, RGB, in ``[0, 1]``.
 
-Only this module imports Pillow. The format is detected from the content, never from the name, and the size is read
-from the header before any pixel is decoded. Every fault of an image raises a ``CodefendError`` of one line.
+Only this module and `animations` import Pillow. The format is detected from the content, never from the name, and
+the size is read from the header before any pixel is decoded. Every fault raises a ``CodefendError`` of one line.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def load(
     Raises CodefendError when the source is missing, not an image of a known format, damaged, over ``max_pixels``, or
     animated while ``first_frame`` is false.
     """
-    with _opened(source) as (stream, name), _decoding(name, max_pixels):
-        image, header = _open_header(stream, name)
+    with _opened(source) as (stream, name), decoding(name, max_pixels):
+        image, header = open_header(stream, name)
         _check_size(image, name, max_pixels)
         if header.animated and not first_frame:
             raise CodefendError(f"{name} is animated or has several pages; use the first one with --first-frame")
@@ -129,8 +129,8 @@ def load(
 
 def probe(source: Source, *, max_pixels: int | None = None) -> Probe:
     """Read format, size and animation from the header alone. Raises CodefendError as ``load`` does."""
-    with _opened(source) as (stream, name), _decoding(name, max_pixels):
-        image, header = _open_header(stream, name)
+    with _opened(source) as (stream, name), decoding(name, max_pixels):
+        image, header = open_header(stream, name)
         if max_pixels is not None:
             _check_size(image, name, max_pixels)
         return header
@@ -146,7 +146,7 @@ def from_pil(image: Image.Image, *, background: tuple[int, int, int] = WHITE, ma
 
     Raises CodefendError when it cannot be converted.
     """
-    with _decoding("the image", None):
+    with decoding("the image", None):
         return _from_decoded(_upright(image), "the image", image.format or "PNG", background, max_side)
 
 
@@ -176,7 +176,7 @@ def _opened(source: Source) -> Iterator[tuple[IO[bytes], str]]:
 
 
 @contextmanager
-def _decoding(name: str, max_pixels: int | None) -> Iterator[None]:
+def decoding(name: str, max_pixels: int | None) -> Iterator[None]:
     """Apply our pixel limit to Pillow, silence its warnings, and turn every decoder exception into a CodefendError."""
     with _PILLOW, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about size and EXIF: both are handled here
@@ -195,7 +195,8 @@ def _decoding(name: str, max_pixels: int | None) -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def _open_header(stream: IO[bytes], name: str) -> tuple[ImageFile.ImageFile, Probe]:
+def open_header(stream: IO[bytes], name: str) -> tuple[ImageFile.ImageFile, Probe]:
+    """Open without decoding pixels, inside `decoding`. Raises CodefendError."""
     head = stream.read(HEAD)
     stream.seek(0)
     kind = format_of_head(head)

@@ -119,6 +119,9 @@ class Settings(BaseSettings):
     first_frame: bool = _setting(
         Limits.first_frame, "Images", "use the first frame of an animation instead of refusing it"
     )
+    all_frames: bool = _setting(
+        Limits.all_frames, "Images", "purify every frame of an animation and send it on as an animated WebP"
+    )
     documents: Documents = _setting(
         "refuse", "Images", "PDF files: refuse them, or send their pages on as purified images"
     )
@@ -290,6 +293,8 @@ class Settings(BaseSettings):
     def _check_consistency(self) -> Settings:
         if self.remote_hosts and not self.allow_remote_images:
             raise ValueError("remote_hosts has no effect without allow_remote_images")
+        if self.all_frames and (self.first_frame or is_embedded(self.upstream)):
+            raise ValueError("all_frames excludes first_frame and embedded models, which read still images: give one")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key are given together or not at all")
         if self.cache_url is not None and self.noise_secret is None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from codefend.gateway.errors import Api, Refused
 from codefend.gateway.excise import Excised, excise, marks
 from codefend.gateway.lane import Lane, digest_of
-from codefend.gateway.limits import check_count, inspect, payload
+from codefend.gateway.limits import check_count, frames, inspect, payload
 from codefend.gateway.options import Limits, Mode, OnError
 from codefend.gateway.pages import PageRenderer
 from codefend.gateway.rewrite import EncodedImage, PromptWrapper, rebuild, splice
@@ -279,8 +279,9 @@ class Engine:
         return self._job(data, terms), f"{digest}#{terms.turn}" if terms.turn else digest
 
     def _job(self, data: bytes, terms: Terms) -> Job:
-        pixels = inspect(data, self.limits).pixels
-        return Job(data, terms.mode, terms.threshold, pixels, terms.turn, terms.text)
+        header = inspect(data, self.limits)
+        count = frames(data, header, self.limits)
+        return Job(data, terms.mode, terms.threshold, header.pixels, terms.turn, terms.text, count)
 
     def _local_job(self, slot: Slot) -> Job:
         try:

@@ -136,7 +136,7 @@ class Lane:
             return replace(hit, cached=True)
         task = self._pending.get(key)
         if task is None:
-            cost = self.cost(job.pixels, job.text)
+            cost = self.cost(job.pixels, job.text) * max(1, job.frames)
             task = self._enqueue(key, job, cost, large=cost * self.rate > LARGE_S)
         else:
             task.waiters += 1

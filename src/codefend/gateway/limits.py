@@ -6,10 +6,11 @@ import binascii
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
+from codefend.core.animations import MAX_FRAMES
 from codefend.gateway.errors import Refused
 from codefend.gateway.excise import restored
 from codefend.gateway.options import Limits
-from codefend.gateway.probe import Header, InvalidHeader, read_header
+from codefend.gateway.probe import Header, InvalidHeader, count_frames, read_header
 
 _CHUNK = 1 << 20  # base64 characters decoded at a time: the decoder holds the interpreter lock
 _SPACE = b" \t\r\n"
@@ -71,6 +72,17 @@ def inspect(data: bytes, limits: Limits) -> Header:
         raise Refused(400, "invalid_image", str(error)) from error
     check_size(header.width, header.height, limits)
     return header
+
+
+def frames(data: bytes, header: Header, limits: Limits) -> int:
+    """As how many images a file is purified; 0, not counted, unless all frames are. Raises Refused (400)."""
+    try:
+        count = count_frames(data, header.format, MAX_FRAMES + 1) if limits.all_frames else 0
+    except InvalidHeader as error:
+        raise Refused(400, "invalid_image", str(error)) from error
+    if count > MAX_FRAMES:
+        raise Refused(400, "invalid_image", f"an animation of over {MAX_FRAMES} frames, which is the limit")
+    return count
 
 
 def check_size(width: int, height: int, limits: Limits) -> None:

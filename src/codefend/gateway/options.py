@@ -23,6 +23,7 @@ class Limits:
     max_ratio: float = 100.0  # longer side / shorter side
     max_images: int = 20  # of one request
     first_frame: bool = False  # use the first frame of an animation instead of refusing it
+    all_frames: bool = False  # send an animation on as one, every frame purified
     document_side: int = 1280  # longer side of a document's page, pixels
     max_side: int = 2048  # larger images are shrunk to this longer side before anything else; 0: never
 

@@ -54,6 +54,17 @@ def read_header(data: bytes) -> Header:
     raise InvalidHeader(f"the file {what} of a kind that can be read (PNG, JPEG, WebP, BMP, GIF, TIFF)")
 
 
+def count_frames(data: bytes, kind: str, most: int) -> int:
+    """Frames of an image file of a ``kind`` of `Header`, counted up to ``most``. Raises InvalidHeader."""
+    if kind == "GIF":
+        try:
+            return max(1, _gif_frames(data, most))
+        except IndexError as error:
+            raise InvalidHeader("the image is damaged or cut short") from error
+    marker = {"PNG": b"fcTL", "WEBP": b"ANMF"}.get(kind)
+    return 1 if marker is None else min(max(1, data.count(marker)), most)
+
+
 # AVIF and HEIC, JPEG XL, JPEG 2000, PSD, ICO, PNM, QOI, HDR, EXR, DDS, SVG
 _OTHER_IMAGES = re.compile(
     rb"\0\0..ftyp(?:avi|hei|hev|mi[af]|msf)|\0\0\0\x0c(?:JXL|jP) |\xff\x0a|\xff\x4f\xff\x51|8BPS|\0\0[\1\2]\0"
@@ -151,28 +162,35 @@ def _check_webp_chunks(data: bytes) -> None:
 
 
 def _gif(data: bytes) -> tuple[int, int]:
+    _gif_frames(data, 1)
     width, height = struct.unpack_from("<HH", data, 6)
-    place = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)
+    return width, height
+
+
+def _gif_frames(data: bytes, most: int) -> int:
+    frames, place = 0, 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)
     limit, blocks = MAX_SEGMENTS, 0
-    while place < len(data):
+    while place < len(data) and frames < most:
         kind, place = data[place], place + 1
-        if kind == 0x2C:  # the first frame: its pixels come in blocks of 255 bytes
+        if kind == 0x2C:  # a frame: its pixels come in blocks of 255 bytes
+            frames += 1
             flags = data[place + 8]
             place += 9 + (3 << (flags & 7) + 1 if flags & 0x80 else 0) + 1
-            limit += len(data) * 8 // PIECE_BYTES
+            limit = MAX_SEGMENTS + len(data) * 8 // PIECE_BYTES
         elif kind == 0x21:
             place += 1
-        else:
+        elif kind == 0x3B or most == 1:
             break
+        else:  # decoders skip junk between blocks
+            blocks += 1
+            continue
         while place < len(data) and data[place]:
             place += 1 + data[place]
             blocks += 1
             if blocks > limit:
                 raise _too_complex("blocks")
         place += 1
-        if kind == 0x2C:
-            break
-    return width, height
+    return frames
 
 
 def _bmp(data: bytes) -> tuple[int, int]:

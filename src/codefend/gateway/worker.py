@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import secrets
 import threading
 import time
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from codefend.core import documents, images
+from codefend.core import animations, documents, images
 from codefend.core.checkpoints import is_finite
 from codefend.core.devices import device_named
 from codefend.core.png import drop_damaged_metadata
@@ -47,8 +48,8 @@ class Job:
     """One image to purify.
 
     ``threshold`` matters to ``detect`` only: an image with a lower score is re-encoded as it is. ``pixels`` is the size
-    that the header gave; a decoder that finds another one refuses the image. 0: not checked. ``turn`` numbers draws of
-    noise for the same image.
+    that the header gave, ``frames`` the most that it may have; a decoder that finds others refuses the image. 0:
+    not checked. ``turn`` numbers draws of noise for the same image.
     """
 
     data: bytes
@@ -57,6 +58,7 @@ class Job:
     pixels: int = 0
     turn: int = 0
     text: TextPolicyName = "off"  # what happens to text in the image
+    frames: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,9 @@ class Worker:
             if isinstance(decoded, Refused):
                 yield (index,), (decoded,)
                 continue
+            if isinstance(decoded, animations.Animation):
+                yield (index,), (self._purify_frames(decoded, job),)
+                continue
             waiting.append(decoded)
             if sum(item.pixels[0].numel() for item in waiting) >= self.options.batch_pixels:  # decode no more of them
                 yield from self._groups(waiting, jobs)
@@ -169,6 +174,8 @@ class Worker:
     def reencode(self, job: Job) -> Purified:
         """Decode and encode without purifying: metadata and trailing data go, pixels stay. Raises Refused."""
         decoded = self._decode(0, job)
+        if isinstance(decoded, animations.Animation):
+            raise _animated()
         if isinstance(decoded, Refused):
             raise decoded
         return Purified(self._encode(decoded.pixels, decoded.kind), purified=False, texts=decoded.texts)
@@ -203,7 +210,7 @@ class Worker:
     def close(self) -> None:
         """Nothing to end: it works in its caller's thread."""
 
-    def _decode(self, index: int, job: Job) -> _Decoded | Refused:
+    def _decode(self, index: int, job: Job) -> _Decoded | animations.Animation | Refused:
         limits = self.options.limits
         try:
             data = drop_damaged_metadata(job.data)
@@ -212,16 +219,24 @@ class Worker:
                 raise Refused(400, "invalid_image", "the image's header contradicts itself")
             check_size(header.width, header.height, limits)
             if header.animated and not limits.first_frame:
-                raise Refused(400, "animated_image", "animated or of several pages; send one still image")
+                return self._open_animation(data, header.format, job.frames)
             loaded = images.load(
                 data, max_pixels=limits.max_pixels, first_frame=limits.first_frame, max_side=limits.max_side
             )
-        except Refused as refusal:
-            return refusal
-        except CodefendError as error:
-            return Refused(400, "invalid_image", str(error))
-        except MemoryError:
-            return Refused(413, "image_too_large", "not enough memory to decode the image")
+        except (Refused, CodefendError, MemoryError) as error:
+            return _refusal(error)
+        return self._read(index, loaded, job)
+
+    def _open_animation(self, data: bytes, kind: str, most: int) -> animations.Animation:
+        """Raises Refused and CodefendError."""
+        if not self.options.limits.all_frames or kind not in animations.KINDS:
+            raise _animated()
+        animation = animations.Animation(data, max_pixels=self.options.limits.max_pixels)
+        if most and animation.count > most:
+            raise Refused(400, "invalid_image", "the image contradicts itself about its frames")
+        return animation
+
+    def _read(self, index: int, loaded: images.LoadedImage, job: Job) -> _Decoded | Refused:
         pixels, texts = loaded.pixels, None
         if job.text != "off":
             read = _read_text(pixels, job.text)
@@ -232,22 +247,59 @@ class Worker:
         digest = pixels_digest(self.options.secret, name, pixels)
         return _Decoded(index, pixels, loaded.format, digest, texts)
 
+    def _purify_frames(self, animation: animations.Animation, job: Job) -> Result:
+        """Purify each frame as a still image; the highest score counts. One bad frame refuses the whole image."""
+        items, before, after, scores, durations, seconds = [], [], [], [], [], 0.0
+        try:
+            for loaded, duration in animation.frames(max_side=self.options.limits.max_side):
+                item = self._read(0, loaded, job)
+                if isinstance(item, Refused):
+                    return item
+                purified, score, spent = self._timed([item])
+                if job.mode == "detect":  # alone may send the originals on
+                    before.append(animations.levels(item.pixels))
+                after.append(animations.levels(purified[0]))
+                items.append((item.digest, item.texts or ()))
+                scores.append(score)
+                durations.append(duration)
+                seconds += spent
+            highest = float(torch.cat(scores).max())
+            replace = job.mode != "detect" or suspicious(highest, job.threshold)
+            quality = 95 if self.options.encoding in ("jpeg", "webp") else None
+            data = animations.encode(after if replace else before, durations, animation.loop, quality=quality)
+        except PurifyFailed as failure:
+            return failure
+        except (CodefendError, MemoryError) as error:
+            return _refusal(error)
+        image = EncodedImage("image/webp", base64.b64encode(data).decode("ascii"))
+        shown = repr(([digest for digest, _ in items], durations, animation.loop))
+        texts = None if job.text == "off" else tuple(dict.fromkeys(line for _, lines in items for line in lines))
+        name = hashlib.sha256(shown.encode()).hexdigest()
+        return Purified(image, highest, seconds, purified=replace, digest=name, texts=texts)
+
     def _purify(self, group: Sequence[_Decoded], jobs: Sequence[Job]) -> Sequence[Result]:
+        try:
+            purified, scores, seconds = self._timed(group)
+        except PurifyFailed as error:
+            if len(group) == 1 or error.reason != "exception":
+                return [error] * len(group)
+            return [result for item in group for result in self._purify([item], jobs)]  # one must not fail the others
+        return [
+            self._finish(item, jobs[item.index], purified[i], float(scores[i]), seconds) for i, item in enumerate(group)
+        ]
+
+    def _timed(self, group: Sequence[_Decoded]) -> tuple[Tensor, Tensor, float]:
+        """Purified images, their scores, and seconds for each. Raises PurifyFailed."""
         try:
             batch = group[0].pixels[None] if len(group) == 1 else torch.stack([item.pixels for item in group])
             start = time.perf_counter()
             with self._lock, torch.no_grad():
                 purified, scores = self._forward(batch, noise_seed(group[0].digest))
-            seconds = (time.perf_counter() - start) / len(group)
-        except PurifyFailed as error:
-            return [error] * len(group)
-        except Exception as error:  # of any kind: out of memory, a broken network; one bad image must not fail others
-            if len(group) == 1:
-                return [PurifyFailed("exception", f"{type(error).__name__} in purifier {self.name}")]
-            return [result for item in group for result in self._purify([item], jobs)]
-        return [
-            self._finish(item, jobs[item.index], purified[i], float(scores[i]), seconds) for i, item in enumerate(group)
-        ]
+            return purified, scores, (time.perf_counter() - start) / len(group)
+        except PurifyFailed:
+            raise
+        except Exception as error:  # of any kind: out of memory, a broken network
+            raise PurifyFailed("exception", f"{type(error).__name__} in purifier {self.name}") from error
 
     def _forward(self, batch: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         def generator() -> torch.Generator:
@@ -276,6 +328,18 @@ class Worker:
         kind = ("JPEG" if source == "JPEG" else "PNG") if encoding == "auto" else encoding.upper()
         data = images.encode(pixels, kind, quality=95 if kind in ("JPEG", "WEBP") else None)
         return EncodedImage(f"image/{kind.lower()}", base64.b64encode(data).decode("ascii"))
+
+
+def _animated() -> Refused:
+    return Refused(400, "animated_image", "animated or of several pages; send one still image")
+
+
+def _refusal(error: Refused | CodefendError | MemoryError) -> Refused:
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, CodefendError):
+        return Refused(400, "invalid_image", str(error))
+    return Refused(413, "image_too_large", "not enough memory to decode the image")
 
 
 def _read_text(pixels: Tensor, policy: TextPolicyName) -> tuple[Tensor, tuple[str, ...]] | Refused:
