@@ -165,13 +165,23 @@ def test_a_purifier_that_is_not_a_function_of_the_noisy_image_is_refused() -> No
         certify(Curved(), Defense(Restless(SIGMA)), image(0), QUESTION)
 
 
-@pytest.mark.parametrize("spec", ["bridge:sigma=0.1", "bridge:sigma=0.1,evaluations=2", "diffpure:t=0.05,steps=1"])
+@pytest.mark.parametrize(
+    "spec", ["bridge:sigma=0.1,strength=1", "bridge:sigma=0.1,strength=1,evaluations=2", "diffpure:t=0.05,steps=1"]
+)
 def test_noise_and_what_follows_it_are_the_purifier(spec: str) -> None:
     purifier = load_purifier(spec)
     images = torch.rand(2, 3, 32, 32, generator=gen())
     noisy = images + purifier.noise * noise_like(images, gen(3))
     with torch.no_grad():
         assert torch.equal(purifier.behind_noise()(noisy), purifier(images, generator=gen(3)))
+
+
+def test_no_change_is_scaled_behind_noise() -> None:
+    """A strength above 1 would give back some of the noise, and below it would need the image without noise."""
+    noisy = torch.rand(1, 3, 32, 32, generator=gen())
+    plain, scaled = (load_purifier(f"bridge:sigma=0.1,strength={s}").behind_noise() for s in (1, 1.15))
+    with torch.no_grad():
+        assert torch.equal(plain(noisy), scaled(noisy))
 
 
 def test_the_gate_sees_the_noisy_image_only() -> None:

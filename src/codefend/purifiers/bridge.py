@@ -5,9 +5,9 @@ Its states and times in training are the functions at the end.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor
@@ -82,6 +82,12 @@ class Bridge(NetPurifier):
             x0 = evaluate(self.net, x, per_image(s, x), per_image(s * o.sigma, x), checkpoint=o.checkpoint)
             x = x0 + s_next / s * (x - x0)
         return x if o.strength == 1 else images + o.strength * (x - images)
+
+    def behind_noise(self) -> Bridge:
+        """As `Purifier.behind_noise`, at a ``strength`` of 1: it scales the change of an image that has no noise yet."""
+        rest = cast(Bridge, super().behind_noise())
+        rest.options = replace(self.options, strength=1.0)
+        return rest
 
 
 def sample_bridge_times(count: int, *, at_one: float = 0.5, generator: Generator | None = None) -> Tensor:
