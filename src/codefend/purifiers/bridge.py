@@ -84,7 +84,7 @@ class Bridge(NetPurifier):
         return x if o.strength == 1 else images + o.strength * (x - images)
 
     def behind_noise(self) -> Bridge:
-        """As `Purifier.behind_noise`, at a ``strength`` of 1: it scales the change of an image that has no noise yet."""
+        """As `Purifier.behind_noise`, at a ``strength`` of 1: it scales the change of an image without noise."""
         rest = cast(Bridge, super().behind_noise())
         rest.options = replace(self.options, strength=1.0)
         return rest
