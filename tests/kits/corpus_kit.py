@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import multiprocessing as mp
 import os
 import random
@@ -95,3 +96,12 @@ def kill_at_random(work: Callable[[], object], kills: int, within: float, seed: 
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         hits += 1
+
+
+def manifest(sink: Path, unit: str) -> list[dict[str, object]]:
+    (path,) = (sink / ".codefend" / "manifest").glob(f"{unit}.*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:4096])
