@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,18 +74,6 @@ def test_the_report_and_all_rows_are_written(folder: Path, tmp_path: Path) -> No
     assert "| jitter |" in text
     lines = export_rows(folder, tmp_path / "rows.csv").read_text().splitlines()
     assert len(lines) == 1 + len(read_seeds(folder))
-
-
-def test_kept_rows_give_the_same_tables(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = Path(__file__).parents[2] / "tools" / "keep_rows.py"
-    spec = importlib.util.spec_from_file_location("keep_rows", path)
-    assert spec is not None
-    assert spec.loader is not None
-    keep_rows = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(keep_rows)
-    monkeypatch.setattr(keep_rows, "FOLDER", tmp_path)
-    assert keep_rows.main([str(folder), "toy"]) == 0
-    assert tables(keep_rows.read_kept("toy"), "smooth") == tables(read_seeds(folder), "smooth")
 
 
 @pytest.mark.parametrize("wrong", [{"seeds": ()}, {"seeds": (1, 1)}, {"reference": "bridge"}])

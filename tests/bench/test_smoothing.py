@@ -208,3 +208,20 @@ def test_the_gate_sees_the_noisy_image_only() -> None:
 def test_numbers_that_certify_nothing_are_refused(options: dict[str, float], problem: str) -> None:
     with pytest.raises(CodefendError, match=problem):
         certify(Curved(), DEFENSE, image(0), QUESTION, **options)
+
+
+def test_the_victim_runs_in_the_precision_of_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("codefend.core.devices._multiplies_bfloat16", lambda: True)
+    monkeypatch.delenv("CODEFEND_PRECISION", raising=False)
+    seen = []
+
+    class Probe(Linear):
+        def generate(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
+            seen.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+            return ["left"] * len(images)
+
+    for mixed in (False, True):
+        SmoothedVictim(Probe(torch.ones(3, 8, 8), 0), DEFENSE, mixed=mixed).draw(
+            image(0), QUESTION, 2, batch=2, generator=gen()
+        )
+    assert seen == [torch.float32, torch.bfloat16]

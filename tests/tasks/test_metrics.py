@@ -314,6 +314,21 @@ def test_bootstrap_interval_agrees_with_the_normal_approximation() -> None:
     assert interval.low < narrower.low < narrower.high < interval.high
 
 
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"), [(0, 10, 0.0, 0.278), (8, 10, 0.490, 0.943), (10, 10, 0.722, 1.0)]
+)
+def test_share_interval_gives_the_published_values(successes: int, n: int, low: float, high: float) -> None:
+    interval = intervals.share_interval(successes, n)
+    assert interval[1:3] == pytest.approx((low, high), abs=1e-3)
+    assert (interval.mean, interval.n) == (successes / n, n)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 0), (-1, 3), (4, 3)])
+def test_share_interval_refuses_impossible_counts(successes: int, n: int) -> None:
+    with pytest.raises(ValueError, match="successes must lie between"):
+        intervals.share_interval(successes, n)
+
+
 def test_bootstrap_interval_is_reproducible_and_takes_a_generator() -> None:
     scores = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 0.5, 0.25])
     assert m.bootstrap_interval(scores) == m.bootstrap_interval(scores)

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ from codefend.bench.tasks import EvaluatedTask, check_task, stratified
 from codefend.core.progress import progress
 from codefend.core.runs import Row, Run, check_run, open_run
 from codefend.core.seeds import make_generator
+from codefend.core.settings import recorded
 from codefend.core.specs import split_specs
 from codefend.tasks.metrics import normalize_answer
 from codefend.types import CodefendError, Example, Victim
@@ -42,6 +43,7 @@ class CertifyConfig:
     sample: Literal["first", "strata"] = "strata"
     batch: int = 50  # noisy copies of one image that are answered together
     seed: int = 0
+    mixed: bool = False  # the victim in mixed precision, as purifiers are: twice as fast on a CPU with bfloat16 units
 
     def __post_init__(self) -> None:
         for name in ("tasks", "defenses"):
@@ -68,15 +70,18 @@ def run_certify(
     Raises CodefendError where `SmoothedVictim` does, for unknown names, and for a folder made with another config.
     """
     loaders = loaders or Loaders()
-    check_run(run_dir, asdict(config))
+    described = recorded(config, later="mixed")
+    check_run(run_dir, described)
     victim = loaders.victim(config.victim)
-    smoothed = {label: SmoothedVictim(victim, load_defense(label, loaders)) for label in config.defenses}
+    smoothed = {
+        label: SmoothedVictim(victim, load_defense(label, loaders), mixed=config.mixed) for label in config.defenses
+    }
     tasks = {label: load_certified_task(config, label, victim, loaders) for label in config.tasks}
     work = [(d, t, e) for t, certified in tasks.items() for e in certified.task.task.examples for d in smoothed]
     if estimate_only:
         print_estimate(config, smoothed, work)
         return []
-    with open_run(run_dir, asdict(config)) as run:
+    with open_run(run_dir, described) as run:
         _describe(config, run, tasks)
         left = [item for item in work if not run.has(row_key(*item))]
         if left:

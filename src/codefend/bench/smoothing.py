@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
@@ -25,7 +26,7 @@ from statistics import NormalDist
 import torch
 from torch import Generator, Tensor
 
-from codefend.core.devices import default_device
+from codefend.core.devices import default_device, mixed_precision
 from codefend.core.seeds import noise_like
 from codefend.defense import Defense
 from codefend.prompts.policy import attach
@@ -59,10 +60,11 @@ class SmoothedVictim:
     """A victim behind a purifier, as a function of noisy images.
 
     Raises CodefendError when a certificate's conditions do not hold: a purifier without noise, or with more noise than
-    the first; a victim that does not declare greedy answers.
+    the first; a victim that does not declare greedy answers. ``mixed``: the victim runs in `mixed_precision`, and what
+    holds is said of the victim in that precision.
     """
 
-    def __init__(self, victim: Victim, defense: Defense) -> None:
+    def __init__(self, victim: Victim, defense: Defense, *, mixed: bool = False) -> None:
         if not (isinstance(victim, AnswersGreedily) and victim.greedy):
             raise CodefendError(
                 f"victim {victim.name!r} does not declare greedy answers (greedy = True), and a certificate holds only "
@@ -77,6 +79,7 @@ class SmoothedVictim:
                 f"purifier {defense.name} draws noise again after the first, so that its certificate would not hold; "
                 "use one step (steps=1) or deterministic ones (eta=0)"
             )
+        self._precision = mixed_precision if mixed else lambda device: nullcontext()
         self._probed = False
 
     @torch.no_grad()
@@ -90,7 +93,8 @@ class SmoothedVictim:
             purified = self.purifier(noisy)
             if not self._probed:
                 self._check_repeats(noisy, purified)
-            answers += self.victim.generate(purified.to(image.device), prompts * size)
+            with self._precision(default_device()):
+                answers += self.victim.generate(purified.to(image.device), prompts * size)
         return answers
 
     def _check_repeats(self, noisy: Tensor, purified: Tensor) -> None:

@@ -1,9 +1,10 @@
-"""Means of per-example scores with their number, and bootstrap intervals (Efron 1979, percentile method)."""
+"""Means of per-example scores with their number, bootstrap intervals (Efron 1979, percentile method), and Wilson's."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ class MeanScore(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """A mean with the ends of its bootstrap interval and the number of examples scored."""
+    """A mean with the ends of its interval and the number of examples scored."""
 
     mean: float
     low: float
@@ -65,6 +66,22 @@ def bootstrap_interval(
     tail = (1 - confidence) / 2
     low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Interval(mean, low, high, n)
+
+
+def share_interval(successes: int, n: int, *, confidence: float = 0.95) -> Interval:
+    """Wilson's interval of a share (1927), which stays wide where all or none of few examples succeed.
+
+    >>> [round(x, 2) for x in share_interval(5, 5)]
+    [1.0, 0.57, 1.0, 5]
+    """
+    _check(confidence, 1)
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"successes must lie between 0 and n, and n be 1 or more, not {successes} of {n}")
+    z, share = NormalDist().inv_cdf((1 + confidence) / 2), successes / n
+    centre = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    low, high = ((centre + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    return Interval(share, max(0.0, low), min(1.0, high), n)
 
 
 def paired_difference_interval(

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-
-import torch
 
 from codefend.bench.report.table import Table, number, with_interval
 from codefend.bench.smoothing import lower_bound
 from codefend.core.assets import needs
 from codefend.core.files import write_atomic
 from codefend.core.runs import Row, read_config, read_rows
-from codefend.tasks.intervals import Interval, bootstrap_interval
+from codefend.tasks.intervals import Interval, share_interval
 from codefend.types import CodefendError
 
 RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # l2, pixels in [0, 1]
 NOTES = (
     "certified accuracy at r: share of the examples whose smoothed answer is right and has a certified radius above r "
-    "(l2, pixels in [0, 1]); abstentions count as wrong. Brackets: 95% bootstrap interval over examples.",
+    "(l2, pixels in [0, 1]); abstentions count as wrong. Brackets: Wilson's 95% interval over examples.",
     "Each certificate is wrong with probability alpha at most. A caption's objects are certified together: alpha is "
     "divided by the number of objects of the task (Bonferroni).",
     "A certificate holds for the vote over many noisy draws, not for a single answer, and in real arithmetic.",
@@ -39,17 +37,22 @@ class Curve:
 
     def certified(self, at: float) -> Interval:
         """Certified accuracy at radius ``at``."""
-        flags = [float(row[self.right] and row[self.radius] > at) for row in self.rows]
-        return bootstrap_interval(torch.tensor(flags), samples=1000)
+        certified = sum(row[self.right] and row[self.radius] > at for row in self.rows)
+        return share_interval(certified, len(self.rows))
 
 
 def read_curves(folder: str | Path) -> list[Curve]:
     """All curves of a run. Raises CodefendError when it has no rows yet."""
+    if curves := curves_of(read_rows(folder)):
+        return curves
+    raise CodefendError(f"{folder} has no certificates yet; rerun `codefend certify --run {folder}` to resume")
+
+
+def curves_of(rows: Iterable[Row]) -> list[Curve]:
+    """The curves of these rows, by task."""
     groups: dict[tuple[str, str], list[Row]] = {}
-    for row in read_rows(folder):
+    for row in rows:
         groups.setdefault((row["task"], row["defense"]), []).append(row)
-    if not groups:
-        raise CodefendError(f"{folder} has no certificates yet; rerun `codefend certify --run {folder}` to resume")
     curves = []
     for (task, defense), rows in groups.items():
         if "objects" in rows[0]:
@@ -63,10 +66,14 @@ def read_curves(folder: str | Path) -> list[Curve]:
 
 
 def tables(folder: str | Path) -> list[Table]:
-    """Certified accuracy at a few radii, a table for each task."""
-    config, curves = read_config(folder), read_curves(folder)
+    """Certified accuracy of a run at a few radii, a table for each task."""
+    return tables_of(read_curves(folder), float(read_config(folder)["alpha"]))
+
+
+def tables_of(curves: Sequence[Curve], alpha: float) -> list[Table]:
+    """Certified accuracy at a few radii, a table for each task; ``alpha`` is that of the certificates."""
     titles = dict.fromkeys(curve.task for curve in curves)
-    return [_table(title, [c for c in curves if c.task == title], float(config["alpha"])) for title in titles]
+    return [_table(title, [c for c in curves if c.task == title], alpha) for title in titles]
 
 
 def _table(title: str, curves: Sequence[Curve], alpha: float) -> Table:
