@@ -14,10 +14,10 @@ from render_results import ROOT, TWO_STAGE, Figure, interval, load_figures, lowe
 OUT = ROOT / "docs" / "assets"
 CLEAN = {  # the figure of clean captions that belongs to each curve
     "diffpure:t=0.05,steps=5": "diffpure/peers/clean/caption",
-    **{name: f"{name}/clean-strata/caption" for name in ("bridge:sigma=0.02", "bridge", "bridge:sigma=0.1")},
-    **{name: f"{name}/clean-strata/caption" for name in ("bridge-large", "bridge-detail", "former-bridge")},
+    **{name: f"{name}/clean-strata/caption" for name in ("bridge", "bridge:sigma=0.1", "bridge:sigma=0.2")},
+    **{name: f"{name}/clean-strata/caption" for name in ("bridge-large", "bridge-detail")},
 }
-DIALS = (("bridge:sigma=0.02", "bridge", "bridge:sigma=0.1"), ("bridge-large",), ("bridge-detail",), ("former-bridge",))
+DIALS = (("bridge:sigma=0.02", "bridge", "bridge:sigma=0.1", "bridge:sigma=0.2"), ("bridge-large",), ("bridge-detail",))
 COSTS = ("bridge", "bridge-large", "bridge-detail")
 
 
@@ -49,9 +49,9 @@ def trade_off(figures: dict[str, Figure]) -> dict[tuple[str, ...], list[tuple[Fi
 
 
 def cost(figures: dict[str, Figure]) -> dict[str, tuple[Figure, Figure | None, Figure]]:
-    """Seconds a megapixel; accuracy under an adaptive attack at 2/255, if known; cosine under an oblivious one."""
+    """Seconds a megapixel; accuracy under an adaptive attack at 4/255, if known; cosine under an oblivious one."""
     return {
-        name: (figures[f"{name}/time/bfloat16"], lowest_figure(figures, name, "2", "caption"), cosine)
+        name: (figures[f"{name}/time/bfloat16"], lowest_figure(figures, name, "4", "caption"), cosine)
         for name in COSTS
         if (cosine := figures.get(f"{name}/families/smolvlm-pocket/8"))
     }
@@ -94,7 +94,7 @@ def draw_cost(axes: Any, figures: dict[str, Figure]) -> None:
             )
         axes.plot(seconds.value, cosine.value, color=f"C{number}", marker="s", markerfacecolor="none", linestyle="")
         axes.plot([], [], color=f"C{number}", linewidth=4, label=name)
-    axes.plot([], [], color="grey", marker="o", linestyle="", label="accuracy, captions, adaptive 2/255")
+    axes.plot([], [], color="grey", marker="o", linestyle="", label="accuracy, captions, adaptive 4/255")
     label = "restored cosine, photographs, ViT, oblivious 8/255"
     axes.plot([], [], color="grey", marker="s", markerfacecolor="none", linestyle="", label=label)
     axes.set(xlabel="seconds a megapixel, two cores, bfloat16", xscale="log", ylim=(-0.03, 1.03))

@@ -34,7 +34,7 @@ class CertifyConfig:
 
     victim: str = "pocket"
     tasks: tuple[str, ...] = ("vqa",)
-    defenses: tuple[str, ...] = ("bridge:sigma=0.15", "diffpure:t=0.1448,steps=1")  # noise .15 and .25
+    defenses: tuple[str, ...] = ("bridge:sigma=0.15", "bridge:sigma=0.25")
     samples: int = 1000
     selection: int = 100
     alpha: float = 0.001
