@@ -30,7 +30,6 @@ FIGURE = re.compile(r"\{([^{}\n]+/[^{}\n]+)\}")
 ATTACKED = re.compile(r"(?P<defense>.+)/(?P<threat>T2d?)/(?P<attack>[^/]+)/(?P<eps>\d+)/(?P<task>caption|vqa)")
 TWO_STAGE = "words-then-loss"  # the strongest adaptive attack that is run on captions and questions alike
 FORMER = "former-"  # weights that no longer ship
-FORMER_DEFAULT = f"{FORMER}bridge"
 TASKS = {"caption": "captions", "vqa": "questions"}
 EMPTY_ROW = re.compile(r"\|[^|]*(\| - )+\|")
 NOT_RECORDED = "The command was not recorded."
@@ -141,7 +140,7 @@ def two_stage_table(figures: dict[str, Figure]) -> str:
     """Every defense under the adaptive attack in two stages: captions and questions by radius, with intervals."""
     pattern = re.compile(rf"(.+)/T2/{TWO_STAGE}/(\d+)/(?:caption|vqa)")
     matches = [match for id in figures if (match := pattern.fullmatch(id))]
-    matches = [match for match in matches if match[1] == FORMER_DEFAULT or not match[1].startswith(FORMER)]
+    matches = [match for match in matches if not match[1].startswith(FORMER)]
     radii = sorted({match[2] for match in matches}, key=int)
     titles = ["defense", "task", "n", "clean", *(f"adaptive, {eps}/255" for eps in radii)]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
