@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from codefend.purifiers.nets import NetConfig, PurifierNet
-from codefend.training.mining import n_fgsm, sign_steps
+from codefend.training.mining import mine, n_fgsm, sign_steps
 from training_kit import generator
 
 
@@ -42,3 +42,20 @@ def test_n_fgsm_lowers_the_objective_through_the_network_and_leaves_it_trainable
     assert bool((objective(attacked) < objective(clean)).all())
     assert 0.02 < float((attacked - clean).abs().max()) <= 0.04 + 1e-6  # start and step, not projected
     assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_mining_takes_a_noise_level_for_each_image() -> None:
+    torch.manual_seed(0)
+    net = PurifierNet(NetConfig(channels=(6, 8), blocks=(1, 1), embedding=16))
+    clean, target = torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32)
+    eps, sigma = torch.full((4,), 0.02), torch.tensor([0.0, 0.0, 0.2, 0.2])
+    seen: list[Tensor] = []
+
+    def objective(images: Tensor) -> Tensor:
+        seen.append(images.detach())
+        return (images - target).square().flatten(1).mean(1)
+
+    attacked = mine(net, objective, clean, eps=eps, sigma=sigma, steps=2, lean=True, generator=generator())
+    assert float((attacked - clean).abs().max()) <= 0.02 + 1e-6
+    change = (seen[0] - clean).abs().mean((1, 2, 3))
+    assert float(change[2:].min()) > 3 * float(change[:2].max())  # an untrained network passes the noise

@@ -39,6 +39,11 @@ class Words:
         normalize = torch.nn.functional.normalize
         return normalize(tokens, dim=-1) @ normalize(self.table[:, : len(words)], dim=0)
 
+    def loss(self, images: Tensor, prompts: Sequence[str], answers: Sequence[str]) -> Tensor:
+        """A loss that depends on each answer's length: the brightness it asks for."""
+        wanted = torch.tensor([len(answer) % 7 / 7 for answer in answers])
+        return (images.flatten(1).mean(1) - wanted).square()
+
 
 def load_toy_guide(victim: str, encoders: Sequence[str]) -> PocketGuide:
     return PocketGuide(Words(), [ViewedEncoder(name) for name in encoders])  # type: ignore[arg-type]
@@ -73,6 +78,39 @@ def test_every_threat_gives_finite_terms_and_gradients_to_the_network(config: Ro
         assert row["adaptive"] == (threat in ("adaptive", "words"))
         assert net.head.weight.grad is not None
         assert float(net.head.weight.grad.abs().sum()) > 0, threat
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_language_model_loss_is_attacked_and_guides_where_there_are_texts(config: RobustConfig, steps: int) -> None:
+    config = replace(config, words=1.0, answers=1.0, adaptive_steps=steps)
+    batch = RobustBatches(config)(4)
+    assert batch.threat == "answers"
+    clean = round(config.clean * len(batch.images))
+    assert len(batch.texts) == len(batch.images)
+    assert batch.texts[clean : 2 * clean] == batch.texts[:clean]  # the same images once more
+    torch.manual_seed(0)
+    net = PurifierNet(NET)
+    loss = RobustLoss(config, net, load_toy_guide("", config.zoo))
+    row = loss(batch, 3)
+    answers = row["answers"]
+    assert isinstance(answers, Tensor)
+    assert float(answers.detach()) > 0
+    answers.backward()
+    assert net.head.weight.grad is not None
+    assert float(net.head.weight.grad.abs().sum()) > 0
+    without = RobustLoss(config, net, load_toy_guide("", config.zoo))(batch._replace(threat="words", texts=()), 3)
+    assert float(torch.as_tensor(without["answers"])) == 0  # every batch has the same terms
+
+
+def test_behind_much_noise_the_distance_of_scenes_counts_less(config: RobustConfig) -> None:
+    torch.manual_seed(0)
+    net, guide = PurifierNet(NET), load_toy_guide("", config.zoo)
+    config = replace(config, high_sigma=(0.2, 0.2), adaptive_steps=2)
+    losses = [RobustLoss(replace(config, faithful_sigma=sigma), net, guide) for sigma in (0.0, 0.05)]
+    for threat, side, ratio in (("words", 128, 0.25), ("adaptive", 64, 1.0)):
+        batch = ThreatBatch(torch.rand(5, 3, side, side, generator=torch.Generator().manual_seed(1)), threat)  # type: ignore[arg-type]
+        whole, lean = (float(torch.as_tensor(loss(batch, 3)["distance"]).detach()) for loss in losses)
+        assert lean == pytest.approx(ratio * whole, rel=1e-5)
 
 
 def test_the_teachers_output_is_the_target_of_oblivious_attacks_alone(config: RobustConfig) -> None:

@@ -135,7 +135,7 @@ def _text(training: Mapping[str, Any]) -> str:
     if config.get("mined") or config.get("replay", 1) > 1 or kind in ("adbm", "fare", "tecoa"):
         attacks.append(_mined(kind, config))
     if config.get("train") == "robust":
-        attacks.append(_single_step(config))
+        attacks.append(_in_loop(config))
     if config.get("train") in ("bridge", "robust", "peer", "fare", "tecoa", *BACKBONES):
         lines += [f"- Attacks seen in training: {'; '.join(attacks) or 'none'}."]
     if config.get("without"):
@@ -180,11 +180,14 @@ def _steps(config: Mapping[str, Any], group: Row) -> int | None:
     return steps
 
 
-def _single_step(config: Mapping[str, Any]) -> str:
+def _in_loop(config: Mapping[str, Any]) -> str:
     """The attacks of `training.robust`, all in the loop."""
     low, high = 255 * config["min_eps"], 255 * config["max_eps"]
+    steps = config.get("adaptive_steps", 1)
+    attack = f"PGD-{steps}" if steps > 1 else "N-FGSM"
+    on = "features, words and the language-model loss" if config.get("answers") else "features and words"
     return (
-        f"in the loop, at {low:g} to {high:g}/255: N-FGSM through the purifier on features and words, "
+        f"in the loop, at {low:g} to {high:g}/255: {attack} through the purifier on {on}, "
         f"PGD-{config['bare_steps']} on bare encoders' features; random warps, fog and occlusion"
     )
 

@@ -46,8 +46,8 @@ def mine(
     objective: Objective,
     clean: Tensor,
     *,
-    eps: float | np.ndarray,  # pixels in [0, 1]; one number, or [B] for lean mining
-    sigma: float,
+    eps: float | np.ndarray | Tensor,  # pixels in [0, 1]; one number, or [B] for lean mining
+    sigma: float | Tensor,  # pixels in [0, 1], one number or [B]
     steps: int,
     lean: bool,
     generator: Generator,
@@ -58,10 +58,12 @@ def mine(
     `sign_steps` instead of PGD.
     """
     ones = clean.new_ones(len(clean))
+    levels = ones * sigma
+    noise_free = not bool(levels.any())
 
     def purified(images: Tensor) -> Tensor:
-        noisy = images + sigma * noise_like(images, generator) if sigma else images
-        return objective(clip(net(noisy, ones, ones * sigma)))  # clipping is straight-through, as in an evaluation
+        noisy = images if noise_free else images + levels.view(-1, 1, 1, 1) * noise_like(images, generator)
+        return objective(clip(net(noisy, ones, levels)))  # clipping is straight-through, as in an evaluation
 
     net.requires_grad_(False)  # only the images need a gradient
     if lean:

@@ -1,13 +1,14 @@
-"""Train a bridge for any noise level: single-step adversarial training through encoders of several families.
+"""Train a bridge for any noise level: adversarial training in few steps through encoders of several families.
 
-Each step draws images, a noise level for each, and an encoder. The images are attacked once through the present
-purifier (`mining.n_fgsm`), or in a few steps on the encoder alone, and the step descends distance + identity + features
-+ variation + words. Little noise goes with oblivious attacks and more with adaptive ones, so the noise level of the
-finished purifier is a dial between fidelity and adaptive robustness.
+Each step draws images, a noise level for each, and an encoder. The images are attacked through the present purifier
+in one step (`mining.n_fgsm`) or more (`mining.mine`), or in a few steps on the encoder alone, and the step descends
+distance + identity + features + variation + words + answers. Little noise goes with oblivious attacks and more with
+adaptive ones, so the noise level of the finished purifier is a dial between fidelity and adaptive robustness.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,14 +26,15 @@ from codefend.core.settings import recorded
 from codefend.encoders.views import View, ViewedEncoder
 from codefend.purifiers.bridge import bridge_state, charbonnier, sample_bridge_times
 from codefend.purifiers.nets import PurifierNet, load_net
+from codefend.tasks.language import training_texts
 from codefend.tasks.natural_images import NaturalConfig, NaturalImages
-from codefend.tasks.scenes import compose, load_photographs
+from codefend.tasks.scenes import Scene, compose, load_photographs
 from codefend.training.camera import jpeg_file
 from codefend.training.damage import damage
 from codefend.training.fit import Losses, MovingAverage, Training, fit, held_rate
 from codefend.training.frozen import OWN, word_objective
 from codefend.training.guides import PocketGuide, load_guide, token_distance
-from codefend.training.mining import n_fgsm, sign_steps
+from codefend.training.mining import mine, n_fgsm, sign_steps
 from codefend.training.nets import grow, load_prior, net_training
 from codefend.types import CodefendError, Objective
 
@@ -42,8 +44,12 @@ DECAY = 0.995  # of the moving average
 TOWARDS = 0.3  # share of attacks on features that aim at another image's
 WORDS_TOWARDS = 0.4  # the same of attacks on words
 
-# Attacks of a step: through the purifier, on words or features (of scenes) or on features; on the encoder alone; none.
-Threat = Literal["words", "adaptive", "oblivious", "damage"]
+# Attacks of a step: through the purifier, on the language-model loss or on words or features (of scenes) or on
+# features; on the encoder alone; none.
+Threat = Literal["answers", "words", "adaptive", "oblivious", "damage"]
+ON_SCENES: tuple[Threat, ...] = ("answers", "words")
+ADAPTIVE: tuple[Threat, ...] = ("answers", "words", "adaptive")
+Text = tuple[str, str]  # prompt, answer
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,12 @@ class RobustConfig:
     decay: float = 0.4  # share of the steps, at the end, in which the rate falls to zero
     save_every: int = 50  # steps
     sigma: float = 0.02  # default noise of the trained purifier
-    strength: float = 1.0  # its default strength; recorded only where it differs from 1, so that older runs resume
+    # The fields from here on are recorded only where they differ from their defaults: older runs resume.
+    strength: float = 1.0  # its default strength
+    answers: float = 0.0  # share of the steps on scenes that attack the language-model loss instead, which then guides
+    w_answers: float = 0.4  # in such a step: language-model loss of the true answers on the purified images
+    adaptive_steps: int = 1  # sign steps of an attack through the purifier; one is N-FGSM
+    faithful_sigma: float = 0.0  # on scenes behind more noise the distance counts by this over sigma; 0: fully
 
     def __post_init__(self) -> None:
         if not len(self.sides) == len(self.batches) == len(self.shares):
@@ -142,6 +153,7 @@ class ThreatBatch(NamedTuple):
 
     images: Tensor
     threat: Threat
+    texts: Sequence[Text] = ()  # of each image, where the language model is attacked
 
 
 class RobustBatches:
@@ -155,10 +167,13 @@ class RobustBatches:
         c = self.config
         rng = np.random.default_rng([c.seed, 31, number])
         threat: Threat = "words"
+        texts: list[Text] = []
         if rng.random() < c.words:
             first = 2 * FIRST_SCENE + number * c.words_batch
             scenes = [compose("train", first + i, photographs=load_photographs()) for i in range(c.words_batch)]
             images = torch.stack([scene.image for scene in scenes])
+            if c.answers and rng.random() < c.answers:
+                threat, texts = "answers", [draw_text(scene, rng) for scene in scenes]
         else:
             size = int(rng.choice(len(c.sides), p=np.asarray(c.shares) / sum(c.shares)))
             images = self.natural.draw(rng, c.batches[size], c.sides[size], number=number)
@@ -167,13 +182,20 @@ class RobustBatches:
         images = torch.stack([jpeg_file(x, rng) if j else x for x, j in zip(images, compressed, strict=True)])
         clean = round(c.clean * len(images))
         images[clean : 2 * clean] = images[:clean]  # attacked copies of the clean images, for the variation term
-        return ThreatBatch(images, threat)
+        texts[clean : 2 * clean] = texts[:clean]
+        return ThreatBatch(images, threat, texts)
 
     def _threat(self, draw: float) -> Threat:
         c = self.config
         if draw < c.damage:
             return "damage"
         return "oblivious" if draw < c.damage + (1 - c.damage) * c.bare else "adaptive"
+
+
+def draw_text(scene: Scene, rng: np.random.Generator) -> Text:
+    """A prompt about ``scene`` and the true answer: a caption or a question."""
+    choices = training_texts(scene, rng)
+    return choices[int(rng.integers(len(choices)))]
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------
@@ -197,20 +219,29 @@ class RobustLoss:
         encoder, other = self._draw_encoder(rng, x_c), self._draw_encoder(rng, x_c)
         clean = round(c.clean * len(x_c))
         x_a = x_c.clone()
-        x_a[clean:] = self._attack(x_c[clean:], batch.threat, encoder, sigma[clean:], rng, generator)
+        x_a[clean:] = self._attack(
+            x_c[clean:], batch.threat, batch.texts[clean:], encoder, sigma[clean:], rng, generator
+        )
         s = sample_bridge_times(len(x_c), at_one=c.at_one, generator=generator).to(x_c)
         s[: 2 * clean] = 1
         x_s, level = bridge_state(x_c, x_a, s, sigma, generator=generator)
         prediction = self.net(x_s, s, level)
-        guide = encoder if batch.threat == "words" or rng.random() < c.same else other
+        guide = encoder if batch.threat in ON_SCENES or rng.random() < c.same else other
         target = x_c
         if self.teacher is not None and batch.threat == "oblivious":
             with torch.no_grad():
                 output = self.teacher(x_s[clean:], s[clean:], level[clean:]).clamp(0, 1)
             target = torch.cat([x_c[:clean], torch.lerp(x_c[clean:], output, c.taught)])
-        terms = self._terms(x_c, prediction, target, sigma, guide, words=batch.threat == "words")
-        adaptive = batch.threat in ("words", "adaptive")
+        terms = self._terms(x_c, prediction, target, sigma, guide, words=batch.threat in ON_SCENES)
+        if c.answers:  # zero without texts: every batch has the same terms
+            terms["answers"] = c.w_answers * self._answers(prediction.clamp(0, 1), batch.texts)
+        adaptive = batch.threat in ADAPTIVE
         return {**terms, "adaptive": adaptive, "damage": batch.threat == "damage", "side": x_c.shape[-1]}
+
+    def _answers(self, x_0: Tensor, texts: Sequence[Text]) -> Tensor:
+        if not texts:
+            return x_0.new_zeros(())
+        return self.guide.victim.loss(x_0, [prompt for prompt, _ in texts], [answer for _, answer in texts]).mean()
 
     def _terms(
         self, x_c: Tensor, prediction: Tensor, target: Tensor, sigma: Tensor, guide: ViewedEncoder, *, words: bool
@@ -218,6 +249,8 @@ class RobustLoss:
         c = self.config
         clean = round(c.clean * len(x_c))
         distance, noise_free = charbonnier(prediction, target), (sigma[:clean] == 0).to(x_c)
+        lean = words and c.faithful_sigma
+        faith = (c.faithful_sigma / sigma).clamp_max(1) if lean else torch.ones_like(sigma)
         x_0 = prediction.clamp(0, 1)
         with torch.no_grad():
             z_c = guide.features(x_c)
@@ -225,7 +258,7 @@ class RobustLoss:
         variation = 1 - F.cosine_similarity(z_0[:clean], z_0[clean : 2 * clean], dim=-1)
         divergence = self.guide.divergence(x_c, x_0).mean() if words else prediction.new_zeros(())
         return {
-            "distance": c.w_distance * distance.mean(),
+            "distance": c.w_distance * (distance * faith).mean(),
             "identity": c.w_identity * (distance[:clean] * noise_free).sum() / len(x_c),
             "features": c.w_features * token_distance(z_0, z_c).mean(),
             "variation": c.w_variation * variation.sum() / (len(x_c) * z_0.shape[1]),
@@ -245,6 +278,7 @@ class RobustLoss:
         self,
         x_c: Tensor,
         threat: Threat,
+        texts: Sequence[Text],
         encoder: ViewedEncoder,
         sigma: Tensor,
         rng: np.random.Generator,
@@ -255,7 +289,9 @@ class RobustLoss:
         if threat == "damage":
             return damage(x_c, rng)
         eps = torch.from_numpy(rng.uniform(c.min_eps, c.max_eps, len(x_c))).to(x_c)
-        if threat == "words" and rng.random() < 0.75:
+        if threat == "answers":
+            objective = self._answers_objective(texts, towards=rng.random() < WORDS_TOWARDS)
+        elif threat == "words" and rng.random() < 0.75:
             target = x_c.roll(1, 0) if rng.random() < WORDS_TOWARDS else None
             objective = word_objective(self.guide.victim, x_c, target)
         else:
@@ -263,12 +299,23 @@ class RobustLoss:
         if threat == "oblivious":
             rel_step = 1.5 / c.bare_steps
             return sign_steps(objective, x_c, eps=eps, steps=c.bare_steps, rel_step=rel_step, generator=generator)
+        if c.adaptive_steps > 1:
+            return mine(
+                self.net, objective, x_c, eps=eps, sigma=sigma, steps=c.adaptive_steps, lean=True, generator=generator
+            )
         return n_fgsm(self.net, objective, x_c, eps=eps, sigma=sigma, start=c.start, generator=generator)
+
+    def _answers_objective(self, texts: Sequence[Text], *, towards: bool) -> Objective:
+        """Away from the true answers, or towards those of the next image of the batch."""
+        prompts, answers = [prompt for prompt, _ in texts], [answer for _, answer in texts]
+        if towards:
+            return objectives.targeted(self.guide.victim, prompts, answers[1:] + answers[:1])
+        return objectives.untargeted(self.guide.victim, prompts, answers)
 
 
 def draw_sigmas(config: RobustConfig, threat: Threat, rng: np.random.Generator, count: int) -> Tensor:
     """A noise level per image ``[count]``: none or little, or more where the attack is adaptive."""
-    adaptive = threat in ("words", "adaptive")
+    adaptive = threat in ADAPTIVE
     low, high = np.log(config.high_sigma if adaptive else config.low_sigma)
     levels = np.exp(rng.uniform(low, high, count))
     return torch.from_numpy(levels if adaptive else levels * (rng.random(count) >= config.noise_free))
