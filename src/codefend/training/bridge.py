@@ -28,14 +28,12 @@ from codefend.tasks.training_images import draw_training_images, own_photographs
 from codefend.training.banks import Bank, StreamedBank
 from codefend.training.camera import jpeg_file
 from codefend.training.fit import Losses, MovingAverage, Training, fit
-from codefend.training.frozen import OWN
+from codefend.training.frozen import OWN, Text, answers_objective
 from codefend.training.guides import Guide, directional_hinge, load_guide, token_distance, viewed
 from codefend.training.mining import mine
 from codefend.training.nets import grow, load_prior, net_training
 from codefend.training.replay import Replays
 from codefend.types import CodefendError, Objective
-
-Text = tuple[str, str]  # prompt, answer
 
 
 class Pairs(NamedTuple):
@@ -230,10 +228,7 @@ class BridgeLoss:
         without = self.config.without
         second = rng.random() < 0.5
         if texts:
-            prompts, answers = [prompt for prompt, _ in texts], [answer for _, answer in texts]
-            if second:
-                return objectives.untargeted(self.guide.victim, prompts, answers)
-            return objectives.targeted(self.guide.victim, prompts, answers[1:] + answers[:1])  # of another image
+            return answers_objective(self.guide.victim, texts, towards=not second)
         if "features" in without or (second and "words" not in without):
             return self.guide.objective(x_c)
         return objectives.features_away(self.guide.encoder(number), x_c)

@@ -20,6 +20,7 @@ WORDS = tuple(f" {c} {t.name}" for t in THINGS if t.tinted for c in COLOURS) + t
 )
 
 
+Text = tuple[str, str]  # prompt, answer
 AnyEncoder = ViewedEncoder | WhiteBox  # by name, or the victim's own
 
 
@@ -34,6 +35,14 @@ def load_encoders(names: Sequence[str], victim: WhiteBox) -> list[AnyEncoder]:
     """The encoders by name; `OWN` is the victim itself. Raises CodefendError for an unknown name."""
     check_encoders(names)
     return [victim if name == OWN else ViewedEncoder(name) for name in names]
+
+
+def answers_objective(victim: WhiteBox, texts: Sequence[Text], *, towards: bool) -> Objective:
+    """Language-model loss: away from the true answers, or towards those of the next image of the batch."""
+    prompts, answers = [prompt for prompt, _ in texts], [answer for _, answer in texts]
+    if towards:
+        return objectives.targeted(victim, prompts, answers[1:] + answers[:1])
+    return objectives.untargeted(victim, prompts, answers)
 
 
 def word_objective(pocket: Pocket, clean: Tensor, target: Tensor | None = None) -> Objective:

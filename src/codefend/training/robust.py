@@ -32,7 +32,7 @@ from codefend.tasks.scenes import Scene, compose, load_photographs
 from codefend.training.camera import jpeg_file
 from codefend.training.damage import damage
 from codefend.training.fit import Losses, MovingAverage, Training, fit, held_rate
-from codefend.training.frozen import OWN, word_objective
+from codefend.training.frozen import OWN, Text, answers_objective, word_objective
 from codefend.training.guides import PocketGuide, load_guide, token_distance
 from codefend.training.mining import mine, n_fgsm, sign_steps
 from codefend.training.nets import grow, load_prior, net_training
@@ -49,7 +49,6 @@ WORDS_TOWARDS = 0.4  # the same of attacks on words
 Threat = Literal["answers", "words", "adaptive", "oblivious", "damage"]
 ON_SCENES: tuple[Threat, ...] = ("answers", "words")
 ADAPTIVE: tuple[Threat, ...] = ("answers", "words", "adaptive")
-Text = tuple[str, str]  # prompt, answer
 
 
 @dataclass(frozen=True)
@@ -290,7 +289,7 @@ class RobustLoss:
             return damage(x_c, rng)
         eps = torch.from_numpy(rng.uniform(c.min_eps, c.max_eps, len(x_c))).to(x_c)
         if threat == "answers":
-            objective = self._answers_objective(texts, towards=rng.random() < WORDS_TOWARDS)
+            objective = answers_objective(self.guide.victim, texts, towards=rng.random() < WORDS_TOWARDS)
         elif threat == "words" and rng.random() < 0.75:
             target = x_c.roll(1, 0) if rng.random() < WORDS_TOWARDS else None
             objective = word_objective(self.guide.victim, x_c, target)
@@ -304,13 +303,6 @@ class RobustLoss:
                 self.net, objective, x_c, eps=eps, sigma=sigma, steps=c.adaptive_steps, lean=True, generator=generator
             )
         return n_fgsm(self.net, objective, x_c, eps=eps, sigma=sigma, start=c.start, generator=generator)
-
-    def _answers_objective(self, texts: Sequence[Text], *, towards: bool) -> Objective:
-        """Away from the true answers, or towards those of the next image of the batch."""
-        prompts, answers = [prompt for prompt, _ in texts], [answer for _, answer in texts]
-        if towards:
-            return objectives.targeted(self.guide.victim, prompts, answers[1:] + answers[:1])
-        return objectives.untargeted(self.guide.victim, prompts, answers)
 
 
 def draw_sigmas(config: RobustConfig, threat: Threat, rng: np.random.Generator, count: int) -> Tensor:
