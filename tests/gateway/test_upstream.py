@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx2
@@ -37,12 +40,85 @@ async def send(target: Upstream, method: str = "POST") -> int:
     return (await target.send(target.request(method, "/v1/models", b"", [], b"{}"))).status_code
 
 
-@pytest.mark.parametrize("error", [httpx2.ConnectError("refused"), httpx2.ConnectTimeout("slow"), STALE, CLOSED])
+@pytest.mark.parametrize("error", [httpx2.ConnectError("refused"), httpx2.ConnectTimeout("slow"), CLOSED])
 def test_what_the_upstream_never_read_is_sent_again(error: Exception) -> None:
     target, requests = upstream(error, error)
     assert run(send(target)) == 200
     assert len(requests) == 3
     assert "codefend_upstream_retries_total" in target.meters.text().decode()
+
+
+def test_a_reused_connection_that_ends_without_an_answer_is_replaced_once() -> None:
+    target, requests = upstream(STALE)
+    assert run(send(target)) == 200
+    assert len(requests) == 2
+    target, requests = upstream(STALE, STALE)
+    with pytest.raises(Refused):
+        run(send(target))
+    assert len(requests) == 2, "a request that ends a server is not sent to more and more of them"
+
+
+class _Server:
+    """Reads whole requests. Answers the first ``answers`` of each connection, and closes it at the next one."""
+
+    def __init__(self, answers: int, last: int | None = None) -> None:
+        self.answers, self.last = answers, last  # ``last``: connections from this one on answer everything
+        self.requests = self.connections = 0
+
+    @asynccontextmanager
+    async def run(self) -> AsyncIterator[str]:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        async with server:
+            host, port = server.sockets[0].getsockname()[:2]
+            yield f"http://{host}:{port}/v1"
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        left = 1000 if self.connections == self.last else self.answers
+        try:
+            while await reader.readuntil(b"\r\n\r\n"):
+                await reader.readexactly(len(b"{}"))
+                self.requests += 1
+                if not left:
+                    return
+                left -= 1
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+        except asyncio.IncompleteReadError:
+            pass
+        finally:
+            writer.close()
+
+
+def over_the_network(server: _Server, sends: int) -> list[int | str]:
+    async def work() -> list[int | str]:
+        async with server.run() as base:
+            target = Upstream(connect(), base, Meters())
+            outcomes: list[int | str] = []
+            for _ in range(sends):
+                headers = [(b"host", b"up.test"), (b"content-length", b"2")]
+                request = target.request("POST", "/v1/chat/completions", b"", headers, b"{}")
+                try:
+                    response = await target.send(request)
+                    await response.aread()
+                    outcomes.append(response.status_code)
+                except Refused as refusal:
+                    outcomes.append(refusal.code)
+            await target.aclose()
+            return outcomes
+
+    return run(work())
+
+
+def test_a_post_is_sent_once_to_a_server_that_reads_it_and_dies() -> None:
+    server = _Server(answers=0)
+    assert over_the_network(server, 1) == ["upstream_unreachable"]
+    assert (server.requests, server.connections) == (1, 1)
+
+
+def test_a_post_on_a_reused_connection_that_ends_is_sent_on_another() -> None:
+    server = _Server(answers=1, last=2)
+    assert over_the_network(server, 2) == [200, 200]
+    assert server.connections == 2
 
 
 @pytest.mark.parametrize("error", [httpx2.ReadError("gone"), httpx2.ReadTimeout("slow"), httpx2.WriteError("gone")])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import httpx2
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, stop_after_attempt, wait_random_exponential
 
 from codefend.gateway.errors import Refused
 from codefend.gateway.options import UpstreamOptions
@@ -18,6 +19,9 @@ from codefend.types import CodefendError
 
 KEEP_ALIVE_S = 4.0  # below uvicorn's 5 s: most model servers close an idle connection then
 _IDEMPOTENT = frozenset({"GET", "HEAD", "DELETE"})
+# Events of httpcore2 when a connection is opened for a request, and where the request notes it.
+_CONNECTING = frozenset({"connection.connect_tcp.started", "connection.connect_unix_socket.started"})
+_FRESH = "codefend_fresh_connection"
 _RETRY_SHARE = 0.1  # of the requests may be retries, so that retries never multiply an outage
 _RETRY_RESERVE = 10.0  # retries that may come in a row before that share counts
 
@@ -80,7 +84,7 @@ class Upstream:
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self.options.upstream_retries + 1),
             wait=wait_random_exponential(multiplier=0.05, max=1.0),
-            retry=retry_if_exception(lambda error: self._may_retry(request, error)),
+            retry=lambda state: self._may_retry(request, state),
             before_sleep=self._count_retry,
             reraise=True,
         )
@@ -92,13 +96,23 @@ class Upstream:
         return response
 
     async def _send_once(self, request: httpx2.Request) -> httpx2.Response:
+        async def trace(event: str, info: Mapping[str, Any]) -> None:
+            if event in _CONNECTING:
+                request.extensions[_FRESH] = True
+
+        request.extensions |= {"trace": trace, _FRESH: False}
         try:
             return await self.transport.handle_async_request(request)
         except AttributeError as error:  # httpcore2 sets options of a socket that uvloop has closed meanwhile
             raise httpx2.ConnectError("the connection was closed at once", request=request) from error
 
-    def _may_retry(self, request: httpx2.Request, error: BaseException) -> bool:
-        safe = isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout)) or _was_stale(error)
+    def _may_retry(self, request: httpx2.Request, state: RetryCallState) -> bool:
+        error = state.outcome.exception() if state.outcome is not None else None
+        if error is None:
+            return False
+        safe = isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout))
+        # Once: a server that dies of this request looks the same on a reused connection.
+        safe = safe or (state.attempt_number == 1 and _was_stale(request, error))
         if request.method in _IDEMPOTENT:
             safe = safe or isinstance(error, (httpx2.NetworkError, httpx2.RemoteProtocolError))
         if not safe or self._retries_left < 1:
@@ -127,6 +141,10 @@ class Upstream:
         await self.transport.aclose()
 
 
-def _was_stale(error: BaseException) -> bool:
-    """Whether the server had closed a kept connection before it read the request: nothing was received."""
-    return isinstance(error, httpx2.RemoteProtocolError) and "without sending a response" in str(error)
+def _was_stale(request: httpx2.Request, error: BaseException) -> bool:
+    """Whether a reused connection ended without an answer: the server had closed it before it read the request.
+
+    On a connection that was opened for the request, the server may have read it.
+    """
+    ended = isinstance(error, httpx2.RemoteProtocolError) and "without sending a response" in str(error)
+    return ended and not request.extensions.get(_FRESH, True)
