@@ -18,7 +18,8 @@ import torch
 
 import corpus_kit as kit
 from codefend.core import images
-from codefend.purifiers.corpus import job, units
+from codefend.purifiers.corpus import CorpusOptions, job, purify_corpus, units
+from codefend.purifiers.image_files import FolderOptions
 from codefend.types import CodefendError
 
 
@@ -183,6 +184,46 @@ def test_sources_that_cannot_be_used_are_one_line(tmp_path: Path, source: str, t
 def test_a_corpus_never_overwrites_itself(corpus: Path) -> None:
     with pytest.raises(CodefendError, match="overwritten by its own output"):
         kit.run(corpus, corpus)
+
+
+def test_two_files_with_one_output_are_refused(tmp_path: Path) -> None:
+    for folder, name in (
+        ("one", "i0.png"),
+        ("one", "i1.png"),
+        ("two", "i0.png"),
+        ("three", "a.jpg"),
+        ("three", "a.png"),
+    ):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).write_bytes(kit.image(len(name)))
+    options = CorpusOptions(FolderOptions(purifier="bitdepth"))
+    with pytest.raises(CodefendError, match=r"i0\.png and another file would both be written to i0\.png"):
+        purify_corpus([str(tmp_path / "one"), str(tmp_path / "two")], str(tmp_path / "out"), options)
+    with pytest.raises(CodefendError, match=r"a\.png and another file would both be written to a\.png"):
+        kit.run(tmp_path / "three", tmp_path / "out", format="png")
+    assert not (tmp_path / "out").exists()
+    assert kit.run(tmp_path / "three", tmp_path / "out").images == 2
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_member_whose_output_is_another_s_fails(tmp_path: Path, batch: int) -> None:
+    members = {"a.jpg": kit.image(0), "a.png": kit.image(1), "b.img": kit.image(2), "b.img.png": kit.image(3)}
+    source = kit.write_tar(tmp_path / "in" / "x.tar", 0, extra=members)
+    report = kit.run(source, tmp_path / "out", format="png", batch=batch)
+    assert list(kit.read_tar(tmp_path / "out" / "x.tar")) == ["a.png", "b.img.png"]
+    assert (report.images, [name for name, _ in report.failed]) == (2, ["x.tar/a.png", "x.tar/b.img.png"])
+    assert "would both be written to a.png" in report.failed[0][1]
+
+
+def test_an_image_by_content_does_not_replace_another_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "in" / "inner").mkdir(parents=True)
+    between = [f"page.html.{index:03d}.png" for index in range(100)]  # other groups
+    for name in ("page.html", "page.html.png", "page.php", *between):
+        (tmp_path / "in" / "inner" / name).write_bytes(kit.image(len(name)))
+    report = kit.run(tmp_path / "in", tmp_path / "out", keep_others=True, format="png")
+    assert [name for name, _ in report.failed] == ["inner/page.html"]
+    files = {path.name for path in (tmp_path / "out" / "inner").iterdir()}
+    assert files == {"page.html.png", "page.php.png", *between}
 
 
 @contextmanager

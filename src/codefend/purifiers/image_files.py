@@ -191,11 +191,12 @@ def _are_small(files: Sequence[ImageFile]) -> bool:
 def target_name(name: str, kind: str, ending: str | None = None) -> str:
     """The name of the purified file of an image of format ``kind``: with ``ending``, or its own if it can be written.
 
-    Without a known ending one is appended: that of ``kind``, or .png for a format that is only read.
+    Without a known ending one is appended: ``ending``, that of ``kind``, or .png for a format that is only read.
     """
     path = PurePosixPath(name)
     if ending is not None:
-        return str(path.with_suffix(f".{ending.lstrip('.')}"))
+        ending = f".{ending.lstrip('.')}"
+        return str(path.with_suffix(ending)) if is_image_name(name) else f"{name}{ending}"
     if path.suffix.lower() in images.READABLE:
         return name if _is_writable(path.suffix) else f"{name}.png"
     return f"{name}.{kind.lower()}" if _is_writable(f".{kind}") else f"{name}.png"

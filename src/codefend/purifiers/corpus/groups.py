@@ -9,17 +9,21 @@ from codefend.core.signatures import HEAD, is_image
 from codefend.purifiers.corpus.stores import Entry, Store
 from codefend.purifiers.corpus.unit_work import MAX_BYTES, UnitWork, UnreadableSource, reading
 from codefend.purifiers.corpus.units import Unit
-from codefend.purifiers.image_files import PurifiedFile, is_image_name
+from codefend.purifiers.image_files import PurifiedFile, is_image_name, target_name
 
 
 def purify_group(unit: Unit, work: UnitWork) -> dict[str, str]:
     """Write the files of a group; each is an output of its own, noted in the rows. Returns no other outputs."""
     store = Store(unit.source)
     waiting: list[tuple[str, bytes]] = []
+    reserved = False
     for name, entry in unit.files:
         if not (is_image_name(name) or is_image(_content(store, name, entry, HEAD))):
             _copy(store, name, entry, work)
             continue
+        if not is_image_name(name) and not reserved:
+            reserved = True
+            _reserve_targets(store, name, entry, work)
         try:
             waiting.append((name, _content(store, name, entry)))
         except UnreadableSource as error:
@@ -30,6 +34,15 @@ def purify_group(unit: Unit, work: UnitWork) -> dict[str, str]:
     _flush(waiting, work)
     work.finish()
     return {}
+
+
+def _reserve_targets(store: Store, name: str, entry: Entry, work: UnitWork) -> None:
+    """Reserve the outputs of the images in the folder of ``name``, also of those in other groups."""
+    inner = name[: len(name) - len(entry.path.rpartition("/")[2])]
+    for path in (other.path for other in store.children(entry.path.rpartition("/")[0])[1]):
+        other = inner + path.rpartition("/")[2]
+        if is_image_name(other):
+            work.reserve(target_name(other, "PNG", work.options.format), other)
 
 
 def _content(store: Store, name: str, entry: Entry, size: int = -1) -> bytes:

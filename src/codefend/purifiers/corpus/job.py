@@ -19,7 +19,7 @@ from codefend.purifiers.corpus.tables import check_columns, purify_table
 from codefend.purifiers.corpus.tars import purify_tar
 from codefend.purifiers.corpus.unit_work import UnitWork, UnreadableSource
 from codefend.purifiers.corpus.units import Unit, find_units, take_shard
-from codefend.purifiers.image_files import FolderOptions
+from codefend.purifiers.image_files import FolderOptions, is_image_name, target_name
 from codefend.types import CodefendError
 
 CONFIG = ".codefend/config.json"
@@ -163,7 +163,7 @@ def purify_corpus(
     def units() -> Iterator[Unit]:
         return take_shard(find_units(sources, place, keep_others=options.keep_others), options.shard)
 
-    _check_names(find_units(sources, place, keep_others=options.keep_others), place)
+    _check_names(find_units(sources, place, keep_others=options.keep_others), place, options.files.format)
     done = set[str]() if _saved_config(place, options) is None else place.names(MANIFESTS)
     failed = place.names(FAILURES) if done else set[str]()
     count, size, tables = 0, 0, list[Unit]()
@@ -190,15 +190,20 @@ def purify_corpus(
     return report
 
 
-def _check_names(units: Iterator[Unit], sink: Store) -> None:
-    """Raise CodefendError when there is nothing to do, or two units or a unit and its source have one name."""
+def _check_names(units: Iterator[Unit], sink: Store, ending: str | None) -> None:
+    """Raise CodefendError when there is nothing to do, or two files or a unit and its source have one output.
+
+    Of files that are images by content alone the output is not known yet; `UnitWork` checks it.
+    """
     names: set[int] = set()
     for unit in units:
-        if hash(unit.name) in names:
-            raise CodefendError(f"two sources would both be written to {unit.name} in {sink.url}")
+        for name, _ in unit.files:
+            target = target_name(name, "PNG", ending) if unit.kind == "group" and is_image_name(name) else name
+            if hash(target) in names:
+                raise CodefendError(f"{name} and another file would both be written to {target} in {sink.url}")
+            names.add(hash(target))
         if any(entry.path == sink.path(name) and Store(unit.source).fs == sink.fs for name, entry in unit.files):
             raise CodefendError(f"{unit.name} would be overwritten by its own output; choose another folder")
-        names.add(hash(unit.name))
     if not names:
         raise CodefendError(f"no images, Parquet files or tar archives found; {sink.url} is unchanged")
 

@@ -6,7 +6,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO, NamedTuple
 
 from codefend.core.runs import plain
@@ -25,6 +25,7 @@ class UnreadableSource(CodefendError):
 class _Call(NamedTuple):
     names: Sequence[str]
     sizes: Sequence[int]  # bytes
+    own_files: bool  # each result becomes a file, or a member of an archive
     then: Callable[[list[PurifiedFile]], None]
 
 
@@ -46,16 +47,18 @@ class UnitWork:
     def __post_init__(self) -> None:
         self._files = FileSteps(self.purifier, self.options).overlapped()
         self._open = deque[_Call]()
+        self._sources: dict[int, int] = {}  # of each output, by the hashes of their names
 
     def purify(
         self, files: Sequence[tuple[str, bytes]], then: Callable[[list[PurifiedFile]], None], names: Sequence[str] = ()
     ) -> None:
         """Purify and note image files given as name and content; ``names`` are those for the manifest, if others.
 
-        ``then`` is called with the results, in the order of the calls: during a later one, or by `finish`.
+        Without ``names`` the results are files of their own, and one whose target is another's fails. ``then`` is
+        called with the results, in the order of the calls: during a later one, or by `finish`.
         """
         sizes = [self.image_bytes or len(data) for _, data in files]
-        self._open.append(_Call(names or [name for name, _ in files], sizes, then))
+        self._open.append(_Call(names or [name for name, _ in files], sizes, not names, then))
         self._settle(self._files.push(files))
 
     def finish(self) -> None:
@@ -65,6 +68,7 @@ class UnitWork:
     def _settle(self, done: list[list[PurifiedFile]]) -> None:
         for results in done:
             call = self._open.popleft()
+            results = [self._checked(result) for result in results] if call.own_files else results
             for result, name, size in zip(results, call.names, call.sizes, strict=True):
                 if result.error:
                     self.fail(name, result.error)
@@ -73,6 +77,16 @@ class UnitWork:
                     self.note({**result.record(), "name": name})
                 self.tick(1, size)
             call.then(results)
+
+    def reserve(self, target: str, name: str) -> bool:
+        """Reserve an output for the file ``name``; False when it is another's already."""
+        return self._sources.setdefault(hash(target), hash(name)) == hash(name)
+
+    def _checked(self, result: PurifiedFile) -> PurifiedFile:
+        if result.error or self.reserve(result.target, result.name):
+            return result
+        error = f"{result.name} and another image would both be written to {result.target}"
+        return replace(result, target=result.name, data=b"", error=error)
 
     def __enter__(self) -> UnitWork:
         return self
