@@ -6,11 +6,13 @@ import json
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from codefend.gateway import serve
 from codefend.gateway.app import create_app
 from gateway_kit import CHAT, Invert, Upstream, chat, png, served, settings
 
@@ -86,6 +88,56 @@ def test_ambiguous_requests_are_refused(base: str, upstream: Upstream, head: str
     answer = send(base, f"{JSON}x-api-key: {KEY}\r\n{head}", BODY)
     assert answer.startswith("HTTP/1.1 4"), answer[:80]
     assert len(upstream.requests) == before
+
+
+def exchange(base: str, *pieces: tuple[float, bytes]) -> tuple[bytes, float]:
+    """Send pieces, each after a pause; what the gateway sends until it closes the connection, and the seconds."""
+    host, port = base.removeprefix("http://").split(":")
+    start, answer = time.monotonic(), b""
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        for pause, piece in pieces:
+            time.sleep(pause)
+            try:
+                connection.sendall(piece)
+            except OSError:
+                break
+        while received := connection.recv(1 << 16):
+            answer += received
+    return answer, time.monotonic() - start
+
+
+HEAD = f"POST {CHAT} HTTP/1.1\r\nhost: gateway.test\r\n{JSON}{LENGTH}x-api-key: {KEY}\r\n".encode()
+PROBE = b"GET /healthz HTTP/1.1\r\nhost: gateway.test\r\n\r\n"
+
+
+@pytest.mark.parametrize("pieces", [[], [(0, HEAD)], [(0.1, HEAD[i : i + 1]) for i in range(9)]])
+def test_a_connection_without_a_whole_header_is_closed(
+    base: str, pieces: list[tuple[float, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "HEADER_S", 0.5)
+    answer, seconds = exchange(base, *pieces)
+    assert answer == b""
+    assert 0.4 < seconds < 5
+
+
+@pytest.mark.parametrize("pieces", [[(0, PROBE + HEAD)], [(0, PROBE), (0.7, HEAD), (0, b"x-a: b\r\n")]])
+def test_the_header_of_a_later_request_has_a_deadline_as_well(
+    base: str, pieces: list[tuple[float, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "HEADER_S", 0.5)
+    answer, seconds = exchange(base, *pieces)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert answer.count(b"HTTP/1.1") == 1
+    assert 0.4 < seconds - sum(pause for pause, _ in pieces) < 5
+
+
+def test_kept_connections_and_slow_bodies_outlast_the_deadline_of_headers(
+    base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "HEADER_S", 0.5)
+    last = HEAD + b"connection: close\r\n\r\n"
+    answer, _ = exchange(base, (0, HEAD + b"\r\n"), (0.7, BODY), (0.7, last), (0.7, BODY))
+    assert answer.count(b"HTTP/1.1 200") == 2
 
 
 JAVA = """

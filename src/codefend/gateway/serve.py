@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import signal
 import socket
@@ -12,8 +13,10 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from codefend.gateway.access import LOOPBACK
 from codefend.gateway.app import create_app
@@ -24,9 +27,43 @@ from codefend.types import CodefendError
 if TYPE_CHECKING:
     from codefend.gateway.pocket import Showcase
 
+HEADER_S = 20.0  # for the headers of a request to arrive, from the connection or their first byte on
+
+
+class _Protocol(H11Protocol):
+    """Closes connections on which the headers of a request do not arrive in time; uvicorn waits for ever."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(HEADER_S, transport.close)
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.conn.their_state is not h11.IDLE:
+            self._cancel()
+        elif self._deadline is None and self.conn.trailing_data[0]:
+            self._deadline = self.loop.call_later(HEADER_S, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel()
+        super().connection_lost(exc)
+
+    def _cancel(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
 # How HTTP is read. h11 drops trailers, ignores upgrades and refuses what is ambiguous; httptools takes trailers for
 # headers, and an offered upgrade (the default of Java's client) for the end of the request.
-HTTP: dict[str, Any] = {"http": "h11", "ws": "none", "timeout_keep_alive": 75, "h11_max_incomplete_event_size": 1 << 16}
+HTTP: dict[str, Any] = {
+    "http": _Protocol,
+    "ws": "none",
+    "timeout_keep_alive": 75,
+    "h11_max_incomplete_event_size": 1 << 16,
+}
 
 
 class _Server(uvicorn.Server):
