@@ -98,7 +98,9 @@ class Settings(BaseSettings):
     page: bool = _setting(True, "Server", "serve the page at /")
     demo: bool | None = _setting(None, "Server", "let the page ask the undefended model; default: embedded models only")
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Server", "least severe log line")
-    log_client: ClientLog = _setting(AccessOptions.log_client, "Server", "client addresses in the logs")
+    log_client: ClientLog = _setting(
+        AccessOptions.log_client, "Server", "client addresses in the logs: none, masked or full"
+    )
     drain_s: float = _setting(30.0, "Server", "time for running requests at shutdown", ge=0)
     lame_duck_s: float = _setting(0.0, "Server", "time between not ready and shutdown, for load balancers", ge=0)
 
@@ -107,12 +109,12 @@ class Settings(BaseSettings):
     )
     purifier: str = _setting("bridge", "Images", "purifier by name or folder")
     device: str = _setting("cpu", "Images", "where the purifier runs: cpu, cuda, cuda:1, mps")
-    policy: Mode = _setting("purify", "Images", "what happens to an image")
+    policy: Mode = _setting("purify", "Images", "what happens to an image: purify, detect or block")
     threshold: float | None = _setting(
         None, "Images", "score from which detect and block act; default: calibrated", ge=0
     )
     allow_override: bool = _setting(False, "Images", "let a request choose policy and threshold by header")
-    encoding: Encoding = _setting("auto", "Images", "format of purified images")
+    encoding: Encoding = _setting("auto", "Images", "format of purified images: auto, png, jpeg or webp")
     max_side: int = _setting(
         Limits.max_side, "Images", "shrink images by area averaging to this longer side, in pixels; 0: never", ge=0
     )
@@ -128,14 +130,14 @@ class Settings(BaseSettings):
     document_side: int = _setting(
         Limits.document_side, "Images", "longer side of a document's page, in pixels", ge=64, le=8192
     )
-    on_error: OnError = _setting("block", "Images", "when the purifier itself fails")
+    on_error: OnError = _setting("block", "Images", "when the purifier itself fails: block, fallback or pass")
     fallback: str = _setting("jpeg", "Images", "purifier for on_error=fallback")
     noise_secret: SecretStr | None = _setting(
         None, "Images", "keys the purifier's noise; the same in all replicas; default: random"
     )
     noise_secret_file: Path | None = _setting(None, "Images", "file that holds noise_secret")
     votes: int = _setting(1, "Images", "answers per request with images, each under other noise; the vote counts", ge=1)
-    scores: Scores = _setting("hide", "Images", "detection scores in answers to clients")
+    scores: Scores = _setting("hide", "Images", "detection scores in answers to clients: hide, round or exact")
     text: TextPolicyName = _setting(
         "off", "Images", "text in images: off, report, quote, redact, redact-all or block; needs the ocr extra"
     )
@@ -177,7 +179,7 @@ class Settings(BaseSettings):
     max_fetches: int = _setting(FetchOptions.concurrent, "Limits", "remote images fetched at a time", gt=0)
 
     workers: int = _setting(PoolOptions.workers, "Load", "processes that decode, purify and encode", gt=0, le=64)
-    isolate: bool = _setting(True, "Load", "run workers as processes, instead of threads beside the event loop")
+    isolate: bool = _setting(True, "Load", "run workers as processes, instead of threads next to the event loop")
     torch_threads: int = _setting(
         PoolOptions.torch_threads, "Load", "threads in a PyTorch operation; 0: share the cores", ge=0
     )
