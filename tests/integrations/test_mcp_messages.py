@@ -109,7 +109,9 @@ def test_pdfs_pass_where_the_operator_says_so() -> None:
     assert passed(content, documents="pass") == content
 
 
-@pytest.mark.parametrize("raw", [b'{"a":1,"a":2}', b'{"a":NaN}', b"\xff", b"[" * 5000, b"log line"])
+@pytest.mark.parametrize(
+    "raw", [b'{"a":1,"a":2}', b'{"a":NaN}', b"\xff", b"[" * 5000, b"log line", b"200", b"null", b'"text"']
+)
 def test_what_parsers_read_differently_is_refused(raw: bytes) -> None:
     with pytest.raises(Refused):
         read(raw, Limits())

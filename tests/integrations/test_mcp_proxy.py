@@ -22,6 +22,8 @@ import mcp_kit
 import mcp_server
 from codefend.core import images
 from codefend.gateway.upstream import connect
+from codefend.integrations.mcp import proxy
+from codefend.integrations.mcp.messages import read
 from codefend.integrations.mcp.proxy import Proxy
 from codefend.integrations.mcp.upstream import HttpServer
 from codefend.purifiers import text_policy
@@ -243,6 +245,39 @@ def test_log_lines_on_the_wrong_stream_and_late_answers_are_dropped() -> None:
             assert {answer["id"] for answer in errors[:2]} == {1, 2}
             assert errors[2]["id"] == 4
             assert len(wire.received) == 3
+
+    run(work())
+
+
+def test_json_values_that_are_no_messages_are_dropped() -> None:
+    async def work() -> None:
+        for line in (b"200\n", b"null\n", b"true\n", b"1.5\n", json.dumps(b64(A)).encode() + b"\n"):
+            async with scripted(engine(), line, result(a="ok")) as (wire, _):
+                await wire.queue.put(request(1))
+                await wire.queue.put(request(2))
+                (answer,) = await answered(wire)
+                assert answer["result"] == {"a": "ok"}
+                assert len(wire.received) == 1
+
+    run(work())
+
+
+def test_an_unexpected_error_fails_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        left = [RuntimeError("unexpected")]
+
+        def fail_once(*arguments: Any) -> Any:
+            if left:
+                raise left.pop()
+            return read(*arguments)
+
+        monkeypatch.setattr(proxy, "read", fail_once)
+        async with scripted(engine(), result(a="bad"), result(a="ok")) as (wire, _):
+            await wire.queue.put(request(1))
+            await wire.queue.put(request(2))
+            first, second = await answered(wire, 2)
+            assert (first["id"], first["error"]["data"]["code"]) == (1, "internal_error")
+            assert (second["id"], second["result"]) == (2, {"a": "ok"})
 
     run(work())
 

@@ -73,6 +73,8 @@ class Reading:
 def read(raw: bytes, limits: Limits, documents: Documents = "refuse") -> Reading:
     """Parse a message and find its images. Raises Refused for what cannot be inspected, as `Engine.read` does."""
     message = parse_long(raw)
+    if not isinstance(message, (dict, list)):
+        raise Refused(400, "invalid_request", "a message is a JSON object or a list of them")
     found = (span for holder, key, text in _strings(message) for span in _find(holder, key, text, limits, documents))
     spans = tuple(islice(found, limits.max_images + 1))
     check_count(len(spans), limits)

@@ -98,6 +98,9 @@ class Proxy:
             except Refused as refusal:
                 await self._refuse(line, refusal)
                 continue
+            except Exception as error:  # of this line alone
+                await self._refuse(line, _internal(error))
+                continue
             if not reading.spans:
                 await self._pass_on(line, reading.message)
                 continue
@@ -119,8 +122,7 @@ class Proxy:
         except CodefendError as error:
             await self._refuse(line, Refused(503, "not_ready", str(error)))
         except Exception as error:  # fail closed, whatever it is
-            log.exception("internal error")
-            await self._refuse(line, Refused(500, "internal_error", f"internal error ({type(error).__name__})"))
+            await self._refuse(line, _internal(error))
         finally:
             self._places.release()
 
@@ -171,6 +173,11 @@ class Proxy:
         self._given_up |= ids
         for id_ in ids:
             await self.client.send(_error(id_, code, f"codefend: {reason}"))
+
+
+def _internal(error: Exception) -> Refused:
+    log.error("internal error", exc_info=error)
+    return Refused(500, "internal_error", f"internal error ({type(error).__name__})")
 
 
 def _loads(line: bytes) -> Any:
