@@ -52,14 +52,17 @@ class Figure:
     note: str = ""
     seed: int | None = None
     commit: str | None = None
+    crops_of: int = 0  # photographs from which the examples were cut; so few have no interval
 
 
 def load_figures(folder: Path = ROOT / "results") -> dict[str, Figure]:
     """All rows of ``folder/*.json`` by id. Raises ValueError for an id that occurs twice."""
     figures: dict[str, Figure] = {}
     for path in sorted(folder.glob("*.json")):
-        for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        for run in document["runs"]:
             common = {key: value for key, value in run.items() if key != "rows"}
+            common["crops_of"] = document.get("crops_of", 0)
             for row in run["rows"]:
                 figure = Figure(**{**common, **row})
                 if figure.id in figures:
@@ -201,7 +204,7 @@ def interval(figure: Figure) -> tuple[float, float] | None:
     """The published 95% interval; for other shares Wilson's, from value and n (draws of the noise count once)."""
     if figure.interval:
         return figure.interval[0], figure.interval[1]
-    if figure.unit != "share":
+    if figure.unit != "share" or figure.crops_of:
         return None
     z, n, p = 1.96, figure.n, figure.value
     centre, spread = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)

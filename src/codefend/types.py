@@ -35,7 +35,8 @@ class Example:
 
     ``image`` is float32 ``[3, H, W]`` in [0, 1]. ``references`` are correct answers: captions for captioning, the
     annotators' answers for VQA (ten in VQAv2, one here). ``kind`` groups questions ("colour", "count", ...); ``tags``
-    are words that a correct caption must contain.
+    are words that a correct caption must contain. ``source`` names what several images come from, such as the
+    photograph of which they are crops: intervals resample sources, or images where it is empty.
 
     >>> import torch
     >>> from codefend import Example
@@ -49,6 +50,7 @@ class Example:
     references: tuple[str, ...] = ()
     kind: str = ""
     tags: tuple[str, ...] = ()
+    source: str = ""
 
 
 @dataclass(frozen=True)

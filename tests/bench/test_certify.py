@@ -109,5 +109,8 @@ def test_another_config_or_a_defense_without_noise_is_refused_before_a_folder_is
     code, _, err = run("certify", "--run", tmp_path / "run", "--set", "samples=5")
     assert code == 2
     assert "certify nothing" in err
+    few = CertifyConfig(victim="toy", tasks=("captions",), defenses=("noise:sigma=0.1",), samples=11)  # for questions
+    with pytest.raises(CodefendError, match="certify nothing"):
+        run_certify(few, tmp_path / "run", toys.loaders())
     assert run("certify", "--run", tmp_path / "run", "--dry-run")[0] == 0
     assert not (tmp_path / "run").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import toys
 from codefend.bench.challenge import ChallengeConfig, score_submission, write_challenge
 from codefend.core import images
 from codefend.core.specs import split_specs
-from codefend.types import CodefendError
+from codefend.tasks.metrics import exact_match
+from codefend.types import CodefendError, Task
 
 TASKS, DEFENSES = ("questions",), ("jitter", "smooth")
 CONFIG = ChallengeConfig(victim="toy", tasks=TASKS, defenses=DEFENSES, eps=(8.0,), limit=6, draws=2)
@@ -47,6 +49,18 @@ def test_a_submission_is_judged_behind_its_defense(challenge: Path, tmp_path: Pa
     assert json.loads((tmp_path / "b" / "score.json").read_text()) == attacked
     again = score_submission(challenge, tmp_path / "b", seed=1, loaders=toys.loaders())
     assert again["rows"] == attacked["rows"]
+
+
+def test_a_task_without_labels_is_judged_by_the_clean_answers(tmp_path: Path) -> None:
+    """As evaluations judge it; the scores of an answer without references are nan, which JSON does not have."""
+    labelled = toys.task("questions", "test", 6)
+    task = Task(
+        "questions", [replace(e, references=()) for e in labelled.examples], {"agreement": exact_match}, "agreement", ""
+    )
+    loaders = replace(toys.loaders(), task=lambda *arguments: task)
+    folder = write_challenge(CONFIG, tmp_path / "challenge", loaders)
+    score = score_submission(folder, submit(folder, tmp_path / "a", levels=0), seed=1, loaders=loaders)
+    assert score["rows"][0]["value"] == 1
 
 
 def test_missing_images_count_as_unchanged(challenge: Path, tmp_path: Path) -> None:

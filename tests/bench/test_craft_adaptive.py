@@ -135,8 +135,8 @@ def test_a_planted_instruction_reaches_a_victim_that_only_answers(tmp_path: Path
 
 
 def test_malformed_adaptive_options_are_named(tmp_path: Path) -> None:
-    for attack in ("apgd:process=many", "apgd:bpda=perhaps", "apgd:evade=much"):
-        with pytest.raises(CodefendError, match=r"process|bpda|much"):
+    for attack in ("apgd:process=many", "apgd:bpda=perhaps", "apgd:evade=much", "joint:evade=10"):
+        with pytest.raises(CodefendError, match=r"process|bpda|much|evade is for"):
             run(tmp_path, replace(SMALL, attacks=(attack,)))
     assert not list(tmp_path.iterdir())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from codefend.bench.report import read_report
 from codefend.bench.results import (
@@ -99,11 +100,24 @@ def test_a_gate_refuses_images_above_the_scores_of_clean_ones() -> None:
 
 def test_paired_gap_to_the_best() -> None:
     rows = [row_of(i, 1.0, defense="good") for i in range(5)] + [row_of(i, float(i == 0)) for i in range(5)]
-    ((group, gap),) = gaps(group_rows(rows)).items()
+    found, comparisons = gaps(group_rows(rows))
+    ((group, gap),) = found.items()
+    assert comparisons == 1
     assert group.defense == "d"
     assert gap.mean == pytest.approx(0.8)
     assert gap.low > 0
     assert [a["example"] for a, _ in pair_rows(rows[:3], rows[5:7])] == ["0", "1"]
+
+
+def test_equal_defenses_are_seldom_told_apart_however_many_there_are() -> None:
+    told = 0
+    for seed in range(20):
+        right = torch.rand(8, 64, generator=torch.Generator().manual_seed(seed)) < 0.5
+        rows = [row_of(i, float(right[d, i]), defense=str(d)) for d in range(8) for i in range(64)]
+        found, comparisons = gaps(group_rows(rows))
+        told += any(gap.low > 0 for gap in found.values())
+    assert comparisons == 28
+    assert told <= 3  # 9 without the correction
 
 
 def test_group_of_a_row_and_scores_of_many() -> None:

@@ -316,6 +316,11 @@ def test_too_few_examples() -> None:
     assert not check(clean(100))
 
 
+def test_an_attack_on_classes_is_compared_by_score() -> None:
+    classes = {"goal": "classes", "attack": "class-head"}
+    assert "adaptive weaker" in fired(several(ALL, **classes) + several(MIXED, **classes, threat="T0"))
+
+
 def test_targeted_attacks_are_not_compared_by_score() -> None:
     targeted = {"goal": "targeted", "attack": "apgd-targeted", "success": {"targeted": 0}}
     assert fired(several(ALL, **targeted) + several(MIXED, **targeted, threat="T0")) == set()

@@ -140,6 +140,11 @@ def test_a_purifier_without_noise_certifies_nothing() -> None:
             certify(Curved(), defense, image(0), QUESTION)
 
 
+def test_a_vote_is_not_certified_again() -> None:
+    with pytest.raises(CodefendError, match="without votes"):
+        SmoothedVictim(Curved(), Defense(load_purifier("bridge:sigma=0.1"), votes=3))
+
+
 def test_noise_after_the_first_is_refused() -> None:
     with pytest.raises(CodefendError, match="steps=1"):
         SmoothedVictim(Curved(), Defense(load_purifier("diffpure:t=0.05,steps=3")))

@@ -23,6 +23,7 @@ def test_crops_are_8_bit_windows_from_the_seed() -> None:
     examples = load_photographs(limit=8, side=64).examples
     assert [example.kind for example in examples] == list(HELD_OUT) * 2
     assert examples[5].id == f"{HELD_OUT[1]}-1"
+    assert [example.source for example in examples] == list(HELD_OUT) * 2
     image = examples[1].image
     assert image.shape == (3, 64, 64)
     assert torch.allclose(image * 255, (image * 255).round(), atol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,17 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path) -> None:
     with pytest.raises(CodefendError, match="not finite at step 1; use a lower learning rate"):
         fit(tmp_path, CONFIG, lambda: line(loss=lambda batch, number: {"bad": slope.sum() * float("nan")}))
     assert read_rows(tmp_path) == []
+
+
+def test_a_gradient_that_is_not_finite_ends_the_training_before_a_weight_changes(tmp_path: Path) -> None:
+    training = line()
+    slope = training.parameters["slope"]
+    before = slope.detach().clone()
+    steep = {"loss": (slope * 0).abs().sum().sqrt() + slope.sum()}  # finite, its gradient is not
+    with pytest.raises(CodefendError, match="gradient is not finite at step 1"):
+        fit(tmp_path, CONFIG, lambda: replace(training, loss=lambda batch, number: steep))
+    assert torch.equal(slope, before)
+    assert not (tmp_path / "checkpoint.safetensors").exists()
 
 
 def test_a_mistake_leaves_no_folder(tmp_path: Path) -> None:

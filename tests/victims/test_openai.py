@@ -280,3 +280,14 @@ def test_an_unusable_cache_is_an_error(tmp_path: Path) -> None:
         ResponseCache(tmp_path / "no.sqlite")
     with pytest.raises(CodefendError, match="cannot use the answer cache"):
         ResponseCache(tmp_path / "no.sqlite" / "a.sqlite")
+    path = tmp_path / "a.sqlite"
+    cache = ResponseCache(path)
+    for number in range(2000):
+        cache.put(str(number), "x" * 50)
+    cache._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    cache._db.close()
+    content = bytearray(path.read_bytes())
+    content[8192:] = b"?" * (len(content) - 8192)  # the header is whole, so that the file opens
+    path.write_bytes(content)
+    with pytest.raises(CodefendError, match="cannot read the answer cache"):
+        ResponseCache(path).get("1")

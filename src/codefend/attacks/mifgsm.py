@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import interpolate, pad
 
 from codefend.attacks.base import BestImages, ImageAttack
-from codefend.attacks.norms import descend, project, uniform
+from codefend.attacks.norms import descend, project, spread, uniform
 from codefend.types import Budget, Objective
 
 
@@ -48,7 +48,7 @@ class MIFGSM(ImageAttack):
             query = project(x - ahead, clean, budget)
             grad = self._gradient(objective, query, budget, step, best, generator)
             # The mean, not the sum, of absolute values: the same direction, and NI's look-ahead keeps pixel units.
-            g = self.decay * g + grad / _per_image(grad.abs().flatten(1).mean(1), grad)
+            g = self.decay * g + grad / spread(_nonzero(grad.abs().flatten(1).mean(1)), grad)
             x = descend(x, g, step_size, clean, budget)
         best.update(x, self.score(objective, x, budget.eot, budget.steps))
         return self.select(best, objective, x, budget)
@@ -77,5 +77,5 @@ class MIFGSM(ImageAttack):
         return self.gradient(diverse, query, budget.eot, step)[1]
 
 
-def _per_image(values: Tensor, like: Tensor) -> Tensor:
-    return values.clamp_min(torch.finfo(like.dtype).tiny).view(-1, 1, 1, 1)
+def _nonzero(values: Tensor) -> Tensor:
+    return values.clamp_min(torch.finfo(values.dtype).tiny)

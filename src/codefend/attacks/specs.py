@@ -33,6 +33,8 @@ Bound = Literal["ball", "flow", "colour", "patch", "none"]
 
 NEEDS_IMAGE: tuple[Goal, ...] = ("feature-target", "hidden-image")
 NEEDS_SENTENCE: tuple[Goal, ...] = ("targeted", "margin-targeted", "feature-text", "answer-target")
+# No text or image is wanted in place of the true one: the attack succeeds where the score falls.
+UNTARGETED: tuple[Goal, ...] = ("untargeted", "margin", "feature", "feature-words", "classes", "answer")
 
 
 @dataclass(frozen=True)

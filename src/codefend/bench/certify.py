@@ -77,6 +77,9 @@ def run_certify(
         label: SmoothedVictim(victim, load_defense(label, loaders), mixed=config.mixed) for label in config.defenses
     }
     tasks = {label: load_certified_task(config, label, victim, loaders) for label in config.tasks}
+    for certified in tasks.values():  # each of a caption's objects has a share of alpha
+        share = config.alpha / max(1, len(certified.objects))
+        check_draws(config.samples, config.selection, share, config.batch)
     work = [(d, t, e) for t, certified in tasks.items() for e in certified.task.task.examples for d in smoothed]
     if estimate_only:
         print_estimate(config, smoothed, work)

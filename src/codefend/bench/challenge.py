@@ -119,7 +119,9 @@ def score_submission(
         attacked, count = _attacked(submitted, task, examples, claim.eps)
         if count:
             scores = _scores(config, claim, task, examples, attacked, seed, loaders)
-            interval = bootstrap_interval(scores.mean(0))
+            if scores.isnan().any():
+                raise CodefendError(f"task {task!r} has examples that its metric does not score")
+            interval = bootstrap_interval(scores.mean(0), groups=[e.source or _digest(e) for e in examples])
             rows.append(
                 {
                     "id": f"{claim.defense}/{claim.threat}/{claim.name}/{claim.eps:g}/{task}",
@@ -184,10 +186,11 @@ def _scores(
     victim, defense = loaders.victim(config.victim), load_defense(claim.defense, loaders)
     evaluated = EvaluatedTask.of(loaders.task(task, config.split, None), victim)
     metric, scores = evaluated.metrics[evaluated.judge], torch.zeros(config.draws, len(examples))
+    answered = {example.id: example for example in evaluated.task.examples}  # by the victim, where a task has no labels
     for draw in range(config.draws):
         defended = DefendedVictim(victim, defense, generator=make_generator(seed, "challenge", task, draw))
         for batch in same_size_batches(examples, BATCH):
-            members = [examples[index] for index in batch]
+            members = [answered[examples[index].id] for index in batch]
             answers = defended.generate(torch.stack([attacked[i] for i in batch]), [e.prompt for e in members])
             scores[draw, batch] = metric(answers, members).float()
     return scores

@@ -235,6 +235,8 @@ class AttackChoice:
         steps = _whole(options.pop("steps", str(config.steps or spec.steps)), f"{name}:steps")
         eot = _whole(options.pop("eot", str(config.eot)), f"{name}:eot")
         choice = cls(text, spec, options, steps, eot, override(AdaptiveOptions(), adaptive))
+        if choice.adaptive.evade and isinstance(spec, TextAttackSpec):
+            raise CodefendError(f"{name}: evade is for attacks on the image alone, and {name} changes the text")
         choice.build()  # a wrong option fails now, not hours later
         return choice
 

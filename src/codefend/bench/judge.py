@@ -206,7 +206,7 @@ def common_columns(
             "eps": config.radius(cell.eps),
             "norm": config.norm,
             "example": example.id,
-            "image": _fingerprint(clean[i]),
+            "image": example.source or _fingerprint(clean[i]),
             "batch": batch,
             "victim": evaluated.victim.name,
             "crafted_on": evaluated.crafter.name,

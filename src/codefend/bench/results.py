@@ -28,6 +28,7 @@ WORST = "worst case"  # the attack of entries that take each example's lowest sc
 OVERALL = "worst of all"  # the same over the largest eps and the attacks that have a bound of their own
 THREATS = ("clean", "T0", "T1", "T2", "T2d")  # an attacker may also use the images of every weaker threat
 SAMPLES = 1000  # of the bootstrap
+TAIL_SAMPLES = 10_000  # of intervals corrected for several comparisons, which reach far into its tails
 
 
 class Cell(NamedTuple):
@@ -306,25 +307,37 @@ def _entry(group: Group, rows: list[Row], bare: dict[tuple[str, str], Row]) -> E
     )
 
 
-def gaps(groups: dict[Group, list[Row]]) -> dict[Group, Interval]:
+def gaps(groups: dict[Group, list[Row]]) -> tuple[dict[Group, Interval], int]:
     """Paired difference between the best defense of the same task, threat, attack and eps, and each other one.
 
-    An interval above 0: significantly worse, on the same examples.
+    The best one is chosen on the same examples, so every pair of defenses counts as a comparison, and the intervals'
+    confidence is 1 - .05 / comparisons (Bonferroni). Returns that number, too. An interval above 0: significantly
+    worse.
     """
+    rivals: dict[Group, list[list[Row]]] = {}
+    for group, rows in groups.items():
+        rivals.setdefault(group._replace(defense=""), []).append(rows)
+    comparisons = sum(math.comb(len(members), 2) for members in rivals.values())
     differences: dict[Group, Interval] = {}
     for group, rows in groups.items():
-        rivals = [other for key, other in groups.items() if key == group._replace(defense=key.defense)]
-        best = max(rivals, key=lambda other: scores(other, field="worst_scores").nanmean().item())
+        best = max(
+            rivals[group._replace(defense="")],
+            key=lambda other: scores(other, field="worst_scores").nanmean().item(),
+        )
         if best is rows:
             continue
         pairs = pair_rows(best, rows)
-        differences[group] = difference([a for a, _ in pairs], [b for _, b in pairs])
-    return differences
+        differences[group] = difference([a for a, _ in pairs], [b for _, b in pairs], comparisons=comparisons)
+    return differences, comparisons
 
 
-def difference(first: Sequence[Row], second: Sequence[Row]) -> Interval:
-    """95% bootstrap interval of the mean of first - second, worst case over resubmissions.
+def difference(first: Sequence[Row], second: Sequence[Row], *, comparisons: int = 1) -> Interval:
+    """Bootstrap interval of the mean of first - second, worst case over resubmissions: one of ``comparisons`` that
+    hold together with 95%.
 
     The same examples in the same order, as `pair_rows` gives them.
     """
-    return _bootstrap(scores(first, field="worst_scores") - scores(second, field="worst_scores"), first)
+    values = scores(first, field="worst_scores") - scores(second, field="worst_scores")
+    samples = SAMPLES if comparisons == 1 else TAIL_SAMPLES
+    images = [row["image"] for row in first]
+    return bootstrap_interval(values, confidence=1 - 0.05 / comparisons, samples=samples, groups=images)

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from codefend.attacks.specs import UNTARGETED
 from codefend.bench.results import BARE, CLEAN, Group, eps_label, group_rows, pair_rows, score
 from codefend.core.runs import Row
 
@@ -293,7 +294,7 @@ def _craft_flag(name: str, reason: str, group: Group, rows: Sequence[Row]) -> Fl
 
 
 def _untargeted(rows: Sequence[Row]) -> bool:
-    return str(rows[0]["goal"]) in ("untargeted", "margin", "feature", "feature-words", "answer")
+    return rows[0]["goal"] in UNTARGETED
 
 
 def _mean(rows: Sequence[Row]) -> float:

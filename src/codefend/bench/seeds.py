@@ -12,12 +12,10 @@ from torch import Tensor
 
 from codefend.bench.config import EvalConfig, SeedsConfig, check
 from codefend.bench.grid import run_grid
-from codefend.bench.results import CLEAN, Group, group_rows, score, worst_rows
+from codefend.bench.results import CLEAN, TAIL_SAMPLES, Group, group_rows, score, worst_rows
 from codefend.bench.setup import Loaders
 from codefend.core.runs import Row, open_run
 from codefend.tasks.intervals import Interval, bootstrap_interval
-
-SAMPLES = 10_000  # of the bootstrap: corrected intervals reach far into its tails
 
 
 def runs(config: SeedsConfig) -> Iterator[tuple[str, EvalConfig]]:
@@ -61,7 +59,7 @@ class SeedMeans:
         common = [name for name in self.scores if name in other.scores]
         gaps = torch.tensor([self.scores[name] - other.scores[name] for name in common], dtype=torch.float64)
         groups = [self.images[name] for name in common]
-        return bootstrap_interval(gaps, confidence=confidence, samples=SAMPLES, groups=groups)
+        return bootstrap_interval(gaps, confidence=confidence, samples=TAIL_SAMPLES, groups=groups)
 
 
 def seed_means(rows: Sequence[Row]) -> list[SeedMeans]:

@@ -70,6 +70,8 @@ class SmoothedVictim:
                 f"victim {victim.name!r} does not declare greedy answers (greedy = True), and a certificate holds only "
                 "where the answer is a function of the noisy image"
             )
+        if defense.votes > 1:
+            raise CodefendError(f"{defense.name}: a certificate counts draws itself; name the defense without votes")
         if defense.purifier is None:
             raise CodefendError("a certificate needs noise: use a defense that adds it, such as bridge:sigma=0.1")
         self.victim, self.defense = attach(victim, defense.policy), defense

@@ -41,7 +41,7 @@ class LogitView(nn.Module):
 
     The logit of class 0 is ``margin`` for the clean image and falls with the objective: attacks that stop at a success
     stop ``margin`` below the clean image's objective (nats per token). Rows of a batch that a library has cut down are
-    matched with the clean images, near which they stay.
+    matched with the clean images, near which they stay; CodefendError where two of those are the same image.
     """
 
     def __init__(self, objective: Objective, clean: Tensor, eot: int, margin: float, attack: AttackBase) -> None:
@@ -52,13 +52,21 @@ class LogitView(nn.Module):
         self.shift = nn.Parameter(shift, requires_grad=False)  # a parameter, as libraries ask for its device
 
     def forward(self, images: Tensor) -> Tensor:
-        rows = torch.cdist(images.detach().flatten(1), self.clean.flatten(1)).argmin(1)
+        rows = self._rows(images)
         values = torch.stack([self._score(images, rows) for _ in range(self.eot)]).mean(0)
         if images.requires_grad and self.attack.on_step is not None and len(images) == len(self.clean):
             self.attack.on_step(self.calls, values.detach())
             self.calls += 1
         others = values.new_tensor(OTHERS).expand(len(values), len(OTHERS))
         return torch.cat([(values + self.shift[rows])[:, None], others], dim=1)
+
+    def _rows(self, images: Tensor) -> Tensor:
+        """The examples of ``images``: all in their order, or those of the nearest clean images."""
+        if len(images) == len(self.clean):
+            return torch.arange(len(images), device=images.device)
+        if len(self.clean.flatten(1).unique(dim=0)) < len(self.clean):
+            raise CodefendError(f"{self.attack.name} needs batches without two questions on one image: set batch=1")
+        return torch.cdist(images.detach().flatten(1), self.clean.flatten(1)).argmin(1)
 
     def _score(self, images: Tensor, rows: Tensor) -> Tensor:
         if torch.equal(rows, torch.arange(len(self.clean), device=rows.device)):

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from codefend.core.files import write_atomic
-from codefend.types import CodefendError, HasClassScores, HasFeatures, HasLoss, HasMargins, HasWordScores, Victim
+from codefend.types import (
+    CodefendError,
+    HasAnswerLogits,
+    HasClassScores,
+    HasFeatures,
+    HasLoss,
+    HasMargins,
+    HasWordScores,
+    Victim,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,6 +110,14 @@ class _Loss(WrappedVictim):
         return loss
 
 
+class _AnswerLogits(WrappedVictim):
+    def answer_logits(self, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> list[Tensor]:
+        """``[L_i, V]`` for each image, see `HasAnswerLogits`."""
+        images, prompts = self.changed_images(images), self.changed_prompts(prompts)
+        logits: list[Tensor] = self.victim.answer_logits(images, prompts, targets, **self.keywords)
+        return logits
+
+
 class _Features(WrappedVictim):
     def features(self, images: Tensor) -> Tensor:
         """``[B, T, D]``, see `HasFeatures`."""
@@ -146,6 +163,7 @@ _CAPABILITIES: dict[type, type[WrappedVictim]] = {
     HasLoss: _Loss,
     HasFeatures: _Features,
     HasMargins: _Margins,
+    HasAnswerLogits: _AnswerLogits,
     HasWordScores: _WordScores,
     HasClassScores: _ClassScores,
 }

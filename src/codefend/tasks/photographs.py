@@ -64,7 +64,8 @@ def load_photographs(
     for number, place in enumerate(islice(cycle(range(len(names))), count)):
         index = number // len(names)
         image = crop(photographs[place], side, [seed, 13, place, index])
-        examples.append(Example(f"{names[place]}-{index}", image, PROMPT, kind=names[place]))
+        name = names[place]
+        examples.append(Example(f"{name}-{index}", image, PROMPT, kind=name, source=name))
     described = f"crops of {len(names)} photographs of your own" if folder else f"crops of {', '.join(names)}"
     licence = "" if folder else "CC0 or public domain"
     return Task("photographs", examples, {"agreement": exact_match}, "agreement", "", described, licence)
@@ -164,16 +165,23 @@ def _folder_crops(folder: str, side: int, seed: int, limit: int | None) -> Itera
                 yield f"{name}-{index}", image, (class_names()[int(label)],)
 
 
+def _source(name: str) -> str:
+    """The photograph of the crop ``name``."""
+    return name.rpartition("-")[0]
+
+
 def _caption_example(name: str, image: Tensor, labels: tuple[str, ...]) -> Example:
-    return Example(f"{name}-c", image, CAPTION_PROMPT, tuple(map(caption, labels)), "caption", labels)
+    return Example(f"{name}-c", image, CAPTION_PROMPT, tuple(map(caption, labels)), "caption", labels, _source(name))
 
 
 def _question(name: str, image: Tensor, labels: tuple[str, ...], *, number: int) -> Example:
     """Every second question asks for the class; the others ask whether a class is there, yes and no in turn."""
     if number % 2 == 0:
-        return Example(f"{name}-q", image, OBJECT, labels, "object")
+        return Example(f"{name}-q", image, OBJECT, labels, "object", source=_source(name))
     if number % 4 == 1:
-        return Example(f"{name}-q", image, EXISTENCE.format(with_article(labels[0])), ("yes",), "existence")
+        prompt, answer = EXISTENCE.format(with_article(labels[0])), "yes"
+        return Example(f"{name}-q", image, prompt, (answer,), "existence", source=_source(name))
     others = [other for other in class_names() if other not in labels]
     other = others[int(np.random.default_rng([15, number]).integers(len(others)))]
-    return Example(f"{name}-q", image, EXISTENCE.format(with_article(other)), ("no",), "existence")
+    prompt, answer = EXISTENCE.format(with_article(other)), "no"
+    return Example(f"{name}-q", image, prompt, (answer,), "existence", source=_source(name))

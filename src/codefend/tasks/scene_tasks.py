@@ -68,8 +68,8 @@ def _frozen(split: str) -> dict[str, tuple[Example, ...]]:
             row: dict[str, Any] = json.loads(line)
             image = images.load(archive.read(row["image"])).pixels
             for kind, fields in row["examples"].items():
-                texts = {key: tuple(fields[key]) for key in ("references", "tags")}
-                examples[kind].append(Example(fields["id"], image, fields["prompt"], kind=fields["kind"], **texts))
+                references, tags = tuple(fields["references"]), tuple(fields["tags"])
+                examples[kind].append(Example(fields["id"], image, fields["prompt"], references, fields["kind"], tags))
     return {kind: tuple(items) for kind, items in examples.items()}
 
 

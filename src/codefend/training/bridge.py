@@ -28,7 +28,7 @@ from codefend.tasks.training_images import draw_training_images, own_photographs
 from codefend.training.banks import Bank, StreamedBank
 from codefend.training.camera import jpeg_file
 from codefend.training.fit import Losses, MovingAverage, Training, fit
-from codefend.training.frozen import OWN, Text, answers_objective
+from codefend.training.frozen import OWN, Text, answers_loss, answers_objective
 from codefend.training.guides import Guide, directional_hinge, load_guide, token_distance, viewed
 from codefend.training.mining import mine
 from codefend.training.nets import grow, load_prior, net_training
@@ -195,7 +195,7 @@ class BridgeLoss:
         if c.w_words:
             terms["words"] = c.w_words * self.guide.divergence(x_c, x_0).mean()
         if c.w_answers:  # zero without texts: every micro-batch has the same terms
-            terms["answers"] = c.w_answers * self._answers(x_0, texts)
+            terms["answers"] = c.w_answers * answers_loss(self.guide.victim, x_0, texts)
         return terms
 
     def pairs(self, batch: Pairs, number: int, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -232,11 +232,6 @@ class BridgeLoss:
         if "features" in without or (second and "words" not in without):
             return self.guide.objective(x_c)
         return objectives.features_away(self.guide.encoder(number), x_c)
-
-    def _answers(self, x_0: Tensor, texts: Sequence[Text]) -> Tensor:
-        if not texts:
-            return x_0.new_zeros(())
-        return self.guide.victim.loss(x_0, [prompt for prompt, _ in texts], [answer for _, answer in texts]).mean()
 
     def _mines_average(self, number: int) -> bool:
         c = self.config

@@ -174,8 +174,10 @@ def _step(
     processes.sum_gradients(parameters)
     row = _mean_losses(losses, training.micro, processes)
     if not all(math.isfinite(value) for value in row.values()):
-        raise CodefendError(f"the loss is not finite at step {step}; use a lower learning rate")
+        raise CodefendError(f"the loss is not finite at step {step}; use a lower learning rate in a new run")
     norm = nn.utils.clip_grad_norm_(parameters, math.inf if training.clip is None else training.clip)
+    if not math.isfinite(norm):  # before a weight changes: every later step would start from it
+        raise CodefendError(f"the gradient is not finite at step {step}; use a lower learning rate in a new run")
     training.optimizer.step()
     training.schedule.step()
     if training.average is not None:

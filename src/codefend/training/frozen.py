@@ -45,6 +45,13 @@ def answers_objective(victim: WhiteBox, texts: Sequence[Text], *, towards: bool)
     return objectives.untargeted(victim, prompts, answers)
 
 
+def answers_loss(victim: WhiteBox, images: Tensor, texts: Sequence[Text]) -> Tensor:
+    """Mean language-model loss of the true answers, a scalar; 0 without texts."""
+    if not texts:
+        return images.new_zeros(())
+    return victim.loss(images, [prompt for prompt, _ in texts], [answer for _, answer in texts]).mean()
+
+
 def word_objective(pocket: Pocket, clean: Tensor, target: Tensor | None = None) -> Objective:
     """Cross-entropy of each token's nearest words: away from those of ``clean``, or towards those of ``target``."""
     with torch.no_grad():

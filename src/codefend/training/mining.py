@@ -6,9 +6,12 @@ third of the cost, and a failed attack would return the clean image.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from codefend.attacks.norms import uniform
 from codefend.attacks.pgd import PGD
@@ -65,15 +68,24 @@ def mine(
         noisy = images if noise_free else images + levels.view(-1, 1, 1, 1) * noise_like(images, generator)
         return objective(clip(net(noisy, ones, levels)))  # clipping is straight-through, as in an evaluation
 
-    net.requires_grad_(False)  # only the images need a gradient
-    if lean:
-        rel_step = 1.25 if steps == 1 else 1.5 / steps
-        radii = torch.as_tensor(eps).to(clean)
-        mined = sign_steps(purified, clean, eps=radii, steps=steps, rel_step=rel_step, generator=generator)
-    else:
-        mined = PGD(rel_step=1.5)(purified, clean, Budget(eps=float(eps), steps=steps), generator=generator)
-    net.requires_grad_(True)
+    with held(net):
+        if lean:
+            rel_step = 1.25 if steps == 1 else 1.5 / steps
+            radii = torch.as_tensor(eps).to(clean)
+            mined = sign_steps(purified, clean, eps=radii, steps=steps, rel_step=rel_step, generator=generator)
+        else:
+            mined = PGD(rel_step=1.5)(purified, clean, Budget(eps=float(eps), steps=steps), generator=generator)
     return mined.detach()
+
+
+@contextmanager
+def held(net: nn.Module) -> Iterator[None]:
+    """Inside, no parameter of ``net`` has a gradient: an attack needs one in the images alone."""
+    net.requires_grad_(False)
+    try:
+        yield
+    finally:
+        net.requires_grad_(True)
 
 
 def n_fgsm(
@@ -93,9 +105,8 @@ def n_fgsm(
     """
     radius = eps.view(-1, 1, 1, 1)
     images = (clean + start * radius * (2 * uniform(clean, generator) - 1)).requires_grad_(True)
-    net.requires_grad_(False)  # only the images need a gradient
-    noisy = images + sigma.view(-1, 1, 1, 1) * noise_like(images, generator)
-    losses = objective(clip(net(noisy, torch.ones_like(sigma), sigma)))
-    (grad,) = torch.autograd.grad(losses.sum(), images)
-    net.requires_grad_(True)
+    with held(net):
+        noisy = images + sigma.view(-1, 1, 1, 1) * noise_like(images, generator)
+        losses = objective(clip(net(noisy, torch.ones_like(sigma), sigma)))
+        (grad,) = torch.autograd.grad(losses.sum(), images)
     return (images - radius * grad.sign()).clamp(0, 1).detach()

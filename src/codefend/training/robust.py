@@ -32,7 +32,7 @@ from codefend.tasks.scenes import Scene, compose, load_photographs
 from codefend.training.camera import jpeg_file
 from codefend.training.damage import damage
 from codefend.training.fit import Losses, MovingAverage, Training, fit, held_rate
-from codefend.training.frozen import OWN, Text, answers_objective, word_objective
+from codefend.training.frozen import OWN, Text, answers_loss, answers_objective, word_objective
 from codefend.training.guides import PocketGuide, load_guide, token_distance
 from codefend.training.mining import mine, n_fgsm, sign_steps
 from codefend.training.nets import grow, load_prior, net_training
@@ -233,14 +233,9 @@ class RobustLoss:
             target = torch.cat([x_c[:clean], torch.lerp(x_c[clean:], output, c.taught)])
         terms = self._terms(x_c, prediction, target, sigma, guide, words=batch.threat in ON_SCENES)
         if c.answers:  # zero without texts: every batch has the same terms
-            terms["answers"] = c.w_answers * self._answers(prediction.clamp(0, 1), batch.texts)
+            terms["answers"] = c.w_answers * answers_loss(self.guide.victim, prediction.clamp(0, 1), batch.texts)
         adaptive = batch.threat in ADAPTIVE
         return {**terms, "adaptive": adaptive, "damage": batch.threat == "damage", "side": x_c.shape[-1]}
-
-    def _answers(self, x_0: Tensor, texts: Sequence[Text]) -> Tensor:
-        if not texts:
-            return x_0.new_zeros(())
-        return self.guide.victim.loss(x_0, [prompt for prompt, _ in texts], [answer for _, answer in texts]).mean()
 
     def _terms(
         self, x_c: Tensor, prediction: Tensor, target: Tensor, sigma: Tensor, guide: ViewedEncoder, *, words: bool

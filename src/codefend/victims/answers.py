@@ -44,8 +44,13 @@ class ResponseCache:
             raise CodefendError(f"cannot use the answer cache {path}: {error}; name another with cache=FILE") from error
 
     def get(self, key: str) -> str | None:
-        with self._lock:
-            row = self._db.execute("SELECT text FROM answers WHERE key = ?", (key,)).fetchone()
+        try:
+            with self._lock:
+                row = self._db.execute("SELECT text FROM answers WHERE key = ?", (key,)).fetchone()
+        except sqlite3.Error as error:
+            raise CodefendError(
+                f"cannot read the answer cache {self.path}: {error}; name another with cache=FILE"
+            ) from error
         return None if row is None else str(row[0])
 
     def put(self, key: str, text: str) -> None:

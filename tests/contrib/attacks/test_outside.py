@@ -68,6 +68,22 @@ def test_rows_that_a_library_has_cut_out_are_scored_as_in_the_whole_batch() -> N
     assert torch.allclose(whole[:, 0] - 6, goal(clean)(moved) - goal(clean)(clean), atol=1e-4)
 
 
+def test_two_questions_on_one_image_keep_their_own_objectives() -> None:
+    clean = sample_images(1).expand(2, -1, -1, -1).clone()
+    signs = torch.tensor([1.0, -1.0])
+
+    def objective(images: Tensor) -> Tensor:
+        return signs * images.flatten(1).sum(1)
+
+    view = LogitView(objective, clean, 1, 6.0, RobustVLM())
+    images = clean.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(view(images)[:, 0].sum(), images)
+    assert gradient[0].unique().tolist() == [1.0]
+    assert gradient[1].unique().tolist() == [-1.0]
+    with pytest.raises(CodefendError, match="set batch=1"):
+        view(clean[:1])
+
+
 def test_a_missing_library_and_a_norm_that_it_lacks_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     clean = sample_images(4)
     with pytest.raises(CodefendError, match="linf"):

@@ -82,7 +82,8 @@ def _table(title: str, curves: Sequence[Curve], alpha: float) -> Table:
         rows = curve.rows
         right = sum(bool(row[curve.right]) for row in rows) / len(rows)
         abstained = sum(row[curve.radius] == 0 for row in rows) / len(rows)
-        most = rows[0]["sigma"] * NormalDist().inv_cdf(lower_bound(rows[0]["draws"], rows[0]["draws"], alpha))
+        share = alpha / max(1, len(rows[0].get("objects") or ()))  # of one object's statement
+        most = rows[0]["sigma"] * NormalDist().inv_cdf(lower_bound(rows[0]["draws"], rows[0]["draws"], share))
         certified = [with_interval(curve.certified(radius)) for radius in RADII]
         counts = (str(len(rows)), str(rows[0]["draws"]))
         lines.append((curve.defense, f"{rows[0]['sigma']:.3g}", *counts, number(right), number(abstained), *certified))

@@ -342,15 +342,19 @@ def attack_table(report: Report) -> Table:
 
 def differences(report: Report) -> Table:
     """Paired differences between the best defense and each other one in the worst case, on the same examples."""
+    found, comparisons = gaps(worst_rows(group_rows(report.rows)))
     lines = [
         (
             *(g.task, g.threat, eps_label(g.eps, report.norm), g.defense),
             *(with_interval(gap), str(gap.n), "yes" if gap.low > 0 else "no"),
         )
-        for g, gap in gaps(worst_rows(group_rows(report.rows))).items()
+        for g, gap in found.items()
     ]
-    columns = ("task", "threat", "eps", "defense", "best minus this [95% CI]", "n", "significant")
-    notes = ("Paired over the examples of both; significant: the 95% confidence interval excludes 0.",)
+    columns = ("task", "threat", "eps", "defense", "best minus this", "n", "significant")
+    notes = (
+        f"Paired over the examples of both. {comparisons} pairs of defenses: the intervals hold together with 95% "
+        "(Bonferroni); significant: the interval excludes 0.",
+    )
     return Table("Paired differences of worst cases", columns, tuple(lines), notes, frozenset(columns[:4]))
 
 

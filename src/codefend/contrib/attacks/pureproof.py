@@ -19,6 +19,7 @@ from codefend.attacks.base import ImageAttack
 from codefend.attacks.norms import descend, uniform
 from codefend.core.assets import asset
 from codefend.core.seeds import noise_like
+from codefend.purifiers.base import clip
 from codefend.purifiers.diffpure import vp_sigma
 from codefend.purifiers.nets import Denoiser, PurifierNet, load_net
 from codefend.types import Budget, Objective
@@ -93,4 +94,4 @@ def _denoised(net: Denoiser, images: Tensor, t: float, noise: Tensor) -> Tensor:
     # In the network's own precision, which need not be the images'.
     level = torch.full((len(images),), sigma, device=images.device)
     x0 = net(padded.float(), torch.zeros_like(level), level).to(images.dtype)
-    return x0[..., :height, :width].clamp(0, 1)
+    return clip(x0[..., :height, :width])

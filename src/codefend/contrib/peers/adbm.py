@@ -11,14 +11,15 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from codefend.contrib.peers.base import SMALLEST, PeerConfig, PeerLoss, load_pocket, mean_square, spread
+from codefend.attacks.norms import spread
+from codefend.contrib.peers.base import SMALLEST, PeerConfig, PeerLoss, load_pocket, mean_square
 from codefend.core.seeds import noise_like
 from codefend.purifiers.base import clip
 from codefend.purifiers.diffpure import vp_sigma
 from codefend.purifiers.nets import Denoiser, PurifierNet
 from codefend.training.fit import Losses
 from codefend.training.frozen import word_objective
-from codefend.training.mining import sign_steps
+from codefend.training.mining import held, sign_steps
 from codefend.victims.pocket import Pocket
 
 
@@ -44,17 +45,16 @@ def adbm_training_loss(config: AdbmConfig, pocket: Pocket) -> PeerLoss:
         sigma, end = sample_bridge_levels(len(clean), times=config.times, generator=generator)
         sigma, noise = sigma.to(clean), noise_like(clean, generator)
         objective = word_objective(pocket, clean)
-        net.requires_grad_(False)  # only the images need a gradient
-        attacked = sign_steps(
-            # As in the paper, time and noise stay fixed over the steps.
-            lambda images: objective(clip(adbm_predict(net, clean, images, sigma, end, noise))),
-            clean,
-            eps=config.eps,
-            steps=config.mining_steps,
-            rel_step=1.0,
-            generator=generator,
-        )
-        net.requires_grad_(True)
+        with held(net):
+            attacked = sign_steps(
+                # As in the paper, time and noise stay fixed over the steps.
+                lambda images: objective(clip(adbm_predict(net, clean, images, sigma, end, noise))),
+                clean,
+                eps=config.eps,
+                steps=config.mining_steps,
+                rel_step=1.0,
+                generator=generator,
+            )
         prediction = adbm_predict(net, clean, attacked, sigma, end, noise)
         return {"bridge": adbm_loss(prediction, clean, sigma).mean()}
 
@@ -81,7 +81,7 @@ def adbm_state(clean: Tensor, attacked: Tensor, sigma: Tensor, end: float, noise
     divided by sqrt(a_t) and mapped to [0, 1]: sigma^2 = (1 - a_t) / (4 a_t). At sigma = ``end`` it is the adversarial
     image with the noise that a purifier adds; towards 0 the perturbation fades faster than the noise.
     """
-    return clean + spread((sigma / end) ** 2) * (attacked - clean) + spread(sigma) * noise
+    return clean + spread((sigma / end) ** 2, clean) * (attacked - clean) + spread(sigma, clean) * noise
 
 
 def adbm_predict(net: Denoiser, clean: Tensor, attacked: Tensor, sigma: Tensor, end: float, noise: Tensor) -> Tensor:

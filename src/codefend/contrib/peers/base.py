@@ -111,11 +111,6 @@ def _batch(config: PeerConfig, bank: Bank | None, number: int) -> Batch:
     return clean, torch.cat([clean[:untouched], attacked[untouched:]])
 
 
-def spread(value: Tensor) -> Tensor:
-    """``[B]`` as ``[B, 1, 1, 1]``."""
-    return value.view(-1, 1, 1, 1)
-
-
 def mean_square(images: Tensor, references: Tensor) -> Tensor:
     """Mean squared error of each image, ``[B]``."""
     return (images - references).square().flatten(1).mean(1)

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from codefend.contrib.peers.base import SMALLEST, PairsPeerConfig, PeerConfig, PeerLoss, mean_square, spread
+from codefend.attacks.norms import spread
+from codefend.contrib.peers.base import SMALLEST, PairsPeerConfig, PeerConfig, PeerLoss, mean_square
 from codefend.core.seeds import noise_like
 from codefend.purifiers.base import NetPurifier
 from codefend.purifiers.nets import SHIFT_DATA, Denoiser, PurifierNet, evaluate, per_image
@@ -65,7 +66,7 @@ def flow_loss(net: Denoiser, clean: Tensor, attacked: Tensor, s: Tensor) -> Tens
     x_t = t x_c + (1 - t) x_a has the velocity u = x_c - x_a. The network's is v = (D - x) / s, so that
     ||v - u||^2 = ||D - x_c||^2 / s^2; in units of a typical perturbation, which does not move the optimum.
     """
-    x = clean + spread(s) * (attacked - clean)
+    x = clean + spread(s, clean) * (attacked - clean)
     return mean_square(net(x, s, torch.zeros_like(s)), clean) / (s * SHIFT_DATA) ** 2
 
 
@@ -77,7 +78,7 @@ def gauss_flow_loss(
     The point at s is x_c with noise s * noise, so the network has the inputs of the unconditional prior.
     """
     sigma = s * noise
-    x = clean + spread(sigma) * noise_like(clean, generator)
+    x = clean + spread(sigma, clean) * noise_like(clean, generator)
     return mean_square(net(x, torch.zeros_like(s), sigma), clean) / sigma**2
 
 

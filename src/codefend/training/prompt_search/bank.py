@@ -63,13 +63,14 @@ class AttackConfig:
     cheap_steps: int = 30  # of attacks on the encoder's tokens: twenty times cheaper
     queries: int = 50
     seed: int = 0
+    eot: int = 4  # noise samples a step, where an attack goes through a purifier that draws noise
 
-    def budget(self, spec: AttackSpec | TextAttackSpec) -> Budget:
+    def budget(self, spec: AttackSpec | TextAttackSpec, *, randomized: bool = False) -> Budget:
         """The budget of an attack on these examples."""
         steps = self.cheap_steps if spec.goal.startswith("feature") else self.steps
         if isinstance(spec, TextAttackSpec):
             steps = min(spec.steps, self.steps if spec.changes == "both" else self.queries)
-        return Budget(eps=self.eps / 255, steps=steps)
+        return Budget(eps=self.eps / 255, steps=steps, eot=self.eot if randomized else 1)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def check_attacks(names: Sequence[str], config: AttackConfig, label: str) -> Non
             raise CodefendError(f"attack {name!r} is named twice; name it once")
         lookup("attack", name, EVERY_ATTACK)
     check_radius(config.eps)
-    for key, value in (("steps", config.steps), ("cheap_steps", config.cheap_steps), ("queries", config.queries)):
+    for key, value in ((name, getattr(config, name)) for name in ("steps", "cheap_steps", "queries", "eot")):
         if value < 1:
             raise CodefendError(f"{label}.{key} must be 1 or more, not {value}")
 
@@ -152,8 +153,10 @@ def attack_task(
     *,
     sentences: Sequence[str] = (),
     bare: Victim | None = None,
+    randomized: bool = False,
 ) -> Inputs:
     """The inputs of ``task`` under the attack ``name`` through ``victim``; ``bare`` is that victim without a defense.
+    ``randomized``: the defense draws noise, over which each step averages ``config.eot`` gradients.
 
     Targeted attacks force the ``sentences`` in turn, batch by batch, or else the task's target. Raises CodefendError
     for a capability that ``victim`` lacks, or a task of one image where the attack imitates another one.
@@ -172,7 +175,7 @@ def attack_task(
             attack,
             AttackGoal(spec, examples, clean, target, others, reference),
             victim,
-            config.budget(spec),
+            config.budget(spec, randomized=randomized),
             generator=make_generator(config.seed, "attack", task.name, name, number),
         )
         inputs.images.extend(result.images)
@@ -256,7 +259,16 @@ class ItemBuilder:
 
         def attacked() -> Inputs:
             victim = self._attacked_victim(task, family, label)
-            return attack_task(family, victim, task, self.attack, sentences=self.sentences, bare=self.victim)
+            purifier = self.purifiers[label] if self.policy else None
+            return attack_task(
+                family,
+                victim,
+                task,
+                self.attack,
+                sentences=self.sentences,
+                bare=self.victim,
+                randomized=purifier is not None and purifier.stochastic,
+            )
 
         return stored_inputs(path, attacked)
 

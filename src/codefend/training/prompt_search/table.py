@@ -204,23 +204,22 @@ def interactions(config: TableConfig, scores: Scores) -> list[Row]:
     """For each purifier with each prompt: the pair minus either alone, and its gain beyond the sum of both gains.
 
     ``beyond_sum`` is s(P, Q) - s(P) - s(Q) + s(none): above 0 the two reinforce each other, at 0 they only add up.
+    Each interval has confidence 95% by itself, not all together.
     """
     rows: list[Row] = []
     purifiers, policies = ([name for name in names if name != BARE] for names in (config.purifiers, config.prompts))
     for task, group, purifier, prompt in product(config.tasks, config.groups(), purifiers, policies):
         pair, neither = scores[purifier, prompt, task, group], scores[BARE, BARE, task, group]
         purified, prompted = scores[purifier, BARE, task, group], scores[BARE, prompt, task, group]
-        over_purifier = _interval(pair - purified)
         rows.append(
             {
                 "task": task,
                 "group": group,
                 "purifier": purifier,
                 "prompt": prompt,
-                "over_purifier": over_purifier,
+                "over_purifier": _interval(pair - purified),
                 "over_prompt": _interval(pair - prompted),
                 "beyond_sum": _interval(pair - purified - prompted + neither),
-                "helps": over_purifier["low"] > 0,
             }
         )
     return rows
