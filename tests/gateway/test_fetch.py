@@ -244,6 +244,28 @@ def test_waiting_for_a_fetch_ends() -> None:
     run(work())
 
 
+def test_a_request_that_is_cancelled_while_it_waits_leaves_its_place_to_others() -> None:
+    async def work() -> None:
+        done = asyncio.Event()
+
+        async def handler(request: httpx2.Request) -> httpx2.Response:
+            await done.wait()
+            return httpx2.Response(200, content=b"image")
+
+        fetch = fetcher(handler, again=True, concurrent=2, timeout_s=1)
+        others = [asyncio.ensure_future(fetch("https://a.test/", name)) for name in ("a", "b")]
+        await asyncio.sleep(0.01)
+        first, second = (asyncio.ensure_future(fetch("https://a.test/", "c")) for _ in range(2))
+        await asyncio.sleep(0.01)
+        first.cancel()
+        await asyncio.sleep(0.01)
+        done.set()
+        assert await asyncio.gather(*others, second) == [b"image"] * 3
+        assert fetch.in_flight == 0
+
+    run(work())
+
+
 def test_fetched_bytes_count_in_the_requests_memory() -> None:
     sizes: list[int] = []
     assert run(fetcher()("https://a.test/", "", sizes.append)) == b"image"

@@ -11,7 +11,7 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -125,24 +125,19 @@ class Fetcher:
     async def _slot(self, client: str) -> AsyncIterator[None]:
         """Wait for one of the concurrent fetches, of which a client has no more than half."""
         mine = self._clients.setdefault(client, asyncio.Semaphore(max(1, self.options.concurrent // 2)))
-        acquired: list[asyncio.Semaphore] = []
-        try:
-            async with asyncio.timeout(self.options.timeout_s):
-                for semaphore in (mine, self._all):
-                    await semaphore.acquire()
-                    acquired.append(semaphore)
-        except TimeoutError as error:
-            for semaphore in acquired:
-                semaphore.release()
-            message = "too many remote images are fetched already"
-            raise Refused(503, "too_many_fetches", message, retry_after=self.options.timeout_s) from error
-        self.in_flight += 1
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
-            for semaphore in acquired:
-                semaphore.release()
+        async with AsyncExitStack() as acquired:  # releases them also when a waiting request is cancelled
+            try:
+                async with asyncio.timeout(self.options.timeout_s):
+                    for semaphore in (mine, self._all):
+                        await acquired.enter_async_context(semaphore)
+            except TimeoutError as error:
+                message = "too many remote images are fetched already"
+                raise Refused(503, "too_many_fetches", message, retry_after=self.options.timeout_s) from error
+            self.in_flight += 1
+            try:
+                yield
+            finally:
+                self.in_flight -= 1
 
     async def _fetch(self, url: httpx2.URL, take: Callable[[int], None]) -> bytes:
         try:
