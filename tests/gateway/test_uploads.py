@@ -69,6 +69,74 @@ def test_the_images_of_a_batch_are_purified() -> None:
         torch.testing.assert_close(images.load(data_url).pixels, 1 - image(seed))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps({"purpose": purpose, "filename": "a.jsonl", "bytes": 9, "mime_type": "text/jsonl"}).encode()
+        for purpose in ("batch", "batch-api", "Batch", "batch ", "vision", "", None, ["batch"])
+    ]
+    + [b"", b"[]", b"{}", b'{"purpose": "user_data", "Purpose": "batch"}'],
+)
+def test_uploads_in_parts_hold_no_images_and_no_batches(content: bytes) -> None:
+    async def work() -> None:
+        upstream = Upstream()
+        async with gateway(upstream, allow_uploads=True) as client:
+            answer = await client.post("/v1/uploads", content=content, headers={"content-type": "application/json"})
+        assert answer.status_code == 400, answer.text
+        assert not upstream.requests
+
+    run(work())
+
+
+def test_uploads_in_parts_of_other_files_pass() -> None:
+    async def work() -> None:
+        upstream = Upstream()
+        async with gateway(upstream, allow_uploads=True) as client:
+            body = {"purpose": "user_data", "filename": "a.pdf", "bytes": 9, "mime_type": "application/pdf"}
+            assert (await client.post("/v1/uploads", json=body)).status_code == 200
+            part = await client.post("/v1/uploads/u_1/parts", files={"data": ("a", b"%PDF")})
+            assert part.status_code == 200
+            assert (await client.post("/v1/uploads/u_1/complete", json={"part_ids": ["p"]})).status_code == 200
+            for path in ("/v1/uploads", "/v1/batches", "/v1/messages/batches"):
+                form = await client.post(path, data={"purpose": "batch"}, files={"file": ("a", line(chat(A)))})
+                assert form.status_code == 415, path
+        assert len(upstream.requests) == 3
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("fields", "files"),
+    [
+        ({}, {"purpose": ("p", b"batch")}),
+        ({"purpose": "assistants"}, {"purpose": ("p", b"batch")}),
+        ({"purpose": ["assistants", "batch"]}, {}),
+        ({"purpose": ["batch", "batch"]}, {}),
+        ({"purpose": "Batch"}, {}),
+        ({"purpose": "batch "}, {}),
+        ({"purpose": "assistants"}, {"data": ("a", b"any")}),
+        ({"purpose": "assistants", "file": "any"}, {}),
+        ({}, {}),
+    ],
+)
+def test_a_form_with_an_unclear_purpose_is_refused(fields: Any, files: Any) -> None:
+    async def work() -> None:
+        upstream = Upstream()
+        async with gateway(upstream, allow_uploads=True) as client:
+            form = {"file": ("a.jsonl", line(chat(A)))} | files
+            answer = await client.post("/v1/files", data=fields, files=form)
+        assert answer.status_code == 400, answer.text
+        assert not upstream.requests
+
+    run(work())
+
+
+def test_a_purpose_of_batches_under_another_name_counts_as_one() -> None:
+    upstream = Upstream()
+    assert run(upload(upstream, line(chat(A)), "batch-api")).status_code == 200
+    assert not upstream.received(A)
+
+
 def test_the_images_of_a_batch_of_messages_are_purified() -> None:
     async def work() -> None:
         upstream = Upstream()

@@ -23,9 +23,16 @@ from codefend.gateway.engine import Caller, Engine, Outcome, Terms
 from codefend.gateway.errors import Api, Refused, error_body
 from codefend.gateway.forms import check_audio_form
 from codefend.gateway.headers import Headers, find, report, to_client, to_upstream, with_text
-from codefend.gateway.routes import api_of, check_path, error_api_of, route_label
+from codefend.gateway.routes import api_of, check_path, error_api_of, is_part, route_label
 from codefend.gateway.telemetry import Meters, Tracer, log
-from codefend.gateway.uploads import FILES, MESSAGE_BATCHES, rewrite_message_batch, rewrite_upload
+from codefend.gateway.uploads import (
+    FILES,
+    MESSAGE_BATCHES,
+    UPLOADS,
+    check_upload,
+    rewrite_message_batch,
+    rewrite_upload,
+)
 from codefend.gateway.upstream import Upstream
 from codefend.gateway.votes import check_votable, choose
 
@@ -226,9 +233,12 @@ class Proxy:
     async def _rewrite(self, exchange: Exchange, raw: bytes) -> bytes:
         """The body to send: the original bytes when nothing in them had to change."""
         scope = exchange.scope
-        if not raw:
+        begins_upload = exchange.path == UPLOADS and scope["method"] == "POST"
+        if not raw and not begins_upload:
             return raw
         if find(scope["headers"], b"content-type") is None or _is_json(scope):
+            if begins_upload:
+                await check_upload(raw)
             terms, caller = self._terms(scope), Caller(exchange.client, exchange.lease.take)
             with self._share(exchange.client), self._span("codefend.purify", exchange):
                 if exchange.path == MESSAGE_BATCHES:
@@ -240,7 +250,7 @@ class Proxy:
         if exchange.path in ("/v1/audio/transcriptions", "/v1/audio/translations"):
             check_audio_form(find(scope["headers"], b"content-type") or "", raw)
             return raw
-        if self.settings.allow_uploads and self.routes.is_upload(scope["method"], exchange.path):
+        if self.settings.allow_uploads and is_part(scope["method"], exchange.path):
             return raw
         raise Refused(415, "unknown_content", "only application/json can be inspected for images")
 

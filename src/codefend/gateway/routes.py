@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from codefend.gateway.errors import Api, Refused
 
 _ID = r"[^/]+"
+_PARTS = "POST /v1/uploads/{id}/parts"
 GROUPS: dict[str, tuple[str, ...]] = {  # "METHODS path"; {id} is one segment, * any rest
     "chat": ("POST /v1/chat/completions",),
     "responses": (
@@ -41,7 +42,7 @@ GROUPS: dict[str, tuple[str, ...]] = {  # "METHODS path"; {id} is one segment, *
         "GET /v1/batches/{id}",
         "POST /v1/batches/{id}/cancel",
         "POST /v1/uploads",
-        "POST /v1/uploads/{id}/parts",
+        _PARTS,
         "POST /v1/uploads/{id}/complete",
         "POST /v1/uploads/{id}/cancel",
         "GET,POST /v1/messages/batches",
@@ -81,6 +82,11 @@ def api_by_suffix(path: str) -> Api:
 def error_api_of(path: str) -> Api:
     """Name the API whose error form a route's clients expect."""
     return "messages" if path.startswith("/v1/messages") else api_of(path)
+
+
+def is_part(method: str, path: str) -> bool:
+    """Whether the route takes a part of an upload: bytes that cannot be inspected one by one."""
+    return _matches([_rule(_PARTS)], method, path)
 
 
 def route_label(path: str) -> str:

@@ -1,10 +1,14 @@
-"""Uploaded files: images are purified, and so are those in the requests of a batch. Other files pass as they are."""
+"""Uploaded files: images are purified, and so are those in the requests of a batch. Other files pass as they are.
+
+An upload in parts is not inspected, so it is refused for images and batches.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from codefend.gateway.engine import Caller, Engine, Terms
@@ -17,8 +21,11 @@ from codefend.gateway.wire import check_simple, dump, parse
 CheckRoute = Callable[[str, str], None]  # of method and path; raises Refused
 
 FILES = "/v1/files"
+UPLOADS = "/v1/uploads"
 MESSAGE_BATCHES = "/v1/messages/batches"
 _MAX_LINES = 50_000  # OpenAI's limit for a batch
+_PURPOSE = re.compile(r"[a-z][a-z0-9_-]{0,63}\Z")
+_INSPECTED = ("batch", "vision")  # how purposes begin whose files hold images: batch-api is Together's word for batch
 
 
 async def rewrite_upload(
@@ -26,7 +33,12 @@ async def rewrite_upload(
 ) -> bytes:
     """Purify the images of an upload to ``/v1/files``. Raises Refused."""
     form = read_form(content_type, raw)
-    is_batch = form.field("purpose") == "batch"
+    for part in form.parts:
+        if part.is_file != (part.name.lower() == "file") or (part.is_file and part.name != "file"):
+            raise Refused(400, "unknown_content", "the form's only file is the field file", where=part.name)
+    named = [part for part in form.parts if part.name.lower().startswith("purpose")]  # Purpose and purpose[] as well
+    purpose = _purpose([part.content.decode("utf-8", "replace") for part in named])
+    is_batch = purpose.startswith("batch")
     contents: list[bytes] = []
     for part in form.parts:
         if not part.is_file:
@@ -36,6 +48,25 @@ async def rewrite_upload(
         else:
             contents.append(await _rewrite_file(engine, part, terms, caller))
     return replace_contents(form, contents).write()
+
+
+async def check_upload(raw: bytes) -> None:
+    """Check the JSON body that begins an upload in parts. Raises Refused for images, batches and unclear purposes."""
+    body = await asyncio.to_thread(_parse, raw)
+    if not isinstance(body, dict):
+        raise Refused(400, "invalid_request", "expected a JSON object")
+    purpose = _purpose([value for key, value in body.items() if key.casefold() == "purpose"])
+    if purpose.startswith(_INSPECTED):
+        message = f"files for {purpose} are not passed on in parts, which cannot be inspected; send them to {FILES}"
+        raise Refused(400, "uploads_refused", message, where="purpose")
+
+
+def _purpose(values: Sequence[Any]) -> str:
+    """The one purpose of an upload. Raises Refused for none, several, and spellings that servers may read otherwise."""
+    if len(values) != 1 or not isinstance(values[0], str) or not _PURPOSE.match(values[0]):
+        message = "expected one purpose in lower-case letters, like batch or vision"
+        raise Refused(400, "invalid_request", message, where="purpose")
+    return values[0]
 
 
 async def _rewrite_file(engine: Engine, part: Part, terms: Terms, caller: Caller) -> bytes:
