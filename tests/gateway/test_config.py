@@ -79,6 +79,7 @@ def test_upstreams(given: str, base: str) -> None:
         ({"purifer": "x"}, "did you mean 'purifier'"),
         ({"on_error": "open"}, "on_error: Input should be 'block', 'fallback' or 'pass'"),
         ({"remote_hosts": "a.org"}, "no effect without allow_remote_images"),
+        ({"trusted_proxies": "10.0.0.0/8, *"}, r"trusted_proxies: .*expected addresses or networks like 10.0.0.0/8"),
         ({"api_keys": "short"}, "at least 8 characters"),
         ({"noise_secret": "shorter"}, "at least 16 characters"),
         ({"routes": "chat,embedings"}, "did you mean 'embeddings'"),

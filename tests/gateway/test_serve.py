@@ -90,6 +90,20 @@ def test_ambiguous_requests_are_refused(base: str, upstream: Upstream, head: str
     assert len(upstream.requests) == before
 
 
+@pytest.mark.parametrize(
+    ("proxies", "status"), [("", 429), ("192.0.2.0/24", 429), ("127.0.0.1", 200), ("::1,127.0.0.0/8", 200)]
+)
+def test_the_client_is_what_a_trusted_proxy_says_and_nobody_else(proxies: str, status: int) -> None:
+    loaded = settings(requests_per_minute=1, trusted_proxies=proxies)
+    app = create_app(loaded, purifier=Invert(), transport=Upstream().transport)
+    with served(app, **serve.proxy_options(loaded)) as base:
+        answers = [
+            send(base, f"{JSON}{LENGTH}x-forwarded-for: 198.51.100.{i}\r\n", BODY).split(maxsplit=2)[1]
+            for i in range(2)
+        ]
+    assert answers == ["200", str(status)]
+
+
 def exchange(base: str, *pieces: tuple[float, bytes]) -> tuple[bytes, float]:
     """Send pieces, each after a pause; what the gateway sends until it closes the connection, and the seconds."""
     host, port = base.removeprefix("http://").split(":")

@@ -193,12 +193,12 @@ def served(app: Starlette, **options: Any) -> Iterator[str]:
 
     from codefend.gateway.serve import HTTP
 
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", **HTTP, **options))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", **(HTTP | options)))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_for(lambda: server.started)
     try:
-        yield f"{'https' if options else 'http'}://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield f"{'https' if 'ssl_certfile' in options else 'http'}://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(10)

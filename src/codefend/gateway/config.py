@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from importlib import import_module
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -94,6 +95,9 @@ class Settings(BaseSettings):
     tls_cert: Path | None = _setting(None, "Server", "certificate chain to serve HTTPS with, as a PEM file")
     tls_key: Path | None = _setting(None, "Server", "private key of tls_cert, as a PEM file")
     allowed_hosts: Names = _setting((), "Server", "accepted Host headers; default: loopback names when bound to one")
+    trusted_proxies: Names = _setting(
+        (), "Server", "addresses or networks of reverse proxies whose X-Forwarded-For names the client; default: none"
+    )
     cors_origins: Names = _setting((), "Server", "origins of web pages that may call the API")
     page: bool = _setting(True, "Server", "serve the page at /")
     demo: bool | None = _setting(None, "Server", "let the page ask the undefended model; default: embedded models only")
@@ -247,7 +251,8 @@ class Settings(BaseSettings):
         return PRESETS.get(data.get("preset"), {}) | data if isinstance(data, dict) else data
 
     @field_validator(
-        *("api_keys", "remote_hosts", "allowed_hosts", "cors_origins", "routes", "allow_tools", "guardrails"),
+        *("api_keys", "remote_hosts", "allowed_hosts", "trusted_proxies", "cors_origins", "routes", "allow_tools"),
+        "guardrails",
         mode="before",
     )
     @classmethod
@@ -278,6 +283,16 @@ class Settings(BaseSettings):
     def _check_routes(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         Routes(names)
         return names
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_proxies(cls, proxies: tuple[str, ...]) -> tuple[str, ...]:
+        for proxy in proxies:
+            try:
+                ip_network(proxy)
+            except ValueError as error:
+                raise ValueError(f"{error}; expected addresses or networks like 10.0.0.0/8") from error
+        return proxies
 
     @field_validator("upstream")
     @classmethod

@@ -63,6 +63,7 @@ HTTP: dict[str, Any] = {
     "ws": "none",
     "timeout_keep_alive": 75,
     "h11_max_incomplete_event_size": 1 << 16,
+    "proxy_headers": False,  # by default uvicorn believes every local client's X-Forwarded-For
 }
 
 
@@ -116,8 +117,7 @@ def serve(load: Callable[[], Settings], *, showcase: Callable[[], Showcase] | No
             date_header=False,
             lifespan="on",
             timeout_graceful_shutdown=round(settings.drain_s),
-            **tls_options(settings),
-            **HTTP,
+            **(HTTP | tls_options(settings) | proxy_options(settings)),
         )
         server = _Server(config, app, settings.lame_duck_s)
         log.info("listening", extra={"fields": {"url": f"{scheme}://{host}:{port}", **named}})
@@ -133,6 +133,13 @@ def _warn(settings: Settings, host: str) -> None:
         log.warning("images may pass unpurified when the purifier is broken", extra={"fields": fields})
     if not settings.api_keys and host not in LOOPBACK:
         log.warning("no keys are set: everyone who reaches this address may use it")
+
+
+def proxy_options(settings: Settings) -> dict[str, Any]:
+    """Uvicorn's options for reverse proxies whose headers name the client, none without them."""
+    if not settings.trusted_proxies:
+        return {}
+    return {"proxy_headers": True, "forwarded_allow_ips": list(settings.trusted_proxies)}
 
 
 def tls_options(settings: Settings) -> dict[str, Any]:
