@@ -83,6 +83,22 @@ def test_a_name_that_leads_here_from_elsewhere_is_refused() -> None:
     run(work())
 
 
+@pytest.mark.parametrize("name", ["host", "origin"])
+def test_a_malformed_address_in_a_header_is_refused(name: str) -> None:
+    async def work() -> None:
+        flags: dict[str, Any] = {"allowed_hosts": "gateway.test", "guardrails": "portkey", "api_keys": "sesame-open"}
+        async with gateway(Upstream(), **flags) as client:
+            for value in ("[", "http://[", "[x]", "http://[x]"):
+                answer = await client.post("/page/purify", json={}, headers={name: value})
+                assert answer.json()["error"]["code"] in ("invalid_header", "unknown_host", "cross_site"), answer.text
+                assert answer.status_code in (400, 403, 421)
+            verdict = await client.post("/guardrails/portkey", json={}, headers={"host": "["})
+        assert (verdict.status_code, verdict.json()["verdict"]) == (200, False)
+        assert verdict.json()["data"]["code"] == "invalid_header"
+
+    run(work())
+
+
 CROSS_SITE: list[dict[str, str]] = [
     {"content-type": "text/plain"},
     {"content-type": "application/json", "origin": "https://evil.test"},
@@ -117,6 +133,22 @@ def test_rates_per_key() -> None:
         assert statuses == [200, 200, 429]
         assert other.status_code == 200
         assert 1 <= int(refused.headers["retry-after"]) <= 60
+
+    run(work())
+
+
+def test_the_pages_work_counts_to_the_rate_of_its_key() -> None:
+    async def work() -> None:
+        async with gateway(Upstream(), api_keys="sesame-open", requests_per_minute=2, demo=True) as client:
+            for _ in range(3):
+                assert (await client.get("/page/info", headers=KEY)).status_code == 200
+            body = {"image": url(png(1))}
+            answers = [await client.post("/page/purify", json=body, headers=KEY) for _ in range(2)]
+            answers += [
+                await client.post(path, json=chat(png(1)), headers=KEY)
+                for path in ("/page/purify", "/page/undefended", "/page/sample", "/page/attack", CHAT)
+            ]
+        assert [answer.status_code for answer in answers] == [200, 200, 429, 429, 429, 429, 429]
 
     run(work())
 
@@ -191,6 +223,21 @@ def test_a_key_may_have_routes_of_its_own() -> None:
     assert [answer.status_code for answer in answers] == [200, 200, 200, 403, 200, 403, 403, 403, 403]
     assert {answer.json()["error"]["code"] for answer in answers if answer.status_code == 403} == {"route_refused"}
     assert answers[-1].json()["error"]["param"] == "line 1", "a batch uses no route that its key may not use"
+
+
+def test_the_page_asks_no_model_for_a_key_without_chat() -> None:
+    async def work() -> None:
+        upstream = Upstream()
+        async with gateway(upstream, api_keys="embed-only embeddings", demo=True) as client:
+            for path in ("/page/undefended", "/page/sample", "/page/attack"):
+                answer = await client.post(path, json=chat(png(1)), headers={"x-api-key": "embed-only"})
+                assert (answer.status_code, answer.json()["error"]["code"]) == (403, "route_refused"), path
+        async with gateway(upstream, routes="embeddings", demo=True) as client:
+            answer = await client.post("/page/undefended", json=chat(png(1)))
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_route")
+        assert not upstream.requests
+
+    run(work())
 
 
 def test_scores_are_for_operators() -> None:

@@ -15,7 +15,7 @@ from codefend.gateway.app import create_app
 from codefend.gateway.engine import Terms
 from codefend.gateway.local import local_engine
 from codefend.types import CodefendError
-from gateway_kit import CHAT, Invert, Upstream, chat, gateway, png, run, settings
+from gateway_kit import CHAT, Invert, Upstream, chat, gateway, png, run, settings, url
 
 A, B = png(1), png(2)
 
@@ -199,10 +199,12 @@ def test_one_key_cannot_keep_everything_busy() -> None:
             pending = asyncio.create_task(client.post(CHAT, json=chat(A), headers=first))
             await asyncio.sleep(0.1)
             refused = await client.post(CHAT, json=chat(B), headers=first)
+            page = await client.post("/page/purify", json={"image": url(B)}, headers=first)
             other = asyncio.create_task(client.post(CHAT, json=chat(B), headers={"x-api-key": "second-key"}))
             await asyncio.sleep(0.1)
             purifier.open.set()
             assert (await pending).status_code == (await other).status_code == 200
-        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        for answer in (refused, page):
+            assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
 
     run(work())

@@ -8,6 +8,7 @@ import logging
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
 
 import httpx2
 import pytest
@@ -218,5 +219,23 @@ def test_the_page_can_purify_and_where_allowed_compare() -> None:
         assert score == pytest.approx(float(image(1).mean()))
         torch.testing.assert_close(upstream.images()[0], image(1))
         assert 'codefend_bypass_total{reason="demo"} 1.0' in metrics
+
+    run(work())
+
+
+def test_an_upstream_that_breaks_off_is_an_error_of_the_page() -> None:
+    class Broken(httpx2.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            yield b"{"
+            raise httpx2.ReadError("gone")
+
+    async def work() -> None:
+        async with gateway(
+            Upstream(handler=lambda request: httpx2.Response(200, stream=Broken())), demo=True
+        ) as client:
+            answer = await client.post("/page/undefended", json=chat(A))
+            metrics = (await client.get("/metrics")).text
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "upstream_broken")
+        assert 'codefend_upstream_errors_total{kind="broken"} 1.0' in metrics
 
     run(work())

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from limits import RateLimitItem, RateLimitItemPerDay, RateLimitItemPerMinute
 from limits.storage import MemoryStorage
@@ -129,13 +129,14 @@ class Access:
         scope["codefend.key"], scope["codefend.key_headers"] = match.digest, match.headers
         scope["codefend.routes"] = match.routes
         scope["codefend.client"] = scope["codefend.key"] or address
-        if path.startswith("/v1/") or path in self.verdicts:
+        works = path.startswith("/page/") and scope.get("method") == "POST"
+        if works or path.startswith("/v1/") or path in self.verdicts:
             self._check_rate(scope["codefend.client"])
 
     def _check_host(self, scope: Scope) -> None:
         """A page elsewhere whose name leads here (DNS rebinding) sends its own name."""
         host = find(scope["headers"], b"host") or ""
-        name = (urlsplit(f"//{host}").hostname or "") if host else ""
+        name = (_parse_address("host", f"//{host}").hostname or "") if host else ""
         if self.options.hosts and name.rstrip(".") not in self.options.hosts:
             message = f"the host {name[:60]!r} is not served here; the operator's --allowed-hosts name it"
             raise Refused(421, "unknown_host", message)
@@ -205,13 +206,21 @@ def _check_framing(scope: Scope) -> None:
         raise Refused(400, "invalid_header", "content-length and transfer-encoding exclude each other")
 
 
+def _parse_address(header: str, value: str) -> SplitResult:
+    """Split the address in a header. Raises Refused (400) for a malformed one."""
+    try:
+        return urlsplit(value)
+    except ValueError as error:
+        raise Refused(400, "invalid_header", f"the header {header} holds a malformed address") from error
+
+
 def _check_same_site(scope: Scope) -> None:
     """Refuse what another site's page makes a browser send: its requests need no JSON type unless it may ask first."""
     headers = scope["headers"]
     if find(headers, b"sec-fetch-site") in ("cross-site", "same-site"):
         raise Refused(403, "cross_site", "the page's routes answer to the page alone")
     origin = find(headers, b"origin")
-    if origin is not None and urlsplit(origin).netloc != find(headers, b"host"):
+    if origin is not None and _parse_address("origin", origin).netloc != find(headers, b"host"):
         raise Refused(403, "cross_site", "the page's routes answer to the page alone")
     kind = (find(headers, b"content-type") or "").partition(";")[0].strip().lower()
     if scope.get("method") != "GET" and kind != "application/json":

@@ -36,11 +36,11 @@ class Page:
 
     async def sample(self, request: Request) -> Response:
         """``{"number": n}`` -> an image that the embedded model knows, a question and the correct answer."""
-        return await self._answer(request, self._demo("/v1/demo/sample"))
+        return await self._answer(request, self._demo("/v1/demo/sample"), route=_CHAT)
 
     async def attack(self, request: Request) -> Response:
         """``{"image": data URL, "question": text}`` -> the image attacked so that the model's answer changes."""
-        return await self._answer(request, self._demo("/v1/demo/attack"))
+        return await self._answer(request, self._demo("/v1/demo/attack"), route=_CHAT)
 
     async def purify(self, request: Request) -> Response:
         """``{"image": data URL}`` -> the purified one, its score, milliseconds, and whether it came from the cache."""
@@ -69,7 +69,7 @@ class Page:
             log.warning("page asked the undefended model", extra={"fields": {"reason": "demo"}})
             return await self._ask(_CHAT, dump(body))
 
-        return await self._answer(request, work)
+        return await self._answer(request, work, route=_CHAT)
 
     def _demo(self, path: str) -> Callable[[bytes, Lease], Coroutine[Any, Any, Response]]:
         async def work(raw: bytes, lease: Lease) -> Response:
@@ -80,14 +80,17 @@ class Page:
         return work
 
     async def _answer(
-        self, request: Request, work: Callable[[bytes, Lease], Coroutine[Any, Any, Response]]
+        self, request: Request, work: Callable[[bytes, Lease], Coroutine[Any, Any, Response]], *, route: str = ""
     ) -> Response:
-        """Read the body and work on it until the client leaves."""
-        limit = self.engine.limits.max_body_bytes
-        with self.proxy.budget.lease(str(request.scope.get("codefend.client", ""))) as lease:
+        """Read the body and work on it until the client leaves. The request's key must be one for ``route``."""
+        limit, client = self.engine.limits.max_body_bytes, str(request.scope.get("codefend.client", ""))
+        with self.proxy.budget.lease(client) as lease:
             try:
+                if route:
+                    self.proxy.check_route(request.scope, "POST", route)
                 raw = await read_body(request.receive, limit, lease.take)
-                return await self.proxy.until_gone(work(raw, lease), request.receive)
+                with self.proxy.share(client):
+                    return await self.proxy.until_gone(work(raw, lease), request.receive)
             except Refused as refusal:
                 self.proxy.meters.refused.labels(refusal.code).inc()
                 seconds = refusal.retry_seconds
@@ -97,12 +100,15 @@ class Page:
                 return Response(status_code=499)
 
     async def _ask(self, path: str, body: bytes) -> Response:
-        """Send JSON of the page's own to the upstream."""
+        """Send JSON of the page's own to the upstream. Raises Refused."""
         upstream = self.proxy.upstream
         headers = to_upstream([(b"content-type", b"application/json")], upstream_key=upstream.key)
         response: httpx2.Response = await upstream.send(upstream.request("POST", path, b"", headers, body))
         try:
             await response.aread()
+        except (httpx2.HTTPError, OSError) as error:
+            self.proxy.meters.upstream_errors.labels("broken").inc()
+            raise Refused(502, "upstream_broken", "the upstream broke off") from error
         finally:
             await asyncio.shield(response.aclose())
         return Response(response.content, response.status_code, media_type="application/json")

@@ -132,11 +132,12 @@ class Proxy:
     def _check_head(self, scope: Scope) -> None:
         """Refuse by path, route and headers, before the body is read."""
         check_path(scope["path"])
-        self._check_route(scope, scope["method"], scope["path"])
+        self.check_route(scope, scope["method"], scope["path"])
         if find(scope["headers"], b"content-encoding") not in (None, "", "identity"):
             raise Refused(415, "unknown_content", "send the body without content-encoding")
 
-    def _check_route(self, scope: Scope, method: str, path: str) -> None:
+    def check_route(self, scope: Scope, method: str, path: str) -> None:
+        """Raise Refused (403, 404) for a route that is not served, or not to the request's key."""
         self.routes.check(method, path, key=scope.get("codefend.routes"))
 
     async def _body(self, exchange: Exchange, receive: Receive) -> bytes:
@@ -240,7 +241,7 @@ class Proxy:
             if begins_upload:
                 await check_upload(raw)
             terms, caller = self._terms(scope), Caller(exchange.client, exchange.lease.take)
-            with self._share(exchange.client), self._span("codefend.purify", exchange):
+            with self.share(exchange.client), self._span("codefend.purify", exchange):
                 if exchange.path == MESSAGE_BATCHES:
                     return await rewrite_message_batch(self.engine, raw, terms, caller)
                 body, exchange.outcome = await self.engine.rewrite_bytes(api_of(exchange.path), raw, terms, caller)
@@ -257,8 +258,8 @@ class Proxy:
     async def _rewrite_upload(self, exchange: Exchange, raw: bytes) -> bytes:
         scope, caller = exchange.scope, Caller(exchange.client, exchange.lease.take)
         content_type = find(scope["headers"], b"content-type") or ""
-        with self._share(exchange.client), self._span("codefend.purify", exchange):
-            check_route = partial(self._check_route, scope)
+        with self.share(exchange.client), self._span("codefend.purify", exchange):
+            check_route = partial(self.check_route, scope)
             return await rewrite_upload(self.engine, check_route, content_type, raw, self._terms(scope), caller)
 
     def _terms(self, scope: Scope) -> Terms:
@@ -280,7 +281,7 @@ class Proxy:
         return replace(standing, mode=mode or standing.mode, threshold=value)  # type: ignore[arg-type]
 
     @contextmanager
-    def _share(self, client: str) -> Iterator[None]:
+    def share(self, client: str) -> Iterator[None]:
         """Count the requests with images of one client. Raises Refused (429) above its share."""
         limit = self.settings.max_in_flight_per_key
         if limit and self._in_flight[client] >= limit:
