@@ -126,6 +126,28 @@ def test_secrets_come_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         settings(api_keys_file=tmp_path / "keys")
 
 
+@pytest.mark.parametrize("value", ["", " ", " , ", ",\n"])
+def test_blank_keys_do_not_open_the_gateway(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "keys").write_text(value)
+    with pytest.raises(CodefendError, match=r"keys is empty|api_keys: no key"):
+        settings(api_keys_file=tmp_path / "keys")
+    monkeypatch.setenv("CODEFEND_API_KEYS", value)
+    with pytest.raises(CodefendError, match="api_keys: no key"):
+        settings()
+    monkeypatch.delenv("CODEFEND_API_KEYS")
+    for keys in ([], [value]):
+        with pytest.raises(CodefendError, match="api_keys: "):
+            settings(api_keys=keys)
+
+
+@pytest.mark.parametrize("name", ["upstream_api_key", "noise_secret", "cache_url"])
+def test_blank_secrets_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("", "  "):
+        monkeypatch.setenv(f"CODEFEND_{name.upper()}", value)
+        with pytest.raises(CodefendError, match=f"{name}: the secret is blank"):
+            settings()
+
+
 def test_every_setting_but_keys_has_a_flag() -> None:
     from codefend.cli.serve import build_command
 

@@ -228,7 +228,7 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _read_secret_files(cls, data: Any) -> Any:
-        """Replace ``X_file`` of each secret by the file's content. Raises ValueError."""
+        """Replace ``X_file`` of each secret by the file's content. Raises ValueError, also where no API key is left."""
         if not isinstance(data, dict):
             return data
         for name in SECRETS:
@@ -243,6 +243,8 @@ class Settings(BaseSettings):
                 raise ValueError(f"{name}_file: {getattr(error, 'strerror', None) or error}: {file}") from error
             if not data[name]:  # without keys every client would be let in
                 raise ValueError(f"{name}_file: {file} is empty")
+        if "api_keys" in data and not _split_names(data["api_keys"]):
+            raise ValueError("api_keys: no key is given; name one, or leave the setting out to let everyone in")
         return data
 
     @model_validator(mode="before")
@@ -257,19 +259,24 @@ class Settings(BaseSettings):
     )
     @classmethod
     def _split(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return tuple(part.strip() for part in re.split(r"[,\n]", value) if part.strip())
-        return value
+        return _split_names(value)
 
     @field_validator("api_keys")
     @classmethod
     def _check_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
         for key in keys:
-            name, *routes = key.get_secret_value().split()
+            name, *routes = key.get_secret_value().split() or [""]
             if len(name) < 8:
                 raise ValueError("a key needs at least 8 characters")
             Routes(routes)
         return keys
+
+    @field_validator("upstream_api_key", "noise_secret", "cache_url")
+    @classmethod
+    def _check_blank(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().strip():
+            raise ValueError("the secret is blank: give one, or leave the setting out")
+        return value
 
     @field_validator("noise_secret")
     @classmethod
@@ -330,6 +337,12 @@ class Settings(BaseSettings):
         """Build the dataclass ``kind`` from the settings of the same names and from ``renamed``."""
         names = {field.name for field in fields(kind)} & set(type(self).model_fields)  # type: ignore[arg-type]
         return kind(**{name: getattr(self, name) for name in names} | renamed)
+
+
+def _split_names(value: Any) -> Any:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in re.split(r"[,\n]", value) if part.strip())
+    return value
 
 
 def load_settings(file: str | Path | None = None, **flags: Any) -> Settings:
