@@ -254,7 +254,7 @@ def write_results(cells: dict[tuple[str, str, int, str], list[float]], args: arg
         place = "clean-strata" if threat == "clean" else f"{threat}/words-then-loss/{eps}"
         if args.victim != "pocket":
             defense, place = f"{args.victim}:{defense}", f"{ANOTHER_VICTIM[threat]}/{eps}"
-        rows.append({"id": f"{defense}/{place}/{task}", "value": round(fmean(scores), 3), "n": len(scores)})
+        rows.append({"id": f"{defense}/{place}/{task}", "value": round(fmean(scores), 4), "n": len(scores)})
     run = {
         "source": None,
         "date": date.today().isoformat(),

@@ -225,7 +225,7 @@ def write_results(rows: Sequence[Row], args: argparse.Namespace) -> None:
 
 
 def figure(id: str, rows: Sequence[Row], field: str, **unit: str) -> dict[str, Any]:
-    return {"id": id, "value": round(fmean(row[field] for row in rows), 3), **unit}
+    return {"id": id, "value": round(fmean(row[field] for row in rows), 4), **unit}
 
 
 if __name__ == "__main__":

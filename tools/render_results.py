@@ -18,6 +18,7 @@ import json
 import re
 import sys
 from dataclasses import dataclass
+from decimal import Decimal
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,7 @@ def show(figure: Figure, style: str = "") -> str:
         low, high = (strip_zero(f"{bound:.2f}") for bound in bounds)
         return f"{show(figure)} [{low}, {high}]"
     if style.startswith("%"):
-        return f"{100 * figure.value:.{style[1:] or 0}f}%"
+        return f"{100 * Decimal(str(figure.value)):.{style[1:] or 0}f}%"  # decimal: as .39 and 39%, never .39 and 38%
     if style.isdigit():
         return strip_zero(f"{figure.value:.{style}f}")
     if style == "dB":
@@ -193,7 +194,7 @@ def show(figure: Figure, style: str = "") -> str:
         return f"{figure.value:.0f}"
     if figure.unit == "s":
         return strip_zero(f"{figure.value:.1f}" if figure.value >= 1 else f"{figure.value:.2f}")
-    return strip_zero(f"{figure.value:.2f}")
+    return strip_zero(f"{Decimal(str(figure.value)):.2f}")
 
 
 def strip_zero(number: str) -> str:
