@@ -1,6 +1,7 @@
 """CoDefend removes adversarial perturbations from images before a multimodal LLM sees them, and evaluates the defense.
 
-Images are float32 ``[B, 3, H, W]``, RGB, in ``[0, 1]``; every radius ``eps`` is in these units (``8 / 255``).
+Images are float32 ``[B, 3, H, W]``, RGB, in ``[0, 1]``; `attack` takes radii in these units (``8 / 255``),
+`EvalConfig` in 1/255 (l-inf: ``8``).
 
 - `purify` cleans one image: a path, PIL image, array or tensor.
 - `load_purifier`, `load_victim`, `load_task` load by name; `Defense` and `DefendedVictim` put a purifier in front of a
