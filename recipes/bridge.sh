@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The shipped bridge, from the prior in one command: the recipes of its stages, then three trainings from bridge-detail
-# for any noise level, attacked in the loop through encoders of five families, the last mostly through itself, then the
+# for any noise level, attacked in the loop through five encoders of four families, the last mostly through itself, then the
 # detection score. Its teacher wants a GPU: with TEACHER=recipes/checkpoints/teacher-large it starts from the shipped
 # bridge-detail, with no GPU and fewer banks.
 source "$(dirname "$0")/common.sh"

@@ -169,7 +169,7 @@ _EVALUATIONS = {
         },
     ),
     "outside": Preset(
-        "attacks of other libraries beside ours of equal steps; needs the extra `outside`",
+        "attacks of other libraries and ours, with equal steps; needs the extra `outside`",
         _EVAL,
         {
             "defenses": ("none", "bridge", "bridge:sigma=0.1"),
