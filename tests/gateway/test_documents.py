@@ -26,9 +26,9 @@ every_api = pytest.mark.parametrize("api", PATHS)
 def document(api: str, data: bytes = PDF) -> dict[str, Any]:
     file = {"filename": "report.pdf", "file_data": f"data:application/pdf;base64,{b64(data)}"}
     if api == "chat":
-        return {"type": "file", "file": file}
+        return {"type": "file", "file": file, "prompt_cache_breakpoint": {"mode": "explicit"}}
     if api == "responses":
-        return {"type": "input_file", **file}
+        return {"type": "input_file", **file, "prompt_cache_breakpoint": {"mode": "explicit"}}
     source = {"type": "base64", "media_type": "application/pdf", "data": b64(data)}
     return {"type": "document", "source": source, "title": "report.pdf", "cache_control": {"type": "ephemeral"}}
 
@@ -68,7 +68,9 @@ def test_pages_are_purified_and_stand_in_the_place_of_the_pdf(api: str) -> None:
         assert name == {"type": TEXT[api], "text": "report.pdf"}
         assert {first["type"], second["type"]} == {{"chat": "image_url", "messages": "image"}.get(api, "input_image")}
         assert question["text"] == "what?"
-        assert second.get("cache_control") == ({"type": "ephemeral"} if api == "messages" else None)
+        marks = {"cache_control": {"type": "ephemeral"}}, {"prompt_cache_breakpoint": {"mode": "explicit"}}
+        assert marks[api != "messages"].items() <= second.items()
+        assert not {"cache_control", "prompt_cache_breakpoint"} & first.keys()
         shades = sorted(round(float(page.mean()), 2) for page in upstream.images())
         assert shades == [0.25, 0.75]  # the purifier inverts: .75 and .25
 

@@ -39,7 +39,52 @@ _HEADS = (
 )
 SOUNDS = [base64.b64encode(head + bytes(40)).decode() for head in _HEADS]
 
+
+def block(kind: str, content: Any = None, **keys: Any) -> tuple[Api, Any]:
+    """A conversation with one block of the messages API."""
+    beside = {} if content is None else {"content": content}
+    return "messages", {"messages": [{"role": "assistant", "content": [{"type": kind, **beside, **keys}]}]}
+
+
+def fetched(source: Any, **keys: Any) -> tuple[Api, Any]:
+    page = {"type": "web_fetch_result", "url": "https://x", "content": {"type": "document", "source": source}, **keys}
+    return block("web_fetch_tool_result", page, tool_use_id="1")
+
+
+def found(*tools: Any) -> tuple[Api, Any]:
+    return "responses", {"input": [{"type": "tool_search_output", "call_id": "1", "tools": list(tools)}]}
+
+
+PLAIN = {"type": "text", "media_type": "text/plain", "data": "a page"}
+PDF = {"type": "base64", "media_type": "application/pdf", "data": base64.b64encode(b"%PDF-1.7").decode()}
+
 REFUSED: list[tuple[Api, Any]] = [
+    fetched(PDF),
+    fetched({"type": "url", "url": "https://x/a.pdf"}),
+    fetched({"type": "content", "content": [{"type": "image", "source": {"type": "file", "file_id": "f"}}]}),
+    fetched(PLAIN, image="https://x/a.png"),
+    fetched(PLAIN, Content={"type": "document", "source": PDF}),
+    block("web_fetch_tool_result", {"type": "web_fetch_result", "content": {"type": "image"}}),
+    block("web_fetch_tool_result", {"type": "other", "content": {"type": "document", "source": PLAIN}}),
+    block("mcp_tool_result", [{"type": "resource", "uri": "https://x/a.png"}], tool_use_id="1"),
+    block("mcp_tool_result", "text", tool_use_id="1", image="AAAA"),
+    block("bash_code_execution_tool_result", {"type": "bash_code_execution_result", "stdout": LONG_PNG}),
+    block("code_execution_tool_result", {"content": [{"type": "code_execution_output", "file_id": "f"}]}),
+    block("text_editor_code_execution_tool_result", {"file_type": "image", "content": "AAAA"}),
+    block("text_editor_code_execution_tool_result", {"File_Type": "pdf", "content": "AAAA"}),
+    block("mcp_tool_listing", tools=[{"name": "f", "description": url("A")}]),
+    block("compaction", [{"type": "image"}]),
+    block("compaction", "text", tool_changes=[{"type": "tool_addition", "tool": {"type": "web_fetch_20250910"}}]),
+    ("chat", chat({"type": "text", "text": "x", "prompt_cache_breakpoint": {"mode": url("A")}})),
+    found({"type": "mcp", "server_url": "https://x"}),
+    found({"type": "namespace", "name": "n", "tools": [{"type": "web_search"}]}),
+    found({"type": "image_generation", "input_image_mask": {"file_id": "f"}}),
+    ("responses", {"input": [{"type": "tool_search_output", "Tools": [{"type": "mcp"}]}]}),
+    ("responses", {"input": [{"type": "tool_search_call", "arguments": {"a": url("A")}}]}),
+    (
+        "responses",
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": url("A"), "file_id": "f"}]}]},
+    ),
     ("chat", chat({"type": "video_url", "video_url": {"url": "https://x"}})),
     ("chat", chat({"type": "file", "file": {"file_id": "f"}})),
     ("chat", chat({"type": "image_embeds", "image_embeds": "AAAA"})),
@@ -247,6 +292,27 @@ def test_tools_that_load_content_on_the_servers_side_need_a_name(api: Api, body:
     assert survey(api, body, Inspection(tools=(name,))).slots == ()
 
 
+def test_tools_that_a_search_has_loaded_need_a_name_as_well() -> None:
+    api, body = found({"type": "namespace", "name": "n", "tools": [{"type": "web_search"}]}, {"type": "mcp"})
+    with pytest.raises(Refused, match="'web_search' loads content") as refusal:
+        survey(api, body)
+    assert (refusal.value.code, refusal.value.where) == ("tool_refused", "input[0].tools[0].tools[0]")
+    assert survey(api, body, Inspection(tools=("mcp", "web_search"))).slots == ()
+
+
+def test_images_in_results_of_servers_are_found() -> None:
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}}
+    parts = [image, {"type": "text", "text": "x"}]
+    for api, body in (block("mcp_tool_result", parts), fetched({"type": "content", "content": parts})):
+        (slot,) = survey(api, body).slots
+        assert (slot.form, slot.reference) == ("source", PNG)
+
+
+def test_an_image_may_say_that_it_is_no_file() -> None:
+    part = {"type": "input_image", "image_url": url("A"), "file_id": None, "prompt_cache_breakpoint": {}}
+    assert len(survey("responses", {"input": [{"role": "user", "content": [part]}]}).slots) == 1
+
+
 def test_tools_of_the_client_pass() -> None:
     names = ["function", "custom", "computer_use_preview", "local_shell", "bash_20250124", "text_editor_20250728"]
     assert survey("responses", {"input": "x", "tools": [{"type": name} for name in names]}).slots == ()
@@ -282,7 +348,30 @@ def test_searching_needs_no_memory_of_its_own(value: Any) -> None:
     assert peak < 200_000, "no place is kept for each of 20,000 values"
 
 
+SCHEMA = {"type": "object", "properties": {"image_url": {"type": "string"}}}
+
 ALLOWED: list[tuple[Api, Any]] = [
+    fetched(PLAIN, retrieved_at="2026-12-01"),
+    fetched({"type": "content", "content": [{"type": "text", "text": "a page"}]}),
+    block("web_fetch_tool_result", {"type": "web_fetch_tool_result_error", "error_code": "url_not_accessible"}),
+    block("mcp_tool_use", id="1", name="f", input={"image_url": "x"}, server_name="s"),
+    block("mcp_tool_result", [{"type": "text", "text": "x"}], tool_use_id="1", is_error=False),
+    block("mcp_tool_result", "text", tool_use_id="1"),
+    block("mcp_tool_listing", mcp_server_name="s", tools=[{"name": "f", "description": "d", "input_schema": SCHEMA}]),
+    block("code_execution_tool_result", {"type": "code_execution_result", "stdout": "1", "content": []}),
+    block("bash_code_execution_tool_result", {"type": "bash_code_execution_result", "stdout": "1", "return_code": 0}),
+    block("text_editor_code_execution_tool_result", {"file_type": "text", "content": "x", "num_lines": 1}),
+    block(
+        "tool_search_tool_result",
+        {"type": "tool_search_tool_search_result", "tool_references": [{"type": "tool_reference", "tool_name": "f"}]},
+    ),
+    block("tool_result", [{"type": "tool_reference", "tool_name": "f"}], tool_use_id="1", toolset_name="t"),
+    block("tool_use", id="1", name="f", input={}, toolset_name="t"),
+    block("compaction", "a summary", signature="s", tool_changes=None),
+    block("compaction", encrypted_content="QkFB" * 200),
+    found({"type": "function", "name": "f", "parameters": SCHEMA}, {"type": "namespace", "name": "n", "tools": []}),
+    ("responses", {"input": [{"type": "tool_search_call", "arguments": {"query": "x"}, "execution": "server"}]}),
+    ("chat", chat({"type": "text", "text": "x", "prompt_cache_breakpoint": {"mode": "explicit", "ttl": "30m"}})),
     ("chat", chat({"type": "text", "text": "see data:image/png;base64,AAAA"})),
     ("chat", chat({"type": "text", "text": url("AAAA")})),
     *(("chat", chat({"type": "input_audio", "input_audio": {"data": data, "format": "wav"}})) for data in SOUNDS),

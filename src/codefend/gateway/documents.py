@@ -55,8 +55,7 @@ def page_parts(api: Api, part: dict[str, Any], pages: Sequence[tuple[str, str]])
     texts = [named[key] for key in ("filename", "title", "context") if named.get(key)]
     parts: list[dict[str, Any]] = [{"type": _TEXT[api], "text": "\n".join(texts)}] if texts else []
     parts += [_image(api, media_type, data) for media_type, data in pages]
-    if "cache_control" in part:
-        parts[-1]["cache_control"] = part["cache_control"]
+    parts[-1] |= {key: part[key] for key in ("cache_control", "prompt_cache_breakpoint") if key in part}
     return parts
 
 

@@ -19,6 +19,7 @@ from codefend.gateway.suspicion import (
     check_case,
     check_keys,
     check_texts,
+    check_tool_list,
     check_tools,
     expect_list,
     expect_object,
@@ -80,7 +81,7 @@ def survey(api: Api, body: Any, inspection: Inspection | None = None) -> Survey:
     if not isinstance(body, dict):
         raise Refused(400, "invalid_request", "the body must be a JSON object")
     check_tools(body, inspection.tools)
-    collected = _Collected(inspection.documents)
+    collected = _Collected(inspection.documents, inspection.tools)
     if api == "texts":
         check_addresses(body, image_links=inspection.image_links)
         search_rest(body, set(), ())
@@ -92,6 +93,7 @@ def survey(api: Api, body: Any, inspection: Inspection | None = None) -> Survey:
 @dataclass
 class _Collected:
     documents: Documents = "refuse"
+    tools: tuple[str, ...] = ()
     slots: list[Slot] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
 
@@ -116,8 +118,11 @@ _TEXT_PARTS: dict[Api, dict[str, frozenset[str]]] = {
         "text": frozenset({"text"}),
         "thinking": frozenset({"thinking", "signature"}),
         "redacted_thinking": frozenset({"data"}),
-        "tool_use": frozenset({"id", "name", "input", "caller"}),
+        "tool_use": frozenset({"id", "name", "input", "caller", "toolset_name"}),
         "server_tool_use": frozenset({"id", "name", "input", "caller"}),
+        "mcp_tool_use": frozenset({"id", "name", "input", "server_name"}),
+        "tool_reference": frozenset({"tool_name"}),
+        "compaction": frozenset({"content", "encrypted_content", "signature", "tool_changes"}),
     },
 }
 TURN_TEXT: dict[Api, str] = {"chat": "text", "responses": "input_text", "messages": "text"}
@@ -138,10 +143,6 @@ def _responses(body: dict[str, Any], into: _Collected) -> None:
     elif items is not None:
         for i, item in enumerate(expect_list(body, "input")):
             _item(expect_object(item, ("input", i)), ("input", i), into)
-    tools = body.get("tools")
-    for i, tool in enumerate(tools if isinstance(tools, list) else ()):
-        if isinstance(tool, dict) and "input_image_mask" in tool:
-            raise unknown("tool setting", "input_image_mask", ("tools", i))
     search_rest(body, {"input"}, ())
 
 
@@ -213,6 +214,10 @@ def _item(item: dict[str, Any], place: Place, into: _Collected) -> None:
         if item.get("result") is not None:
             into.slots.append(Slot((*place, "result"), expect_text(item["result"], (*place, "result")), "base64"))
         search_rest(item, {"result"}, place)
+    elif kind in ("tool_search_call", "tool_search_output"):
+        check_case(item, {"tools"}, place)
+        check_tool_list(item, into.tools, place)
+        search(item, place, free=True)
     elif kind in _TEXT_ITEMS:
         rest = {key: value for key, value in item.items() if key not in ("arguments", "input", "content", "summary")}
         search(rest, place, free=kind != "code_interpreter_call")  # of these, only code can have drawn an image
@@ -241,8 +246,10 @@ def _part(api: Api, part: dict[str, Any], place: Place, into: _Collected) -> Non
     if text_keys is not None:
         check_keys(part, text_keys, place)
         for key in text_keys - {"input", "input_audio"}:
-            if key in ("text", "refusal", "thinking"):
+            if key in ("text", "refusal", "thinking") or (key == "content" and part.get(key) is not None):
                 expect_text(part.get(key), (*place, key))
+            elif key == "tool_changes" and part.get(key):
+                raise unknown("setting", key, place)
             elif key in part:
                 search(part[key], (*place, key))
         if kind == "input_audio":
@@ -257,7 +264,10 @@ def _part(api: Api, part: dict[str, Any], place: Place, into: _Collected) -> Non
         search_rest(part, {"content"}, place)
     elif api == "messages" and kind == "document":
         _document(part, place, into)
+    elif api == "messages" and kind == "web_fetch_tool_result":
+        _fetched(part, place, into)
     elif api == "messages" and kind in _SERVER_RESULTS:
+        _check_viewed(part, place)
         search_rest(part, set(), place)
     else:
         raise unknown("content part", kind, place)
@@ -269,10 +279,41 @@ _IMAGE_PARTS: dict[Api, frozenset[str]] = {
     "messages": frozenset({"image"}),
 }
 _NESTED_BLOCKS = {
-    "tool_result": frozenset({"tool_use_id", "content", "is_error"}),
+    "tool_result": frozenset({"tool_use_id", "content", "is_error", "toolset_name"}),
+    "mcp_tool_result": frozenset({"tool_use_id", "content", "is_error"}),
     "search_result": frozenset({"source", "title", "content"}),
 }
-_SERVER_RESULTS = frozenset({"web_search_tool_result", "web_fetch_tool_result"})
+_SERVER_RESULT_NAMES = (
+    "web_search_tool_result code_execution_tool_result bash_code_execution_tool_result "
+    "text_editor_code_execution_tool_result tool_search_tool_result mcp_tool_listing"
+)
+_SERVER_RESULTS = frozenset(_SERVER_RESULT_NAMES.split())
+
+
+def _fetched(part: dict[str, Any], place: Place, into: _Collected) -> None:
+    """The page that a server has fetched: text passes, a PDF is refused, since no page parts can stand in its place."""
+    check_case(part, {"content"}, place)
+    result, here = part.get("content"), (*place, "content")
+    if isinstance(result, dict) and result.get("type") == "web_fetch_result":
+        check_case(result, {"content"}, here)
+        document, there = expect_object(result.get("content"), (*here, "content")), (*here, "content")
+        if document.get("type") != "document":
+            raise unknown("content part", document.get("type"), there)
+        _document(document, there, into)
+        search_rest(result, {"content"}, here)
+        search_rest(part, {"content"}, place)
+    else:
+        search_rest(part, set(), place)
+
+
+def _check_viewed(part: dict[str, Any], place: Place) -> None:
+    """A file that was looked at on the server must be text."""
+    check_case(part, {"content"}, place)
+    result, here = part.get("content"), (*place, "content")
+    if isinstance(result, dict):
+        check_case(result, {"file_type"}, here)
+        if result.get("file_type") not in (None, "text"):
+            raise unknown("viewed file", result["file_type"], here)
 
 
 def _audio(value: Any, place: Place) -> None:
@@ -289,7 +330,10 @@ def _image_part(api: Api, part: dict[str, Any], place: Place, into: _Collected) 
         check_keys(part, frozenset({"source"}), place)
         into.slots.append(_source(expect_object(part.get("source"), (*place, "source")), (*place, "source")))
         return
-    check_keys(part, frozenset({"image_url", "detail"}) if api == "responses" else frozenset({"image_url"}), place)
+    keys = {"image_url", "detail", "file_id"} if api == "responses" else {"image_url"}
+    check_keys(part, frozenset(keys), place)
+    if part.get("file_id") is not None:
+        raise Refused(400, "unknown_content", "an image by the id of a file is not read", where=spell(place))
     value, here = part.get("image_url"), (*place, "image_url")
     search(part.get("detail"), (*place, "detail"))
     if api == "chat" and isinstance(value, dict):

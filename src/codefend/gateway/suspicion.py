@@ -12,7 +12,7 @@ from codefend.gateway.errors import Refused
 Place = tuple[str | int, ...]  # keys and indices from the root of the body
 
 # What any part may hold besides what its type needs.
-_BESIDE = frozenset({"type", "cache_control", "citations", "annotations", "logprobs"})
+_BESIDE = frozenset({"type", "cache_control", "prompt_cache_breakpoint", "citations", "annotations", "logprobs"})
 
 # Values of these keys describe tools or stay text; their own keys may have any name.
 _FREE = frozenset({"tools", "functions", "response_format", "text", "metadata", "tool_choice", "output_config"})
@@ -153,17 +153,27 @@ def check_tools(body: Mapping[str, Any], allowed: Sequence[str]) -> None:
     A name stands for its dated versions, too: ``web_fetch`` allows ``web_fetch_20250910``.
     """
     check_case(body, {"tools", *_SERVER_KEYS}, ())
-    tools = body.get("tools")
-    for i, tool in enumerate(tools if isinstance(tools, list) else ()):
-        check_case(expect_object(tool, ("tools", i)), {"type"}, ("tools", i))
-        kind = tool.get("type", "function" if {"function", "name"} & tool.keys() else None)
-        if not isinstance(kind, str):
-            raise unknown("tool", kind, ("tools", i))
-        if not _CLIENT_TOOL.match(kind) and not _is_allowed(kind, allowed):
-            raise _server_tool(kind, ("tools", i))
+    check_tool_list(body, allowed, ())
     for key, name in _SERVER_KEYS.items():
         if body.get(key) and not _is_allowed(name, allowed):
             raise _server_tool(name, (key,))
+
+
+def check_tool_list(holder: Mapping[str, Any], allowed: Sequence[str], place: Place) -> None:
+    """As `check_tools`, for the list at ``tools`` alone and those of its namespaces; a mask of an image is refused."""
+    tools = holder.get("tools")
+    for i, tool in enumerate(tools if isinstance(tools, list) else ()):
+        here = (*place, "tools", i)
+        check_case(expect_object(tool, here), {"type", "tools", "input_image_mask"}, here)
+        kind = tool.get("type", "function" if {"function", "name"} & tool.keys() else None)
+        if not isinstance(kind, str):
+            raise unknown("tool", kind, here)
+        if not _CLIENT_TOOL.match(kind) and not _is_allowed(kind, allowed):
+            raise _server_tool(kind, here)
+        if "input_image_mask" in tool:
+            raise unknown("tool setting", "input_image_mask", here)
+        if kind == "namespace":
+            check_tool_list(tool, allowed, here)
 
 
 def _is_allowed(kind: str, allowed: Sequence[str]) -> bool:
