@@ -101,6 +101,24 @@ def test_metrics_count_what_happened() -> None:
     run(work())
 
 
+def test_images_outside_of_the_proxy_are_counted() -> None:
+    async def work() -> None:
+        async with gateway(Upstream(), guardrails="portkey") as client:
+            await client.post("/page/purify", json={"image": url(A)})
+            hook = {"eventType": "beforeRequestHook", "requestType": "chatComplete", "request": {"json": chat(B)}}
+            await client.post("/guardrails/portkey", json=hook)
+            await client.post(CHAT, json=chat(A, B))
+            text = (await client.get("/metrics")).text
+        for line in (
+            'codefend_images_total{result="purified"} 2.0',
+            'codefend_images_total{result="cached"} 2.0',
+            "codefend_score_count 2.0",
+        ):
+            assert line in text, line
+
+    run(work())
+
+
 def test_not_ready_before_the_start_and_after_the_end() -> None:
     async def work() -> None:
         app = create_app(settings(), purifier=Invert(), transport=Upstream().transport)

@@ -10,7 +10,7 @@ import torch
 
 from codefend.core import images
 from codefend.gateway.forms import read_form
-from gateway_kit import CHAT, Upstream, b64, chat, gateway, image, png, run, url
+from gateway_kit import CHAT, Invert, Upstream, b64, chat, gateway, image, png, run, url
 
 A, B = png(1), png(2)
 
@@ -36,6 +36,67 @@ def test_an_uploaded_image_is_purified() -> None:
     assert run(upload(upstream, A, "vision")).status_code == 200
     assert not upstream.received(A)
     torch.testing.assert_close(images.load(file_received(upstream)).pixels, 1 - image(1))
+
+
+def test_images_of_uploads_are_counted_and_reported() -> None:
+    source = {"type": "base64", "media_type": "image/png", "data": b64(B)}
+    params = {"model": "m", "messages": [{"role": "user", "content": [{"type": "image", "source": source}]}]}
+
+    async def work() -> None:
+        async with gateway(Upstream(), allow_uploads=True) as client:
+
+            async def send(content: bytes, purpose: str) -> Any:
+                return await client.post("/v1/files", files={"file": ("a", content)}, data={"purpose": purpose})
+
+            batch = await send(line(chat(A, B)) + b"\n" + line(chat(A)), "batch")
+            messages = await client.post(
+                "/v1/messages/batches", json={"requests": [{"custom_id": "1", "params": params}]}
+            )
+            file, text = await send(png(3), "vision"), await send(b"a text", "assistants")
+            metrics = (await client.get("/metrics")).text
+        assert [batch.headers[f"x-codefend-{name}"] for name in ("status", "images", "cache")] == [
+            "purified",
+            "3",
+            "miss,miss,hit",
+        ]
+        assert [messages.headers[f"x-codefend-{name}"] for name in ("status", "cache")] == ["purified", "hit"]
+        assert [file.headers[f"x-codefend-{name}"] for name in ("status", "cache")] == ["purified", "miss"]
+        assert "x-codefend-status" not in text.headers
+        for text_line in (
+            'codefend_images_total{result="purified"} 3.0',
+            'codefend_images_total{result="cached"} 2.0',
+            "codefend_score_count 3.0",
+        ):
+            assert text_line in metrics, text_line
+
+    run(work())
+
+
+def test_a_bypass_in_a_batch_is_reported() -> None:
+    class Broken(Invert):
+        def forward(self, images: torch.Tensor, *, generator: Any = None) -> torch.Tensor:
+            if self.batches:  # not the warm-up
+                raise RuntimeError("broken")
+            return super().forward(images)
+
+    answer = run(upload(Upstream(), line(chat(A)), "batch", purifier=Broken(), on_error="pass"))
+    assert (answer.headers["x-codefend-status"], answer.headers["x-codefend-bypass"]) == ("bypassed", "exception")
+
+
+def test_the_headers_of_a_large_batch_stay_small() -> None:
+    batch = b"\n".join([line(chat(A))] * 200)
+    answer = run(upload(Upstream(), batch, "batch", scores="exact"))
+    assert answer.headers["x-codefend-images"] == "200"
+    assert sum(len(name) + len(value) for name, value in answer.headers.raw) < 1000
+
+
+def test_an_upload_is_sent_once_where_answers_are_voted_on() -> None:
+    class Noise(Invert):
+        stochastic = True
+
+    upstream = Upstream()
+    assert run(upload(upstream, line(chat(A)), "batch", purifier=Noise(), votes=3)).status_code == 200
+    assert len(upstream.requests) == 1
 
 
 def test_other_files_pass_as_they_are() -> None:

@@ -53,14 +53,16 @@ def test_the_answer_that_most_are_like_is_returned_and_each_saw_other_noise() ->
 def test_the_noise_of_each_turn_is_the_same_for_the_same_image() -> None:
     upstream = Upstream(handler=lambda request: answer("red"))
 
-    async def work() -> None:
+    async def work() -> str:
         async with gateway(upstream, purifier=Noise(), votes=3, cache_mb=0) as client:
             for _ in range(2):
                 await client.post(CHAT, json=chat(png()))
+            return (await client.get("/metrics")).text
 
-    run(work())
+    metrics = run(work())
     draws = [image.numpy().tobytes() for image in sent(upstream)]
     assert len(draws) == 6
+    assert 'codefend_images_total{result="purified"} 2.0' in metrics, "an image counts once, whatever its draws"
     assert set(draws[:3]) == set(draws[3:])
 
 

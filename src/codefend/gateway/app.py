@@ -316,7 +316,7 @@ def _observe(
 ) -> None:
     """Let the meters see the parts."""
     worker = engine.worker
-    lane.on_batch, engine.on_bypass = meters.batch, meters.bypassed
+    lane.on_batch, engine.on_bypass, engine.on_image = meters.batch, meters.bypassed, meters.image
     meters.build_info(version=__version__, torch=torch.__version__, purifier=worker.name, policy=settings.policy)
     meters.gauge("queue_images", "Images that wait for the purifier", lambda: lane.depth)
     meters.gauge("pixels_in_flight", "Pixels of images that wait or are purified, after shrinking", lambda: lane.pixels)

@@ -110,6 +110,9 @@ class Engine:
     ``fallback`` uses another purifier, ``pass`` re-encodes the image as it is; ``on_bypass`` is called for the last
     two. A purifier is broken when it fails on a small grey image as well; an image on which it alone fails is refused,
     so that no sender can choose the bypass.
+
+    ``on_image`` is called in the event loop for every image that was purified, re-encoded or found in the cache, once
+    for all draws of its noise.
     """
 
     worker: Runner
@@ -123,6 +126,7 @@ class Engine:
     fetch: Fetch | None = None
     inspection: Inspection = field(default_factory=Inspection)
     on_bypass: Callable[[str], None] = lambda reason: None
+    on_image: Callable[[Purified], None] = lambda image: None
     executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="prepare"))
     rescuer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="rescue"))
 
@@ -152,12 +156,16 @@ class Engine:
 
     async def purify_file(self, data: bytes, terms: Terms, caller: Caller) -> Purified:
         """Purify one image file. Raises Refused."""
-        loop = asyncio.get_running_loop()
+        return (await self.rewrite_file(data, terms, caller)).images[0]
+
+    async def rewrite_file(self, data: bytes, terms: Terms, caller: Caller) -> Outcome:
+        """Purify one image file: the only image of the outcome. Raises Refused."""
+        start, loop = time.perf_counter(), asyncio.get_running_loop()
         job, digest = await loop.run_in_executor(self.executor, self._prepare, data, terms)
-        image, _ = await self._purify(job, digest, caller.client)
+        image, reason = await self._purify(job, digest, caller.client)
         if terms.mode == "block" and suspicious(image.score, terms.threshold):
             raise _blocked()
-        return image
+        return Outcome(None, (image,), (reason,) if reason else (), time.perf_counter() - start)
 
     def rewrite_now(self, api: Api, body: Any) -> Outcome:
         """Purify in this thread, without queue, cache and remote images. Raises Refused."""
@@ -293,11 +301,15 @@ class Engine:
 
     async def _purify(self, job: Job, digest: str, client: str) -> tuple[Purified, str]:
         assert self.lane is not None
+        reason = ""
         try:
-            return await self.lane(job, digest, client), ""
+            image = await self.lane(job, digest, client)
         except PurifyFailed as failure:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self.rescuer, self._rescue, job, failure), failure.reason
+            loop, reason = asyncio.get_running_loop(), failure.reason
+            image = await loop.run_in_executor(self.rescuer, self._rescue, job, failure)
+        if not job.turn:
+            self.on_image(image)
+        return image, reason
 
     def _run_now(self, jobs: Sequence[Job]) -> list[tuple[Purified | Refused, str]]:
         return [

@@ -24,6 +24,7 @@ KEY_HEADERS = frozenset({b"authorization", b"x-api-key", b"api-key", b"x-goog-ap
 _REROUTING = frozenset(b"x-http-method-override x-http-method x-method-override x-original-url x-rewrite-url".split())
 _ACCOUNTS = frozenset({b"openai-organization", b"openai-project"})
 _OURS = b"x-codefend-"
+LISTED = 64  # images up to which headers list them one by one: clients bound the size of a header
 HEADERS = {  # name: where it stands, what it means
     "x-codefend-key": ("request", "key of this gateway, where `authorization` and `x-api-key` are for the upstream"),
     "x-codefend-policy": ("request", "purify, detect or block for this request; needs `allow_override`"),
@@ -36,7 +37,7 @@ HEADERS = {  # name: where it stands, what it means
     "x-codefend-status": ("answer", "purified, reencoded, bypassed (the purifier failed) or refused"),
     "x-codefend-images": ("answer", "number of images of the request"),
     "x-codefend-purifier": ("answer", "purifier by name"),
-    "x-codefend-cache": ("answer", "hit or miss, by image"),
+    "x-codefend-cache": ("answer", f"hit or miss, by image; of {LISTED} images at most, like all headers by image"),
     "x-codefend-ms": ("answer", "time spent on images, in milliseconds"),
     "x-codefend-score": ("answer", "detection score by image; needs `scores`"),
     "x-codefend-votes": ("answer", "requests to the upstream that this one cost; needs `votes` above 1"),
@@ -92,19 +93,21 @@ def report(
             "images": str(len(images)),
             "purifier": purifier,
             "status": "bypassed" if outcome.bypassed else "purified" if purified else "reencoded",
-            "cache": ",".join("hit" if image.cached else "miss" for image in images),
             "ms": f"{outcome.seconds * 1000:.1f}",
         }
-        if any(image.texts is not None for image in images):
-            lines["text"] = ",".join("-" if image.texts is None else str(len(image.texts)) for image in images)
-        visible = [visible_score(image.score, scores) for image in images]
+        listed = images if len(images) <= LISTED else ()
+        if listed:
+            lines["cache"] = ",".join("hit" if image.cached else "miss" for image in listed)
+        if any(image.texts is not None for image in listed):
+            lines["text"] = ",".join("-" if image.texts is None else str(len(image.texts)) for image in listed)
+        visible = [visible_score(image.score, scores) for image in listed]
         if any(score is not None for score in visible):
             digits = 4 if scores == "exact" else 1
             lines["score"] = ",".join("-" if score is None else f"{score:.{digits}f}" for score in visible)
         if votes > 1:
             lines["votes"] = str(votes)  # so many requests to the upstream did this one cost
         if outcome.bypassed:
-            lines["bypass"] = ",".join(outcome.bypassed)
+            lines["bypass"] = ",".join(outcome.bypassed if listed else dict.fromkeys(outcome.bypassed))
     return [(_OURS + name.encode(), value.encode("latin-1", "replace")) for name, value in lines.items()]
 
 

@@ -188,9 +188,9 @@ class Proxy:
                 await response.aclose()
 
     def _votes(self, exchange: Exchange) -> int:
-        """The number of answers to vote on: several where images were purified."""
-        outcome = exchange.outcome
-        return self.settings.votes if outcome is not None and any(i.purified for i in outcome.images) else 1
+        """The number of answers to vote on: several where images were purified for a model, not for a batch."""
+        images = () if exchange.outcome is None or api_of(exchange.path) == "other" else exchange.outcome.images
+        return self.settings.votes if any(image.purified for image in images) else 1
 
     async def _answer_by_vote(self, exchange: Exchange, raw: bytes, first: bytes, headers: Headers) -> None:
         """Ask the upstream with each draw of the noise, and send the answer that most others are like."""
@@ -243,8 +243,9 @@ class Proxy:
             terms, caller = self._terms(scope), Caller(exchange.client, exchange.lease.take)
             with self.share(exchange.client), self._span("codefend.purify", exchange):
                 if exchange.path == MESSAGE_BATCHES:
-                    return await rewrite_message_batch(self.engine, raw, terms, caller)
-                body, exchange.outcome = await self.engine.rewrite_bytes(api_of(exchange.path), raw, terms, caller)
+                    body, exchange.outcome = await rewrite_message_batch(self.engine, raw, terms, caller)
+                else:
+                    body, exchange.outcome = await self.engine.rewrite_bytes(api_of(exchange.path), raw, terms, caller)
             return body
         if exchange.path == FILES:
             return await self._rewrite_upload(exchange, raw)
@@ -260,7 +261,9 @@ class Proxy:
         content_type = find(scope["headers"], b"content-type") or ""
         with self.share(exchange.client), self._span("codefend.purify", exchange):
             check_route = partial(self.check_route, scope)
-            return await rewrite_upload(self.engine, check_route, content_type, raw, self._terms(scope), caller)
+            terms = self._terms(scope)
+            body, exchange.outcome = await rewrite_upload(self.engine, check_route, content_type, raw, terms, caller)
+        return body
 
     def _terms(self, scope: Scope) -> Terms:
         mode = find(scope["headers"], b"x-codefend-policy")
@@ -352,12 +355,6 @@ class Proxy:
             fields["code"] = exchange.code
         if exchange.outcome is not None and exchange.outcome.images:
             fields |= {"images": len(exchange.outcome.images), "purify_ms": round(exchange.outcome.seconds * 1000, 2)}
-            for image in exchange.outcome.images:
-                kind = "cached" if image.cached else "purified" if image.purified else "reencoded"
-                self.meters.images.labels(kind).inc()
-                if image.score is not None and not image.cached:
-                    self.meters.scores.observe(image.score)
-                self.meters.instructions.inc(len(image.texts or ()))
         log.info("request", extra={"fields": fields})
 
 

@@ -9,11 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from codefend.types import CodefendError
+
+if TYPE_CHECKING:
+    from codefend.gateway.worker import Purified
 
 log = logging.getLogger("codefend.gateway")
 
@@ -64,6 +67,13 @@ class Meters:
     def batch(self, images: int, seconds: float) -> None:
         self.batches.observe(images)
         self.purify_seconds.observe(seconds)
+
+    def image(self, image: Purified) -> None:
+        """Count an image by what was done, its score unless that was counted before, and its instructions."""
+        self.images.labels("cached" if image.cached else "purified" if image.purified else "reencoded").inc()
+        if image.score is not None and not image.cached:
+            self.scores.observe(image.score)
+        self.instructions.inc(len(image.texts or ()))
 
     def bypassed(self, reason: str) -> None:
         self.bypass.labels(reason).inc()

@@ -9,9 +9,10 @@ import asyncio
 import base64
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from codefend.gateway.engine import Caller, Engine, Terms
+from codefend.gateway.engine import Caller, Engine, Outcome, Terms
 from codefend.gateway.errors import Refused
 from codefend.gateway.forms import Part, read_form, replace_contents
 from codefend.gateway.probe import InvalidHeader, is_other_image, read_header
@@ -30,8 +31,8 @@ _INSPECTED = ("batch", "vision")  # how purposes begin whose files hold images: 
 
 async def rewrite_upload(
     engine: Engine, check_route: CheckRoute, content_type: str, raw: bytes, terms: Terms, caller: Caller
-) -> bytes:
-    """Purify the images of an upload to ``/v1/files``. Raises Refused."""
+) -> tuple[bytes, Outcome]:
+    """Purify the images of an upload to ``/v1/files``. The outcome has all images, without data. Raises Refused."""
     form = read_form(content_type, raw)
     for part in form.parts:
         if part.is_file != (part.name.lower() == "file") or (part.is_file and part.name != "file"):
@@ -40,14 +41,16 @@ async def rewrite_upload(
     purpose = _purpose([part.content.decode("utf-8", "replace") for part in named])
     is_batch = purpose.startswith("batch")
     contents: list[bytes] = []
+    outcomes: list[Outcome] = []
     for part in form.parts:
-        if not part.is_file:
-            contents.append(part.content)
-        elif is_batch:
-            contents.append(await _rewrite_batch(engine, check_route, part, terms, caller))
-        else:
-            contents.append(await _rewrite_file(engine, part, terms, caller))
-    return replace_contents(form, contents).write()
+        content, outcome = part.content, Outcome()
+        if part.is_file and is_batch:
+            content, outcome = await _rewrite_batch(engine, check_route, part, terms, caller)
+        elif part.is_file:
+            content, outcome = await _rewrite_file(engine, part, terms, caller)
+        contents.append(content)
+        outcomes.append(outcome)
+    return replace_contents(form, contents).write(), _join(outcomes)
 
 
 async def check_upload(raw: bytes) -> None:
@@ -69,7 +72,7 @@ def _purpose(values: Sequence[Any]) -> str:
     return values[0]
 
 
-async def _rewrite_file(engine: Engine, part: Part, terms: Terms, caller: Caller) -> bytes:
+async def _rewrite_file(engine: Engine, part: Part, terms: Terms, caller: Caller) -> tuple[bytes, Outcome]:
     try:
         read_header(part.content)
     except InvalidHeader as error:
@@ -78,28 +81,35 @@ async def _rewrite_file(engine: Engine, part: Part, terms: Terms, caller: Caller
                 400, "invalid_image", "an image of a kind that cannot be purified; send PNG or JPEG"
             ) from error
         if "is not an image" in str(error):
-            return part.content
-    image = (await engine.purify_file(part.content, terms, caller)).image
-    caller.take(len(image.data))
-    return base64.b64decode(image.data)
+            return part.content, Outcome()
+    outcome = await engine.rewrite_file(part.content, terms, caller)
+    data = outcome.images[0].image.data
+    caller.take(len(data))
+    return base64.b64decode(data), _without_data(outcome)
 
 
-async def _rewrite_batch(engine: Engine, check_route: CheckRoute, part: Part, terms: Terms, caller: Caller) -> bytes:
+async def _rewrite_batch(
+    engine: Engine, check_route: CheckRoute, part: Part, terms: Terms, caller: Caller
+) -> tuple[bytes, Outcome]:
     """One request a line: ``{"custom_id": ..., "method": ..., "url": ..., "body": {...}}``."""
     lines = [line for line in part.content.split(b"\n") if line.strip()]
     if len(lines) > _MAX_LINES:
         raise Refused(413, "body_too_complex", f"a batch of {len(lines):,} lines; the limit is {_MAX_LINES:,}")
-    rewritten = []
+    rewritten, outcomes = [], []
     for number, line in enumerate(lines, start=1):
         try:
-            rewritten.append(await _rewrite_line(engine, check_route, line, terms, caller))
+            content, outcome = await _rewrite_line(engine, check_route, line, terms, caller)
         except Refused as refusal:
             where = f"line {number}" + (f": {refusal.where}" if refusal.where else "")
             raise refusal.at(where) from refusal
-    return b"\n".join(rewritten) + b"\n"
+        rewritten.append(content)
+        outcomes.append(_without_data(outcome))
+    return b"\n".join(rewritten) + b"\n", _join(outcomes)
 
 
-async def _rewrite_line(engine: Engine, check_route: CheckRoute, line: bytes, terms: Terms, caller: Caller) -> bytes:
+async def _rewrite_line(
+    engine: Engine, check_route: CheckRoute, line: bytes, terms: Terms, caller: Caller
+) -> tuple[bytes, Outcome]:
     request = await asyncio.to_thread(_parse, line)
     if not isinstance(request, dict) or set(request) != {"custom_id", "method", "url", "body"}:
         raise Refused(400, "invalid_request", "expected custom_id, method, url and body")
@@ -109,22 +119,40 @@ async def _rewrite_line(engine: Engine, check_route: CheckRoute, line: bytes, te
     check_path(url)
     check_route(method, url)
     outcome = await engine.rewrite(api_of(url), request["body"], terms, caller)
-    return await asyncio.to_thread(dump, request if outcome.body is None else request | {"body": outcome.body})
+    body = request if outcome.body is None else request | {"body": outcome.body}
+    return await asyncio.to_thread(dump, body), outcome
 
 
-async def rewrite_message_batch(engine: Engine, raw: bytes, terms: Terms, caller: Caller) -> bytes:
-    """Purify the images of Anthropic's ``{"requests": [{"custom_id": ..., "params": {...}}]}``. Raises Refused."""
+async def rewrite_message_batch(engine: Engine, raw: bytes, terms: Terms, caller: Caller) -> tuple[bytes, Outcome]:
+    """Purify the images of Anthropic's ``{"requests": [{"custom_id": ..., "params": {...}}]}``.
+
+    The outcome has all images, without data. Raises Refused.
+    """
     body = await asyncio.to_thread(_parse, raw)
     requests = body.get("requests") if isinstance(body, dict) and set(body) == {"requests"} else None
     if not isinstance(requests, list):
         raise Refused(400, "invalid_request", 'expected {"requests": [...]}')
-    rewritten = []
+    rewritten, outcomes = [], []
     for i, request in enumerate(requests):
         if not isinstance(request, dict) or set(request) != {"custom_id", "params"}:
             raise Refused(400, "invalid_request", "expected custom_id and params", where=f"requests[{i}]")
         outcome = await engine.rewrite("messages", request["params"], terms, caller)
         rewritten.append(request if outcome.body is None else request | {"params": outcome.body})
-    return await asyncio.to_thread(dump, {"requests": rewritten})
+        outcomes.append(_without_data(outcome))
+    return await asyncio.to_thread(dump, {"requests": rewritten}), _join(outcomes)
+
+
+def _without_data(outcome: Outcome) -> Outcome:
+    """The outcome without bytes of images: those of a whole batch stand in its body."""
+    images = tuple(replace(image, image=replace(image.image, data="")) for image in outcome.images)
+    return replace(outcome, body=None, images=images)
+
+
+def _join(outcomes: Sequence[Outcome]) -> Outcome:
+    """One outcome for several, in their order."""
+    images = tuple(image for outcome in outcomes for image in outcome.images)
+    bypassed = tuple(reason for outcome in outcomes for reason in outcome.bypassed)
+    return Outcome(None, images, bypassed, sum(outcome.seconds for outcome in outcomes))
 
 
 def _parse(raw: bytes) -> Any:
