@@ -57,3 +57,17 @@ def test_rows_of_a_benchmark(keep_rows: ModuleType, tmp_path: Path, capsys: pyte
     assert keep_rows.main(["--table", "toy"]) == 0
     assert "vqa bridge T2 4 n=2" in capsys.readouterr().out
     assert [row["score"] for row in keep_rows.read_kept("toy")] == [1.0, 0.5]
+
+
+def test_the_difference_of_two_defenses_is_paired(keep_rows: ModuleType) -> None:
+    rows = [
+        {"defense": defense, "task": "caption", "id": str(i), "eps": eps, "threat": "T2", "score": score}
+        for i in range(8)
+        for eps in (4, 8)
+        for defense, score in (("a", i / 10 + 0.2), ("b", i / 10), ("c", 0.0))
+    ]
+    alone = {**rows[0], "id": "of a alone", "score": 1.0}
+    clean = [{**rows[0], "threat": "clean", "score": 1.0}, {**rows[1], "threat": "clean", "score": 0.0}]
+    found = keep_rows.difference([*rows, alone, *clean], "a", "b")
+    assert found.n == 8
+    assert [found.mean, found.low, found.high] == pytest.approx([0.2] * 3)

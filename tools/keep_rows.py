@@ -2,9 +2,11 @@
 
 Usage: python tools/keep_rows.py SOURCE [SOURCE ...] NAME     writes results/rows/NAME.parquet
        python tools/keep_rows.py --table NAME [REFERENCE]
+       python tools/keep_rows.py --difference NAME FIRST SECOND
 
 SOURCE is the run folder of an evaluation or of `codefend certify`, or the rows (.jsonl) of a script in benchmarks.
-REFERENCE: the defense that others are compared with, of an evaluation with several seeds. Needs pyarrow and codefend.
+REFERENCE: the defense that others are compared with, of an evaluation with several seeds. FIRST, SECOND: two defenses
+of a benchmark, of which the mean adaptive scores are subtracted, paired. Needs pyarrow and codefend.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from codefend.bench.report import certificates
 from codefend.bench.report.seeds import read_seeds, tables
 from codefend.core.runs import read_config, read_rows
+from codefend.tasks.intervals import Interval, bootstrap_interval
 
 FOLDER = Path(__file__).parent.parent / "results" / "rows"
 COLUMNS = ("seed", "task", "defense", "threat", "attack", "eps", "norm", "example", "image", "kind", "victim", "answer")
@@ -83,6 +87,18 @@ def means(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def difference(rows: Sequence[Mapping[str, Any]], first: str, second: str) -> Interval:
+    """Mean of first - second over the adaptive attacks (T2) of both, each example at all its radii as one."""
+    scores = {
+        (row["defense"], row["task"], row["id"], row["eps"]): row["score"] for row in rows if row["threat"] == "T2"
+    }
+    gaps = defaultdict(list)
+    for (defense, *cell), score in scores.items():
+        if defense == first and (second, *cell) in scores:
+            gaps[tuple(cell[:2])].append(score - scores[second, *cell])
+    return bootstrap_interval(torch.tensor([fmean(values) for values in gaps.values()]), samples=10_000)
+
+
 def main(arguments: Sequence[str]) -> int:
     if len(arguments) < 2:
         print(__doc__, file=sys.stderr)
@@ -90,6 +106,10 @@ def main(arguments: Sequence[str]) -> int:
     if arguments[0] == "--table":
         reference = arguments[2] if len(arguments) > 2 else "bridge"
         print("\n".join(table(read_kept(arguments[1]), reference)))
+        return 0
+    if arguments[0] == "--difference" and len(arguments) == 4:
+        found = difference(read_kept(arguments[1]), *arguments[2:])
+        print(f"{found.mean:.4f} [{found.low:.4f}, {found.high:.4f}] n={found.n}")
         return 0
     *sources, name = arguments
     rows = [kept(row) for source in sources for row in rows_of(source)]

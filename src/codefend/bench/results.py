@@ -311,8 +311,8 @@ def gaps(groups: dict[Group, list[Row]]) -> tuple[dict[Group, Interval], int]:
     """Paired difference between the best defense of the same task, threat, attack and eps, and each other one.
 
     The best one is chosen on the same examples, so every pair of defenses counts as a comparison, and the intervals'
-    confidence is 1 - .05 / comparisons (Bonferroni). Returns that number, too. An interval above 0: significantly
-    worse.
+    confidence is 1 - .05 / comparisons (Bonferroni). Also returns the number of comparisons. An interval above 0:
+    significantly worse.
     """
     rivals: dict[Group, list[list[Row]]] = {}
     for group, rows in groups.items():
